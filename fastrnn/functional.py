@@ -1,0 +1,584 @@
+"""Stateless recurrent layers and cells: weights in, results out.
+
+The modules of ``fastrnn.nn`` keep parameters and call these functions. Arguments are
+checked here, once, whatever path runs them afterwards; the texts of the errors are
+torch's where torch has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, _VF
+
+from . import ops, planner, reference
+from .reference import CELLS
+
+_LAYERS = {
+    "lstm": _VF.lstm,
+    "gru": _VF.gru,
+    "rnn_tanh": _VF.rnn_tanh,
+    "rnn_relu": _VF.rnn_relu,
+}
+_CELL_STEPS = {
+    "lstm": _VF.lstm_cell,
+    "gru": _VF.gru_cell,
+    "rnn_tanh": _VF.rnn_tanh_cell,
+    "rnn_relu": _VF.rnn_relu_cell,
+}
+NONLINEARITIES = ("tanh", "relu", "identity")
+
+
+def lstm(
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    batch_first: bool = False,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Run a long short-term memory network over a batch of sequences.
+
+    Parameters
+    ----------
+    input : Tensor of shape (T, B, I), (B, T, I) or (N, I)
+        Time first, unless `batch_first`; N rows of a packed sequence with `batch_sizes`.
+    hx : (h_0, c_0) of shapes (L * D, B, P) and (L * D, B, H), or None
+        Initial state, zeros if None; L layers, D directions.
+    weights : sequence of Tensor
+        For each layer, and in it for each direction: ``weight_ih`` (4H, I) and
+        ``weight_hh`` (4H, P), then, if there are biases, ``bias_ih`` and ``bias_hh``
+        (4H,), then, if h is projected, ``weight_hr`` (P, H). Gates are in the order
+        i, f, g, o. This is the order of ``torch.nn.LSTM``'s parameters; the number of
+        layers follows from the length.
+    batch_first : bool, default False
+        Whether `input` and `output` are (B, T, features); not with `batch_sizes`.
+    bidirectional : bool, default False
+    dropout : float, default 0.0
+        Probability to zero an element of the output of each layer but the last; only
+        when `training`. Drawn from torch's generator, as torch.nn draws it.
+    training : bool, default False
+    batch_sizes : int64 Tensor of shape (T,) on the CPU, optional
+        Rows at each step, never increasing, as in ``PackedSequence``.
+
+    Returns
+    -------
+    output : Tensor of shape (T, B, D * P), (B, T, D * P) or (N, D * P)
+    (h_n, c_n) : tuple of Tensor, shaped as `hx`
+        State after each row's last step; fresh tensors that may be written to.
+
+    Raises
+    ------
+    ValueError
+        If a weight, or an option, does not fit the others.
+    RuntimeError
+        If `input` or `hx` does not fit the weights, in shape, dtype or device, or T is 0.
+
+    Notes
+    -----
+    See ``fastrnn.reference.lstm_step`` for the formula and its source.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> m = torch.nn.LSTM(4, 8, num_layers=2)
+    >>> x = torch.randn(5, 3, 4)
+    >>> y, (h, c) = fastrnn.functional.lstm(x, None, list(m.parameters()))
+    >>> bool(torch.allclose(y, m(x)[0], atol=1e-6))
+    True
+    """
+    state = None if hx is None else list(hx)
+    output, (h, c) = _sequence(
+        "lstm",
+        input,
+        state,
+        weights,
+        batch_first,
+        bidirectional,
+        dropout,
+        training,
+        batch_sizes,
+    )
+    return output, (h, c)
+
+
+def gru(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    batch_first: bool = False,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run a gated recurrent unit network over a batch of sequences.
+
+    Parameters
+    ----------
+    input, batch_first, bidirectional, dropout, training, batch_sizes
+        As for `lstm`.
+    hx : Tensor of shape (L * D, B, H), or None
+        Initial state, zeros if None.
+    weights : sequence of Tensor
+        As for `lstm`, with 3H rows, gates in the order r, z, n, and no ``weight_hr``.
+
+    Returns
+    -------
+    output : Tensor of shape (T, B, D * H), (B, T, D * H) or (N, D * H)
+    h_n : Tensor of shape (L * D, B, H)
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As for `lstm`.
+
+    Notes
+    -----
+    See ``fastrnn.reference.gru_step`` for the formula and its source.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> m = torch.nn.GRU(4, 8, bidirectional=True)
+    >>> y, h = fastrnn.functional.gru(
+    ...     torch.randn(5, 3, 4), None, list(m.parameters()), bidirectional=True
+    ... )
+    >>> y.shape, h.shape
+    (torch.Size([5, 3, 16]), torch.Size([2, 3, 8]))
+    """
+    state = None if hx is None else [hx]
+    output, (h,) = _sequence(
+        "gru", input, state, weights, batch_first, bidirectional, dropout, training, batch_sizes
+    )
+    return output, h
+
+
+def rnn(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    nonlinearity: str = "tanh",
+    batch_first: bool = False,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run an Elman network, h' = phi(W_ih x + b_ih + W_hh h + b_hh), over a batch of sequences.
+
+    Parameters
+    ----------
+    input, batch_first, bidirectional, dropout, training, batch_sizes
+        As for `lstm`.
+    hx : Tensor of shape (L * D, B, H), or None
+        Initial state, zeros if None.
+    weights : sequence of Tensor
+        As for `lstm`, with H rows and no ``weight_hr``.
+    nonlinearity : {'tanh', 'relu', 'identity'}, default 'tanh'
+        phi; 'identity' gives a linear network, which torch does not have.
+
+    Returns
+    -------
+    output : Tensor of shape (T, B, D * H), (B, T, D * H) or (N, D * H)
+    h_n : Tensor of shape (L * D, B, H)
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As for `lstm`; ValueError for an unknown `nonlinearity`.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> m = torch.nn.RNN(4, 8, nonlinearity="relu")
+    >>> x = torch.randn(5, 3, 4)
+    >>> y, h = fastrnn.functional.rnn(x, None, list(m.parameters()), nonlinearity="relu")
+    >>> bool(torch.allclose(y, m(x)[0], atol=1e-6))
+    True
+    """
+    state = None if hx is None else [hx]
+    output, (h,) = _sequence(
+        _rnn_cell_name(nonlinearity),
+        input,
+        state,
+        weights,
+        batch_first,
+        bidirectional,
+        dropout,
+        training,
+        batch_sizes,
+    )
+    return output, h
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run one step of a long short-term memory cell.
+
+    Parameters
+    ----------
+    input : Tensor of shape (B, I)
+    hx : (h, c), both of shape (B, H), or None
+        State before the step, zeros if None.
+    w_ih, w_hh : Tensor of shape (4H, I) and (4H, H)
+    b_ih, b_hh : Tensor of shape (4H,), optional
+        Both or neither.
+
+    Returns
+    -------
+    (h, c) : tuple of Tensor of shape (B, H)
+
+    Raises
+    ------
+    ValueError
+        If only one bias is given.
+    RuntimeError
+        If shapes, dtypes or devices do not fit.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> m = torch.nn.LSTMCell(4, 8)
+    >>> h, c = fastrnn.functional.lstm_cell(torch.randn(3, 4), None, *m.parameters())
+    >>> h.shape, c.shape
+    (torch.Size([3, 8]), torch.Size([3, 8]))
+    """
+    state = None if hx is None else list(hx)
+    h, c = _step("lstm", input, state, w_ih, w_hh, b_ih, b_hh)
+    return h, c
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """Run one step of a gated recurrent unit.
+
+    Parameters
+    ----------
+    input : Tensor of shape (B, I)
+    hx : Tensor of shape (B, H), or None
+        State before the step, zeros if None.
+    w_ih, w_hh : Tensor of shape (3H, I) and (3H, H)
+    b_ih, b_hh : Tensor of shape (3H,), optional
+        Both or neither.
+
+    Returns
+    -------
+    Tensor of shape (B, H)
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As for `lstm_cell`.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> m = torch.nn.GRUCell(4, 8)
+    >>> fastrnn.functional.gru_cell(torch.randn(3, 4), None, *m.parameters()).shape
+    torch.Size([3, 8])
+    """
+    return _step("gru", input, None if hx is None else [hx], w_ih, w_hh, b_ih, b_hh)[0]
+
+
+def rnn_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+) -> Tensor:
+    """Run one step of an Elman cell.
+
+    Parameters
+    ----------
+    input : Tensor of shape (B, I)
+    hx : Tensor of shape (B, H), or None
+        State before the step, zeros if None.
+    w_ih, w_hh : Tensor of shape (H, I) and (H, H)
+    b_ih, b_hh : Tensor of shape (H,), optional
+        Both or neither.
+    nonlinearity : {'tanh', 'relu', 'identity'}, default 'tanh'
+
+    Returns
+    -------
+    Tensor of shape (B, H)
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As for `lstm_cell`; ValueError for an unknown `nonlinearity`.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> m = torch.nn.RNNCell(4, 8)
+    >>> fastrnn.functional.rnn_cell(torch.randn(3, 4), None, *m.parameters()).shape
+    torch.Size([3, 8])
+    """
+    state = None if hx is None else [hx]
+    return _step(_rnn_cell_name(nonlinearity), input, state, w_ih, w_hh, b_ih, b_hh)[0]
+
+
+def _rnn_cell_name(nonlinearity: str) -> str:
+    if nonlinearity not in NONLINEARITIES:
+        raise ValueError(
+            f"nonlinearity must be one of {', '.join(NONLINEARITIES)}, got {nonlinearity!r}"
+        )
+    return f"rnn_{nonlinearity}"
+
+
+def _sequence(
+    cell: str,
+    input: Tensor,
+    state: list[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_first: bool,
+    bidirectional: bool,
+    dropout: float,
+    training: bool,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Check the arguments, plan, and run all layers; returns the output and the final states."""
+    directions = 2 if bidirectional else 1
+    per_direction = _check_weights(cell, weights, directions)
+    num_layers = len(weights) // (directions * per_direction)
+    hidden, size_h = weights[0].shape[0] // CELLS[cell].n_gates, weights[1].shape[1]
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be in [0, 1], got {dropout}")
+    steps, batch = _check_input(input, weights[0].shape[1], batch_first, batch_sizes)
+    widths = (size_h, hidden)[: CELLS[cell].n_states]
+    shapes = [(num_layers * directions, batch, width) for width in widths]
+    if state is not None:
+        _check_state(cell, input, state, shapes)
+
+    dtypes = ops.autocast_dtypes(cell, input, state or (), weights[:per_direction])
+    if dtypes is not None:
+        compute, of_h = dtypes
+        with torch.autocast(input.device.type, enabled=False):
+            output, final = _sequence(
+                cell,
+                input.to(compute),
+                None if state is None else [part.to(compute) for part in state],
+                [w.to(compute) for w in weights],
+                batch_first,
+                bidirectional,
+                dropout,
+                training,
+                batch_sizes,
+            )
+        return output.to(of_h), [final[0].to(of_h), *final[1:]]
+    _check_alike(input, *(state or ()), *weights)
+
+    path = _path(
+        cell,
+        (steps, batch, hidden),
+        (input, *(state or ()), *weights),
+        packed=batch_sizes is not None,
+        projected=size_h != hidden,
+    )
+    if state is None and (path == "torch" or batch_sizes is not None):
+        state = [input.new_zeros(shape) for shape in shapes]
+    if path == "torch":
+        hx = state if cell == "lstm" else state[0]
+        options = (per_direction > 3, num_layers, dropout, training, bidirectional)
+        if batch_sizes is None:
+            output, *final = _LAYERS[cell](input, hx, weights, *options, batch_first)
+        else:
+            output, *final = _LAYERS[cell](input, batch_sizes, hx, weights, *options)
+        return output, final
+    output, final = reference.stack(
+        cell,
+        input.transpose(0, 1) if batch_first else input,
+        state or [],
+        weights,
+        num_layers,
+        batch_sizes=batch_sizes,
+        bidirectional=bidirectional,
+        dropout=lambda y: torch.dropout(y, dropout, training),
+        layer=ops.layer if path == "loop" else reference.layer,
+    )
+    return output.transpose(0, 1) if batch_first else output, final
+
+
+def _step(
+    cell: str,
+    input: Tensor,
+    state: list[Tensor] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> Sequence[Tensor]:
+    """Check the arguments of a cell, plan, and run one step; returns the new states."""
+    if (b_ih is None) != (b_hh is None):
+        raise ValueError("b_ih and b_hh must be given both or neither")
+    weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
+    _check_weights(cell, weights, 1)
+    if input.dim() != 2:
+        raise RuntimeError(f"input must have 2 dimensions, got {input.dim()}")
+    batch, hidden = input.shape[0], w_hh.shape[1]
+    if input.shape[1] != w_ih.shape[1]:
+        raise RuntimeError(
+            f"input has inconsistent input_size: got {input.shape[1]} expected {w_ih.shape[1]}"
+        )
+    if state is None:
+        state = [input.new_zeros(batch, hidden)] * CELLS[cell].n_states
+    _check_count(cell, state)
+    for k, part in enumerate(state):
+        if part.shape[0] != batch:
+            raise RuntimeError(
+                f"Input batch size {batch} doesn't match hidden{k} batch size {part.shape[0]}"
+            )
+        if part.dim() != 2 or part.shape[1] != hidden:
+            raise RuntimeError(
+                f"hidden{k} has inconsistent hidden_size: got {part.shape[-1]}, expected {hidden}"
+            )
+
+    dtypes = ops.autocast_dtypes(cell, input, state, weights)
+    if dtypes is not None:
+        input, *tensors = (t.to(dtypes[0]) for t in (input, *state, *weights))
+        state, weights = tensors[: len(state)], tensors[len(state) :]
+    _check_alike(input, *state, *weights)
+    shape = (1, batch, hidden)
+    path = _path(cell, shape, (input, *state, *weights), is_step=True)
+    with torch.autocast(input.device.type, enabled=False):
+        if path == "torch":
+            new = _CELL_STEPS[cell](input, state if cell == "lstm" else state[0], *weights)
+            return new if cell == "lstm" else [new]
+        step = ops.cell_step if path == "loop" else reference.cell_step
+        return step(cell, input, state, weights)
+
+
+def _path(
+    cell: str,
+    shape: tuple[int, int, int],
+    tensors: Sequence[Tensor],
+    *,
+    packed: bool = False,
+    projected: bool = False,
+    is_step: bool = False,
+) -> str:
+    if torch.compiler.is_compiling():
+        # One opaque operator; torch's own kernels would be unrolled step by step.
+        return "loop"
+    input, (steps, batch, hidden) = tensors[0], shape
+    problem = planner.Problem(
+        cell,
+        steps,
+        batch,
+        input.shape[-1],
+        hidden,
+        dtype=input.dtype,
+        device=input.device.type,
+        training=ops.differentiated(*tensors),
+        packed=packed,
+        projected=projected,
+        is_step=is_step,
+    )
+    return planner.plan(problem).path
+
+
+def _check_weights(cell: str, weights: Sequence[Tensor], directions: int) -> int:
+    """Raise unless the weights make whole layers; returns how many a direction has."""
+    biased = len(weights) > 2 and weights[2].dim() == 1
+    at_hr = 4 if biased else 2
+    width, size_h = weights[0].shape[0], weights[1].shape[-1]
+    hidden, rest = divmod(width, CELLS[cell].n_gates)
+    projected = cell == "lstm" and size_h != hidden
+    per_direction = at_hr + projected
+    if rest or not weights or len(weights) % (directions * per_direction):
+        raise ValueError(
+            f"{len(weights)} weights, the first of shape {tuple(weights[0].shape)}, do not make "
+            f"whole {cell} layers with {directions} direction(s) and {per_direction} weights each"
+        )
+    for start in range(0, len(weights), per_direction):
+        first_layer = start < directions * per_direction
+        size_in = weights[0].shape[1] if first_layer else size_h * directions
+        expected = [(width, size_in), (width, size_h)] + [(width,), (width,)] * biased
+        expected += [(size_h, hidden)] * projected
+        for k, shape in enumerate(expected):
+            if weights[start + k].shape != shape:
+                raise ValueError(
+                    f"weight {start + k} must be of shape {shape}, "
+                    f"got {tuple(weights[start + k].shape)}"
+                )
+    return per_direction
+
+
+def _check_input(
+    input: Tensor, input_size: int, batch_first: bool, batch_sizes: Tensor | None
+) -> tuple[int, int]:
+    """Raise unless the input fits; returns T and B."""
+    dims = 3 if batch_sizes is None else 2
+    if input.dim() != dims:
+        raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
+    if input.shape[-1] != input_size:
+        raise RuntimeError(
+            "input.size(-1) must be equal to input_size. "
+            f"Expected {input_size}, got {input.shape[-1]}"
+        )
+    if batch_sizes is not None:
+        if batch_first:
+            raise ValueError("batch_first cannot be used with batch_sizes")
+        if batch_sizes.dim() != 1 or batch_sizes.device.type != "cpu":
+            raise ValueError("batch_sizes must be a 1-D tensor on the CPU")
+        steps, batch = batch_sizes.shape[0], int(batch_sizes[0]) if len(batch_sizes) else 0
+    else:
+        steps, batch = input.shape[:2]
+        if batch_first:
+            steps, batch = batch, steps
+    if steps == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    return steps, batch
+
+
+def _check_state(
+    cell: str, input: Tensor, state: Sequence[Tensor], shapes: Sequence[tuple[int, int, int]]
+) -> None:
+    _check_count(cell, state)
+    for k, (part, shape) in enumerate(zip(state, shapes, strict=True)):
+        if part.shape != shape:
+            which = f"hidden[{k}]" if len(state) > 1 else "hidden"
+            raise RuntimeError(f"Expected {which} size {shape}, got {list(part.shape)}")
+
+
+def _check_count(cell: str, state: Sequence[Tensor]) -> None:
+    if len(state) != CELLS[cell].n_states:
+        raise RuntimeError(f"{cell} expects {CELLS[cell].n_states} hidden states, got {len(state)}")
+
+
+def _check_alike(input: Tensor, *others: Tensor) -> None:
+    """Raise unless all tensors share the device and dtype of the input."""
+    for other in others:
+        if other.device != input.device:
+            raise RuntimeError(
+                "Input and hidden tensors are not at the same device, "
+                f"found input tensor at {input.device} and hidden tensor at {other.device}"
+            )
+        if other.dtype != input.dtype:
+            raise RuntimeError(
+                "Input and hidden tensors are not the same dtype, "
+                f"found input tensor with {input.dtype} and hidden tensor with {other.dtype}"
+            )

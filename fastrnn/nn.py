@@ -1,0 +1,435 @@
+"""Drop-in modules: ``RNN``, ``LSTM``, ``GRU`` and their cells.
+
+They are torch.nn's classes with another ``forward``: constructor, parameters,
+initialisation, attributes, ``repr``, serialisation and the checks of the input are
+inherited. Nothing here is numeric.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules import rnn as _torch
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional as F
+
+
+class _Convertible:
+    """To and from the torch.nn class of the same name."""
+
+    _stock: type[torch.nn.Module]
+
+    @classmethod
+    def from_torch(cls, module: torch.nn.Module) -> Any:
+        """Make a module of this class out of torch.nn's, sharing its parameters.
+
+        Parameters
+        ----------
+        module : torch.nn.Module
+            An instance of exactly the torch.nn class of this name.
+
+        Returns
+        -------
+        Module
+            With the same parameters (not copies), hooks and training flag.
+
+        Raises
+        ------
+        TypeError
+            If `module` is of another class.
+        """
+        if type(module) is not cls._stock:
+            raise TypeError(
+                f"{cls.__name__}.from_torch expects a torch.nn.{cls._stock.__name__}, "
+                f"got {type(module).__name__}"
+            )
+        return _as_class(module, cls)
+
+    def to_torch(self) -> Any:
+        """Make a torch.nn module out of this one, sharing its parameters.
+
+        Returns
+        -------
+        torch.nn.Module
+            The torch.nn class of this name, with the same parameters (not copies),
+            hooks and training flag; for ONNX export, quantisation or TorchScript.
+
+        Raises
+        ------
+        ValueError
+            If torch has no such layer (``nonlinearity='identity'``).
+        """
+        if getattr(self, "nonlinearity", None) == "identity":
+            raise ValueError(f"torch.nn.{self._stock.__name__} has no nonlinearity 'identity'")
+        return _as_class(self, self._stock)
+
+
+def _as_class(module: Any, cls: Any) -> Any:
+    """A shallow copy of a module under another class, with containers of its own."""
+    clone = cls.__new__(cls)
+    clone.__dict__.update(
+        {k: copy.copy(v) if isinstance(v, (dict, list, set)) else v for k, v in vars(module).items()}
+    )
+    return clone
+
+
+class _Layers(_Convertible, _torch.RNNBase):
+    """The forward of all three sequence modules."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Run the layers over a batch of sequences; arguments and results as in torch.nn.
+
+        Parameters
+        ----------
+        input : Tensor of shape (T, B, I), (B, T, I) if batch_first, (T, I), or PackedSequence
+        hx : Tensor of shape (L * D, B, H), or for LSTM a pair of such, optional
+            Initial state; without the B dimension for an unbatched input.
+
+        Returns
+        -------
+        output : Tensor or PackedSequence
+            Hidden state of the last layer at every step, both directions side by side.
+        hx : Tensor, or for LSTM a pair
+            State of every layer after each sequence's last step.
+
+        Raises
+        ------
+        ValueError, RuntimeError
+            If the arguments do not fit the module or each other; texts as in torch.nn.
+        """
+        self._update_flat_weights()
+        if isinstance(input, PackedSequence):
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+            if hx is not None:
+                hx = self.permute_hidden(hx, sorted_indices)
+            self._check(data, hx, batch_sizes)
+            output, hidden = self._run(data, hx, batch_sizes)
+            output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            return output, self.permute_hidden(hidden, unsorted_indices)
+
+        if input.dim() not in (2, 3):
+            kind = f"{input.dim()}D" if isinstance(self, LSTM) else f"{input.dim()}D tensor"
+            raise ValueError(
+                f"{self._stock.__name__}: Expected input to be 2D or 3D, got {kind} instead"
+            )
+        batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        if hx is not None:
+            self._check_state_dims(hx, batched)
+        if not batched:
+            input = input.unsqueeze(batch_dim)
+            hx = hx if hx is None else self._map(lambda part: part.unsqueeze(1), hx)
+        self._check(input, hx, None)
+        output, hidden = self._run(input, hx, None)
+        if not batched:
+            output = output.squeeze(batch_dim)
+            hidden = self._map(lambda part: part.squeeze(1), hidden)
+        return output, hidden
+
+    def _check(self, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
+        if hx is None:
+            self.check_input(input, batch_sizes)
+        else:
+            self.check_forward_args(input, hx, batch_sizes)
+
+    def _check_state_dims(self, hx: Tensor, batched: bool) -> None:
+        if batched and hx.dim() != 3:
+            raise RuntimeError(
+                f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor"
+            )
+        if not batched and hx.dim() != 2:
+            raise RuntimeError(
+                f"For unbatched 2-D input, hx should also be 2-D but got {hx.dim()}-D tensor"
+            )
+
+    def _map(self, function: Callable[[Tensor], Tensor], hx: Any) -> Any:
+        """Apply a function to every tensor of a state."""
+        return function(hx)
+
+    def _run(self, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:
+        return self._function(
+            input,
+            hx,
+            self._flat_weights,
+            batch_first=self.batch_first and batch_sizes is None,
+            bidirectional=self.bidirectional,
+            dropout=self.dropout,
+            training=self.training,
+            batch_sizes=batch_sizes,
+        )
+
+    _function: Any
+
+
+class LSTM(_Layers, torch.nn.LSTM):
+    """Long short-term memory layers, in place of ``torch.nn.LSTM``.
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+        I and H.
+    num_layers : int, default 1
+    bias : bool, default True
+        Whether there are ``bias_ih`` and ``bias_hh``.
+    batch_first : bool, default False
+        Whether input and output are (B, T, features) instead of (T, B, features).
+    dropout : float, default 0.0
+        Probability to zero an output of every layer but the last, in training.
+    bidirectional : bool, default False
+    proj_size : int, default 0
+        If positive, h is projected to this size: P = proj_size instead of H.
+    device, dtype : optional
+        Of the parameters.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For the values that torch.nn.LSTM refuses, with its texts.
+
+    Notes
+    -----
+    Attributes, parameter names, initial values and `repr` are those of torch.nn.LSTM,
+    of which this is a subclass. ``fastrnn.reference.lstm_step`` has the formula.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> lstm = fastrnn.LSTM(10, 20, num_layers=2, bidirectional=True)
+    >>> y, (h, c) = lstm(torch.randn(5, 3, 10))
+    >>> y.shape, h.shape, c.shape
+    (torch.Size([5, 3, 40]), torch.Size([4, 3, 20]), torch.Size([4, 3, 20]))
+    """
+
+    _stock = torch.nn.LSTM
+    _function = staticmethod(F.lstm)
+
+    def _map(self, function: Callable[[Tensor], Tensor], hx: Any) -> Any:
+        return function(hx[0]), function(hx[1])
+
+    def _check_state_dims(self, hx: Any, batched: bool) -> None:
+        dims = 3 if batched else 2
+        if hx[0].dim() != dims or hx[1].dim() != dims:
+            kind = "batched 3-D" if batched else "unbatched 2-D"
+            raise RuntimeError(
+                f"For {kind} input, hx and cx should also be {dims}-D "
+                f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+            )
+
+
+class GRU(_Layers, torch.nn.GRU):
+    """Gated recurrent unit layers, in place of ``torch.nn.GRU``.
+
+    Parameters
+    ----------
+    input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype
+        As for `LSTM`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For the values that torch.nn.GRU refuses, with its texts.
+
+    Notes
+    -----
+    A subclass of torch.nn.GRU; ``fastrnn.reference.gru_step`` has the formula.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> gru = fastrnn.GRU(10, 20, batch_first=True)
+    >>> y, h = gru(torch.randn(3, 5, 10))
+    >>> y.shape, h.shape
+    (torch.Size([3, 5, 20]), torch.Size([1, 3, 20]))
+    """
+
+    _stock = torch.nn.GRU
+    _function = staticmethod(F.gru)
+
+
+class RNN(_Layers, torch.nn.RNN):
+    """Elman layers, in place of ``torch.nn.RNN``.
+
+    Parameters
+    ----------
+    input_size, hidden_size, num_layers : int
+        As for `LSTM`.
+    nonlinearity : {'tanh', 'relu', 'identity'}, default 'tanh'
+        'identity', a linear network, is beyond torch.nn.RNN.
+    bias, batch_first, dropout, bidirectional, device, dtype
+        As for `LSTM`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For the values that torch.nn.RNN refuses, with its texts.
+
+    Notes
+    -----
+    A subclass of torch.nn.RNN: h_t = phi(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> rnn = fastrnn.RNN(10, 20, nonlinearity="identity")
+    >>> y, h = rnn(torch.randn(5, 3, 10))
+    >>> bool((y[-1] == h[0]).all())
+    True
+    """
+
+    _stock = torch.nn.RNN
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        args, kwargs, identity = _without_identity(args, kwargs)
+        super().__init__(*args, **kwargs)
+        if identity:
+            self.nonlinearity, self.mode = "identity", "RNN_IDENTITY"
+
+    def _function(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return F.rnn(*args, nonlinearity=self.nonlinearity, **kwargs)
+
+
+def _without_identity(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
+    """Arguments that torch's constructor takes, and whether they asked for 'identity'.
+
+    ``nonlinearity`` is the fourth argument of RNN and of RNNCell.
+    """
+    if args[3:4] == ("identity",):
+        return (*args[:3], "tanh", *args[4:]), kwargs, True
+    if kwargs.get("nonlinearity") == "identity":
+        return args, {**kwargs, "nonlinearity": "tanh"}, True
+    return args, kwargs, False
+
+
+class _Cell(_Convertible, _torch.RNNCellBase):
+    """The forward of all three cells."""
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """Run one step; arguments and results as in torch.nn.
+
+        Parameters
+        ----------
+        input : Tensor of shape (B, I) or (I,)
+        hx : Tensor of shape (B, H) or (H,), or for LSTMCell a pair of such, optional
+            State before the step, zeros if not given.
+
+        Returns
+        -------
+        Tensor, or for LSTMCell a pair
+            State after the step, shaped as `hx`.
+
+        Raises
+        ------
+        ValueError, RuntimeError
+            If the arguments do not fit the module or each other; texts as in torch.nn.
+        """
+        name = self._stock.__name__
+        if input.dim() not in (1, 2):
+            raise ValueError(
+                f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead"
+            )
+        paired = isinstance(self, LSTMCell)
+        state = None if hx is None else (hx if paired else (hx,))
+        for k, part in enumerate(state or ()):
+            if part.dim() not in (1, 2):
+                which = f"hx[{k}]" if paired else "hidden"
+                raise ValueError(
+                    f"{name}: Expected {which} to be 1D or 2D, got {part.dim()}D instead"
+                )
+        batched = input.dim() == 2
+        if not batched:
+            input = input.unsqueeze(0)
+            state = state and [part.unsqueeze(0) for part in state]
+        hx = state if state is None or paired else state[0]
+        new = self._function(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        if batched:
+            return new
+        return tuple(part.squeeze(0) for part in new) if paired else new.squeeze(0)
+
+    _function: Any
+
+
+class LSTMCell(_Cell, torch.nn.LSTMCell):
+    """One step of an LSTM, in place of ``torch.nn.LSTMCell``.
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+        I and H.
+    bias : bool, default True
+    device, dtype : optional
+        Of the parameters.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> cell = fastrnn.LSTMCell(10, 20)
+    >>> h, c = cell(torch.randn(3, 10))
+    >>> h.shape, c.shape
+    (torch.Size([3, 20]), torch.Size([3, 20]))
+    """
+
+    _stock = torch.nn.LSTMCell
+    _function = staticmethod(F.lstm_cell)
+
+
+class GRUCell(_Cell, torch.nn.GRUCell):
+    """One step of a GRU, in place of ``torch.nn.GRUCell``.
+
+    Parameters
+    ----------
+    input_size, hidden_size, bias, device, dtype
+        As for `LSTMCell`.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> cell = fastrnn.GRUCell(10, 20)
+    >>> cell(torch.randn(3, 10), torch.zeros(3, 20)).shape
+    torch.Size([3, 20])
+    """
+
+    _stock = torch.nn.GRUCell
+    _function = staticmethod(F.gru_cell)
+
+
+class RNNCell(_Cell, torch.nn.RNNCell):
+    """One step of an Elman network, in place of ``torch.nn.RNNCell``.
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+        I and H.
+    bias : bool, default True
+    nonlinearity : {'tanh', 'relu', 'identity'}, default 'tanh'
+        'identity' is beyond torch.nn.RNNCell. As there, any other value is refused at
+        the first call.
+    device, dtype : optional
+        Of the parameters.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> cell = fastrnn.RNNCell(10, 20, nonlinearity="relu")
+    >>> cell(torch.randn(10)).shape
+    torch.Size([20])
+    """
+
+    _stock = torch.nn.RNNCell
+
+    def _function(self, *args: Any) -> Tensor:
+        if self.nonlinearity not in F.NONLINEARITIES:
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return F.rnn_cell(*args, nonlinearity=self.nonlinearity)
+
+
+#: Our class for each of torch.nn's.
+REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    cls._stock: cls for cls in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
+}

@@ -1,0 +1,333 @@
+"""The operators, as torch sees them: schema, fake kernel, autograd, autocast.
+
+``fastrnn::layer`` runs one layer over a whole sequence in one or both directions,
+``fastrnn::cell`` runs one step. Both share ``fastrnn::layer_backward``: it is an
+operator too, so that compilers see an opaque call, and so that it can itself be
+differentiated. Second derivatives are those of ``reference.py``.
+
+A backend registers kernels for these three names; nothing else in the package knows
+torch's dispatcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu, reference
+from .reference import CELLS
+
+# `save`: also return what backward needs. `state` may be empty, meaning zeros, unless
+# `batch_sizes` is given. Gradients that were not asked for are empty tensors or lists.
+_SCHEMAS = {
+    "layer": "(str cell, Tensor x, Tensor[] state, Tensor[] weights, Tensor? batch_sizes,"
+    " bool bidirectional, bool save) -> (Tensor y, Tensor[] final, Tensor[] saved)",
+    "layer_backward": "(str cell, Tensor? dy, Tensor[] d_final, Tensor x, Tensor[] state,"
+    " Tensor[] weights, Tensor? batch_sizes, bool bidirectional, Tensor y, Tensor[] saved,"
+    " bool needs_x, bool needs_weights)"
+    " -> (Tensor dx, Tensor[] d_state, Tensor[] d_weights)",
+    "cell": "(str cell, Tensor x, Tensor[] state, Tensor[] weights, bool save)"
+    " -> (Tensor[] new_state, Tensor[] saved)",
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"fastrnn::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+# Kernels. cpu.py is made of torch operators only, so it serves every device that has no
+# kernels of its own.
+
+
+@torch.library.impl("fastrnn::layer", "default")
+def _layer(cell, x, state, weights, batch_sizes, bidirectional, save):
+    return cpu.layer_forward(cell, x, state, weights, batch_sizes, bidirectional, save)
+
+
+@torch.library.impl("fastrnn::layer_backward", "default")
+def _layer_backward(cell, dy, d_final, x, state, *rest):
+    dx, d_state, d_weights = cpu.layer_backward(cell, dy, d_final, x, state, *rest)
+    return x.new_empty(0) if dx is None else dx, d_state if state else [], d_weights
+
+
+@torch.library.impl("fastrnn::cell", "default")
+def _cell(cell, x, state, weights, save):
+    _, final, saved = cpu.layer_forward(cell, x[None], _steps(state), weights, None, False, save)
+    return [part.squeeze(0) for part in final], saved
+
+
+def _steps(state: Sequence[Tensor]) -> list[Tensor]:
+    """A cell's (B, H) states as those of a layer with one direction."""
+    return [part.unsqueeze(0) for part in state]
+
+
+# Fake kernels: shapes and dtypes of the results.
+
+
+def _fake_saved(cell: str, x: Tensor, rows: Any, weights: Sequence[Tensor], directions: int):
+    if not cpu.CPU_CELLS[cell].n_extra:
+        return []
+    width = weights[0].shape[0]
+    dtype = cpu.compute_dtype(x.dtype)
+    widths = (width, width // CELLS[cell].n_gates) * directions
+    return [x.new_empty(rows, width, dtype=dtype) for width in widths]
+
+
+@torch.library.register_fake("fastrnn::layer")
+def _layer_fake(cell, x, state, weights, batch_sizes, bidirectional, save):
+    directions = 2 if bidirectional else 1
+    final = [x.new_empty(part.shape) for part in state]
+    if not final:
+        final = reference.zero_state(cell, x, x.shape[1], weights, directions)
+    y = x.new_empty(*x.shape[:-1], directions * weights[1].shape[1])
+    rows = x.shape[:-1].numel()
+    return y, final, _fake_saved(cell, x, rows, weights, directions) if save else []
+
+
+@torch.library.register_fake("fastrnn::layer_backward")
+def _layer_backward_fake(cell, dy, d_final, x, state, weights, *rest):
+    needs_x, needs_weights = rest[-2:]
+    return (
+        x.new_empty(x.shape if needs_x else 0),
+        [x.new_empty(part.shape) for part in state],
+        [x.new_empty(w.shape) for w in weights] if needs_weights else [],
+    )
+
+
+@torch.library.register_fake("fastrnn::cell")
+def _cell_fake(cell, x, state, weights, save):
+    new_state = [x.new_empty(part.shape) for part in state]
+    return new_state, _fake_saved(cell, x, x.shape[0], weights, 1) if save else []
+
+
+# Autograd. A context keeps one flat list of tensors; these two group it and ungroup it.
+
+
+def _save(ctx: Any, *groups: Sequence[Tensor | None]) -> None:
+    ctx.group_sizes = [len(group) for group in groups]
+    ctx.save_for_backward(*(part for group in groups for part in group))
+    ctx.set_materialize_grads(False)
+
+
+def _load(ctx: Any) -> Iterator[list[Any]]:
+    flat = iter(ctx.saved_tensors)
+    return ([next(flat) for _ in range(size)] for size in ctx.group_sizes)
+
+
+def _or_zeros(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    return [
+        torch.zeros_like(tensor) if grad is None else grad
+        for grad, tensor in zip(grads, like, strict=True)
+    ]
+
+
+def _gradients(needs_x, needs_weights, cell, dy, d_final, x, state, weights, *rest):
+    """Call ``layer_backward``; None for what was not asked for."""
+    *layout, y, saved = rest
+    if not saved and cpu.CPU_CELLS[cell].n_extra:
+        # The forward was not told that it would be differentiated (torch.func transforms).
+        with torch.no_grad():
+            saved = torch.ops.fastrnn.layer(cell, x, state, weights, *layout, True)[2]
+    dx, d_state, d_weights = torch.ops.fastrnn.layer_backward(
+        cell, dy, d_final, x, state, weights, *layout, y, saved, needs_x, needs_weights
+    )
+    return dx if needs_x else None, d_state, d_weights or [None] * len(weights)
+
+
+def _layer_setup(ctx, inputs, output):
+    ctx.cell, x, state, weights, batch_sizes, ctx.bidirectional, _ = inputs
+    y, final, saved = output
+    _save(ctx, (x,), state, weights, (batch_sizes,), (y,), saved)
+    ctx.final = [part.new_zeros(()).expand(part.shape) for part in final]
+
+
+def _layer_autograd(ctx, dy, d_final, _d_saved):
+    (x,), state, weights, (batch_sizes,), (y,), saved = _load(ctx)
+    _, needs_x, _, needs_weights, *_ = ctx.needs_input_grad
+    dx, d_state, d_weights = _gradients(
+        needs_x,
+        any(needs_weights),
+        ctx.cell,
+        dy,
+        _or_zeros(d_final, ctx.final),
+        x,
+        state,
+        weights,
+        batch_sizes,
+        ctx.bidirectional,
+        y,
+        saved,
+    )
+    return None, dx, d_state, d_weights, None, None, None
+
+
+def _cell_setup(ctx, inputs, output):
+    ctx.cell, x, state, weights, _ = inputs
+    new_state, saved = output
+    _save(ctx, (x,), state, weights, new_state[:1], saved)
+
+
+def _cell_autograd(ctx, d_new_state, _d_saved):
+    (x,), state, weights, (h,), saved = _load(ctx)
+    _, needs_x, _, needs_weights, _ = ctx.needs_input_grad
+    dx, d_state, d_weights = _gradients(
+        needs_x,
+        any(needs_weights),
+        ctx.cell,
+        None,
+        _steps(_or_zeros(d_new_state, state)),
+        x[None],
+        _steps(state),
+        weights,
+        None,
+        False,
+        h[None],
+        saved,
+    )
+    d_state = [part.squeeze(0) for part in d_state]
+    return None, dx if dx is None else dx.squeeze(0), d_state, d_weights, None
+
+
+def _backward_setup(ctx, inputs, output):
+    ctx.cell, dy, d_final, x, state, weights, batch_sizes, ctx.bidirectional, *rest = inputs
+    ctx.n_saved = len(rest[1])
+    _save(ctx, (dy,), d_final, (x,), state, weights, (batch_sizes,))
+
+
+def _backward_autograd(ctx, g_dx, g_d_state, g_d_weights):
+    """Differentiate the gradients: run the reference twice through torch's own autograd.
+
+    The results of the forward (y, saved) are inputs here as well, but they are functions
+    of x, state and weights, through which the whole derivative is taken.
+    """
+    (dy,), d_final, (x,), state, weights, (batch_sizes,) = _load(ctx)
+    create_graph = torch.is_grad_enabled()
+
+    def alias(tensor: Tensor) -> Tensor:
+        # One leaf for each use: weights may be tied, and every use has a gradient of its own.
+        if create_graph and tensor.requires_grad:
+            return tensor.view_as(tensor)
+        return tensor.detach().requires_grad_()
+
+    with torch.enable_grad():
+        x, dy = alias(x), None if dy is None else alias(dy)
+        state, weights, d_final = ([alias(t) for t in ts] for ts in (state, weights, d_final))
+        initial = state or reference.zero_state(
+            ctx.cell, x, x.shape[1], weights, 2 if ctx.bidirectional else 1
+        )
+        y, final = reference.layer(ctx.cell, x, initial, weights, batch_sizes, ctx.bidirectional)
+        outputs, cotangents = (final, d_final) if dy is None else ([y, *final], [dy, *d_final])
+        first = torch.autograd.grad(
+            outputs, [x, *state, *weights], cotangents, create_graph=True, allow_unused=True
+        )
+        g_d_weights = g_d_weights or [None] * len(weights)
+        pairs = [
+            (grad, g)
+            for grad, g in zip(first, [g_dx, *g_d_state, *g_d_weights], strict=True)
+            if g is not None and grad is not None and grad.requires_grad
+        ]
+        wrt = [*([] if dy is None else [dy]), *d_final, x, *state, *weights]
+        grads = iter(
+            torch.autograd.grad(
+                [grad for grad, _ in pairs],
+                wrt,
+                [g for _, g in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+            if pairs
+            else [None] * len(wrt)
+        )
+    d_dy = None if dy is None else next(grads)
+    d_d_final = [next(grads) for _ in d_final]
+    d_x = next(grads)
+    d_state = [next(grads) for _ in state]
+    d_weights = list(grads)
+    # What follows are batch_sizes, bidirectional, y, saved, needs_x, needs_weights.
+    none_saved = [None] * ctx.n_saved
+    return None, d_dy, d_d_final, d_x, d_state, d_weights, None, None, None, none_saved, None, None
+
+
+torch.library.register_autograd(
+    "fastrnn::layer", _layer_autograd, setup_context=_layer_setup
+)
+torch.library.register_autograd("fastrnn::cell", _cell_autograd, setup_context=_cell_setup)
+torch.library.register_autograd(
+    "fastrnn::layer_backward", _backward_autograd, setup_context=_backward_setup
+)
+
+
+# Autocast.
+
+
+def autocast_dtypes(
+    cell: str, x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[torch.dtype, torch.dtype] | None:
+    """What an enclosing ``torch.autocast`` region asks for, as torch.nn would have it.
+
+    Returns
+    -------
+    (compute, h) : tuple of torch.dtype, or None outside of autocast
+        The dtype to compute in and of the cell state, and that of the output and h. On
+        CUDA both are the autocast dtype. On the CPU torch.nn autocasts the GEMMs only, so
+        that LSTM and GRU keep the wider dtype of their state, an Elman network does not,
+        and a projected h, being the result of a GEMM, does not either.
+    """
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    low = torch.get_autocast_dtype(device)
+    if not x.is_floating_point() or x.dtype == torch.float64:
+        return None
+    if device != "cpu" or cell.startswith("rnn"):
+        return low, low
+    compute = torch.promote_types(low, state[0].dtype if state else x.dtype)
+    return compute, low if len(weights) % 2 else compute
+
+
+def _autocast(op: Any, cell: str, x: Tensor, state: Any, weights: Any, *rest: Any) -> Any:
+    dtypes = autocast_dtypes(cell, x, state, weights)
+    with torch.autocast(x.device.type, enabled=False):
+        if dtypes is None:
+            return op(cell, x, state, weights, *rest)
+        compute, _ = dtypes
+        state, weights = ([t.to(compute) for t in tensors] for tensors in (state, weights))
+        return op(cell, x.to(compute), state, weights, *rest)
+
+
+for _name in ("layer", "cell"):
+    for _key in ("AutocastCPU", "AutocastCUDA"):
+        _op = getattr(torch.ops.fastrnn, _name).default
+        torch.library.impl(f"fastrnn::{_name}", _key)(partial(_autocast, _op))
+
+
+# The operators as Python functions.
+
+
+def layer(
+    cell: str,
+    x: Tensor,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None = None,
+    bidirectional: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
+    """``reference.layer`` through the operator; `state` may be empty for a padded batch."""
+    save = differentiated(x, *state, *weights)
+    y, final, _ = torch.ops.fastrnn.layer(cell, x, state, weights, batch_sizes, bidirectional, save)
+    return y, final
+
+
+def cell_step(
+    cell: str, x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]
+) -> list[Tensor]:
+    """``reference.cell_step`` through the operator."""
+    save = differentiated(x, *state, *weights)
+    return torch.ops.fastrnn.cell(cell, x, state, weights, save)[0]
+
+
+def differentiated(*tensors: Tensor) -> bool:
+    """Whether autograd would record an operation on these."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -1,0 +1,223 @@
+"""Swap recurrent modules inside existing models, and undo it."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.utils import parametrize
+
+from .nn import REPLACEMENTS
+
+_STOCK = {ours: stock for stock, ours in REPLACEMENTS.items()}
+_MARK = "_fastrnn_replaced"  # on the instance: survives deepcopy and pickling, as the class does
+
+Selector = str | type[torch.nn.Module]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `replace` or `restore` did.
+
+    Attributes
+    ----------
+    swapped : dict of str to str
+        Qualified name of each module whose class was changed, and from what to what.
+    kept : dict of str to str
+        Qualified name of each recurrent module that was left alone, and why.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> print(fastrnn.replace(torch.nn.Sequential(torch.nn.GRU(2, 3))))
+    swapped 1, kept 0
+      0: torch.nn.GRU -> fastrnn.GRU
+    """
+
+    swapped: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"swapped {len(self.swapped)}, kept {len(self.kept)}"]
+        lines += [f"  {name or '(root)'}: {what}" for name, what in self.swapped.items()]
+        lines += [f"  {name or '(root)'}: kept, {why}" for name, why in self.kept.items()]
+        return "\n".join(lines)
+
+
+def replace(
+    model: torch.nn.Module,
+    include: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] | None = None,
+) -> Report:
+    """Turn every torch.nn recurrent module inside a model into ours, in place.
+
+    Only the class of each module changes: parameters and buffers are the same objects,
+    so optimizers stay valid; hooks, the training flag, parametrizations and everything
+    else on the instance stay.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        May itself be a recurrent module.
+    include, exclude : str, type, or iterable of these, optional
+        Which modules: patterns of qualified names as in `fnmatch` ('encoder.*'), or
+        torch.nn classes. By default all are included and none excluded.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a module, or a selector neither a string nor a class.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> model = torch.nn.ModuleDict({"encoder": torch.nn.LSTM(4, 8), "head": torch.nn.GRU(8, 2)})
+    >>> report = fastrnn.replace(model, exclude="head")
+    >>> report.swapped
+    {'encoder': 'torch.nn.LSTM -> fastrnn.LSTM'}
+    >>> report.kept
+    {'head': 'excluded'}
+    """
+    included, excluded = _selectors("include", include), _selectors("exclude", exclude)
+    report = Report()
+    for name, module in _modules(model):
+        if isinstance(module, tuple(_STOCK)):
+            continue
+        if not isinstance(module, tuple(REPLACEMENTS)):
+            if isinstance(module, torch.jit.ScriptModule) and _scripted_recurrent(module):
+                report.kept[name] = "compiled by TorchScript"
+            continue
+        ours = REPLACEMENTS.get(_plain_class(module))
+        if included is not None and not _selected(name, module, included):
+            report.kept[name] = "not included"
+        elif excluded is not None and _selected(name, module, excluded):
+            report.kept[name] = "excluded"
+        elif ours is None:
+            report.kept[name] = f"{type(module).__name__} is a subclass that may compute otherwise"
+        elif "forward" in vars(module):
+            report.kept[name] = "its forward is overridden on the instance"
+        else:
+            _set_class(module, ours)
+            module.__dict__[_MARK] = True
+            report.swapped[name] = f"torch.nn.{ours.__name__} -> fastrnn.{ours.__name__}"
+    return report
+
+
+def restore(model: torch.nn.Module) -> Report:
+    """Undo `replace`: give every module that it swapped its torch.nn class back.
+
+    Modules that were built as ours are not touched.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, or a copy of it.
+
+    Returns
+    -------
+    Report
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> model = torch.nn.Sequential(torch.nn.GRU(2, 3))
+    >>> _ = fastrnn.replace(model)
+    >>> print(fastrnn.restore(model))
+    swapped 1, kept 0
+      0: fastrnn.GRU -> torch.nn.GRU
+    """
+    report = Report()
+    for name, module in _modules(model):
+        if vars(module).get(_MARK):
+            stock = _STOCK[_plain_class(module)]
+            _set_class(module, stock)
+            del module.__dict__[_MARK]
+            report.swapped[name] = f"fastrnn.{stock.__name__} -> torch.nn.{stock.__name__}"
+        elif isinstance(module, tuple(_STOCK)):
+            report.kept[name] = "built as ours"
+    return report
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """Bind torch.nn's six recurrent names to our classes inside a ``with`` block.
+
+    For code that builds its own ``nn.LSTM``: the names change in ``torch.nn``,
+    ``torch.nn.modules`` and ``torch.nn.modules.rnn``, for all threads, and change back at
+    the end. Names that other modules imported earlier (``from torch.nn import LSTM``) keep
+    their meaning, and inside the block ``isinstance(m, nn.LSTM)`` is false for a stock
+    module built before.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> with fastrnn.patched():
+    ...     model = torch.nn.Sequential(torch.nn.LSTM(2, 3))
+    >>> type(model[0]) is fastrnn.LSTM, torch.nn.LSTM is fastrnn.LSTM
+    (True, False)
+    """
+    places = (torch.nn, torch.nn.modules, torch.nn.modules.rnn)
+    names = [ours.__name__ for ours in _STOCK]
+    before = [(place, name, getattr(place, name)) for place in places for name in names]
+    try:
+        for place in places:
+            for ours in _STOCK:
+                setattr(place, ours.__name__, ours)
+        yield
+    finally:
+        for place, name, value in before:
+            setattr(place, name, value)
+
+
+def _modules(model: Any) -> list[tuple[str, torch.nn.Module]]:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return list(model.named_modules())
+
+
+def _selectors(
+    argument: str, value: Selector | Iterable[Selector] | None
+) -> tuple[Selector, ...] | None:
+    if value is None:
+        return None
+    values = (value,) if isinstance(value, (str, type)) else tuple(value)
+    for selector in values:
+        if not isinstance(selector, (str, type)):
+            raise TypeError(
+                f"{argument} takes name patterns and classes, got {type(selector).__name__}"
+            )
+    return values
+
+
+def _selected(name: str, module: torch.nn.Module, selectors: tuple[Selector, ...]) -> bool:
+    return any(
+        fnmatch.fnmatchcase(name, s) if isinstance(s, str) else isinstance(module, s)
+        for s in selectors
+    )
+
+
+def _scripted_recurrent(module: torch.jit.ScriptModule) -> bool:
+    return module.original_name in {stock.__name__ for stock in REPLACEMENTS}
+
+
+def _plain_class(module: torch.nn.Module) -> type:
+    """The class of a module, seen through the one that parametrizations put before it."""
+    cls = type(module)
+    return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
+
+
+def _set_class(module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
+    if parametrize.is_parametrized(module):
+        # torch gives a parametrized module a class of its own, holding its properties.
+        own = type(module)
+        body = {k: v for k, v in vars(own).items() if k not in ("__dict__", "__weakref__")}
+        cls = type(own.__name__, (cls,), body)
+    module.__class__ = cls

@@ -1,0 +1,148 @@
+"""Which path runs a call, and why.
+
+``plan`` looks at a problem and returns a `Plan`; nothing is compiled or allocated.
+``fastrnn plan`` prints it. The paths:
+
+``torch``
+    torch's own kernels: oneDNN and ATen on a CPU, cuDNN on an NVIDIA GPU.
+``loop``
+    ``fastrnn::layer`` with the hand-written forward and backward of ``cpu.py``.
+``reference``
+    the differentiable loop of ``reference.py``; never chosen, only asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+PATHS = ("torch", "loop", "reference")
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of a recurrent layer, as far as the choice of a path depends on it.
+
+    Attributes
+    ----------
+    cell : str
+        Key of ``fastrnn.reference.CELLS``.
+    steps, batch, input_size, hidden_size : int
+        T, B, I and H; `steps` is 1 and `is_step` true for a cell module.
+    dtype : torch.dtype
+    device : str
+        Device type, as in ``torch.device.type``.
+    training : bool
+        Whether gradients will be asked for.
+    packed, projected, is_step : bool
+    """
+
+    cell: str
+    steps: int
+    batch: int
+    input_size: int
+    hidden_size: int
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    training: bool = False
+    packed: bool = False
+    projected: bool = False
+    is_step: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The chosen path and the reason in one sentence."""
+
+    path: str
+    reason: str
+
+
+class _Forced(threading.local):
+    path: str | None = None
+
+
+_forced = _Forced()
+
+
+@contextlib.contextmanager
+def use_path(path: str | None) -> Iterator[None]:
+    """Run every layer and cell called inside, in this thread, on one path.
+
+    Parameters
+    ----------
+    path : {'torch', 'loop', 'reference'} or None
+        None restores the planner's own choice.
+
+    Raises
+    ------
+    ValueError
+        If `path` is none of these.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> from fastrnn.planner import use_path
+    >>> gru, x = fastrnn.GRU(8, 16), torch.randn(5, 2, 8)
+    >>> with use_path("loop"):
+    ...     ours, _ = gru(x)
+    >>> with use_path("torch"):
+    ...     stock, _ = gru(x)
+    >>> bool(torch.allclose(ours, stock, atol=1e-6))
+    True
+    """
+    if path is not None:
+        check_path(path)
+    before, _forced.path = _forced.path, path
+    try:
+        yield
+    finally:
+        _forced.path = before
+
+
+def check_path(path: str) -> None:
+    """Raise ValueError unless `path` names a path."""
+    if path not in PATHS:
+        raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
+
+
+def plan(problem: Problem) -> Plan:
+    """Choose the path for a problem.
+
+    Parameters
+    ----------
+    problem : Problem
+
+    Returns
+    -------
+    Plan
+
+    Examples
+    --------
+    >>> from fastrnn.planner import Problem, plan
+    >>> plan(Problem("lstm", steps=128, batch=8, input_size=256, hidden_size=256)).path
+    'torch'
+    """
+    if _forced.path is not None:
+        return Plan(_forced.path, "asked for by fastrnn.planner.use_path")
+    if problem.cell == "rnn_identity":
+        return Plan("loop", "torch has no kernel for the identity activation")
+    if problem.dtype not in _FLOATS:
+        return Plan("torch", f"only torch computes in {problem.dtype}")
+    if problem.device != "cpu":
+        return Plan("torch", f"no kernel of ours for device type {problem.device!r} yet")
+    if problem.is_step:
+        return Plan("torch", "one step is one fused ATen call; our loop would add dispatch")
+    if not problem.training:
+        return Plan("torch", "in inference torch's kernels were faster or equal at every size")
+    return _training_on_cpu(problem)
+
+
+def _training_on_cpu(problem: Problem) -> Plan:
+    return Plan("loop", "TODO")
