@@ -48,4 +48,4 @@ def allow_compile() -> None:
             return stock(self, value)
 
     wrap_module._fastrnn = True  # type: ignore[attr-defined]
-    VariableBuilder.wrap_module = wrap_module
+    VariableBuilder.wrap_module = wrap_module  # type: ignore[method-assign]

@@ -108,8 +108,15 @@ def _gru_backward(d_rh, d_wx_n, carry, dh, dc, w_hh):
     return torch.addcmul(d_rh @ w_hh, dh, carry)
 
 
-def _rnn_cell(phi_: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> CpuCell:
-    """An Elman cell from the activation (in place) and its slope as a function of y."""
+def _rnn_cell(
+    phi_: Callable[[Tensor], Tensor],
+    slope: Callable[[Tensor], Tensor],
+    times_: Callable[[Tensor, Tensor], Tensor] = Tensor.mul_,
+) -> CpuCell:
+    """An Elman cell from the activation (in place) and its slope as a function of y.
+
+    `times_` multiplies the slope by dh in place.
+    """
 
     def forward(gates, extra, h, c, w_hh_t, b_hh):
         return phi_(gates.addmm_(h, w_hh_t))
@@ -119,7 +126,7 @@ def _rnn_cell(phi_: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor
         return d_rh, d_rh[:, :0], d_rh[:, :0]
 
     def backward(d_rh, d_wx_n, carry, dh, dc, w_hh):
-        return d_rh.mul_(dh) @ w_hh
+        return times_(d_rh, dh) @ w_hh
 
     return CpuCell(0, 1, forward, factors, backward)
 
@@ -129,7 +136,7 @@ CPU_CELLS = {
     "gru": CpuCell(1, 2, _gru_forward, _gru_factors, _gru_backward),
     "rnn_tanh": _rnn_cell(torch.tanh_, lambda y: 1 - y * y),
     "rnn_relu": _rnn_cell(torch.relu_, lambda y: (y > 0).to(y.dtype)),
-    "rnn_identity": _rnn_cell(lambda pre: pre, torch.ones_like),
+    "rnn_identity": _rnn_cell(lambda pre: pre, torch.empty_like, Tensor.copy_),
 }
 
 
@@ -209,9 +216,7 @@ def layer_forward(
     """
     rows = Rows.of(x, batch_sizes)
     ops = CPU_CELLS[cell]
-    by_direction, initial, hidden = _directions(
-        cell, x, rows.batch, state, weights, bidirectional
-    )
+    by_direction, initial, hidden = _directions(cell, x, rows.batch, state, weights, bidirectional)
     final = [part.clone(memory_format=torch.contiguous_format) for part in initial]
     flat = x.flatten(0, -2).to(final[0].dtype)
     size_h = final[0].shape[-1]
@@ -277,9 +282,7 @@ def layer_backward(
     """
     rows = Rows.of(x, batch_sizes)
     ops = CPU_CELLS[cell]
-    by_direction, initial, hidden = _directions(
-        cell, x, rows.batch, state, weights, bidirectional
-    )
+    by_direction, initial, hidden = _directions(cell, x, rows.batch, state, weights, bidirectional)
     dtype = initial[0].dtype
     d_state = [part.to(dtype, copy=True).contiguous() for part in d_final]
     flat = x.flatten(0, -2).to(dtype)
@@ -294,14 +297,22 @@ def layer_backward(
         h_prev = rows.previous(y[:, of_d], initial[0][d], reverse)
         c_prev = rows.previous(extra, initial[1][d], reverse) if len(initial) == 2 else h_prev
         d_rh, d_wx_n, carry = ops.factors(gates, extra, h_prev, c_prev, y[:, of_d])
-        dh_all = y.new_zeros(y.shape[0], size_h) if dy is None else dy[:, of_d].clone()
+        # The gradient of the projected h of every row, for the gradient of the projection.
+        d_projected = y.new_empty(y.shape[0], 0 if w.w_hr is None else size_h)
+        dy_d = y[:, :0] if dy is None else dy[:, of_d]
         dh, dc = d_state[0][d], d_state[-1][d]
-        buffers = (part.split(rows.sizes) for part in (d_rh, d_wx_n, carry, dh_all))
+        buffers = (part.split(rows.sizes) for part in (d_rh, d_wx_n, carry, dy_d, d_projected))
         steps = list(zip(*buffers, rows.sizes, strict=True))
-        for d_rh_t, d_wx_n_t, carry_t, dh_t, n in steps if reverse else reversed(steps):
-            dh_t.add_(dh[:n])
-            d_hidden = dh_t if w.w_hr is None else dh_t @ w.w_hr
-            dh[:n] = ops.backward(d_rh_t, d_wx_n_t, carry_t, d_hidden, dc[:n], w.w_hh)
+        for d_rh_t, d_wx_n_t, carry_t, dy_t, d_projected_t, n in (
+            steps if reverse else reversed(steps)
+        ):
+            dh_t = dh[:n]
+            if dy is not None:
+                dh_t.add_(dy_t)
+            d_hidden = dh_t
+            if w.w_hr is not None:
+                d_hidden = d_projected_t.copy_(dh_t) @ w.w_hr
+            dh_t.copy_(ops.backward(d_rh_t, d_wx_n_t, carry_t, d_hidden, dc[:n], w.w_hh))
         if needs_weights:
             d_w_hh, d_b_hh = d_rh.t() @ h_prev, d_rh.sum(0)
         d_wx = d_rh
@@ -315,7 +326,7 @@ def layer_backward(
                 d_weights += [d_wx.sum(0), d_b_hh]
             if w.w_hr is not None:
                 h_full = gates[:, 3 * hidden :] * extra.tanh()
-                d_weights.append(dh_all.t() @ h_full)
+                d_weights.append(d_projected.t() @ h_full)
     return (
         None if dx is None else dx.to(x.dtype).unflatten(0, x.shape[:-1]),
         [part.to(x.dtype) for part in d_state],

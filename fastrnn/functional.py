@@ -7,21 +7,22 @@ torch's where torch has one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, _VF
+from torch import _VF, Tensor
 
 from . import ops, planner, reference
 from .reference import CELLS
 
-_LAYERS = {
+_LAYERS: dict[str, Callable[..., Any]] = {
     "lstm": _VF.lstm,
     "gru": _VF.gru,
     "rnn_tanh": _VF.rnn_tanh,
     "rnn_relu": _VF.rnn_relu,
 }
-_CELL_STEPS = {
+_CELL_STEPS: dict[str, Callable[..., Any]] = {
     "lstm": _VF.lstm_cell,
     "gru": _VF.gru_cell,
     "rnn_tanh": _VF.rnn_tanh_cell,
@@ -398,10 +399,11 @@ def _sequence(
         packed=batch_sizes is not None,
         projected=size_h != hidden,
     )
-    if state is None and (path == "torch" or batch_sizes is not None):
-        state = [input.new_zeros(shape) for shape in shapes]
+    initial = state or []
+    if not initial and (path == "torch" or batch_sizes is not None):
+        initial = [input.new_zeros(shape) for shape in shapes]
     if path == "torch":
-        hx = state if cell == "lstm" else state[0]
+        hx = initial if cell == "lstm" else initial[0]
         options = (per_direction > 3, num_layers, dropout, training, bidirectional)
         if batch_sizes is None:
             output, *final = _LAYERS[cell](input, hx, weights, *options, batch_first)
@@ -411,7 +413,7 @@ def _sequence(
     output, final = reference.stack(
         cell,
         input.transpose(0, 1) if batch_first else input,
-        state or [],
+        initial,
         weights,
         num_layers,
         batch_sizes=batch_sizes,

@@ -73,7 +73,10 @@ def _as_class(module: Any, cls: Any) -> Any:
     """A shallow copy of a module under another class, with containers of its own."""
     clone = cls.__new__(cls)
     clone.__dict__.update(
-        {k: copy.copy(v) if isinstance(v, (dict, list, set)) else v for k, v in vars(module).items()}
+        {
+            k: copy.copy(v) if isinstance(v, (dict, list, set)) else v
+            for k, v in vars(module).items()
+        }
     )
     return clone
 
@@ -109,8 +112,8 @@ class _Layers(_Convertible, _torch.RNNBase):
                 hx = self.permute_hidden(hx, sorted_indices)
             self._check(data, hx, batch_sizes)
             output, hidden = self._run(data, hx, batch_sizes)
-            output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-            return output, self.permute_hidden(hidden, unsorted_indices)
+            packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            return packed, self.permute_hidden(hidden, unsorted_indices)
 
         if input.dim() not in (2, 3):
             kind = f"{input.dim()}D" if isinstance(self, LSTM) else f"{input.dim()}D tensor"
@@ -331,9 +334,7 @@ class _Cell(_Convertible, _torch.RNNCellBase):
         """
         name = self._stock.__name__
         if input.dim() not in (1, 2):
-            raise ValueError(
-                f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead"
-            )
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         paired = isinstance(self, LSTMCell)
         state = None if hx is None else (hx if paired else (hx,))
         for k, part in enumerate(state or ()):

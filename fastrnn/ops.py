@@ -250,9 +250,7 @@ def _backward_autograd(ctx, g_dx, g_d_state, g_d_weights):
     return None, d_dy, d_d_final, d_x, d_state, d_weights, None, None, None, none_saved, None, None
 
 
-torch.library.register_autograd(
-    "fastrnn::layer", _layer_autograd, setup_context=_layer_setup
-)
+torch.library.register_autograd("fastrnn::layer", _layer_autograd, setup_context=_layer_setup)
 torch.library.register_autograd("fastrnn::cell", _cell_autograd, setup_context=_cell_setup)
 torch.library.register_autograd(
     "fastrnn::layer_backward", _backward_autograd, setup_context=_backward_setup

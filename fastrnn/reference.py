@@ -95,7 +95,7 @@ CELLS = {
 }
 
 
-def cell_step(cell: str, x: Tensor, state: State, weights: Sequence[Tensor]) -> State:
+def cell_step(cell: str, x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> State:
     """One step of a cell from its input: the two affine maps, then the pointwise part.
 
     Parameters
@@ -103,7 +103,7 @@ def cell_step(cell: str, x: Tensor, state: State, weights: Sequence[Tensor]) -> 
     cell : str
         Key of ``CELLS``.
     x : Tensor of shape (B, I)
-    state : tuple of Tensor of shape (B, P) and, for LSTM, (B, H)
+    state : sequence of Tensor of shape (B, P) and, for LSTM, (B, H)
     weights : sequence of Tensor
         One direction, in the order of ``torch.nn.RNNBase``.
 
@@ -115,7 +115,7 @@ def cell_step(cell: str, x: Tensor, state: State, weights: Sequence[Tensor]) -> 
     w = Weights.unpack(weights)
     wx = torch.nn.functional.linear(x, w.w_ih, w.b_ih)
     rh = torch.nn.functional.linear(state[0], w.w_hh, w.b_hh)
-    h, *rest = CELLS[cell].step(wx, rh, state)
+    h, *rest = CELLS[cell].step(wx, rh, tuple(state))
     return (h if w.w_hr is None else h @ w.w_hr.t(), *rest)
 
 

@@ -1,0 +1,35 @@
+# Two commands on a fresh machine: `make bench` and `make test`. They need python >= 3.10 and a
+# package index; everything else goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: bench test lint verify clean
+
+bench: $(VENV)/bench.stamp
+	$(BIN)/python -m fastrnn bench --quick
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+verify: $(VENV)/verify.stamp
+	$(BIN)/python -m fastrnn verify --cases 500
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python >= 3.10 is needed")'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each extra: reinstalled when the requirements change.
+$(VENV)/%.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[$*]'
+	touch $@

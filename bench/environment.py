@@ -1,0 +1,111 @@
+"""Where a benchmark was run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from .._version import __version__
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and how a benchmark was run.
+
+    Attributes
+    ----------
+    fastrnn, torch, triton, python : str
+        Versions; 'none' if there is no triton.
+    device : str
+        Name of the GPU or the CPU.
+    device_type : {'cpu', 'cuda'}
+    threads : int
+        Of torch on the CPU.
+    date : str
+        UTC, ISO 8601.
+    commit : str
+        Short hash of fastrnn's checkout, or 'unknown'.
+    dirty : bool
+        Whether the checkout had changes that are not committed.
+    command : str
+        What repeats the benchmark.
+    """
+
+    fastrnn: str
+    torch: str
+    triton: str
+    python: str
+    device: str
+    device_type: str
+    threads: int
+    date: str
+    commit: str
+    dirty: bool
+    command: str
+
+
+def environment(device: torch.device, command: str) -> Environment:
+    """Describe this process.
+
+    Parameters
+    ----------
+    device : torch.device
+    command : str
+
+    Returns
+    -------
+    Environment
+    """
+    commit, dirty = _commit()
+    return Environment(
+        fastrnn=__version__,
+        torch=torch.__version__,
+        triton=_version("triton"),
+        python=platform.python_version(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        device_type=device.type,
+        threads=torch.get_num_threads(),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        commit=commit,
+        dirty=dirty,
+        command=command,
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _commit() -> tuple[str, bool]:
+    def git(*args: str) -> str:
+        done = subprocess.run(
+            ["git", *args], cwd=here.parent, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    here = Path(__file__).resolve()
+    try:
+        # Fails where fastrnn is installed below some other project's checkout.
+        git("ls-files", "--error-unmatch", here.name)
+        described = git("describe", "--always", "--dirty", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", False
+    return described.removesuffix("-dirty"), described.endswith("-dirty")

@@ -1,0 +1,74 @@
+"""What the examples share: a clock, and the check that two runs had the same loss curve."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Run:
+    """What one training run leaves behind.
+
+    Attributes
+    ----------
+    losses : list of float
+        Training loss of every optimizer step.
+    validation : list of float
+        Validation figure after every epoch.
+    seconds : float
+        Time spent in training, validation not counted.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def now(device: str) -> float:
+    """Seconds on a clock, read once the device has finished what it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def same_curve(
+    ours: Run,
+    stock: Run,
+    *,
+    first: int = 50,
+    tight: float = 1e-4,
+    loose: float = 1e-2,
+    floor: float = 0.0,
+) -> bool:
+    """Compare the losses of two runs from one seed, print the outcome, return whether they agree.
+
+    Two correct implementations round differently (another order of the sums), and training
+    amplifies such differences step by step, so no one tolerance fits a whole curve. Each of
+    the `first` losses, where a wrong gradient shows and rounding has had no time to grow, must
+    agree to `tight`; the mean over each tenth of the run must agree to `loose`. Both are
+    relative to the stock loss, or to `floor` where that is smaller: a loss so small that it
+    is itself made of rounding errors is not worth comparing closer.
+    """
+    a, b = torch.tensor(ours.losses).double(), torch.tensor(stock.losses).double()
+    early = _relative(a[:first], b[:first], floor)
+    tenths = [
+        torch.stack([part.mean() for part in x.tensor_split(min(10, len(x)))]) for x in (a, b)
+    ]
+    late = _relative(*tenths, floor)
+    agree = early <= tight and late <= loose  # false for a loss that is not a number, too
+    print(
+        f"time in training: fastrnn {ours.seconds:.1f} s, torch {stock.seconds:.1f} s "
+        f"(torch / fastrnn = {stock.seconds / ours.seconds:.2f})\n"
+        f"largest difference of any loss: {(a - b).abs().max().item():.1e}\n"
+        f"  first {min(first, len(a))} steps, relative: {early:.1e} (at most {tight:.0e})\n"
+        f"  mean of each tenth, relative: {late:.1e} (at most {loose:.0e})\n"
+        f"loss curves {'agree' if agree else 'DIFFER'}"
+    )
+    return agree
+
+
+def _relative(a: torch.Tensor, b: torch.Tensor, floor: float) -> float:
+    return ((a - b).abs() / b.clamp(min=floor)).max().item()

@@ -1,0 +1,225 @@
+"""The command line: ``fastrnn bench``, ``fastrnn verify``, ``fastrnn plan``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from . import __version__
+
+_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+_ALIASES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad argument in one line, with exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def dtype(name: str) -> torch.dtype:
+    """Parse a dtype argument: torch's name, or fp16, bf16, fp32, fp64."""
+    name = _ALIASES.get(name, name)
+    if name not in _DTYPES:
+        raise argparse.ArgumentTypeError(
+            f"unknown dtype {name!r}; choose from {', '.join((*_DTYPES, *_ALIASES))}"
+        )
+    return _DTYPES[name]
+
+
+def device(name: str) -> str:
+    """Parse a device argument, refusing one that is not there."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"cannot use device {name!r}: {reason}") from None
+    return name
+
+
+def positive(text: str) -> int:
+    """Parse a positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return int(text)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    from .reference import CELLS
+
+    parser.add_argument("--cell", required=True, choices=CELLS)
+    parser.add_argument("--T", type=positive, default=128, help="time steps (default 128)")
+    parser.add_argument("--B", type=positive, default=1, help="batch (default 1)")
+    parser.add_argument("--H", type=positive, required=True, help="hidden size")
+    parser.add_argument("--I", type=positive, help="input size (default H)")
+    parser.add_argument("--dtype", type=dtype, default=torch.float32, help="default float32")
+    parser.add_argument("--device", default="cpu", help="device type; need not be there")
+    parser.add_argument("--training", action="store_true", help="with gradients")
+    parser.add_argument("--packed", action="store_true", help="a PackedSequence")
+    parser.add_argument("--projected", action="store_true", help="an LSTM with proj_size")
+    parser.add_argument("--step", action="store_true", help="a cell module: one step")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from .planner import Problem, plan
+
+    if args.projected and args.cell != "lstm":
+        raise ValueError(f"--projected is for lstm, not {args.cell}")
+    try:
+        device_type = torch.device(args.device).type
+    except RuntimeError:
+        raise ValueError(f"unknown device {args.device!r}") from None
+    chosen = plan(
+        Problem(
+            args.cell,
+            steps=1 if args.step else args.T,
+            batch=args.B,
+            input_size=args.I or args.H,
+            hidden_size=args.H,
+            dtype=args.dtype,
+            device=device_type,
+            training=args.training,
+            packed=args.packed,
+            projected=args.projected,
+            is_step=args.step,
+        )
+    )
+    print(f"{chosen.path}: {chosen.reason}")
+    return 0
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    from .testing import MODULES
+
+    parser.add_argument(
+        "--cells", nargs="+", choices=MODULES, default=list(MODULES), metavar="CELL",
+        help=f"any of {', '.join(MODULES)} (default all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", nargs="+", type=dtype, default=[torch.float32, torch.float64],
+        help="default float32 float64",
+    )  # fmt: skip
+    parser.add_argument("--device", type=device, default="cpu", help="default cpu")
+    parser.add_argument("--cases", type=positive, default=100, help="for each dtype (default 100)")
+    parser.add_argument("--seed", type=_natural, default=0)
+    parser.add_argument("--only", type=_natural, metavar="K", help="just case K of each cell")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    from rich.table import Table
+
+    from .testing import LIMIT, WORST, verify
+
+    errors, out = Console(stderr=True), Console()
+    out.width = max(out.width, 110)  # the table's; a pipe would get 80
+    total = (len(args.cells) if args.only is not None else args.cases) * len(args.dtype)
+    columns = ("verify", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=True) as progress:
+        task = progress.add_task("verify", total=total)
+        summaries, failures = verify(
+            args.cells,
+            args.dtype,
+            cases=args.cases,
+            seed=args.seed,
+            device=args.device,
+            only=args.only,
+            progress=lambda: progress.advance(task),
+        )
+    table = Table(
+        title=f"errors against float64 on {args.device}",
+        caption=f"passes: rms ratio <= {LIMIT:g} and worst <= {WORST:g} units of unavoidable error",
+    )
+    for heading in ("cell", "dtype", "path"):
+        table.add_column(heading)
+    for heading in ("cases", "tensors", "rms ours / torch.nn", "worst units"):
+        table.add_column(heading, justify="right")
+    for heading in ("worst tensor", ""):
+        table.add_column(heading)
+    for row in summaries:
+        worst = row.worst
+        table.add_row(
+            row.cell,
+            str(row.dtype).removeprefix("torch."),
+            row.path,
+            str(row.cases),
+            str(row.tensors),
+            f"{row.ratio:.2f}",
+            f"{worst.units:.2f}" if worst else "-",
+            worst.tensor if worst else "-",
+            "[green]ok[/]" if row.passed else "[bold red]FAIL[/]",
+        )
+    out.print(table)
+    for failure in failures:
+        out.print(f"FAIL {failure.case}\n  {failure.what}\n  {failure.command}", markup=False)
+    failed = bool(failures) or not all(row.passed for row in summaries)
+    count = sum(row.cases for row in summaries if row.path == "loop")
+    print(f"{count} cases, {len(failures)} failed: {'FAIL' if failed else 'ok'}")
+    return int(failed)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from .bench.cli import add_arguments
+
+    add_arguments(parser)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench.cli import run
+
+    return run(args)
+
+
+_COMMANDS: dict[str, tuple[str, Any, Any]] = {
+    "bench": ("time our modules beside torch.nn's", _add_bench, _bench),
+    "verify": ("check our modules against float64 and torch.nn", _add_verify, _verify),
+    "plan": ("show which path would run, and why", _add_plan, _plan),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments without the program's name; by default those of the process.
+
+    Returns
+    -------
+    int
+        Exit status: 0, or 1 if something is wrong. Bad arguments exit with status 2.
+    """
+    parser = _Parser(prog="fastrnn", description="Recurrent layers for PyTorch.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{bench,verify,plan}")
+    for name, (summary, add_arguments, _) in _COMMANDS.items():
+        add_arguments(commands.add_parser(name, help=summary, description=summary))
+    args = parser.parse_args(argv)
+    try:
+        return int(_COMMANDS[args.command][2](args))
+    except ValueError as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"{error}; install fastrnn[{args.command}]")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Uses of autograd beyond one backward pass in training, for layers and cells alike."""
+
+from typing import Any
+
+import pytest
+import torch
+from compare import FORMS, KINDS, LAYERS, Call, assert_same, check, on_paths, pair
+from torch.func import functional_call, grad
+from torch.utils._pytree import tree_leaves
+
+from fastrnn.planner import use_path
+
+F64 = {"dtype": torch.float64}
+
+
+def pair64(kind: str, *sizes: int, **options: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
+    if kind in LAYERS:
+        options = {"num_layers": 2, "bidirectional": True, **options}
+    return pair(kind, *sizes, dtype=torch.float64, **options)
+
+
+@on_paths(KINDS)
+def test_eval_mode(kind: str, path: str | None) -> None:
+    dropout = {"dropout": 0.5} if kind in LAYERS else {}
+    ours, stock = pair64(kind, **dropout)
+    check(ours.eval(), stock.eval(), Call(ours, **F64), [path])
+
+
+@on_paths(KINDS)
+def test_retain_graph(kind: str, path: str | None) -> None:
+    ours, _ = pair(kind)
+    with use_path(path):
+        results, leaves = Call(ours).forward(ours)
+        loss = sum(t.square().sum() for t in results.values())
+        wanted = [*leaves, *ours.parameters()]
+        once, again = (torch.autograd.grad(loss, wanted, retain_graph=True) for _ in range(2))
+    assert all(a.equal(b) for a, b in zip(once, again, strict=True))
+
+
+@on_paths(KINDS)
+def test_accumulation(kind: str, path: str | None) -> None:
+    """Two backward passes into .grad, of two calls with the same weights."""
+    ours, stock = pair64(kind)
+    grads = []
+    for module, chosen in ((ours, path), (stock, None)):
+        with use_path(chosen):
+            for seed in (1, 2):
+                results, _ = Call(module, seed=seed, **F64).forward(module)
+                sum(t.square().sum() for t in results.values()).backward()
+        grads.append({name: p.grad for name, p in module.named_parameters()})
+    assert_same(*grads)
+
+
+@on_paths(KINDS)
+def test_second_derivatives(kind: str, path: str | None) -> None:
+    for form in FORMS if kind in LAYERS else FORMS[:2]:
+        for hx in (True, False):
+            ours, stock = pair64(kind)
+            check(ours, stock, Call(ours, form, hx=hx, **F64), [path], (form, hx), second=True)
+
+
+@on_paths(KINDS)
+@pytest.mark.parametrize("order", [1, 2])
+def test_numerical_derivatives(kind: str, path: str | None, order: int) -> None:
+    hidden_size = 3 if kind == "lstm_proj" else 2
+    ours, _ = pair(kind, 2, hidden_size, **F64)
+    call = Call(ours, steps=2, batch=1, **F64)
+    names, weights = zip(*ours.named_parameters(), strict=True)
+    leaves = [call.x, *call.hx, *weights]
+
+    def function(x: torch.Tensor, *rest: torch.Tensor) -> list[torch.Tensor]:
+        hx, params = rest[: len(call.hx)], rest[len(call.hx) :]
+        args = (x, hx if len(hx) > 1 else hx[0])
+        result = functional_call(ours, dict(zip(names, params, strict=True)), args)
+        return tree_leaves(result)
+
+    inputs = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    check_of_order = {1: torch.autograd.gradcheck, 2: torch.autograd.gradgradcheck}[order]
+    with use_path(path):
+        assert check_of_order(function, inputs)
+
+
+@on_paths(LAYERS)
+def test_tied_directions(kind: str, path: str | None) -> None:
+    """One Parameter under two names has the sum of both gradients, of both orders."""
+    ours, stock = pair64(kind, num_layers=1)
+    for module in (ours, stock):
+        for name in [name for name in module._flat_weights_names if "reverse" in name]:
+            setattr(module, name, getattr(module, name.removesuffix("_reverse")))
+        names = [name for name, _ in module.named_parameters()]
+        assert not any("reverse" in name for name in names)
+    check(ours, stock, Call(ours, **F64), [path], second=True)
+
+
+@on_paths(KINDS)
+def test_frozen_subsets(kind: str, path: str | None) -> None:
+    for frozen in ("bias_hh", "weight", "weight_ih", ""):
+        ours, stock = pair64(kind)
+        for module in (ours, stock):
+            for name, p in module.named_parameters():
+                p.requires_grad_(not name.startswith(frozen))
+        check(ours, stock, Call(ours, **F64), [path], f"frozen {frozen}")
+        with use_path(path):
+            results, leaves = Call(ours, **F64).forward(ours)
+        torch.autograd.backward(sum(t.sum() for t in results.values()))
+        assert leaves[0].grad is not None
+        for name, p in ours.named_parameters():
+            assert (p.grad is None) == name.startswith(frozen)
+
+
+@on_paths(KINDS)
+def test_detached_inputs(kind: str, path: str | None) -> None:
+    """Only the parameters want gradients."""
+    ours, stock = pair64(kind)
+    grads = []
+    for module, chosen in ((ours, path), (stock, None)):
+        call = Call(module, layout=torch.Tensor.detach, **F64)
+        with use_path(chosen):
+            grads.append(call.run(module))
+    assert_same(*grads)
+    assert not grads[0]["d_input"].any()
+
+
+@on_paths(KINDS)
+def test_partial_loss(kind: str, path: str | None) -> None:
+    """Some results are not used, in the loss and so in the second derivatives too."""
+    for used in ("output",), ("h_n",), ("c_n",), ("output", "c_n"):
+        ours, stock = pair64(kind)
+        call = Call(ours, **F64)
+        if all(name in call.forward(ours)[0] for name in used):
+            check(ours, stock, call, [path], used, used=used, second=True)
+
+
+@on_paths(KINDS)
+def test_expanded_cotangents(kind: str, path: str | None) -> None:
+    """The gradient of a sum has stride 0, and is not to be written to."""
+    ours, stock = pair64(kind)
+    grads = []
+    for module, chosen in ((ours, path), (stock, None)):
+        with use_path(chosen):
+            results, leaves = Call(module, **F64).forward(module)
+            loss = sum(t.sum() for t in results.values())
+            wanted = [*leaves, *module.parameters()]
+            pairs = zip(map(str, range(99)), torch.autograd.grad(loss, wanted), strict=False)
+            grads.append(dict(pairs))
+    assert_same(*grads)
+
+
+@on_paths(KINDS)
+def test_functional_grad(kind: str, path: str | None) -> None:
+    """torch.func.grad finds what autograd finds."""
+    ours, _ = pair64(kind)
+    call = Call(ours, steps=40, **F64)
+    params = {name: p.detach() for name, p in ours.named_parameters()}
+    hx = tuple(call.hx) if len(call.hx) > 1 else call.hx[0]
+
+    def loss(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        results = functional_call(ours, params, (x, hx))
+        return sum(t.square().sum() for t in tree_leaves(results))
+
+    with use_path(path):
+        by_func, dx = grad(loss, argnums=(0, 1))(params, call.x)
+        leaf = call.x.clone().requires_grad_()
+        expected = torch.autograd.grad(
+            loss(dict(ours.named_parameters()), leaf), [leaf, *ours.parameters()]
+        )
+    names = ["x", *params]
+    assert_same({"x": dx, **by_func}, dict(zip(names, expected, strict=True)))

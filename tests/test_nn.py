@@ -1,0 +1,558 @@
+"""The sequence modules against torch.nn's: interface, errors, results and gradients."""
+
+import itertools
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from compare import (
+    CELL_CLASSES,
+    CLASSES,
+    FORMS,
+    KINDS,
+    LAYERS,
+    PATHS,
+    Call,
+    assert_same,
+    check,
+    on_paths,
+    oracle_of,
+    outcome,
+    pair,
+    paths_of,
+    stock_class,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastrnn
+from fastrnn.planner import use_path
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def both(cls: type) -> tuple[type, type]:
+    return cls, stock_class(cls)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def test_uninitialised_memory_is_poisoned() -> None:
+    assert torch.empty(5).isnan().all()
+    assert torch.zeros(2).new_empty(5).isnan().all()
+
+
+# Interface.
+
+CONSTRUCTIONS = {
+    "defaults": ((), {}),
+    "layers": ((3,), {}),
+    "no_bias": ((), {"bias": False}),
+    "all": ((2,), {"batch_first": True, "dropout": 0.25, "bidirectional": True}),
+    "float64": ((), {"dtype": torch.float64}),
+    "meta": ((), {"device": "meta"}),
+}
+POSITIONAL = {
+    fastrnn.LSTM: (2, False, True, 0.5, True, 3, "cpu", torch.float64),
+    fastrnn.GRU: (2, False, True, 0.5, True, 0, "cpu", torch.float64),
+    fastrnn.RNN: (2, "relu", False, True, 0.5, True, 0, "cpu", torch.float64),
+    fastrnn.LSTMCell: (False, "cpu", torch.float64),
+    fastrnn.GRUCell: (False, "cpu", torch.float64),
+    fastrnn.RNNCell: (False, "relu", "cpu", torch.float64),
+}
+
+
+def constructions() -> list[Any]:
+    cases = []
+    for cls, positional in POSITIONAL.items():
+        cases.append(pytest.param(cls, positional, {}, id=f"{cls.__name__}-positional"))
+        for name, (args, kwargs) in CONSTRUCTIONS.items():
+            if cls in CLASSES or name in ("defaults", "no_bias", "float64", "meta"):
+                cases.append(pytest.param(cls, args, kwargs, id=f"{cls.__name__}-{name}"))
+    cases.append(pytest.param(fastrnn.LSTM, (), {"proj_size": 3}, id="LSTM-proj"))
+    cases.append(pytest.param(fastrnn.RNN, (), {"nonlinearity": "relu"}, id="RNN-relu"))
+    return cases
+
+
+@pytest.mark.parametrize(("cls", "args", "kwargs"), constructions())
+def test_construction(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    modules = []
+    for of in both(cls):
+        torch.manual_seed(7)
+        modules.append(of(6, 5, *args, **kwargs))
+    ours, stock = modules
+    assert isinstance(ours, type(stock))
+    assert (repr(ours), str(ours)) == (repr(stock), str(stock))
+    assert list(vars(ours)) == list(vars(stock))
+    plain = {k for k, v in vars(stock).items() if isinstance(v, (bool, int, float, str))}
+    assert {k: vars(ours)[k] for k in plain} == {k: vars(stock)[k] for k in plain}
+    state, of_stock = ours.state_dict(), stock.state_dict()
+    assert list(state) == list(of_stock)
+    for name, value in state.items():
+        assert (value.shape, value.dtype) == (of_stock[name].shape, of_stock[name].dtype)
+        assert value.device == of_stock[name].device
+        assert value.is_meta or value.equal(of_stock[name])
+    torch.manual_seed(8)
+    ours.reset_parameters()
+    torch.manual_seed(8)
+    stock.reset_parameters()
+    assert all(
+        a.is_meta or a.equal(b) for a, b in zip(ours.parameters(), stock.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("cls", CLASSES + CELL_CLASSES)
+def test_class(cls: type) -> None:
+    stock = stock_class(cls)
+    assert issubclass(cls, stock)
+    assert cls.__name__ == cls.__qualname__ == stock.__name__
+    assert getattr(fastrnn, cls.__name__) is getattr(fastrnn.nn, cls.__name__) is cls
+    assert cls.__doc__
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_lists_of_weights(cls: type) -> None:
+    ours = cls(3, 4, 2, bidirectional=True)
+    stock = stock_class(cls)(3, 4, 2, bidirectional=True)
+    assert ours._flat_weights_names == stock._flat_weights_names
+    assert ours._all_weights == stock._all_weights
+    flat = [w for weights in ours.all_weights for w in weights]
+    assert all(
+        a is b is c for a, b, c in zip(ours.parameters(), ours._flat_weights, flat, strict=True)
+    )
+
+
+def identity_spellings() -> list[Any]:
+    return [
+        pytest.param(fastrnn.RNN(3, 4, 2, "identity"), id="RNN-positional"),
+        pytest.param(fastrnn.RNN(3, 4, num_layers=2, nonlinearity="identity"), id="RNN-keyword"),
+        pytest.param(fastrnn.RNNCell(3, 4, True, "identity"), id="RNNCell-positional"),
+        pytest.param(fastrnn.RNNCell(3, 4, nonlinearity="identity"), id="RNNCell-keyword"),
+    ]
+
+
+@pytest.mark.parametrize("module", identity_spellings())
+def test_identity_construction(module: torch.nn.Module) -> None:
+    assert module.nonlinearity == "identity"
+    assert "tanh" not in repr(module)
+    stock = stock_class(type(module))(*([3, 4, 2] if isinstance(module, fastrnn.RNN) else [3, 4]))
+    assert list(module.state_dict()) == list(stock.state_dict())
+
+
+# Errors: the same call must raise the same exception, with the same text.
+
+BAD_CONSTRUCTIONS = {
+    "no_arguments": ((), {}),
+    "one_argument": ((3,), {}),
+    "too_many": ((3, 4, 1, True, False, 0.0, False, 0, None, None, None, 1), {}),
+    "unknown_keyword": ((3, 4), {"layers": 2}),
+    "dropout_above": ((3, 4), {"dropout": 1.5}),
+    "dropout_below": ((3, 4), {"dropout": -0.1}),
+    "dropout_bool": ((3, 4), {"dropout": True}),
+    "dropout_text": ((3, 4), {"dropout": "half"}),
+    "bias_int": ((3, 4), {"bias": 1}),
+    "batch_first_int": ((3, 4), {"batch_first": 0}),
+    "input_size_float": ((3.0, 4), {}),
+    "input_size_zero": ((0, 4), {}),
+    "input_size_negative": ((-1, 4), {}),
+    "hidden_size_float": ((3, 4.0), {}),
+    "hidden_size_zero": ((3, 0), {}),
+    "hidden_size_negative": ((3, -4), {}),
+    "num_layers_zero": ((3, 4, 0), {}),
+    "num_layers_negative": ((3, 4, -1), {}),
+    "num_layers_float": ((3, 4, 1.5), {}),
+    "proj_size_negative": ((3, 4), {"proj_size": -1}),
+    "proj_size_zero": ((3, 4), {"proj_size": 0}),
+    "proj_size_equal": ((3, 4), {"proj_size": 4}),
+    "proj_size_above": ((3, 4), {"proj_size": 5}),
+    "nonlinearity": ((3, 4), {"nonlinearity": "gelu"}),
+    "nonlinearity_none": ((3, 4), {"nonlinearity": None}),
+    "nonlinearity_positional": ((3, 4, 1, "gelu"), {}),
+    "dtype_int": ((3, 4), {"dtype": torch.int32}),
+}
+
+
+def accepted_or_error(cls: type, args: Any, kwargs: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return repr(cls(*args, **kwargs))
+        except Exception as error:
+            return type(error), str(error)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize(("args", "kwargs"), BAD_CONSTRUCTIONS.values(), ids=BAD_CONSTRUCTIONS)
+def test_bad_construction(cls: type, args: Any, kwargs: Any) -> None:
+    mine, theirs = (accepted_or_error(of, args, kwargs) for of in both(cls))
+    assert mine == theirs
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_dropout_of_one_layer_warns(cls: type) -> None:
+    caught = []
+    for of in both(cls):
+        with pytest.warns(UserWarning, match="dropout option adds dropout") as record:
+            of(3, 4, dropout=0.5)
+        caught.append([(w.category, str(w.message)) for w in record])
+    assert caught[0] == caught[1]
+
+
+def x(*shape: int, **options: Any) -> torch.Tensor:
+    return torch.zeros(shape, **options)
+
+
+def packed(*shape: int, enforce_sorted: bool = True, **options: Any) -> Any:
+    lengths = [4, 2, 1] if enforce_sorted else [1, 2, 4]
+    return pack_padded_sequence(x(*shape, **options), lengths, enforce_sorted=enforce_sorted)
+
+
+def state(module: Any, *shape: int, **options: Any) -> Any:
+    """A state of one shape, in the structure that the module takes."""
+    part = torch.zeros(*shape, **options)
+    return (part, part) if isinstance(module, torch.nn.LSTM) else part
+
+
+# Modules are (5, 4, 2 layers); good arguments are x(T, 3, 5) and state(m, 2, 3, 4).
+BAD_CALLS = {
+    "none": lambda m: m(None),
+    "list": lambda m: m([x(4, 3, 5)]),
+    "4d": lambda m: m(x(1, 4, 3, 5)),
+    "1d": lambda m: m(x(5)),
+    "0d": lambda m: m(x()),
+    "size": lambda m: m(x(4, 3, 7)),
+    "size_unbatched": lambda m: m(x(4, 7)),
+    "dtype": lambda m: m(x(4, 3, 5, dtype=torch.float64)),
+    "dtype_int": lambda m: m(x(4, 3, 5, dtype=torch.int64)),
+    "dtype_of_weights": lambda m: m.double()(x(4, 3, 5)),
+    "no_steps": lambda m: m(x(0, 3, 5)),
+    "no_steps_unbatched": lambda m: m(x(0, 5)),
+    "hx_2d": lambda m: m(x(4, 3, 5), state(m, 2, 4)),
+    "hx_4d": lambda m: m(x(4, 3, 5), state(m, 1, 2, 3, 4)),
+    "hx_3d_unbatched": lambda m: m(x(4, 5), state(m, 2, 1, 4)),
+    "hx_1d_unbatched": lambda m: m(x(4, 5), state(m, 4)),
+    "hx_batch": lambda m: m(x(4, 3, 5), state(m, 2, 2, 4)),
+    "hx_layers": lambda m: m(x(4, 3, 5), state(m, 1, 3, 4)),
+    "hx_size": lambda m: m(x(4, 3, 5), state(m, 2, 3, 9)),
+    "hx_size_unbatched": lambda m: m(x(4, 5), state(m, 2, 9)),
+    "hx_other_structure": lambda m: m(
+        x(4, 3, 5), x(2, 3, 4) if isinstance(m, torch.nn.LSTM) else (x(2, 3, 4), x(2, 3, 4))
+    ),
+    "hx_empty": lambda m: m(x(4, 3, 5), ()),
+    "hx_of_one": lambda m: m(x(4, 3, 5), (x(2, 3, 4),)),
+    "hx_of_three": lambda m: m(x(4, 3, 5), (x(2, 3, m.proj_size or 4), *[x(2, 3, 4)] * 2)),
+    "hx_mixed_dims": lambda m: m(x(4, 3, 5), (x(2, 3, m.proj_size or 4), x(2, 4))),
+    "cx_size": lambda m: m(x(4, 3, 5), (x(2, 3, m.proj_size or 4), x(2, 3, 9))),
+    "hx_device": lambda m: m(x(4, 3, 5), state(m, 2, 3, m.proj_size or 4, device="meta")),
+    "input_device": lambda m: m(x(4, 3, 5, device="meta")),
+    "packed_hx_unsorted": lambda m: m(
+        packed(4, 3, 5, enforce_sorted=False), state(m, 2, 2, m.proj_size or 4)
+    ),
+}
+# Here some of torch.nn's classes check nothing and fail somewhere inside.
+LOW_LEVEL_BAD_CALLS = {
+    "no_arguments": lambda m: m(),
+    "too_many_arguments": lambda m: m(x(4, 3, 5), None, None),
+    "hx_dtype": lambda m: m(x(4, 3, 5), state(m, 2, 3, m.proj_size or 4, dtype=torch.float64)),
+    "weight_dtype": lambda m: (
+        setattr(m, "weight_hh_l0", torch.nn.Parameter(m.weight_hh_l0.detach().double())),
+        m(x(4, 3, 5)),
+    ),
+    "packed_size": lambda m: m(packed(4, 3, 7)),
+    "packed_hx_2d": lambda m: m(packed(4, 3, 5), state(m, 2, 4)),
+    "packed_hx_batch": lambda m: m(packed(4, 3, 5), state(m, 2, 2, 4)),
+}
+MODELS = {name: LAYERS[name] for name in ("lstm", "lstm_proj", "gru", "rnn_tanh")}
+
+
+def errors_of(call: Any, kind: str) -> list[tuple[type, str]]:
+    cls, options = MODELS[kind]
+    return [outcome(lambda of=of: call(of(5, 4, 2, **options))) for of in both(cls)]
+
+
+@pytest.mark.parametrize("path", [None, "loop"], ids=["planned", "loop"])
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("call", BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_call(call: Any, kind: str, path: str | None) -> None:
+    with use_path(path):
+        mine, theirs = errors_of(call, kind)
+    assert mine == theirs
+
+
+@pytest.mark.parametrize("path", [None, "loop"], ids=["planned", "loop"])
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("call", LOW_LEVEL_BAD_CALLS.values(), ids=LOW_LEVEL_BAD_CALLS)
+def test_bad_call_that_torch_does_not_explain(call: Any, kind: str, path: str | None) -> None:
+    with use_path(path):
+        (mine, text), (theirs, _) = errors_of(call, kind)
+    assert mine in (theirs, RuntimeError)
+    assert "mat1" not in text
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_bad_dtype_of_packed_input(kind: str) -> None:
+    """torch.nn.LSTM alone does not check this; ours raises what the others raise."""
+    (mine, _) = errors_of(lambda m: m(packed(4, 3, 5, dtype=torch.float64)), kind)
+    (_, of_gru) = errors_of(lambda m: m(packed(4, 3, 5, dtype=torch.float64)), "gru")
+    assert mine == of_gru
+
+
+# Results and gradients.
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3], ids="{}layers".format)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_options(kind: str, form: str, num_layers: int) -> None:
+    for bias, batch_first, bidirectional, hx in itertools.product((True, False), repeat=4):
+        options = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}
+        dropout = 0.4 if num_layers > 1 else 0.0
+        ours, stock = pair(kind, num_layers=num_layers, dropout=dropout, **options)
+        paths = paths_of(kind) if num_layers == 2 else ("loop",)
+        check(ours, stock, Call(ours, form, hx=hx), paths, {**options, "hx": hx})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_dtypes(kind: str, form: str, dtype: torch.dtype) -> None:
+    ours, stock = pair(kind, num_layers=2, bidirectional=True, dtype=dtype)
+    check(ours, stock, Call(ours, form, steps=9, dtype=dtype), paths_of(kind))
+
+
+# (T, B, I, H).
+SIZES = [(1, 1, 1, 1), (7, 1, 127, 129), (129, 7, 1, 7), (127, 7, 7, 1), (1, 129, 7, 127)]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids="T{0[0]}-B{0[1]}-I{0[2]}-H{0[3]}".format)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_odd_sizes(kind: str, sizes: tuple[int, int, int, int]) -> None:
+    steps, batch, input_size, hidden_size = sizes
+    hidden_size = max(hidden_size, 3) if kind == "lstm_proj" else hidden_size
+    ours, stock = pair(kind, input_size, hidden_size, bidirectional=True)
+    call = Call(ours, steps=steps, batch=batch)
+    check(ours, stock, call, paths_of(kind), terms=steps * batch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind != "rnn_identity"])
+def test_empty_batch(kind: str, dtype: torch.dtype) -> None:
+    ours, stock = pair(kind, num_layers=2, bidirectional=True, dtype=dtype)
+    check(ours, stock, Call(ours, batch=0, dtype=dtype), PATHS)
+
+
+@on_paths(["rnn_identity"])
+def test_empty_batch_of_identity(kind: str, path: str | None) -> None:
+    ours, stock = pair(kind)
+    with use_path(path):
+        results = Call(ours, batch=0).run(ours)
+    assert results["output"].shape == (4, 0, 4)
+    assert results["h_n"].shape == (1, 0, 4)
+    assert all(
+        results[f"d_{name}"].equal(torch.zeros_like(p)) for name, p in stock.named_parameters()
+    )
+
+
+LAYOUTS = {
+    "strided": lambda t: torch.stack([t, t.detach()], dim=-1)[..., 0],
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "expanded": lambda t: t[..., :1].expand(t.shape),
+    "offset": lambda t: torch.cat([t.detach()[:1], t])[1:],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("form", ["batched", "unbatched"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_strides(kind: str, form: str, layout: Any) -> None:
+    for batch_first in (False, True):
+        ours, stock = pair(kind, num_layers=2, bidirectional=True, batch_first=batch_first)
+        for module in (ours, stock):
+            for p in module.parameters():
+                p.data = torch.stack([p.data, p.data], dim=-1)[..., 0].detach()
+                assert not p.is_contiguous()
+        check(ours, stock, Call(ours, form, layout=layout), paths_of(kind))
+
+
+@on_paths(["lstm", "lstm_proj", "gru", "rnn_tanh"])
+@pytest.mark.parametrize("form", ["batched", "unbatched", "packed"])
+def test_meta(kind: str, path: str | None, form: str) -> None:
+    ours, stock = pair(kind, num_layers=2, bidirectional=True, device="meta")
+    call = Call(ours, form)
+    call.x, call.hx = call.x.to("meta"), [part.to("meta") for part in call.hx]
+    theirs = call.forward(stock)[0]
+    with use_path(path):
+        mine = call.forward(ours)[0]
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert tensor.is_meta
+        assert (tensor.shape, tensor.dtype) == (theirs[name].shape, theirs[name].dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_complex(form: str) -> None:
+    """Only torch's own kernels compute in complex numbers, and they take RNN."""
+    ours, stock = pair("rnn_tanh", num_layers=2, dtype=torch.complex64)
+    call = Call(ours, form, dtype=torch.complex64)
+    with torch.no_grad():  # torch cannot differentiate the packing of complex numbers
+        mine, theirs = (call.forward(module)[0] for module in (ours, stock))
+    assert all(mine[name].equal(theirs[name]) for name in theirs)
+
+
+@on_paths(LAYERS)
+def test_packed_keeps_indices(kind: str, path: str | None) -> None:
+    ours, _ = pair(kind, num_layers=2)
+    for form in ("packed", "packed_unsorted"):
+        call = Call(ours, form)
+        input = call.wrap(call.x)
+        with use_path(path):
+            output, _ = ours(input)
+        assert isinstance(output, torch.nn.utils.rnn.PackedSequence)
+        assert output.batch_sizes.equal(input.batch_sizes)
+        assert output.sorted_indices is input.sorted_indices
+        assert output.unsorted_indices is input.unsorted_indices
+        assert (input.sorted_indices is None) == (form == "packed")
+
+
+@on_paths(["lstm", "lstm_proj"])
+@pytest.mark.parametrize("form", FORMS)
+def test_state_as_list(kind: str, path: str | None, form: str) -> None:
+    ours, _ = pair(kind)
+    call = Call(ours, form)
+    with use_path(path):
+        (y, (h, c)), (y2, hc2) = (
+            ours(call.wrap(call.x), sequence(call.hx)) for sequence in (tuple, list)
+        )
+    assert isinstance(hc2, tuple)
+    y, y2 = (getattr(result, "data", result) for result in (y, y2))
+    assert all(a.equal(b) for a, b in zip((y, h, c), (y2, *hc2), strict=True))
+
+
+@on_paths(LAYERS)
+def test_dropout(kind: str, path: str | None) -> None:
+    ours, _ = pair(kind, num_layers=2, dropout=0.5)
+    call = Call(ours)
+    with use_path(path), torch.no_grad():
+        train, again = (call.forward(ours)[0]["output"] for _ in range(2))
+        evaluated = call.forward(ours.eval())[0]["output"]
+        ours.dropout = 0.0
+        without = call.forward(ours.train())[0]["output"]
+        ours.dropout = 1.0
+        call.forward(ours)
+    assert train.equal(again)
+    assert evaluated.equal(without)
+    assert not torch.allclose(train, evaluated)
+
+
+@on_paths(LAYERS)
+def test_inference_equals_training(kind: str, path: str | None) -> None:
+    ours, stock = pair(kind, num_layers=2, bidirectional=True, dtype=torch.float64)
+    call = Call(ours, dtype=torch.float64)
+    theirs = call.forward(stock)[0]
+    for context in (torch.no_grad, torch.inference_mode):
+        with use_path(path), context():
+            mine = call.forward(ours)[0]
+        assert not any(tensor.requires_grad for tensor in mine.values())
+        assert_same(mine, {name: tensor.detach() for name, tensor in theirs.items()})
+
+
+@on_paths(LAYERS)
+@pytest.mark.parametrize("form", FORMS)
+def test_final_states_are_fresh(kind: str, path: str | None, form: str) -> None:
+    """Programs reset states in place, then go backward."""
+    for steps, num_layers in ((1, 1), (4, 1), (4, 2)):
+        ours, _ = pair(kind, num_layers=num_layers)
+        call = Call(ours, form, steps=steps)
+        grads = []
+        for reset in (False, True):
+            with use_path(path):
+                results, leaves = call.forward(ours)
+                storages = [t.untyped_storage().data_ptr() for t in (*results.values(), *leaves)]
+                assert len(set(storages)) == len(storages)
+                if reset:
+                    for name in results.keys() - {"output"}:
+                        results[name].zero_()
+                wanted = [leaves[0], *ours.parameters()]
+                grads.append(torch.autograd.grad(results["output"].sum(), wanted))
+        assert all(a.equal(b) for a, b in zip(*grads, strict=True))
+
+
+# Autocast. The dense LSTM of oneDNN fails under autocast on some machines, so that torch.nn
+# runs without it here.
+
+AUTOCAST = [
+    pytest.param(low, given, id=f"{dtype_name(low)}-from-{dtype_name(given)}")
+    for low in (torch.bfloat16, torch.float16)
+    for given in (torch.float32, low, torch.float64)
+]
+
+
+@pytest.mark.parametrize("hx", [True, False], ids=["hx", "no_hx"])
+@pytest.mark.parametrize(("low", "given"), AUTOCAST)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "identity" not in kind])
+def test_autocast(
+    kind: str, low: torch.dtype, given: torch.dtype, hx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    wide = torch.float64 if given is torch.float64 else torch.float32
+    for form in ("batched",) if "cell" in kind else ("batched", "packed"):
+        ours, stock = pair(kind, dtype=wide)
+        call = Call(ours, form, dtype=given, hx=hx)
+        exact = call.run(oracle_of(stock), torch.float64)
+        with torch.autocast("cpu", dtype=low):
+            theirs = call.run(stock)
+            for path in PATHS:
+                with use_path(path):
+                    mine = call.run(ours)
+                for name, tensor in mine.items():
+                    assert tensor.dtype == theirs[name].dtype, (name, path, form)
+                    # Products were rounded to the low dtype, whatever the result is in.
+                    errors = [(t[name].double() - exact[name]).abs().max() for t in (mine, theirs)]
+                    unit = torch.finfo(low).eps
+                    bound = 2 * errors[1] + unit * exact[name].abs().max()
+                    assert errors[0] <= bound, (name, path, form)
+
+
+@on_paths(["rnn_identity", "rnn_identity_cell"])
+def test_autocast_of_identity(kind: str, path: str | None) -> None:
+    ours, _ = pair(kind)
+    with use_path(path), torch.autocast("cpu", dtype=torch.bfloat16):
+        results = Call(ours).forward(ours)[0]
+    assert all(tensor.dtype == torch.bfloat16 for tensor in results.values())
+
+
+# Anything at once.
+
+
+@given(data=st.data())
+def test_any_options(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(sorted(LAYERS)), "kind")
+    form = data.draw(st.sampled_from(FORMS), "form")
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+    steps, batch, input_size, num_layers = (
+        data.draw(st.integers(1, high), name)
+        for name, high in (("T", 9), ("B", 5), ("I", 9), ("layers", 3))
+    )
+    hidden_size = data.draw(st.integers(3 if kind == "lstm_proj" else 1, 9), "H")
+    flags = ("bias", "batch_first", "bidirectional")
+    options = {name: data.draw(st.booleans(), name) for name in flags}
+    dropout = data.draw(st.sampled_from([0.0, 0.3]), "dropout") if num_layers > 1 else 0.0
+    ours, stock = pair(
+        kind,
+        input_size,
+        hidden_size,
+        num_layers=num_layers,
+        dropout=dropout,
+        dtype=dtype,
+        **options,
+    )
+    training = data.draw(st.booleans(), "training")
+    used = data.draw(st.sets(st.sampled_from(["output", "h_n"]), min_size=1), "used")
+    hx = data.draw(st.booleans(), "hx")
+    call = Call(ours, form, steps=steps, batch=batch, hx=hx, dtype=dtype)
+    modules = ours.train(training), stock.train(training)
+    check(*modules, call, paths_of(kind), used=sorted(used))

@@ -1,0 +1,231 @@
+"""The operators: against the oracle, opcheck, autograd of every order, compilers."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fastrnn
+from fastrnn import reference
+from fastrnn.reference import CELLS
+
+layer_op = torch.ops.fastrnn.layer
+cell_op = torch.ops.fastrnn.cell
+BATCH_SIZES = torch.tensor([3, 3, 2, 1, 1])
+CONFIGS = [
+    pytest.param(cell, directions, bias, packed, projected, id="-".join(parts))
+    for cell, directions, bias, packed, projected in itertools.product(
+        CELLS, (1, 2), (False, True), (False, True), (False, True)
+    )
+    if cell == "lstm" or not projected
+    for parts in [
+        [cell, f"d{directions}", "bias" * bias, "packed" * packed, "projected" * projected]
+    ]
+]
+
+
+def make(cell, directions, *, bias=True, packed=False, projected=False, dtype=torch.float64):
+    """Random x, state, weights and batch_sizes; T=5, B=3, I=3, H=4, P=2."""
+    n_gates, inputs, hidden = CELLS[cell].n_gates, 3, 4
+    size_h = 2 if projected else hidden
+    shapes = [(n_gates * hidden, inputs), (n_gates * hidden, size_h)]
+    shapes += [(n_gates * hidden,)] * 2 * bias + [(size_h, hidden)] * projected
+
+    def leaf(*shape):
+        return (torch.randn(*shape, dtype=dtype) * 0.5).requires_grad_()
+
+    x = leaf(10, inputs) if packed else leaf(5, 3, inputs)
+    state = [leaf(directions, 3, w) for w in (size_h, hidden)[: CELLS[cell].n_states]]
+    weights = [leaf(*shape) for _ in range(directions) for shape in shapes]
+    return x, state, weights, BATCH_SIZES if packed else None
+
+
+def gradients(outputs, leaves, *, create_graph=False):
+    """Gradients for fixed cotangents; the first with create_graph are made into a second."""
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outputs]
+    return torch.autograd.grad(outputs, leaves, cotangents, create_graph=create_graph)
+
+
+@pytest.mark.parametrize(("cell", "directions", "bias", "packed", "projected"), CONFIGS)
+def test_layer_first_and_second_derivatives(cell, directions, bias, packed, projected):
+    x, state, weights, sizes = make(cell, directions, bias=bias, packed=packed, projected=projected)
+    leaves = [x, *state, *weights]
+    results = []
+    for function in (fastrnn.ops.layer, reference.layer):
+        y, final = function(cell, x, state, weights, sizes, directions == 2)
+        first = gradients([y, *final], leaves, create_graph=True)
+        squares = sum(g.square().sum() for g in first)
+        second = torch.autograd.grad(squares, leaves, allow_unused=True)
+        results.append([y, *final, *first, *second])
+    for ours, exact in zip(*results, strict=True):
+        exact = torch.zeros_like(ours) if exact is None else exact
+        torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck(cell):
+    x, state, weights, _ = make(cell, 2, dtype=torch.float32)
+    torch.library.opcheck(layer_op, (cell, x, state, weights, None, True, True))
+    torch.library.opcheck(layer_op, (cell, x, [], weights, None, True, False))
+    one = [part[0].detach().requires_grad_() for part in state]
+    torch.library.opcheck(cell_op, (cell, x[0].detach(), one, weights[:4], True))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_opcheck_packed_and_half(cell):
+    x, state, weights, sizes = make(cell, 1, packed=True, projected=cell == "lstm")
+    torch.library.opcheck(layer_op, (cell, x, state, weights, sizes, False, True))
+    x, state, weights, _ = make(cell, 1, dtype=torch.bfloat16)
+    torch.library.opcheck(layer_op, (cell, x, state, weights, None, False, True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_third_derivative(cell):
+    x, _, weights, _ = make(cell, 1)
+
+    def second(w_hh):
+        y, _ = fastrnn.ops.layer(cell, x.detach(), [], [weights[0], w_hh, *weights[2:]])
+        (g,) = torch.autograd.grad(y.pow(3).sum(), w_hh, create_graph=True)
+        return g
+
+    assert torch.autograd.gradgradcheck(second, (weights[1],))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_gradient_without_saved_activations(cell):
+    """A transform may differentiate a call that was made as if for inference."""
+    x, state, weights, _ = make(cell, 1)
+    results = [
+        gradients([layer_op(cell, x, state, weights, None, False, save)[0]], [x, *weights])
+        for save in (True, False)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_unneeded_gradients_are_not_computed():
+    x, _, weights, _ = make("gru", 1)
+    y = fastrnn.ops.layer("gru", x, [], [w.detach() for w in weights])[0]
+    node = y.grad_fn
+    with torch.autograd.profiler.profile() as profile:
+        y.sum().backward()
+    assert node is not None
+    shapes = [event.name for event in profile.function_events if event.name == "aten::mm"]
+    per_step = x.shape[0]
+    assert len(shapes) == per_step, "one product a step and none for the weights"
+    assert all(w.grad is None for w in weights)
+
+
+def test_saved_tensors_survive_two_backwards():
+    x, state, weights, _ = make("gru", 2)
+    y, _ = fastrnn.ops.layer("gru", x, state, weights, None, True)
+    once = torch.autograd.grad(y.sum(), [x, *weights], retain_graph=True)
+    twice = torch.autograd.grad(y.sum(), [x, *weights])
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cell", CELLS)
+def test_half_precision_is_rounded_once(cell, dtype):
+    x, state, weights, _ = make(cell, 1, dtype=dtype)
+    y, final = fastrnn.ops.layer(cell, x, state, weights)
+    wide = [[t.detach().double() for t in ts] for ts in ([x], state, weights)]
+    exact, _ = reference.layer(cell, wide[0][0], wide[1], wide[2])
+    assert y.dtype == final[0].dtype == dtype
+    torch.testing.assert_close(y.double(), exact, rtol=torch.finfo(dtype).eps / 2 * 1.01, atol=1e-6)
+
+
+class Net(torch.nn.Module):
+    def __init__(self, cls, **options):
+        super().__init__()
+        self.rnn = cls(3, 4, num_layers=2, bidirectional=True, **options)
+        self.head = torch.nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0]).relu()
+
+
+@pytest.fixture
+def compiling():
+    torch._dynamo.reset()
+    fastrnn.allow_compile()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("cls", [fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN])
+def test_compile_fullgraph_with_dynamic_shapes(cls, compiling):
+    net = Net(cls)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend=counter)
+    for steps, batch in ((5, 2), (7, 3), (9, 4)):
+        x = torch.randn(steps, batch, 3)
+        with fastrnn.planner.use_path("loop"):
+            eager = net(x)
+        grads = torch.autograd.grad(eager.sum(), list(net.parameters()))
+        out = compiled(x)
+        torch.testing.assert_close(out, eager)
+        compiled_grads = torch.autograd.grad(out.sum(), list(net.parameters()))
+        for a, b in zip(compiled_grads, grads, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1, "new sizes must not compile again"
+
+
+@pytest.mark.parametrize("cls", [fastrnn.LSTMCell, fastrnn.GRUCell, fastrnn.RNNCell])
+def test_compile_cell_fullgraph(cls):
+    torch._dynamo.reset()
+    cell, x = cls(3, 4), torch.randn(2, 3)
+    compiled = torch.compile(cell, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), cell(x))
+
+
+def test_allow_compile_leaves_stock_modules_alone(compiling):
+    fastrnn.allow_compile()  # twice is once
+    stock = torch.compile(torch.nn.GRU(3, 4), fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="RNN, GRU, or LSTM"):
+        stock(torch.randn(5, 2, 3))
+
+
+def test_compile_without_opting_in_breaks_the_graph_and_is_right(monkeypatch):
+    from torch._dynamo.variables.builder import VariableBuilder
+
+    torch._dynamo.reset()
+    wrapped = VariableBuilder.wrap_module
+    monkeypatch.setattr(VariableBuilder, "wrap_module", getattr(wrapped, "__wrapped__", wrapped))
+    net, x = Net(fastrnn.GRU), torch.randn(5, 2, 3)
+    torch.testing.assert_close(torch.compile(net, backend="aot_eager")(x), net(x))
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(Net(fastrnn.GRU), fullgraph=True, backend="eager")(x)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_operator_under_autocast(cell, low):
+    x, state, weights, _ = make(cell, 1, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=low):
+        y, final = fastrnn.ops.layer(cell, x, state, weights)
+        new = fastrnn.ops.cell_step(cell, x[0], [part[0] for part in state], weights)
+    expected = low if cell == "rnn_tanh" else torch.float32
+    assert {t.dtype for t in (y, *final, *new)} == {expected}
+    gradients([y, *final], [x, *weights])
+
+
+def test_functorch_grad_and_functional_call():
+    from torch.func import functional_call, grad
+
+    gru = fastrnn.GRU(3, 4).double()
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    params = {k: v.detach() for k, v in gru.named_parameters()}
+
+    def loss(params):
+        return functional_call(gru, params, x)[0].square().sum()
+
+    with fastrnn.planner.use_path("loop"):
+        ours = grad(loss)(params)
+    exact = torch.autograd.grad(gru.to_torch()(x)[0].square().sum(), list(gru.parameters()))
+    for a, b in zip(ours.values(), exact, strict=True):
+        torch.testing.assert_close(a, b)
