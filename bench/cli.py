@@ -12,12 +12,12 @@ from typing import TypeVar
 
 import torch
 
+from .. import _arguments
 from . import registry, results
 from .environment import Environment, environment
 from .measure import measure
 from .results import Row
 
-_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 # A GPU repeats its times more closely than a CPU that other programs use too.
 _SECONDS = {"cpu": 3.0, "cuda": 1.0}
 
@@ -43,15 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for flag, parse, metavar in (
         ("--cells", _cell, "CELL"),
-        ("--T", _positive_int, "STEPS"),
-        ("--B", _positive_int, "BATCH"),
-        ("--H", _positive_int, "HIDDEN"),
+        ("--T", _arguments.positive, "STEPS"),
+        ("--B", _arguments.positive, "BATCH"),
+        ("--H", _arguments.positive, "HIDDEN"),
         ("--dtype", _dtype, "DTYPE"),
     ):
         grid.add_argument(
             flag, type=_comma_separated(parse), nargs="+", metavar=metavar, help=_GRID_HELP[flag]
         )
-    parser.add_argument("--device", type=_device, help="cpu, cuda or cuda:N (default: cuda if any)")
+    parser.add_argument(
+        "--device", type=_arguments.device, help="cpu, cuda or cuda:N (default: cuda if any)"
+    )
     parser.add_argument(
         "--seconds",
         type=_positive_float,
@@ -81,7 +83,7 @@ _GRID_HELP = {
     "--T": "numbers of time steps",
     "--B": "batch sizes",
     "--H": "hidden sizes, and as large inputs",
-    "--dtype": ", ".join(_ALIASES),
+    "--dtype": ", ".join(_arguments.DTYPES),
 }
 
 
@@ -208,18 +210,7 @@ def _cell(text: str) -> str:
 
 
 def _dtype(text: str) -> str:
-    name = _ALIASES.get(text, text)
-    if name not in registry.DTYPES:
-        accepted = ", ".join((*registry.DTYPES, *_ALIASES))
-        raise argparse.ArgumentTypeError(f"unknown dtype {text!r}, expected one of {accepted}")
-    return name
-
-
-def _positive_int(text: str) -> int:
-    # isdecimal also refuses signs and spaces, which int() takes.
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
+    return str(_arguments.dtype(text)).removeprefix("torch.")
 
 
 def _positive_float(text: str) -> float:
@@ -230,17 +221,3 @@ def _positive_float(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return value
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"unknown device {text!r}, expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(
-            f"no device {text!r}: torch sees {torch.cuda.device_count()} CUDA devices"
-        )
-    return device

@@ -10,14 +10,7 @@ from typing import Any, NoReturn
 import torch
 
 from . import __version__
-
-_DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
-_ALIASES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
+from ._arguments import device, dtype, natural, positive
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,39 +18,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def dtype(name: str) -> torch.dtype:
-    """Parse a dtype argument: torch's name, or fp16, bf16, fp32, fp64."""
-    name = _ALIASES.get(name, name)
-    if name not in _DTYPES:
-        raise argparse.ArgumentTypeError(
-            f"unknown dtype {name!r}; choose from {', '.join((*_DTYPES, *_ALIASES))}"
-        )
-    return _DTYPES[name]
-
-
-def device(name: str) -> str:
-    """Parse a device argument, refusing one that is not there."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"cannot use device {name!r}: {reason}") from None
-    return name
-
-
-def positive(text: str) -> int:
-    """Parse a positive integer."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
-    return int(text)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -115,10 +75,10 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         "--dtype", nargs="+", type=dtype, default=[torch.float32, torch.float64],
         help="default float32 float64",
     )  # fmt: skip
-    parser.add_argument("--device", type=device, default="cpu", help="default cpu")
+    parser.add_argument("--device", type=device, default=torch.device("cpu"), help="default cpu")
     parser.add_argument("--cases", type=positive, default=100, help="for each dtype (default 100)")
-    parser.add_argument("--seed", type=_natural, default=0)
-    parser.add_argument("--only", type=_natural, metavar="K", help="just case K of each cell")
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--only", type=natural, metavar="K", help="just case K of each cell")
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -139,7 +99,7 @@ def _verify(args: argparse.Namespace) -> int:
             args.dtype,
             cases=args.cases,
             seed=args.seed,
-            device=args.device,
+            device=str(args.device),
             only=args.only,
             progress=lambda: progress.advance(task),
         )

@@ -390,7 +390,6 @@ def _sequence(
                 batch_sizes,
             )
         return output.to(of_h), [final[0].to(of_h), *final[1:]]
-    _check_alike(input, *(state or ()), *weights)
 
     path = _path(
         cell,
@@ -410,6 +409,7 @@ def _sequence(
         else:
             output, *final = _LAYERS[cell](input, batch_sizes, hx, weights, *options)
         return output, final
+    _check_alike(input, *initial, *weights)
     output, final = reference.stack(
         cell,
         input.transpose(0, 1) if batch_first else input,
@@ -433,21 +433,27 @@ def _step(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> Sequence[Tensor]:
-    """Check the arguments of a cell, plan, and run one step; returns the new states."""
+    """Plan, check the arguments of a cell, and run one step; returns the new states."""
     if (b_ih is None) != (b_hh is None):
         raise ValueError("b_ih and b_hh must be given both or neither")
-    weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
-    _check_weights(cell, weights, 1)
     if input.dim() != 2:
         raise RuntimeError(f"input must have 2 dimensions, got {input.dim()}")
-    batch, hidden = input.shape[0], w_hh.shape[1]
+    weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
+    batch, hidden = input.shape[0], w_hh.shape[-1]
+    if state is None:
+        state = [input.new_zeros(batch, hidden)] * CELLS[cell].n_states
+    _check_count(cell, state)
+    path = _path(cell, (1, batch, hidden), (input, *state, *weights), is_step=True)
+    if path == "torch":
+        # ATen checks the arguments and knows autocast; a step is too short to do it twice.
+        new = _CELL_STEPS[cell](input, state if cell == "lstm" else state[0], *weights)
+        return new if cell == "lstm" else [new]
+
+    _check_weights(cell, weights, 1)
     if input.shape[1] != w_ih.shape[1]:
         raise RuntimeError(
             f"input has inconsistent input_size: got {input.shape[1]} expected {w_ih.shape[1]}"
         )
-    if state is None:
-        state = [input.new_zeros(batch, hidden)] * CELLS[cell].n_states
-    _check_count(cell, state)
     for k, part in enumerate(state):
         if part.shape[0] != batch:
             raise RuntimeError(
@@ -457,20 +463,15 @@ def _step(
             raise RuntimeError(
                 f"hidden{k} has inconsistent hidden_size: got {part.shape[-1]}, expected {hidden}"
             )
-
+    step = ops.cell_step if path == "loop" else reference.cell_step
     dtypes = ops.autocast_dtypes(cell, input, state, weights)
-    if dtypes is not None:
-        input, *tensors = (t.to(dtypes[0]) for t in (input, *state, *weights))
-        state, weights = tensors[: len(state)], tensors[len(state) :]
-    _check_alike(input, *state, *weights)
-    shape = (1, batch, hidden)
-    path = _path(cell, shape, (input, *state, *weights), is_step=True)
-    with torch.autocast(input.device.type, enabled=False):
-        if path == "torch":
-            new = _CELL_STEPS[cell](input, state if cell == "lstm" else state[0], *weights)
-            return new if cell == "lstm" else [new]
-        step = ops.cell_step if path == "loop" else reference.cell_step
+    if dtypes is None:
+        _check_alike(input, *state, *weights)
         return step(cell, input, state, weights)
+    tensors = [t.to(dtypes[0]) for t in (*state, *weights)]
+    state, weights = tensors[: len(state)], tensors[len(state) :]
+    with torch.autocast(input.device.type, enabled=False):
+        return step(cell, input.to(dtypes[0]), state, weights)
 
 
 def _path(
@@ -498,6 +499,7 @@ def _path(
         packed=packed,
         projected=projected,
         is_step=is_step,
+        transformed=ops.transformed(),
     )
     return planner.plan(problem).path
 

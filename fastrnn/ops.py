@@ -82,7 +82,7 @@ def _layer_fake(cell, x, state, weights, batch_sizes, bidirectional, save):
     if not final:
         final = reference.zero_state(cell, x, x.shape[1], weights, directions)
     y = x.new_empty(*x.shape[:-1], directions * weights[1].shape[1])
-    rows = x.shape[:-1].numel()
+    rows = x.shape[0] if batch_sizes is not None else x.shape[0] * x.shape[1]
     return y, final, _fake_saved(cell, x, rows, weights, directions) if save else []
 
 
@@ -127,7 +127,7 @@ def _gradients(needs_x, needs_weights, cell, dy, d_final, x, state, weights, *re
     """Call ``layer_backward``; None for what was not asked for."""
     *layout, y, saved = rest
     if not saved and cpu.CPU_CELLS[cell].n_extra:
-        # The forward was not told that it would be differentiated (torch.func transforms).
+        # The operator was called as if for inference.
         with torch.no_grad():
             saved = torch.ops.fastrnn.layer(cell, x, state, weights, *layout, True)[2]
     dx, d_state, d_weights = torch.ops.fastrnn.layer_backward(
@@ -274,7 +274,7 @@ def autocast_dtypes(
         and a projected h, being the result of a GEMM, does not either.
     """
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return None
     low = torch.get_autocast_dtype(device)
     if not x.is_floating_point() or x.dtype == torch.float64:
@@ -324,6 +324,11 @@ def cell_step(
     """``reference.cell_step`` through the operator."""
     save = differentiated(x, *state, *weights)
     return torch.ops.fastrnn.cell(cell, x, state, weights, save)[0]
+
+
+def transformed() -> bool:
+    """Whether a ``torch.func`` transform is active; the operators have no rules for these."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def differentiated(*tensors: Tensor) -> bool:

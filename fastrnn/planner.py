@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -25,8 +25,7 @@ PATHS = ("torch", "loop", "reference")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One call of a recurrent layer, as far as the choice of a path depends on it.
 
     Attributes
@@ -41,6 +40,8 @@ class Problem:
     training : bool
         Whether gradients will be asked for.
     packed, projected, is_step : bool
+    transformed : bool
+        Whether the call is inside a ``torch.func`` transform.
     """
 
     cell: str
@@ -54,10 +55,10 @@ class Problem:
     packed: bool = False
     projected: bool = False
     is_step: bool = False
+    transformed: bool = False
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """The chosen path and the reason in one sentence."""
 
     path: str
@@ -131,6 +132,9 @@ def plan(problem: Problem) -> Plan:
     """
     if _forced.path is not None:
         return Plan(_forced.path, "asked for by fastrnn.planner.use_path")
+    if problem.transformed:
+        path = "reference" if problem.cell == "rnn_identity" else "torch"
+        return Plan(path, "our operators have no rules for torch.func transforms yet")
     if problem.cell == "rnn_identity":
         return Plan("loop", "torch has no kernel for the identity activation")
     if problem.dtype not in _FLOATS:

@@ -74,10 +74,14 @@ class IdentityRNN(torch.nn.RNN):
             return sequences[0], h_n.squeeze(1)
         return torch.stack(sequences, dim=0 if self.batch_first else 1), h_n
 
-    def _by_layer(self) -> Iterator[Sequence[list[Tensor]]]:
-        directions = 2 if self.bidirectional else 1
-        weights = iter(self.all_weights)
-        return (list(itertools.islice(weights, directions)) for _ in range(self.num_layers))
+    def _by_layer(self) -> Iterator[list[list[Tensor]]]:
+        self._update_flat_weights()
+        weights, per_direction = iter(self._flat_weights), 4 if self.bias else 2
+        for _ in range(self.num_layers):
+            yield [
+                list(itertools.islice(weights, per_direction))
+                for _ in range(2 if self.bidirectional else 1)
+            ]
 
     @staticmethod
     def _run(x: Tensor, h: Tensor, w: list[Tensor], reverse: int) -> Tensor:

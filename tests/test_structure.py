@@ -1,0 +1,168 @@
+"""The shape of the package: who imports whom, what importing costs, what is documented."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpydoc.validate
+import pytest
+
+import fastrnn
+import fastrnn.compile
+import fastrnn.patch
+import fastrnn.planner
+import fastrnn.testing
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Each file of the package may import these and nothing else of ours.
+ALLOWED = {
+    "__init__": {"_version", "compile", "functional", "nn", "patch"},
+    "__main__": {"__version__", "_arguments", "bench", "planner", "reference", "testing"},
+    "_arguments": set(),
+    "_version": set(),
+    "compile": {"nn"},
+    "cpu": {"reference"},
+    "functional": {"ops", "planner", "reference"},
+    "nn": {"functional"},
+    "ops": {"cpu", "reference"},
+    "patch": {"nn"},
+    "planner": set(),
+    "reference": set(),
+    "testing": {"nn", "planner", "reference"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """First component of every import, relative ones with a leading dot."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {"." * node.level + name.split(".")[0] for name in names}
+    return found
+
+
+def test_import_direction():
+    modules = {path.stem: path for path in (ROOT / "fastrnn").glob("*.py")}
+    assert modules.keys() == ALLOWED.keys()
+    for name, path in modules.items():
+        ours = {module.lstrip(".") for module in imports(path) if module.startswith(".")}
+        assert ours <= ALLOWED[name], f"{name} imports {ours - ALLOWED[name]}"
+        assert "fastrnn" not in imports(path), f"{name} imports the package by its full name"
+
+
+def test_kernels_import_nothing_of_the_package():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        found = imports(path)
+        assert "fastrnn" not in found, path
+        assert not any(module.startswith("..") for module in found), path
+
+
+def test_top_level_folders_are_imported_through_the_package():
+    """`import kernels` or `import bench` would make a second copy of every module."""
+    for folder in ("fastrnn", "kernels", "bench", "tests", "examples"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert not imports(path) & {"kernels", "bench", "tests"}, path
+
+
+def modules_after_importing_fastrnn(prelude: str = "") -> set[str]:
+    code = (
+        f"{prelude}\nimport sys, json, torch; before = set(sys.modules); import fastrnn\n"
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return set(json.loads(done.stdout))
+
+
+def test_import_is_light():
+    new = {module.split(".")[0] for module in modules_after_importing_fastrnn()}
+    assert not new & {"triton", "matplotlib", "rich", "tqdm", "numba", "numpy"}
+    assert not any(module.startswith("torch._dynamo") for module in new)
+
+
+def test_import_and_run_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, fastrnn\n"
+        "m = fastrnn.GRU(3, 4); y, h = m(torch.randn(40, 2, 3)); y.sum().backward()\n"
+        "assert m.weight_hh_l0.grad.isfinite().all()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def public_objects():
+    modules = [
+        fastrnn.functional,
+        fastrnn.nn,
+        fastrnn.compile,
+        fastrnn.patch,
+        fastrnn.planner,
+        fastrnn.reference,
+        fastrnn.testing,
+    ]
+    for module in modules:
+        for name, value in vars(module).items():
+            if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+                continue
+            if inspect.isfunction(value) or inspect.isclass(value):
+                yield f"{module.__name__}.{name}"
+
+
+# What numpydoc would have us write that would only repeat the signature or the summary.
+IGNORED = {
+    "ES01",  # no extended summary
+    "EX01",  # no example: asked for below, where it matters
+    "GL01",  # the summary starts on the first line
+    "GL08",  # private members of public classes
+    "PR01",  # a tuple's fields and torch's own signature
+    "PR02",
+    "PR04",
+    "PR06",
+    "PR07",
+    "PR08",
+    "PR09",
+    "RT03",
+    "RT05",
+    "SA01",
+    "SS03",
+    "SS05",
+    "SS06",
+    "YD01",
+}
+
+
+@pytest.mark.parametrize("name", public_objects())
+def test_docstring(name):
+    result = numpydoc.validate.validate(name)
+    errors = [error for error in result["errors"] if error[0] not in IGNORED]
+    assert not errors
+    assert result["docstring"], "no docstring"
+
+
+@pytest.mark.parametrize("name", fastrnn.__all__)
+def test_public_names_have_an_example_that_runs(name):
+    value = getattr(fastrnn, name)
+    if inspect.ismodule(value) or name == "__version__":
+        pytest.skip("not a function or class")
+    assert ">>> " in inspect.getdoc(value)
+
+
+def test_readme_python_runs():
+    """Every python block of the README runs, in order, in one namespace."""
+    namespace: dict[str, object] = {}
+    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    assert blocks
+    for block in blocks:
+        exec(block.split("```")[0], namespace)
