@@ -122,12 +122,14 @@ def gru(
 
     Parameters
     ----------
-    input, batch_first, bidirectional, dropout, training, batch_sizes
+    input : Tensor of shape (T, B, I), (B, T, I) or (N, I)
         As for `lstm`.
     hx : Tensor of shape (L * D, B, H), or None
         Initial state, zeros if None.
     weights : sequence of Tensor
         As for `lstm`, with 3H rows, gates in the order r, z, n, and no ``weight_hr``.
+    batch_first, bidirectional, dropout, training, batch_sizes
+        As for `lstm`.
 
     Returns
     -------
@@ -176,7 +178,7 @@ def rnn(
 
     Parameters
     ----------
-    input, batch_first, bidirectional, dropout, training, batch_sizes
+    input : Tensor of shape (T, B, I), (B, T, I) or (N, I)
         As for `lstm`.
     hx : Tensor of shape (L * D, B, H), or None
         Initial state, zeros if None.
@@ -184,6 +186,8 @@ def rnn(
         As for `lstm`, with H rows and no ``weight_hr``.
     nonlinearity : {'tanh', 'relu', 'identity'}, default 'tanh'
         phi; 'identity' gives a linear network, which torch does not have.
+    batch_first, bidirectional, dropout, training, batch_sizes
+        As for `lstm`.
 
     Returns
     -------
@@ -240,7 +244,8 @@ def lstm_cell(
 
     Returns
     -------
-    (h, c) : tuple of Tensor of shape (B, H)
+    tuple of Tensor of shape (B, H)
+        h and c after the step.
 
     Raises
     ------

@@ -50,6 +50,18 @@ def lstm_step(wx: Tensor, rh: Tensor, state: State) -> State:
     """Long short-term memory; Hochreiter & Schmidhuber 1997, forget gate of Gers et al. 2000.
 
     i, f, o = sigmoid(wx + rh),  g = tanh(wx + rh),  c' = f * c + i * g,  h' = o * tanh(c')
+
+    Parameters
+    ----------
+    wx, rh : Tensor of shape (B, 4H)
+        Input part and recurrent part of the gates, each with its bias.
+    state : tuple of Tensor of shape (B, H)
+        h and c before the step.
+
+    Returns
+    -------
+    tuple of Tensor
+        The state after it.
     """
     i, f, g, o = (wx + rh).chunk(4, dim=-1)
     c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
@@ -61,6 +73,18 @@ def gru_step(wx: Tensor, rh: Tensor, state: State) -> State:
     product (version 1 of arXiv:1406.1078, also cuDNN's and torch.nn.GRU's form).
 
     r, z = sigmoid(wx + rh),  n = tanh(wx_n + r * rh_n),  h' = (1 - z) * n + z * h
+
+    Parameters
+    ----------
+    wx, rh : Tensor of shape (B, 3H)
+        Input part and recurrent part of the gates, each with its bias.
+    state : tuple of Tensor of shape (B, H)
+        h before the step.
+
+    Returns
+    -------
+    tuple of Tensor
+        The state after it.
     """
     wx_r, wx_z, wx_n = wx.chunk(3, dim=-1)
     rh_r, rh_z, rh_n = rh.chunk(3, dim=-1)
@@ -70,7 +94,18 @@ def gru_step(wx: Tensor, rh: Tensor, state: State) -> State:
 
 
 def rnn_step(phi: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor, State], State]:
-    """Elman network (Elman 1990): h' = phi(wx + rh)."""
+    """Make the step of an Elman network (Elman 1990): h' = phi(wx + rh).
+
+    Parameters
+    ----------
+    phi : callable
+        The activation.
+
+    Returns
+    -------
+    callable
+        Takes wx and rh of shape (B, H) and a state of one such tensor, as `gru_step` does.
+    """
     return lambda wx, rh, state: (phi(wx + rh),)
 
 
@@ -122,7 +157,23 @@ def cell_step(cell: str, x: Tensor, state: Sequence[Tensor], weights: Sequence[T
 def zero_state(
     cell: str, x: Tensor, batch: int, weights: Sequence[Tensor], directions: int
 ) -> list[Tensor]:
-    """Initial state of zeros for one layer, in the dtype and on the device of `x`."""
+    """Make the initial state of zeros of one layer.
+
+    Parameters
+    ----------
+    cell : str
+        Key of ``CELLS``.
+    x : Tensor
+        Gives dtype and device.
+    batch : int
+    weights : sequence of Tensor
+        Of the layer, as for `layer`.
+    directions : int
+
+    Returns
+    -------
+    list of Tensor of shape (D, B, P) and, for LSTM, (D, B, H)
+    """
     widths = weights[1].shape[1], weights[0].shape[0] // CELLS[cell].n_gates
     return [x.new_zeros(directions, batch, width) for width in widths[: CELLS[cell].n_states]]
 
@@ -191,9 +242,24 @@ def stack(
 ) -> tuple[Tensor, list[Tensor]]:
     """Several layers, `dropout` between them: what a whole ``torch.nn.LSTM`` computes.
 
-    Parameters are those of `layer`, with the states and weights of all layers one
-    after another; `dropout` is applied to the output of every layer but the last.
-    Other paths pass their own `layer`.
+    Parameters
+    ----------
+    cell, x, batch_sizes, bidirectional
+        As for `layer`.
+    state, weights : sequence of Tensor
+        As for `layer`, of all layers one after another.
+    num_layers : int
+    dropout : callable
+        Applied to the output of every layer but the last.
+    layer : callable
+        Another path's function in place of the `layer` of this file.
+
+    Returns
+    -------
+    y : Tensor
+        Output of the last layer.
+    final : list of Tensor
+        Shaped as `state`.
     """
     directions = 2 if bidirectional else 1
     per_layer = len(weights) // num_layers

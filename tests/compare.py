@@ -252,34 +252,29 @@ class Call:
         dtype: torch.dtype | None = None,
         *,
         used: Sequence[str] = ("output", "h_n", "c_n"),
-        second: bool = False,
+        order: int = 1,
     ) -> dict[str, Tensor]:
         """Results, and gradients of the `used` ones in all leaves and parameters.
 
-        With `second`, also the derivatives of those gradients, contracted with random numbers.
+        Up to `order`, also the derivatives of those gradients, contracted with random numbers.
         """
         results, leaves = self.forward(module, dtype)
         named = dict(zip(("input", "h_0", "c_0"), leaves, strict=False))
         named |= {name: p for name, p in module.named_parameters() if p.requires_grad}
         used = [name for name in used if name in results]
-        firsts = torch.autograd.grad(
-            [results[name] for name in used],
-            list(named.values()),
-            [self.cotangent(name, results[name]) for name in used],
-            create_graph=second,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        results |= {f"d_{name}": grad for name, grad in zip(named, firsts, strict=True)}
-        if second:
-            total = sum(
-                (grad * self.cotangent(f"d_{name}", grad)).sum()
-                for name, grad in zip(named, firsts, strict=True)
+        for k in range(1, order + 1):
+            grads = torch.autograd.grad(
+                [results[name] for name in used],
+                list(named.values()),
+                [self.cotangent(name, results[name]) for name in used],
+                create_graph=k < order,
+                allow_unused=True,
+                materialize_grads=True,
             )
-            seconds = torch.autograd.grad(
-                total, list(named.values()), allow_unused=True, materialize_grads=True
-            )
-            results |= {f"dd_{name}": grad for name, grad in zip(named, seconds, strict=True)}
+            used = [f"{'d' * k}_{name}" for name in named]
+            results |= dict(zip(used, grads, strict=True))
+            # What does not depend on anything any more has no derivatives to go on with.
+            used = [name for name in used if results[name].requires_grad]
         return {name: tensor.detach() for name, tensor in results.items()}
 
 

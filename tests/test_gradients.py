@@ -56,7 +56,7 @@ def test_second_derivatives(kind: str, path: str | None) -> None:
     for form in FORMS if kind in LAYERS else FORMS[:2]:
         for hx in (True, False):
             ours, stock = pair64(kind)
-            check(ours, stock, Call(ours, form, hx=hx, **F64), [path], (form, hx), second=True)
+            check(ours, stock, Call(ours, form, hx=hx, **F64), [path], (form, hx), order=2)
 
 
 @on_paths(KINDS)
@@ -89,7 +89,7 @@ def test_tied_directions(kind: str, path: str | None) -> None:
             setattr(module, name, getattr(module, name.removesuffix("_reverse")))
         names = [name for name, _ in module.named_parameters()]
         assert not any("reverse" in name for name in names)
-    check(ours, stock, Call(ours, **F64), [path], second=True)
+    check(ours, stock, Call(ours, **F64), [path], order=3)
 
 
 @on_paths(KINDS)
@@ -128,7 +128,7 @@ def test_partial_loss(kind: str, path: str | None) -> None:
         ours, stock = pair64(kind)
         call = Call(ours, **F64)
         if all(name in call.forward(ours)[0] for name in used):
-            check(ours, stock, call, [path], used, used=used, second=True)
+            check(ours, stock, call, [path], used, used=used, order=2)
 
 
 @on_paths(KINDS)

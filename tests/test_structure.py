@@ -143,7 +143,7 @@ IGNORED = {
 }
 
 
-@pytest.mark.parametrize("name", public_objects())
+@pytest.mark.parametrize("name", sorted(public_objects()))
 def test_docstring(name):
     result = numpydoc.validate.validate(name)
     errors = [error for error in result["errors"] if error[0] not in IGNORED]
@@ -151,7 +151,7 @@ def test_docstring(name):
     assert result["docstring"], "no docstring"
 
 
-@pytest.mark.parametrize("name", fastrnn.__all__)
+@pytest.mark.parametrize("name", sorted(fastrnn.__all__))
 def test_public_names_have_an_example_that_runs(name):
     value = getattr(fastrnn, name)
     if inspect.ismodule(value) or name == "__version__":
