@@ -245,7 +245,7 @@ def lstm_cell(
     Returns
     -------
     tuple of Tensor of shape (B, H)
-        h and c after the step.
+        The state (h, c) after the step.
 
     Raises
     ------
@@ -396,7 +396,7 @@ def _sequence(
             )
         return output.to(of_h), [final[0].to(of_h), *final[1:]]
 
-    path = _path(
+    path = choose_path(
         cell,
         (steps, batch, hidden),
         (input, *(state or ()), *weights),
@@ -414,7 +414,7 @@ def _sequence(
         else:
             output, *final = _LAYERS[cell](input, batch_sizes, hx, weights, *options)
         return output, final
-    _check_alike(input, *initial, *weights)
+    _check_alike(input, initial, weights)
     output, final = reference.stack(
         cell,
         input.transpose(0, 1) if batch_first else input,
@@ -447,8 +447,8 @@ def _step(
     batch, hidden = input.shape[0], w_hh.shape[-1]
     if state is None:
         state = [input.new_zeros(batch, hidden)] * CELLS[cell].n_states
-    _check_count(cell, state)
-    path = _path(cell, (1, batch, hidden), (input, *state, *weights), is_step=True)
+    _check_count(f"{cell}_cell", len(state), CELLS[cell].n_states)
+    path = choose_path(cell, (1, batch, hidden), (input, *state, *weights), is_step=True)
     if path == "torch":
         # ATen checks the arguments and knows autocast; a step is too short to do it twice.
         new = _CELL_STEPS[cell](input, state if cell == "lstm" else state[0], *weights)
@@ -464,14 +464,16 @@ def _step(
             raise RuntimeError(
                 f"Input batch size {batch} doesn't match hidden{k} batch size {part.shape[0]}"
             )
-        if part.dim() != 2 or part.shape[1] != hidden:
+        if part.dim() > 1 and part.shape[1] != hidden:
             raise RuntimeError(
-                f"hidden{k} has inconsistent hidden_size: got {part.shape[-1]}, expected {hidden}"
+                f"hidden{k} has inconsistent hidden_size: got {part.shape[1]}, expected {hidden}"
             )
+        if part.dim() != 2:
+            raise RuntimeError(f"hidden{k} must have 2 dimensions, got {part.dim()}")
     step = ops.cell_step if path == "loop" else reference.cell_step
     dtypes = ops.autocast_dtypes(cell, input, state, weights)
     if dtypes is None:
-        _check_alike(input, *state, *weights)
+        _check_alike(input, state, weights)
         return step(cell, input, state, weights)
     tensors = [t.to(dtypes[0]) for t in (*state, *weights)]
     state, weights = tensors[: len(state)], tensors[len(state) :]
@@ -479,7 +481,7 @@ def _step(
         return step(cell, input.to(dtypes[0]), state, weights)
 
 
-def _path(
+def choose_path(
     cell: str,
     shape: tuple[int, int, int],
     tensors: Sequence[Tensor],
@@ -488,23 +490,41 @@ def _path(
     projected: bool = False,
     is_step: bool = False,
 ) -> str:
+    """Ask the planner for the path of one call.
+
+    Parameters
+    ----------
+    cell : str
+        Key of ``fastrnn.reference.CELLS``.
+    shape : (T, B, H)
+    tensors : sequence of Tensor
+        Input, initial state and weights, the input first.
+    packed, projected, is_step : bool
+        As for ``fastrnn.planner.Problem``.
+
+    Returns
+    -------
+    str
+        One of ``fastrnn.planner.PATHS``.
+    """
     if torch.compiler.is_compiling():
         # One opaque operator; torch's own kernels would be unrolled step by step.
         return "loop"
     input, (steps, batch, hidden) = tensors[0], shape
+    training = not is_step and ops.differentiated(*tensors)
     problem = planner.Problem(
         cell,
         steps,
         batch,
         input.shape[-1],
         hidden,
-        dtype=input.dtype,
-        device=input.device.type,
-        training=ops.differentiated(*tensors),
-        packed=packed,
-        projected=projected,
-        is_step=is_step,
-        transformed=ops.transformed(),
+        input.dtype,
+        input.device.type,
+        training,
+        packed,
+        projected,
+        is_step,
+        ops.transformed(),
     )
     return planner.plan(problem).path
 
@@ -566,28 +586,29 @@ def _check_input(
 def _check_state(
     cell: str, input: Tensor, state: Sequence[Tensor], shapes: Sequence[tuple[int, int, int]]
 ) -> None:
-    _check_count(cell, state)
+    _check_count(cell, len(state), CELLS[cell].n_states)
     for k, (part, shape) in enumerate(zip(state, shapes, strict=True)):
         if part.shape != shape:
             which = f"hidden[{k}]" if len(state) > 1 else "hidden"
             raise RuntimeError(f"Expected {which} size {shape}, got {list(part.shape)}")
 
 
-def _check_count(cell: str, state: Sequence[Tensor]) -> None:
-    if len(state) != CELLS[cell].n_states:
-        raise RuntimeError(f"{cell} expects {CELLS[cell].n_states} hidden states, got {len(state)}")
+def _check_count(name: str, given: int, expected: int) -> None:
+    if given != expected:
+        raise RuntimeError(f"{name} expects {('one', 'two')[expected - 1]} hidden states")
 
 
-def _check_alike(input: Tensor, *others: Tensor) -> None:
+def _check_alike(input: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
     """Raise unless all tensors share the device and dtype of the input."""
-    for other in others:
-        if other.device != input.device:
-            raise RuntimeError(
-                "Input and hidden tensors are not at the same device, "
-                f"found input tensor at {input.device} and hidden tensor at {other.device}"
-            )
-        if other.dtype != input.dtype:
-            raise RuntimeError(
-                "Input and hidden tensors are not the same dtype, "
-                f"found input tensor with {input.dtype} and hidden tensor with {other.dtype}"
-            )
+    for kind, tensors in (("hidden", state), ("parameter", weights)):
+        for other in tensors:
+            if other.device != input.device:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not at the same device, "
+                    f"found input tensor at {input.device} and {kind} tensor at {other.device}"
+                )
+            if other.dtype != input.dtype:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not the same dtype, "
+                    f"found input tensor with {input.dtype} and {kind} tensor with {other.dtype}"
+                )

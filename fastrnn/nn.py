@@ -105,6 +105,8 @@ class _Layers(_Convertible, _torch.RNNBase):
         ValueError, RuntimeError
             If the arguments do not fit the module or each other; texts as in torch.nn.
         """
+        if self._is_handed_over(input, hx):
+            return super().forward(input, hx)
         self._update_flat_weights()
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -133,6 +135,38 @@ class _Layers(_Convertible, _torch.RNNBase):
             output = output.squeeze(batch_dim)
             hidden = self._map(lambda part: part.squeeze(1), hidden)
         return output, hidden
+
+    def _is_handed_over(self, input: Any, hx: Any) -> bool:
+        """Whether torch.nn's own forward runs the call, checks of the arguments included.
+
+        Reads the weights of the last call: computing parametrizations twice a call would
+        not be harmless, and only whether they need gradients matters here.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        packed = isinstance(input, PackedSequence)
+        x = input.data if packed else input
+        if packed:
+            steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
+        elif x.dim() == 3:
+            steps, batch = x.shape[1::-1] if self.batch_first else x.shape[:2]
+        elif x.dim() == 2:
+            steps, batch = x.shape[0], 1
+        else:
+            return True  # to be refused
+        if F.ops.autocasts(x.device.type):
+            return False  # torch.nn.LSTM fails on some CPUs
+        state = () if hx is None else hx if isinstance(self, LSTM) else (hx,)
+        if not all(isinstance(part, Tensor) for part in state):
+            return True  # to be refused
+        path = F.choose_path(
+            self.mode.lower(),
+            (steps, batch, self.hidden_size),
+            (x, *state, *(w for w in self._flat_weights if w is not None)),
+            packed=packed,
+            projected=self.proj_size > 0,
+        )
+        return path == "torch"
 
     def _check(self, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
         if hx is None:
@@ -333,11 +367,13 @@ class _Cell(_Convertible, _torch.RNNCellBase):
             If the arguments do not fit the module or each other; texts as in torch.nn.
         """
         name = self._stock.__name__
+        if self._is_handed_over(input):
+            return super().forward(input, hx)
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         paired = isinstance(self, LSTMCell)
         state = None if hx is None else (hx if paired else (hx,))
-        for k, part in enumerate(state or ()):
+        for k, part in enumerate(() if state is None else state):
             if part.dim() not in (1, 2):
                 which = f"hx[{k}]" if paired else "hidden"
                 raise ValueError(
@@ -346,12 +382,23 @@ class _Cell(_Convertible, _torch.RNNCellBase):
         batched = input.dim() == 2
         if not batched:
             input = input.unsqueeze(0)
-            state = state and [part.unsqueeze(0) for part in state]
+            state = None if state is None else [part.unsqueeze(0) for part in state]
         hx = state if state is None or paired else state[0]
         new = self._function(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         if batched:
             return new
         return tuple(part.squeeze(0) for part in new) if paired else new.squeeze(0)
+
+    def _is_handed_over(self, input: Tensor) -> bool:
+        """Whether torch.nn's own forward runs the call, checks of the arguments included."""
+        if input.dim() not in (1, 2):
+            return True  # to be refused
+        # A batch of 1 stands for any: a step's path does not depend on it.
+        shape = (1, 1, self.hidden_size)
+        return F.choose_path(self._cell_name(), shape, (input,), is_step=True) == "torch"
+
+    def _cell_name(self) -> str:
+        return self._stock.__name__.removesuffix("Cell").lower()
 
     _function: Any
 
@@ -423,6 +470,9 @@ class RNNCell(_Cell, torch.nn.RNNCell):
     """
 
     _stock = torch.nn.RNNCell
+
+    def _cell_name(self) -> str:
+        return f"rnn_{self.nonlinearity}"
 
     def _function(self, *args: Any) -> Tensor:
         if self.nonlinearity not in F.NONLINEARITIES:

@@ -260,6 +260,11 @@ torch.library.register_autograd(
 # Autocast.
 
 
+def autocasts(device: str) -> bool:
+    """Whether an autocast region is active that our operators follow."""
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
 def autocast_dtypes(
     cell: str, x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> tuple[torch.dtype, torch.dtype] | None:
@@ -274,7 +279,7 @@ def autocast_dtypes(
         and a projected h, being the result of a GEMM, does not either.
     """
     device = x.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return None
     low = torch.get_autocast_dtype(device)
     if not x.is_floating_point() or x.dtype == torch.float64:

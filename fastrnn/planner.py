@@ -79,7 +79,9 @@ def use_path(path: str | None) -> Iterator[None]:
     Parameters
     ----------
     path : {'torch', 'loop', 'reference'} or None
-        None restores the planner's own choice.
+        None restores the planner's own choice. What torch does not have, it cannot be
+        made to run: the identity activation stays with us. Under a ``torch.func`` transform
+        'loop' is 'reference'.
 
     Raises
     ------
@@ -130,12 +132,13 @@ def plan(problem: Problem) -> Plan:
     >>> plan(Problem("lstm", steps=128, batch=8, input_size=256, hidden_size=256)).path
     'torch'
     """
-    if _forced.path is not None:
-        return Plan(_forced.path, "asked for by fastrnn.planner.use_path")
-    if problem.transformed:
-        path = "reference" if problem.cell == "rnn_identity" else "torch"
+    forced, identity = _forced.path, problem.cell == "rnn_identity"
+    if problem.transformed and forced in (None, "loop"):
+        path = "reference" if identity or forced else "torch"
         return Plan(path, "our operators have no rules for torch.func transforms yet")
-    if problem.cell == "rnn_identity":
+    if forced is not None and not (identity and forced == "torch"):
+        return Plan(forced, "asked for by fastrnn.planner.use_path")
+    if identity:
         return Plan("loop", "torch has no kernel for the identity activation")
     if problem.dtype not in _FLOATS:
         return Plan("torch", f"only torch computes in {problem.dtype}")

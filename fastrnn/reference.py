@@ -244,11 +244,13 @@ def stack(
 
     Parameters
     ----------
-    cell, x, batch_sizes, bidirectional
+    cell, x
         As for `layer`.
     state, weights : sequence of Tensor
         As for `layer`, of all layers one after another.
     num_layers : int
+    batch_sizes, bidirectional
+        As for `layer`.
     dropout : callable
         Applied to the output of every layer but the last.
     layer : callable

@@ -287,7 +287,7 @@ def test_values_may_be_separated_by_commas_or_spaces():
         ("--T", "0", "'0' is not a positive integer"),
         ("--B", "1.5", "'1.5' is not a positive integer"),
         ("--H", "8,", "'' is not a positive integer"),
-        ("--dtype", "int8", "unknown dtype 'int8', expected one of float32"),
+        ("--dtype", "int8", "unknown dtype 'int8', expected one of float16"),
         ("--device", "tpu", "unknown device 'tpu', expected cpu"),
         ("--device", "cuda:99", "no device 'cuda:99'"),
         ("--seconds", "nan", "'nan' is not a positive number"),

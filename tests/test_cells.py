@@ -97,7 +97,6 @@ def test_bad_call_that_torch_does_not_explain(call: Any, cls: type, path: str | 
     with use_path(path):
         (mine, text), (theirs, _) = errors_of(call, cls)
     assert mine in (theirs, RuntimeError)
-    assert "mat1" not in text
     assert "got 4, expected 4" not in text
     assert "ambiguous" not in text
 
