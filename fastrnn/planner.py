@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -146,28 +147,64 @@ def plan(problem: Problem) -> Plan:
         return Plan("torch", f"no kernel of ours for device type {problem.device!r} yet")
     if problem.is_step:
         return Plan("torch", "one step is one fused ATen call; our loop would add dispatch")
+    if problem.dtype in (torch.bfloat16, torch.float16):
+        return _half_on_cpu(problem)
     if not problem.training:
         return Plan("torch", "in inference torch's kernels were faster or equal at every size")
     return _training_on_cpu(problem)
 
 
-# Measured on a 2-core x86-64 machine with AVX-512 (torch 2.13, float32, forward+backward,
-# time of torch.nn / time of the loop, I = H, 2 threads):
-#   GRU  T=64: (B, H) = (1, 64) 1.6, (8, 64) 1.4, (8, 512) 1.3, (32, 512) 1.0, (64, 512) 0.8-1.0
-#   RNN  T=64: 1.2, 1.2, 1.3, 1.1, 1.0 at the same points;  T=16: 0.8-0.9,  T=1: 0.4
-#   packed, T=64, ragged lengths: LSTM 1.3-1.9, GRU 1.6-1.9, RNN 1.4-1.8
-_MIN_STEPS = 32
+# Where the loop wins on a CPU. Measured with torch 2.13 on a 2-core x86-64 machine with AVX2,
+# 2 threads, I = H; numbers are time of torch.nn / time of the loop, forward+backward unless said.
+#
+# float32, T=64: (B, H) = (1, 64), (8, 64), (8, 512), (32, 512), (64, 512)
+#         GRU 1.5, 1.4, 1.3, 1.0, 0.8-1.0; RNN 1.2, 1.2, 1.3, 1.1, 1.0
+#         (1, 64): GRU T=24 0.8, T=48 1.4; RNN T=24 0.9, T=32 0.9, T=48 1.1
+# float64, T=64: (8, 64) 1.2-1.3, (8, 256) 1.2-1.3, (64, 256) 0.9-1.2
+# packed, T=64, ragged lengths: LSTM 1.3-1.9, GRU 1.6-1.9, RNN 1.4-1.8
+# inference: 0.5-1.0 everywhere but in half precision
+_MIN_STEPS = 48
 _MAX_BATCH_TIMES_HIDDEN = 8192
+
+# bfloat16 and float16 on a CPU that does not multiply them, T=64, all cells:
+#   training   (1, 64) 1.3-1.7, (16, 64) 2.1-3.5, (16, 256) 9-18, (64, 256) 15-22
+#   inference  (1, 64) 0.6-0.8, (1, 1024) 0.7-1.2, (4, 256) 1.5-1.9, (16, 64) 1.6-2.2
+#   (16, 64), T=16: training 1.3-2.3, inference 1.2-2.0; T=4: 0.7-1.2
+_HALF_MIN_STEPS = 16
+_HALF_MIN_BATCH = 4
+_HALF_MIN_BATCH_TIMES_HIDDEN = 1024
 
 
 def _training_on_cpu(problem: Problem) -> Plan:
     unfused = problem.packed or problem.projected or problem.dtype == torch.float64
     if problem.cell == "lstm" and not unfused:
         return Plan("torch", "oneDNN runs the whole LSTM layer fused")
-    if problem.dtype in (torch.bfloat16, torch.float16):
-        return Plan("torch", "torch multiplies in half precision, the loop in float32")
     if problem.steps < _MIN_STEPS:
         return Plan("torch", f"below {_MIN_STEPS} steps our operator costs what it saves")
     if not problem.packed and problem.batch * problem.hidden_size > _MAX_BATCH_TIMES_HIDDEN:
         return Plan("torch", f"B * H > {_MAX_BATCH_TIMES_HIDDEN}: bound by the same GEMMs")
     return Plan("loop", "one GEMM for each weight gradient instead of one a step")
+
+
+def _half_on_cpu(problem: Problem) -> Plan:
+    if _multiplies(problem.dtype):
+        return Plan("torch", f"this CPU multiplies {problem.dtype}; the loop would use float32")
+    large = (
+        problem.batch >= _HALF_MIN_BATCH
+        and problem.batch * problem.hidden_size >= _HALF_MIN_BATCH_TIMES_HIDDEN
+    )
+    if (large and problem.steps >= _HALF_MIN_STEPS) or (
+        problem.training and problem.steps >= _MIN_STEPS
+    ):
+        return Plan("loop", f"this CPU does not multiply {problem.dtype}; the loop uses float32")
+    return Plan("torch", "too small to gain from computing in float32")
+
+
+@functools.cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has fast products of a half-precision dtype on this CPU."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastrnn.cpu
+import fastrnn.planner
 from fastrnn import testing
 from fastrnn.__main__ import main
 
@@ -45,7 +46,8 @@ def test_bad_arguments_give_one_line_and_status_2(capsys, argv, says):
 @pytest.mark.parametrize(
     ("argv", "path"),
     [
-        (["--cell", "lstm", "--T", "512", "--B", "64", "--H", "512", "--dtype", "bf16"], "torch"),
+        (["--cell", "lstm", "--T", "512", "--B", "64", "--H", "512"], "torch"),
+        (["--cell", "lstm", "--T", "512", "--B", "64", "--H", "512", "--packed"], "torch"),
         (["--cell", "gru", "--H", "64", "--training"], "loop"),
         (["--cell", "gru", "--H", "64", "--training", "--step"], "torch"),
         (["--cell", "rnn_identity", "--H", "64"], "loop"),
@@ -101,3 +103,10 @@ def test_cases_cover_every_argument():
     cases = [testing.draw_case("lstm", seed=0, index=k) for k in range(200)]
     for name in testing.Case.__dataclass_fields__.keys() - {"cell", "seed"}:
         assert len({getattr(case, name) for case in cases}) > 1, name
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_plan_of_half_precision_depends_on_the_cpu(capsys, monkeypatch, native):
+    monkeypatch.setattr(fastrnn.planner, "_multiplies", lambda dtype: native)
+    main(["plan", "--cell", "lstm", "--B", "16", "--H", "64", "--dtype", "bf16"])
+    assert capsys.readouterr().out.startswith("torch: " if native else "loop: ")
