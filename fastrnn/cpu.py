@@ -38,7 +38,7 @@ class CpuCell(NamedTuple):
     forward(gates, extra, h, c, w_hh_t, b_hh) -> h'
         Finish one step. `gates` (n, G*H) holds the input projection and is left holding
         the activations; `extra` (n, H) receives what else backward needs; c is updated.
-    factors(gates, extra, h_prev, c_prev, y) -> (d_rh, d_wx_n, carry)
+    factors(gates, extra, h_prev, c_prev, h) -> (d_rh, d_wx_n, carry)
         For all rows: d_rh (N, G*H), to be multiplied by dh (dc for the LSTM's first three
         gates) step by step; d_wx_n the part in which the gradient of the input projection
         differs from it (GRU's n gate); `carry` what passes dh or dc on to the step before.
@@ -65,7 +65,7 @@ def _lstm_forward(gates, cells, h, c, w_hh_t, b_hh):
     return torch.tanh(c).mul_(o)
 
 
-def _lstm_factors(gates, cells, h_prev, c_prev, y):
+def _lstm_factors(gates, cells, h_prev, c_prev, h):
     i, f, g, o = gates.chunk(4, dim=1)
     tanh_c = cells.tanh()
     d_rh = torch.cat(
@@ -95,7 +95,7 @@ def _gru_forward(gates, rh_n, h, c, w_hh_t, b_hh):
     return torch.lerp(n.addcmul_(r, rh_n).tanh_(), h, z)
 
 
-def _gru_factors(gates, rh_n, h_prev, c_prev, y):
+def _gru_factors(gates, rh_n, h_prev, c_prev, h):
     r, z, n = gates.chunk(3, dim=1)
     d_n = (1 - z) * (1 - n * n)
     d_rh = torch.cat([d_n * rh_n * r * (1 - r), (h_prev - n) * z * (1 - z), d_n * r], dim=1)
@@ -113,7 +113,7 @@ def _rnn_cell(
     slope: Callable[[Tensor], Tensor],
     times_: Callable[[Tensor, Tensor], Tensor] = Tensor.mul_,
 ) -> CpuCell:
-    """An Elman cell from the activation (in place) and its slope as a function of y.
+    """An Elman cell from the activation (in place) and its slope as a function of h.
 
     `times_` multiplies the slope by dh in place.
     """
@@ -121,8 +121,8 @@ def _rnn_cell(
     def forward(gates, extra, h, c, w_hh_t, b_hh):
         return phi_(gates.addmm_(h, w_hh_t))
 
-    def factors(gates, extra, h_prev, c_prev, y):
-        d_rh = slope(y)
+    def factors(gates, extra, h_prev, c_prev, h):
+        d_rh = slope(h)
         return d_rh, d_rh[:, :0], d_rh[:, :0]
 
     def backward(d_rh, d_wx_n, carry, dh, dc, w_hh):
@@ -134,8 +134,8 @@ def _rnn_cell(
 CPU_CELLS = {
     "lstm": CpuCell(1, 4, _lstm_forward, _lstm_factors, _lstm_backward),
     "gru": CpuCell(1, 2, _gru_forward, _gru_factors, _gru_backward),
-    "rnn_tanh": _rnn_cell(torch.tanh_, lambda y: 1 - y * y),
-    "rnn_relu": _rnn_cell(torch.relu_, lambda y: (y > 0).to(y.dtype)),
+    "rnn_tanh": _rnn_cell(torch.tanh_, lambda h: 1 - h * h),
+    "rnn_relu": _rnn_cell(torch.relu_, lambda h: (h > 0).to(h.dtype)),
     "rnn_identity": _rnn_cell(lambda pre: pre, torch.empty_like, Tensor.copy_),
 }
 
@@ -210,41 +210,40 @@ def layer_forward(
     y : Tensor of shape (T, B, D * P), or (N, D * P)
     final : list of Tensor
     saved : list of Tensor
-        Empty unless `save`; for each direction, in the compute dtype: the gate
-        activations (N, G * H) and, for LSTM and GRU, the cell states or the recurrent
-        part of the n gate (N, H). The Elman cells need only y.
+        Empty unless `save`. In the compute dtype: h (N, D * P), apart from y, which the
+        caller may overwrite; then for each direction of an LSTM or GRU the gate activations
+        (N, G * H) and the cell states or the recurrent part of the n gate (N, H).
     """
     rows = Rows.of(x, batch_sizes)
-    ops = CPU_CELLS[cell]
+    pointwise = CPU_CELLS[cell]
     by_direction, initial, hidden = _directions(cell, x, rows.batch, state, weights, bidirectional)
+    dtype, size_h = initial[0].dtype, initial[0].shape[-1]
     final = [part.clone(memory_format=torch.contiguous_format) for part in initial]
-    flat = x.flatten(0, -2).to(final[0].dtype)
-    size_h = final[0].shape[-1]
-    y = flat.new_empty(flat.shape[0], len(by_direction) * size_h)
-    saved: list[Tensor] = []
+    flat = x.flatten(0, -2).to(dtype)
+    y = x.new_empty(*x.shape[:-1], len(by_direction) * size_h)
+    y_rows = y.view(flat.shape[0], y.shape[-1])
+    h_rows = torch.empty_like(y_rows, dtype=dtype) if save or dtype != x.dtype else y_rows
+    saved = [h_rows] if save else []
     for d, w in enumerate(by_direction):
-        gates = _input_projection(flat, w, ops.folds_b_hh * hidden)
-        extra = flat.new_empty(flat.shape[0], ops.n_extra * hidden)
-        y_d = y[:, d * size_h : (d + 1) * size_h]
+        gates = _input_projection(flat, w, pointwise.folds_b_hh * hidden)
+        extra = flat.new_empty(flat.shape[0], pointwise.n_extra * hidden)
+        h_of_d = h_rows[:, d * size_h : (d + 1) * size_h]
         h, c = final[0][d], final[-1][d]
         w_hh_t = w.w_hh.t()
-        steps = list(
-            zip(*(part.split(rows.sizes) for part in (gates, extra, y_d)), rows.sizes, strict=True)
-        )
-        for gates_t, extra_t, y_t, n in reversed(steps) if d else steps:
+        buffers = (part.split(rows.sizes) for part in (gates, extra, h_of_d))
+        steps = list(zip(*buffers, rows.sizes, strict=True))
+        for gates_t, extra_t, h_row_t, n in reversed(steps) if d else steps:
             h_t = h[:n]
-            new = ops.forward(gates_t, extra_t, h_t, c[:n], w_hh_t, w.b_hh)
+            new = pointwise.forward(gates_t, extra_t, h_t, c[:n], w_hh_t, w.b_hh)
             if w.w_hr is not None:
                 new = new @ w.w_hr.t()
-            y_t.copy_(new)
+            h_row_t.copy_(new)
             h_t.copy_(new)
-        if save and ops.n_extra:
+        if save and pointwise.n_extra:
             saved += [gates, extra]
-    return (
-        y.to(x.dtype).unflatten(0, x.shape[:-1]),
-        [part.to(x.dtype) for part in final],
-        saved,
-    )
+    if h_rows is not y_rows:
+        y_rows.copy_(h_rows)
+    return y, [part.to(x.dtype) for part in final], saved
 
 
 def _input_projection(x: Tensor, w: Weights, folded: int) -> Tensor:
@@ -265,12 +264,11 @@ def layer_backward(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     bidirectional: bool,
-    y: Tensor,
     saved: Sequence[Tensor],
     needs_x: bool,
     needs_weights: bool,
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """Gradients of `layer_forward`, from its results.
+    """Gradients of `layer_forward`, from what it saved.
 
     Returns
     -------
@@ -281,25 +279,27 @@ def layer_backward(
         Empty unless `needs_weights`.
     """
     rows = Rows.of(x, batch_sizes)
-    ops = CPU_CELLS[cell]
+    pointwise = CPU_CELLS[cell]
     by_direction, initial, hidden = _directions(cell, x, rows.batch, state, weights, bidirectional)
     dtype = initial[0].dtype
     d_state = [part.to(dtype, copy=True).contiguous() for part in d_final]
     flat = x.flatten(0, -2).to(dtype)
-    y, size_h = y.flatten(0, -2).to(dtype), initial[0].shape[-1]
+    h_rows, *activations = saved
+    size_h = initial[0].shape[-1]
     dy = None if dy is None else dy.flatten(0, -2).to(dtype)
-    dx = torch.zeros_like(flat) if needs_x else None
+    dx = flat.new_zeros(x.shape) if needs_x else None
     d_weights: list[Tensor] = []
     for d, w in enumerate(by_direction):
         reverse = d == 1
-        gates, extra = saved[2 * d : 2 * d + 2] if ops.n_extra else (y[:, :0], y[:, :0])
         of_d = slice(d * size_h, (d + 1) * size_h)
-        h_prev = rows.previous(y[:, of_d], initial[0][d], reverse)
+        h, empty = h_rows[:, of_d], h_rows[:, :0]
+        gates, extra = activations[2 * d : 2 * d + 2] or (empty, empty)
+        h_prev = rows.previous(h, initial[0][d], reverse)
         c_prev = rows.previous(extra, initial[1][d], reverse) if len(initial) == 2 else h_prev
-        d_rh, d_wx_n, carry = ops.factors(gates, extra, h_prev, c_prev, y[:, of_d])
+        d_rh, d_wx_n, carry = pointwise.factors(gates, extra, h_prev, c_prev, h)
         # The gradient of the projected h of every row, for the gradient of the projection.
-        d_projected = y.new_empty(y.shape[0], 0 if w.w_hr is None else size_h)
-        dy_d = y[:, :0] if dy is None else dy[:, of_d]
+        d_projected = empty if w.w_hr is None else torch.empty_like(h)
+        dy_d = empty if dy is None else dy[:, of_d]
         dh, dc = d_state[0][d], d_state[-1][d]
         buffers = (part.split(rows.sizes) for part in (d_rh, d_wx_n, carry, dy_d, d_projected))
         steps = list(zip(*buffers, rows.sizes, strict=True))
@@ -312,14 +312,14 @@ def layer_backward(
             d_hidden = dh_t
             if w.w_hr is not None:
                 d_hidden = d_projected_t.copy_(dh_t) @ w.w_hr
-            dh_t.copy_(ops.backward(d_rh_t, d_wx_n_t, carry_t, d_hidden, dc[:n], w.w_hh))
+            dh_t.copy_(pointwise.backward(d_rh_t, d_wx_n_t, carry_t, d_hidden, dc[:n], w.w_hh))
         if needs_weights:
             d_w_hh, d_b_hh = d_rh.t() @ h_prev, d_rh.sum(0)
         d_wx = d_rh
         if d_wx_n.shape[1]:
             d_wx[:, -hidden:] = d_wx_n
         if dx is not None:
-            dx.addmm_(d_wx, w.w_ih)
+            dx.view(flat.shape).addmm_(d_wx, w.w_ih)
         if needs_weights:
             d_weights += [d_wx.t() @ flat, d_w_hh]
             if w.b_ih is not None:
@@ -328,7 +328,7 @@ def layer_backward(
                 h_full = gates[:, 3 * hidden :] * extra.tanh()
                 d_weights.append(d_projected.t() @ h_full)
     return (
-        None if dx is None else dx.to(x.dtype).unflatten(0, x.shape[:-1]),
+        None if dx is None else dx.to(x.dtype),
         [part.to(x.dtype) for part in d_state],
         [part.to(x.dtype) for part in d_weights],
     )

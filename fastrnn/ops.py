@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import cpu, reference
 from .reference import CELLS
@@ -27,7 +28,7 @@ _SCHEMAS = {
     "layer": "(str cell, Tensor x, Tensor[] state, Tensor[] weights, Tensor? batch_sizes,"
     " bool bidirectional, bool save) -> (Tensor y, Tensor[] final, Tensor[] saved)",
     "layer_backward": "(str cell, Tensor? dy, Tensor[] d_final, Tensor x, Tensor[] state,"
-    " Tensor[] weights, Tensor? batch_sizes, bool bidirectional, Tensor y, Tensor[] saved,"
+    " Tensor[] weights, Tensor? batch_sizes, bool bidirectional, Tensor[] saved,"
     " bool needs_x, bool needs_weights)"
     " -> (Tensor dx, Tensor[] d_state, Tensor[] d_weights)",
     "cell": "(str cell, Tensor x, Tensor[] state, Tensor[] weights, bool save)"
@@ -55,7 +56,7 @@ def _layer_backward(cell, dy, d_final, x, state, *rest):
 @torch.library.impl("fastrnn::cell", "default")
 def _cell(cell, x, state, weights, save):
     _, final, saved = cpu.layer_forward(cell, x[None], _steps(state), weights, None, False, save)
-    return [part.squeeze(0) for part in final], saved
+    return [part.squeeze(0).clone() for part in final], saved
 
 
 def _steps(state: Sequence[Tensor]) -> list[Tensor]:
@@ -67,12 +68,11 @@ def _steps(state: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _fake_saved(cell: str, x: Tensor, rows: Any, weights: Sequence[Tensor], directions: int):
-    if not cpu.CPU_CELLS[cell].n_extra:
-        return []
     width = weights[0].shape[0]
-    dtype = cpu.compute_dtype(x.dtype)
-    widths = (width, width // CELLS[cell].n_gates) * directions
-    return [x.new_empty(rows, width, dtype=dtype) for width in widths]
+    widths = [directions * weights[1].shape[1]]
+    if cpu.CPU_CELLS[cell].n_extra:
+        widths += [width, width // CELLS[cell].n_gates] * directions
+    return [x.new_empty(rows, width, dtype=cpu.compute_dtype(x.dtype)) for width in widths]
 
 
 @torch.library.register_fake("fastrnn::layer")
@@ -87,8 +87,9 @@ def _layer_fake(cell, x, state, weights, batch_sizes, bidirectional, save):
 
 
 @torch.library.register_fake("fastrnn::layer_backward")
-def _layer_backward_fake(cell, dy, d_final, x, state, weights, *rest):
-    needs_x, needs_weights = rest[-2:]
+def _layer_backward_fake(
+    cell, dy, d_final, x, state, weights, batch_sizes, bidirectional, saved, needs_x, needs_weights
+):
     return (
         x.new_empty(x.shape if needs_x else 0),
         [x.new_empty(part.shape) for part in state],
@@ -123,84 +124,99 @@ def _or_zeros(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Te
     ]
 
 
-def _gradients(needs_x, needs_weights, cell, dy, d_final, x, state, weights, *rest):
-    """Call ``layer_backward``; None for what was not asked for."""
-    *layout, y, saved = rest
-    if not saved and cpu.CPU_CELLS[cell].n_extra:
+def _gradients(cell, dy, d_final, arguments, saved, needs_x, needs_weights):
+    """Call ``layer_backward``; None for what was not asked for.
+
+    `arguments` are those of ``layer`` from `x` to `bidirectional`.
+    """
+    if not saved:
         # The operator was called as if for inference.
         with torch.no_grad():
-            saved = torch.ops.fastrnn.layer(cell, x, state, weights, *layout, True)[2]
+            _, _, saved = torch.ops.fastrnn.layer(cell, *arguments, True)
     dx, d_state, d_weights = torch.ops.fastrnn.layer_backward(
-        cell, dy, d_final, x, state, weights, *layout, y, saved, needs_x, needs_weights
+        cell, dy, d_final, *arguments, saved, needs_x, needs_weights
     )
-    return dx if needs_x else None, d_state, d_weights or [None] * len(weights)
+    n_weights = len(arguments[2])
+    return dx if needs_x else None, d_state, d_weights or [None] * n_weights
 
 
 def _layer_setup(ctx, inputs, output):
     ctx.cell, x, state, weights, batch_sizes, ctx.bidirectional, _ = inputs
-    y, final, saved = output
-    _save(ctx, (x,), state, weights, (batch_sizes,), (y,), saved)
+    _, final, saved = output
+    _save(ctx, (x,), state, weights, (batch_sizes,), saved)
     ctx.final = [part.new_zeros(()).expand(part.shape) for part in final]
 
 
 def _layer_autograd(ctx, dy, d_final, _d_saved):
-    (x,), state, weights, (batch_sizes,), (y,), saved = _load(ctx)
+    (x,), state, weights, (batch_sizes,), saved = _load(ctx)
     _, needs_x, _, needs_weights, *_ = ctx.needs_input_grad
+    arguments = (x, state, weights, batch_sizes, ctx.bidirectional)
     dx, d_state, d_weights = _gradients(
-        needs_x,
-        any(needs_weights),
         ctx.cell,
         dy,
         _or_zeros(d_final, ctx.final),
-        x,
-        state,
-        weights,
-        batch_sizes,
-        ctx.bidirectional,
-        y,
+        arguments,
         saved,
+        needs_x,
+        any(needs_weights),
     )
     return None, dx, d_state, d_weights, None, None, None
 
 
 def _cell_setup(ctx, inputs, output):
     ctx.cell, x, state, weights, _ = inputs
-    new_state, saved = output
-    _save(ctx, (x,), state, weights, new_state[:1], saved)
+    _, saved = output
+    _save(ctx, (x,), state, weights, saved)
 
 
 def _cell_autograd(ctx, d_new_state, _d_saved):
-    (x,), state, weights, (h,), saved = _load(ctx)
+    (x,), state, weights, saved = _load(ctx)
     _, needs_x, _, needs_weights, _ = ctx.needs_input_grad
+    arguments = (x[None], _steps(state), weights, None, False)
     dx, d_state, d_weights = _gradients(
-        needs_x,
-        any(needs_weights),
         ctx.cell,
         None,
         _steps(_or_zeros(d_new_state, state)),
-        x[None],
-        _steps(state),
-        weights,
-        None,
-        False,
-        h[None],
+        arguments,
         saved,
+        needs_x,
+        any(needs_weights),
     )
     d_state = [part.squeeze(0) for part in d_state]
     return None, dx if dx is None else dx.squeeze(0), d_state, d_weights, None
 
 
 def _backward_setup(ctx, inputs, output):
-    ctx.cell, dy, d_final, x, state, weights, batch_sizes, ctx.bidirectional, *rest = inputs
-    ctx.n_saved = len(rest[1])
+    ctx.cell, dy, d_final, x, state, weights, batch_sizes, ctx.bidirectional, saved, *_ = inputs
+    ctx.n_saved = len(saved)
     _save(ctx, (dy,), d_final, (x,), state, weights, (batch_sizes,))
+
+
+def _grad(
+    outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    create_graph: bool,
+) -> Sequence[Tensor | None]:
+    """``torch.autograd.grad`` that gives None where an output does not depend on an input."""
+    pairs = [
+        (output, cotangent)
+        for output, cotangent in zip(outputs, cotangents, strict=True)
+        if output is not None and output.requires_grad
+    ]
+    if not inputs or not pairs:
+        return [None] * len(inputs)
+    outputs, cotangents = zip(*pairs, strict=True)
+    return torch.autograd.grad(
+        outputs, inputs, cotangents, create_graph=create_graph, allow_unused=True
+    )
 
 
 def _backward_autograd(ctx, g_dx, g_d_state, g_d_weights):
     """Differentiate the gradients: run the reference twice through torch's own autograd.
 
-    The results of the forward (y, saved) are inputs here as well, but they are functions
-    of x, state and weights, through which the whole derivative is taken.
+    What the forward saved is an input here as well, but it is a function of x, state and
+    weights, through which the whole derivative is taken.
     """
     (dy,), d_final, (x,), state, weights, (batch_sizes,) = _load(ctx)
     create_graph = torch.is_grad_enabled()
@@ -214,40 +230,29 @@ def _backward_autograd(ctx, g_dx, g_d_state, g_d_weights):
     with torch.enable_grad():
         x, dy = alias(x), None if dy is None else alias(dy)
         state, weights, d_final = ([alias(t) for t in ts] for ts in (state, weights, d_final))
-        initial = state or reference.zero_state(
-            ctx.cell, x, x.shape[1], weights, 2 if ctx.bidirectional else 1
-        )
-        y, final = reference.layer(ctx.cell, x, initial, weights, batch_sizes, ctx.bidirectional)
+        y, final = reference.layer(ctx.cell, x, state, weights, batch_sizes, ctx.bidirectional)
         outputs, cotangents = (final, d_final) if dy is None else ([y, *final], [dy, *d_final])
-        first = torch.autograd.grad(
-            outputs, [x, *state, *weights], cotangents, create_graph=True, allow_unused=True
-        )
-        g_d_weights = g_d_weights or [None] * len(weights)
-        pairs = [
-            (grad, g)
-            for grad, g in zip(first, [g_dx, *g_d_state, *g_d_weights], strict=True)
-            if g is not None and grad is not None and grad.requires_grad
-        ]
-        wrt = [*([] if dy is None else [dy]), *d_final, x, *state, *weights]
-        grads = iter(
-            torch.autograd.grad(
-                [grad for grad, _ in pairs],
-                wrt,
-                [g for _, g in pairs],
+
+        gs = [g_dx, *g_d_state, *(g_d_weights or [None] * len(weights))]
+        asked = [(t, g) for t, g in zip([x, *state, *weights], gs, strict=True) if g is not None]
+        first = _grad(outputs, [t for t, _ in asked], cotangents, create_graph=True)
+
+        _, needs_dy, needs_d_final, needs_x, needs_state, needs_weights, *_ = ctx.needs_input_grad
+        needs = [needs_dy, *needs_d_final, needs_x, *needs_state, *needs_weights]
+        tensors = [dy, *d_final, x, *state, *weights]
+        second = iter(
+            _grad(
+                first,
+                [t for t, n in zip(tensors, needs, strict=True) if n and t is not None],
+                [g for _, g in asked],
                 create_graph=create_graph,
-                allow_unused=True,
             )
-            if pairs
-            else [None] * len(wrt)
         )
-    d_dy = None if dy is None else next(grads)
-    d_d_final = [next(grads) for _ in d_final]
-    d_x = next(grads)
-    d_state = [next(grads) for _ in state]
-    d_weights = list(grads)
-    # What follows are batch_sizes, bidirectional, y, saved, needs_x, needs_weights.
-    none_saved = [None] * ctx.n_saved
-    return None, d_dy, d_d_final, d_x, d_state, d_weights, None, None, None, none_saved, None, None
+    grads = iter([next(second) if n else None for n in needs])
+    d_dy, d_d_final = next(grads), [next(grads) for _ in d_final]
+    d_x, d_state = next(grads), [next(grads) for _ in state]
+    d_saved = [None] * ctx.n_saved
+    return None, d_dy, d_d_final, d_x, d_state, list(grads), None, None, d_saved, None, None
 
 
 torch.library.register_autograd("fastrnn::layer", _layer_autograd, setup_context=_layer_setup)
@@ -255,6 +260,33 @@ torch.library.register_autograd("fastrnn::cell", _cell_autograd, setup_context=_
 torch.library.register_autograd(
     "fastrnn::layer_backward", _backward_autograd, setup_context=_backward_setup
 )
+
+
+# vmap, over any of the tensors: one call for each element.
+
+
+def _by_elements(op: Any, info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+    def element(arg: Any, dim: Any, k: int) -> Any:
+        if isinstance(arg, (list, tuple)):
+            return [element(part, d, k) for part, d in zip(arg, dim, strict=True)]
+        return arg if dim is None else arg.select(dim, k)
+
+    results = [
+        op(*(element(arg, dim, k) for arg, dim in zip(args, in_dims, strict=True)))
+        for k in range(info.batch_size)
+    ]
+    stacked = tuple(
+        torch.stack(parts)
+        if isinstance(parts[0], Tensor)
+        else [torch.stack(tensors) for tensors in zip(*parts, strict=True)]
+        for parts in zip(*results, strict=True)
+    )
+    return stacked, tuple(0 if isinstance(p, Tensor) else [0] * len(p) for p in stacked)
+
+
+for _name in _SCHEMAS:
+    _op = getattr(torch.ops.fastrnn, _name).default
+    torch.library.register_vmap(f"fastrnn::{_name}", partial(_by_elements, _op))
 
 
 # Autocast.
@@ -300,10 +332,17 @@ def _autocast(op: Any, cell: str, x: Tensor, state: Any, weights: Any, *rest: An
         return op(cell, x.to(compute), state, weights, *rest)
 
 
-for _name in ("layer", "cell"):
-    for _key in ("AutocastCPU", "AutocastCUDA"):
+def _as_in_forward(cell: str, dy: Tensor | None, d_final: list[Tensor], x: Tensor, *rest: Any):
+    """Backward computes in the dtypes that the forward left, whatever region it is called in."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.ops.fastrnn.layer_backward(cell, dy, d_final, x, *rest)
+
+
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    for _name in ("layer", "cell"):
         _op = getattr(torch.ops.fastrnn, _name).default
         torch.library.impl(f"fastrnn::{_name}", _key)(partial(_autocast, _op))
+    torch.library.impl("fastrnn::layer_backward", _key)(_as_in_forward)
 
 
 # The operators as Python functions.
@@ -332,8 +371,11 @@ def cell_step(
 
 
 def transformed() -> bool:
-    """Whether a ``torch.func`` transform is active; the operators have no rules for these."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether a ``torch.func`` transform or forward-mode AD is active.
+
+    An autograd formula registered through torch.library works in neither.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def differentiated(*tensors: Tensor) -> bool:
