@@ -7,6 +7,7 @@ torch's where torch has one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -531,13 +532,18 @@ def choose_path(
 
 def _check_weights(cell: str, weights: Sequence[Tensor], directions: int) -> int:
     """Raise unless the weights make whole layers; returns how many a direction has."""
+    if [w.dim() for w in weights[:2]] != [2, 2]:
+        raise ValueError(
+            f"the weights of a {cell} layer begin with w_ih and w_hh, both 2-D; got "
+            f"{len(weights)} weights of shapes {[tuple(w.shape) for w in weights[:2]]}"
+        )
     biased = len(weights) > 2 and weights[2].dim() == 1
     at_hr = 4 if biased else 2
     width, size_h = weights[0].shape[0], weights[1].shape[-1]
     hidden, rest = divmod(width, CELLS[cell].n_gates)
     projected = cell == "lstm" and size_h != hidden
     per_direction = at_hr + projected
-    if rest or not weights or len(weights) % (directions * per_direction):
+    if rest or len(weights) % (directions * per_direction):
         raise ValueError(
             f"{len(weights)} weights, the first of shape {tuple(weights[0].shape)}, do not make "
             f"whole {cell} layers with {directions} direction(s) and {per_direction} weights each"
@@ -571,9 +577,7 @@ def _check_input(
     if batch_sizes is not None:
         if batch_first:
             raise ValueError("batch_first cannot be used with batch_sizes")
-        if batch_sizes.dim() != 1 or batch_sizes.device.type != "cpu":
-            raise ValueError("batch_sizes must be a 1-D tensor on the CPU")
-        steps, batch = batch_sizes.shape[0], int(batch_sizes[0]) if len(batch_sizes) else 0
+        steps, batch = _check_batch_sizes(batch_sizes, input.shape[0])
     else:
         steps, batch = input.shape[:2]
         if batch_first:
@@ -581,6 +585,25 @@ def _check_input(
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     return steps, batch
+
+
+def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> tuple[int, int]:
+    """Raise unless these are the sizes of T steps with `rows` rows in all; returns T and B."""
+    if (batch_sizes.dim(), batch_sizes.device.type, batch_sizes.dtype) != (1, "cpu", torch.int64):
+        raise ValueError(
+            "batch_sizes must be a 1-D int64 tensor on the CPU, got "
+            f"{batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
+        )
+    if torch.compiler.is_compiling():
+        return batch_sizes.shape[0], int(batch_sizes[0])
+    sizes = batch_sizes.tolist()
+    shrinking = all(a >= b for a, b in itertools.pairwise(sizes))
+    if sizes and (not shrinking or sizes[-1] < 1 or sum(sizes) != rows):
+        raise ValueError(
+            f"batch_sizes must be positive, must not grow and must add up to the {rows} rows "
+            f"of the input, got {sizes if len(sizes) <= 8 else [*sizes[:8], '...']}"
+        )
+    return len(sizes), sizes[0] if sizes else 0
 
 
 def _check_state(

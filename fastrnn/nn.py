@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules import rnn as _torch
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from . import functional as F
@@ -31,7 +32,7 @@ class _Convertible:
         Parameters
         ----------
         module : torch.nn.Module
-            An instance of exactly the torch.nn class of this name.
+            An instance of exactly the torch.nn class of this name; may be parametrized.
 
         Returns
         -------
@@ -43,7 +44,7 @@ class _Convertible:
         TypeError
             If `module` is of another class.
         """
-        if type(module) is not cls._stock:
+        if plain_class(module) is not cls._stock:
             raise TypeError(
                 f"{cls.__name__}.from_torch expects a torch.nn.{cls._stock.__name__}, "
                 f"got {type(module).__name__}"
@@ -71,6 +72,7 @@ class _Convertible:
 
 def _as_class(module: Any, cls: Any) -> Any:
     """A shallow copy of a module under another class, with containers of its own."""
+    cls = class_like(module, cls)
     clone = cls.__new__(cls)
     clone.__dict__.update(
         {
@@ -79,6 +81,21 @@ def _as_class(module: Any, cls: Any) -> Any:
         }
     )
     return clone
+
+
+def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
+    """The class of a module, seen through the one that parametrizations put before it."""
+    cls = type(module)
+    return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
+
+
+def class_like(module: torch.nn.Module, cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """`cls`, or if `module` is parametrized, a class with its properties derived from `cls`."""
+    if not parametrize.is_parametrized(module):
+        return cls
+    own = type(module)
+    body = {k: v for k, v in vars(own).items() if k not in ("__dict__", "__weakref__")}
+    return type(own.__name__, (cls,), body)
 
 
 class _Layers(_Convertible, _torch.RNNBase):

@@ -129,6 +129,8 @@ def _gradients(cell, dy, d_final, arguments, saved, needs_x, needs_weights):
 
     `arguments` are those of ``layer`` from `x` to `bidirectional`.
     """
+    if any(torch._C._functorch.is_legacy_batchedtensor(t) for t in (dy, *d_final) if t is not None):
+        return _batched_gradients(cell, dy, d_final, arguments)
     if not saved:
         # The operator was called as if for inference.
         with torch.no_grad():
@@ -138,6 +140,53 @@ def _gradients(cell, dy, d_final, arguments, saved, needs_x, needs_weights):
     )
     n_weights = len(arguments[2])
     return dx if needs_x else None, d_state, d_weights or [None] * n_weights
+
+
+def _batched_gradients(cell, dy, d_final, arguments):
+    """Gradients for ``is_grads_batched``, whose older vmap has no rules for our operators."""
+    keep_graph = torch.is_grad_enabled()
+    x, state, weights, *rest = arguments
+    with torch.enable_grad():
+        (x,), state, weights = (_aliases(ts, keep_graph) for ts in ((x,), state, weights))
+        y, final = reference.layer(cell, x, state, weights, *rest)
+        outputs, cotangents = _pairs(y, final, dy, d_final)
+        grads = iter(_grad(outputs, [x, *state, *weights], cotangents, keep_graph))
+    return next(grads), [next(grads) for _ in state], list(grads)
+
+
+def _aliases(tensors: Sequence[Tensor], keep_graph: bool) -> list[Tensor]:
+    """One leaf for each use of a tensor: weights may be tied, every use has a gradient."""
+    return [
+        t.view_as(t) if keep_graph and t.requires_grad else t.detach().requires_grad_()
+        for t in tensors
+    ]
+
+
+def _pairs(
+    y: Tensor, final: list[Tensor], dy: Tensor | None, d_final: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs and their cotangents; a cell has no gradient of y, which is its state."""
+    return (final, d_final) if dy is None else ([y, *final], [dy, *d_final])
+
+
+def _grad(
+    outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    keep_graph: bool,
+) -> Sequence[Tensor | None]:
+    """``torch.autograd.grad`` that gives None where an output does not depend on an input."""
+    pairs = [
+        (output, cotangent)
+        for output, cotangent in zip(outputs, cotangents, strict=True)
+        if output is not None and output.requires_grad
+    ]
+    if not inputs or not pairs:
+        return [None] * len(inputs)
+    outputs, cotangents = zip(*pairs, strict=True)
+    return torch.autograd.grad(
+        outputs, inputs, cotangents, create_graph=keep_graph, allow_unused=True
+    )
 
 
 def _layer_setup(ctx, inputs, output):
@@ -192,26 +241,6 @@ def _backward_setup(ctx, inputs, output):
     _save(ctx, (dy,), d_final, (x,), state, weights, (batch_sizes,))
 
 
-def _grad(
-    outputs: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    create_graph: bool,
-) -> Sequence[Tensor | None]:
-    """``torch.autograd.grad`` that gives None where an output does not depend on an input."""
-    pairs = [
-        (output, cotangent)
-        for output, cotangent in zip(outputs, cotangents, strict=True)
-        if output is not None and output.requires_grad
-    ]
-    if not inputs or not pairs:
-        return [None] * len(inputs)
-    outputs, cotangents = zip(*pairs, strict=True)
-    return torch.autograd.grad(
-        outputs, inputs, cotangents, create_graph=create_graph, allow_unused=True
-    )
-
-
 def _backward_autograd(ctx, g_dx, g_d_state, g_d_weights):
     """Differentiate the gradients: run the reference twice through torch's own autograd.
 
@@ -219,36 +248,23 @@ def _backward_autograd(ctx, g_dx, g_d_state, g_d_weights):
     weights, through which the whole derivative is taken.
     """
     (dy,), d_final, (x,), state, weights, (batch_sizes,) = _load(ctx)
-    create_graph = torch.is_grad_enabled()
-
-    def alias(tensor: Tensor) -> Tensor:
-        # One leaf for each use: weights may be tied, and every use has a gradient of its own.
-        if create_graph and tensor.requires_grad:
-            return tensor.view_as(tensor)
-        return tensor.detach().requires_grad_()
-
+    keep_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        x, dy = alias(x), None if dy is None else alias(dy)
-        state, weights, d_final = ([alias(t) for t in ts] for ts in (state, weights, d_final))
+        groups = ((x,), state, weights, d_final)
+        (x,), state, weights, d_final = (_aliases(tensors, keep_graph) for tensors in groups)
+        dy = None if dy is None else _aliases([dy], keep_graph)[0]
         y, final = reference.layer(ctx.cell, x, state, weights, batch_sizes, ctx.bidirectional)
-        outputs, cotangents = (final, d_final) if dy is None else ([y, *final], [dy, *d_final])
-
+        outputs, cotangents = _pairs(y, final, dy, d_final)
         gs = [g_dx, *g_d_state, *(g_d_weights or [None] * len(weights))]
         asked = [(t, g) for t, g in zip([x, *state, *weights], gs, strict=True) if g is not None]
-        first = _grad(outputs, [t for t, _ in asked], cotangents, create_graph=True)
+        first = _grad(outputs, [t for t, _ in asked], cotangents, keep_graph=True)
 
         _, needs_dy, needs_d_final, needs_x, needs_state, needs_weights, *_ = ctx.needs_input_grad
         needs = [needs_dy, *needs_d_final, needs_x, *needs_state, *needs_weights]
         tensors = [dy, *d_final, x, *state, *weights]
-        second = iter(
-            _grad(
-                first,
-                [t for t, n in zip(tensors, needs, strict=True) if n and t is not None],
-                [g for _, g in asked],
-                create_graph=create_graph,
-            )
-        )
-    grads = iter([next(second) if n else None for n in needs])
+        wrt = [t for t, needed in zip(tensors, needs, strict=True) if needed and t is not None]
+        second = iter(_grad(first, wrt, [g for _, g in asked], keep_graph))
+    grads = iter([next(second) if needed else None for needed in needs])
     d_dy, d_d_final = next(grads), [next(grads) for _ in d_final]
     d_x, d_state = next(grads), [next(grads) for _ in state]
     d_saved = [None] * ctx.n_saved

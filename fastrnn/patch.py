@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.utils import parametrize
 
-from .nn import REPLACEMENTS
+from .nn import REPLACEMENTS, class_like, plain_class
 
 _STOCK = {ours: stock for stock, ours in REPLACEMENTS.items()}
 _MARK = "_fastrnn_replaced"  # on the instance: survives deepcopy and pickling, as the class does
@@ -95,7 +95,7 @@ def replace(
             if isinstance(module, torch.jit.ScriptModule) and _scripted_recurrent(module):
                 report.kept[name] = "compiled by TorchScript"
             continue
-        ours = REPLACEMENTS.get(_plain_class(module))
+        ours = REPLACEMENTS.get(plain_class(module))
         if included is not None and not _selected(name, module, included):
             report.kept[name] = "not included"
         elif excluded is not None and _selected(name, module, excluded):
@@ -105,7 +105,7 @@ def replace(
         elif "forward" in vars(module):
             report.kept[name] = "its forward is overridden on the instance"
         else:
-            _set_class(module, ours)
+            module.__class__ = class_like(module, ours)
             module.__dict__[_MARK] = True
             report.swapped[name] = f"torch.nn.{ours.__name__} -> fastrnn.{ours.__name__}"
     return report
@@ -136,12 +136,14 @@ def restore(model: torch.nn.Module) -> Report:
     """
     report = Report()
     for name, module in _modules(model):
+        if not isinstance(module, tuple(_STOCK)):
+            continue
         if vars(module).get(_MARK):
-            stock = _STOCK[_plain_class(module)]
-            _set_class(module, stock)
+            stock = _STOCK[plain_class(module)]
+            module.__class__ = class_like(module, stock)
             del module.__dict__[_MARK]
             report.swapped[name] = f"fastrnn.{stock.__name__} -> torch.nn.{stock.__name__}"
-        elif isinstance(module, tuple(_STOCK)):
+        else:
             report.kept[name] = "built as ours"
     return report
 
@@ -151,9 +153,9 @@ def patched() -> Iterator[None]:
     """Bind torch.nn's six recurrent names to our classes inside a ``with`` block.
 
     For code that builds its own ``nn.LSTM``: the names change in ``torch.nn``,
-    ``torch.nn.modules`` and ``torch.nn.modules.rnn``, for all threads, and change back at
-    the end. Names that other modules imported earlier (``from torch.nn import LSTM``) keep
-    their meaning, and inside the block ``isinstance(m, nn.LSTM)`` is false for a stock
+    ``torch.nn.modules`` and ``torch.nn.modules.rnn``, for all threads, until the last open
+    block ends. Names that other modules imported earlier (``from torch.nn import LSTM``)
+    keep their meaning, and inside the block ``isinstance(m, nn.LSTM)`` is false for a stock
     module built before.
 
     Examples
@@ -164,17 +166,27 @@ def patched() -> Iterator[None]:
     >>> type(model[0]) is fastrnn.LSTM, torch.nn.LSTM is fastrnn.LSTM
     (True, False)
     """
-    places = (torch.nn, torch.nn.modules, torch.nn.modules.rnn)
-    names = [ours.__name__ for ours in _STOCK]
-    before = [(place, name, getattr(place, name)) for place in places for name in names]
+    global _open_blocks
+    with _patching:
+        if not _open_blocks:
+            for place in (torch.nn, torch.nn.modules, torch.nn.modules.rnn):
+                for ours in _STOCK:
+                    _before.append((place, ours.__name__, getattr(place, ours.__name__)))
+                    setattr(place, ours.__name__, ours)
+        _open_blocks += 1
     try:
-        for place in places:
-            for ours in _STOCK:
-                setattr(place, ours.__name__, ours)
         yield
     finally:
-        for place, name, value in before:
-            setattr(place, name, value)
+        with _patching:
+            _open_blocks -= 1
+            while _before and not _open_blocks:
+                setattr(*_before.pop())
+
+
+# Blocks of different threads may overlap: the first to open binds, the last to end restores.
+_patching = threading.Lock()
+_open_blocks = 0
+_before: list[tuple[Any, str, type]] = []
 
 
 def _modules(model: Any) -> list[tuple[str, torch.nn.Module]]:
@@ -206,18 +218,3 @@ def _selected(name: str, module: torch.nn.Module, selectors: tuple[Selector, ...
 
 def _scripted_recurrent(module: torch.jit.ScriptModule) -> bool:
     return module.original_name in {stock.__name__ for stock in REPLACEMENTS}
-
-
-def _plain_class(module: torch.nn.Module) -> type:
-    """The class of a module, seen through the one that parametrizations put before it."""
-    cls = type(module)
-    return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
-
-
-def _set_class(module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
-    if parametrize.is_parametrized(module):
-        # torch gives a parametrized module a class of its own, holding its properties.
-        own = type(module)
-        body = {k: v for k, v in vars(own).items() if k not in ("__dict__", "__weakref__")}
-        cls = type(own.__name__, (cls,), body)
-    module.__class__ = cls

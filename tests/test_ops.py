@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 import fastrnn
 from fastrnn import reference
@@ -81,6 +83,78 @@ def test_opcheck_packed_and_half(cell):
     torch.library.opcheck(layer_op, (cell, x, state, weights, sizes, False, True))
     x, state, weights, _ = make(cell, 1, dtype=torch.bfloat16)
     torch.library.opcheck(layer_op, (cell, x, state, weights, None, False, True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck_strided(cell):
+    """Results have the strides that the fake kernels promise, whatever those of the input."""
+    x, state, weights, _ = make(cell, 1, dtype=torch.float32)
+    turned = x.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0)[:, :1].requires_grad_()
+    state = [part.detach().expand(1, 3, 4)[:, :1].requires_grad_() for part in state]
+    torch.library.opcheck(layer_op, (cell, turned, state, weights, None, False, True))
+    step = x[:, 0].detach().t().contiguous().t().requires_grad_()
+    one = [part.detach().new_zeros(4, 5).t().requires_grad_() for part in state]
+    torch.library.opcheck(cell_op, (cell, step, one, weights, True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_results_may_be_overwritten_before_backward(cell, packed):
+    x, state, weights, sizes = make(cell, 2, packed=packed)
+    leaves, grads = [x, *state, *weights], []
+    for spoil in (False, True):
+        y, final = fastrnn.ops.layer(cell, x, state, weights, sizes, True)
+        # The products hold values of their own; y and final are then free to change.
+        loss = sum((t * 1).square().sum() for t in (y, *final))
+        if spoil:
+            for t in (y, *final):
+                t.zero_()
+        grads.append(torch.autograd.grad(loss, leaves))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_new_state_may_be_overwritten_before_backward(cell):
+    x, state, weights, _ = make(cell, 1)
+    inputs = (x[0].detach(), [part[0] for part in state], weights)
+    grads = []
+    for spoil in (False, True):
+        new = fastrnn.ops.cell_step(cell, *inputs)
+        loss = sum((t * 1).square().sum() for t in new)
+        if spoil:
+            for t in new:
+                t.zero_()
+        grads.append(torch.autograd.grad(loss, [*state, *weights]))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_batched_gradients(cell):
+    """Many cotangents at once: vmap over the backward operator."""
+    x, state, weights, _ = make(cell, 2)
+    leaves = [x, *state, *weights]
+    y, _ = fastrnn.ops.layer(cell, x, state, weights, None, True)
+    cotangents = torch.randn(3, *y.shape, dtype=y.dtype)
+    batched = torch.autograd.grad(y, leaves, cotangents, retain_graph=True, is_grads_batched=True)
+    singly = [torch.autograd.grad(y, leaves, c, retain_graph=True) for c in cotangents]
+    for ours, each in zip(batched, zip(*singly, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.stack(each))
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "identity"])
+def test_forward_mode(nonlinearity):
+    """Tangents are not lost, on the path that a training call of this length would take."""
+    rnn = fastrnn.RNN(3, 4, nonlinearity=nonlinearity).double()
+    x = torch.randn(60, 2, 3, dtype=torch.float64, requires_grad=True)
+    tangent = torch.randn_like(x)
+    with forward_ad.dual_level():
+        dual = rnn(forward_ad.make_dual(x, tangent))[0]
+        ours = forward_ad.unpack_dual(dual).tangent
+    cotangent = torch.randn_like(ours)
+    (dx,) = torch.autograd.grad(rnn(x)[0], x, cotangent)
+    torch.testing.assert_close((ours * cotangent).sum(), (dx * tangent).sum())
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -174,6 +248,22 @@ def test_compile_fullgraph_with_dynamic_shapes(cls, compiling):
             torch.testing.assert_close(a, b)
         frames = frames or counter.frame_count
     assert counter.frame_count == frames > 0, "new sizes must not compile again"
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("cls", [fastrnn.LSTM, fastrnn.RNN])
+def test_inductor_with_strided_input(cls, compiling):
+    """Code generated around the operators relies on their strides, gradients' included."""
+    net = Net(cls)
+    x = torch.randn(3, 1, 6).permute(2, 1, 0).requires_grad_()
+    with fastrnn.planner.use_path("loop"):
+        expected = net(x)
+    leaves = [x, *net.parameters()]
+    out = torch.compile(net, fullgraph=True)(x)
+    torch.testing.assert_close(out, expected)
+    grads = [torch.autograd.grad(y.square().sum(), leaves) for y in (out, expected)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("cls", [fastrnn.LSTMCell, fastrnn.GRUCell, fastrnn.RNNCell])

@@ -228,6 +228,14 @@ def test_built_as_ours_stays_ours() -> None:
     assert [type(m) for m in model.values()] == [fastrnn.GRU, nn.GRU]
 
 
+def test_restore_leaves_what_was_converted_by_hand() -> None:
+    model = nn.Sequential(nn.GRU(2, 3), nn.LSTM(2, 3))
+    fastrnn.replace(model)
+    model[0] = model[0].to_torch()
+    assert list(fastrnn.restore(model).swapped) == ["1"]
+    assert [type(m) for m in model] == [nn.GRU, nn.LSTM]
+
+
 def test_shared_module() -> None:
     shared = nn.GRU(3, 3)
     model = nn.Sequential(shared, nn.Identity(), shared)
@@ -405,6 +413,18 @@ def test_patched_nested(stock_bindings: dict[str, type]) -> None:
         with fastrnn.patched():
             assert bindings() == outer
         assert bindings() == outer
+    assert bindings() == stock_bindings
+
+
+def test_patched_blocks_overlap(stock_bindings: dict[str, type]) -> None:
+    """Those of two threads need not end in the order that they began in."""
+    first, second = fastrnn.patched(), fastrnn.patched()
+    first.__enter__()
+    inside = bindings()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert bindings() == inside
+    second.__exit__(None, None, None)
     assert bindings() == stock_bindings
 
 

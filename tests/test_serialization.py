@@ -143,6 +143,25 @@ def test_conversion_shares_parameters_but_no_containers(kind: str) -> None:
     same_results(ours, stock)
 
 
+@pytest.mark.parametrize("kind", CONVERTIBLE)
+def test_conversion_of_parametrized(kind: str) -> None:
+    _, stock = pair(kind, dtype=torch.float64)
+    name = "weight_hh" if hasattr(stock, "weight_hh") else "weight_hh_l0"
+    torch.nn.utils.parametrizations.weight_norm(stock, name)
+    ours = KINDS[kind][0].from_torch(stock)
+    back = ours.to_torch()
+    assert isinstance(ours, KINDS[kind][0])
+    assert not isinstance(back, KINDS[kind][0])
+    with torch.no_grad():
+        for p in stock.parameters():
+            p.mul_(2)
+    for module in (ours, back):
+        assert torch.nn.utils.parametrize.is_parametrized(module, name)
+        pairs = zip(module.named_parameters(), stock.named_parameters(), strict=True)
+        assert all(a == b and p is q for (a, p), (b, q) in pairs)
+        same_results(module, stock)
+
+
 @pytest.mark.parametrize("cls", CLASSES + CELL_CLASSES)
 def test_from_torch_of_other_class(cls: type) -> None:
     class Subclass(stock_class(cls)):
