@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
+.NOTPARALLEL:
 .PHONY: bench test lint verify clean
 
 bench: $(VENV)/bench.stamp
@@ -27,7 +28,7 @@ clean:
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python >= 3.10 is needed")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # One stamp for each extra: reinstalled when the requirements change.
 $(VENV)/%.stamp: pyproject.toml constraints.txt | $(BIN)/python

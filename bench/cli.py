@@ -103,14 +103,14 @@ def run(args: argparse.Namespace) -> int:
 
     Raises
     ------
-    ValueError
+    UsageError
         If rich or matplotlib is missing, or the old benchmark cannot be read or has none of
         the cases; before anything is measured.
     """
     # Not imported yet: matplotlib takes a second, and both may be missing.
     for package in ("rich", "matplotlib"):
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"fastrnn bench needs {package}: install fastrnn[bench]")
+            raise _arguments.UsageError(f"fastrnn bench needs {package}: install fastrnn[bench]")
     from rich.console import Console
 
     from . import report
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     cases = registry.select(args.suite, device.type, **grid)
     old = results.load(args.compare)[1] if args.compare else None
     if old is not None and not {row.case for row in old} & set(cases):
-        raise ValueError(f"{args.compare} has none of the {len(cases)} cases to measure")
+        raise _arguments.UsageError(f"{args.compare} has none of the {len(cases)} cases to measure")
 
     rows = _measure_all(cases, device, args.seconds or _SECONDS[device.type])
     env = environment(device, _command(args, device))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .._arguments import UsageError
 from .environment import Environment
 from .registry import Case
 
@@ -153,22 +154,22 @@ def load(path: Path) -> tuple[Environment, list[Row]]:
 
     Raises
     ------
-    ValueError
+    UsageError
         If the file cannot be read or is no results.json of this version.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise UsageError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise ValueError(f"{path} is not a results.json of fastrnn bench with schema {SCHEMA}")
+        raise UsageError(f"{path} is not a results.json of fastrnn bench with schema {SCHEMA}")
     try:
         rows = [Row.from_record(record) for record in content["rows"]]
         return Environment(**content["environment"]), rows
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} has missing or unknown fields: {error}") from error
+        raise UsageError(f"{path} has missing or unknown fields: {error}") from error
 
 
 class Change(NamedTuple):

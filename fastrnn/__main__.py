@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 
 from . import __version__
-from ._arguments import device, dtype, natural, positive
+from ._arguments import UsageError, device, dtype, natural, positive
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,11 +40,11 @@ def _plan(args: argparse.Namespace) -> int:
     from .planner import Problem, plan
 
     if args.projected and args.cell != "lstm":
-        raise ValueError(f"--projected is for lstm, not {args.cell}")
+        raise UsageError(f"--projected is for lstm, not {args.cell}")
     try:
         device_type = torch.device(args.device).type
     except RuntimeError:
-        raise ValueError(f"unknown device {args.device!r}") from None
+        raise UsageError(f"unknown device {args.device!r}") from None
     chosen = plan(
         Problem(
             args.cell,
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return int(_COMMANDS[args.command][2](args))
-    except ValueError as error:
+    except UsageError as error:
         parser.error(str(error))
     except ImportError as error:
         parser.error(f"{error}; install fastrnn[{args.command}]")

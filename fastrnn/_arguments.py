@@ -6,6 +6,11 @@ from argparse import ArgumentTypeError
 
 import torch
 
+
+class UsageError(ValueError):
+    """Arguments that do not go together, or a file or package that is not there."""
+
+
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -41,7 +46,7 @@ def device(text: str) -> torch.device:
 
 def positive(text: str) -> int:
     """Parse an integer from 1 on."""
-    if natural(text) == 0:
+    if not text.isdecimal() or int(text) == 0:
         raise ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
@@ -50,5 +55,5 @@ def natural(text: str) -> int:
     """Parse an integer from 0 on."""
     # isdecimal also refuses signs and spaces, which int() takes.
     if not text.isdecimal():
-        raise ArgumentTypeError(f"{text!r} is not a positive integer")
+        raise ArgumentTypeError(f"{text!r} is not an integer from 0 on")
     return int(text)

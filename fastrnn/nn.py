@@ -84,13 +84,35 @@ def _as_class(module: Any, cls: Any) -> Any:
 
 
 def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
-    """The class of a module, seen through the one that parametrizations put before it."""
+    """Look through the class that parametrizations put before a module's own.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+
+    Returns
+    -------
+    type
+    """
     cls = type(module)
     return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
 
 
 def class_like(module: torch.nn.Module, cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """`cls`, or if `module` is parametrized, a class with its properties derived from `cls`."""
+    """Make the class to give a module in place of its plain one.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    cls : type
+        The new plain class.
+
+    Returns
+    -------
+    type
+        `cls`, or for a parametrized module a class derived from it, with the properties
+        that compute the parametrized weights.
+    """
     if not parametrize.is_parametrized(module):
         return cls
     own = type(module)
@@ -157,7 +179,9 @@ class _Layers(_Convertible, _torch.RNNBase):
         """Whether torch.nn's own forward runs the call, checks of the arguments included.
 
         Reads the weights of the last call: computing parametrizations twice a call would
-        not be harmless, and only whether they need gradients matters here.
+        not be harmless, and only whether they need gradients matters here. If that differs
+        (parametrized weights, the last call without gradients), the path may be the slower
+        one; the weights that are computed with are always this call's.
         """
         if torch.compiler.is_compiling():
             return False

@@ -8,7 +8,8 @@
 ``loop``
     ``fastrnn::layer`` with the hand-written forward and backward of ``cpu.py``.
 ``reference``
-    the differentiable loop of ``reference.py``; never chosen, only asked for.
+    the differentiable loop of ``reference.py``: for what torch does not have under a
+    ``torch.func`` transform or forward-mode AD, and whenever asked for.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from typing import NamedTuple
 import torch
 
 PATHS = ("torch", "loop", "reference")
+
+# Cells that torch has kernels for.
+_TORCH_CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -42,7 +46,7 @@ class Problem(NamedTuple):
         Whether gradients will be asked for.
     packed, projected, is_step : bool
     transformed : bool
-        Whether the call is inside a ``torch.func`` transform.
+        Whether the call is inside a ``torch.func`` transform or forward-mode AD.
     """
 
     cell: str
@@ -82,7 +86,7 @@ def use_path(path: str | None) -> Iterator[None]:
     path : {'torch', 'loop', 'reference'} or None
         None restores the planner's own choice. What torch does not have, it cannot be
         made to run: the identity activation stays with us. Under a ``torch.func`` transform
-        'loop' is 'reference'.
+        'loop' is 'reference', and what ``torch.compile`` traces is always 'loop'.
 
     Raises
     ------
@@ -101,19 +105,13 @@ def use_path(path: str | None) -> Iterator[None]:
     >>> bool(torch.allclose(ours, stock, atol=1e-6))
     True
     """
-    if path is not None:
-        check_path(path)
+    if path is not None and path not in PATHS:
+        raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
     before, _forced.path = _forced.path, path
     try:
         yield
     finally:
         _forced.path = before
-
-
-def check_path(path: str) -> None:
-    """Raise ValueError unless `path` names a path."""
-    if path not in PATHS:
-        raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
 
 
 def plan(problem: Problem) -> Plan:
@@ -133,14 +131,14 @@ def plan(problem: Problem) -> Plan:
     >>> plan(Problem("lstm", steps=128, batch=8, input_size=256, hidden_size=256)).path
     'torch'
     """
-    forced, identity = _forced.path, problem.cell == "rnn_identity"
+    forced, ours_only = _forced.path, problem.cell not in _TORCH_CELLS
     if problem.transformed and forced in (None, "loop"):
-        path = "reference" if identity or forced else "torch"
+        path = "reference" if ours_only or forced else "torch"
         return Plan(path, "our operators have no rules for torch.func transforms yet")
-    if forced is not None and not (identity and forced == "torch"):
+    if forced is not None and not (ours_only and forced == "torch"):
         return Plan(forced, "asked for by fastrnn.planner.use_path")
-    if identity:
-        return Plan("loop", "torch has no kernel for the identity activation")
+    if ours_only:
+        return Plan("loop", f"torch has no kernel for {problem.cell}")
     if problem.dtype not in _FLOATS:
         return Plan("torch", f"only torch computes in {problem.dtype}")
     if problem.device != "cpu":

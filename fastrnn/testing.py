@@ -256,7 +256,8 @@ class _Setup:
         else:
             self.input = normal(case.steps, case.batch, case.input_size)
             state_shape = (case.num_layers * directions, case.batch)
-        widths = (size_h, case.hidden_size)[: 2 if case.cell.startswith("lstm") else 1]
+        n_states = reference.CELLS[case.cell.removesuffix("_cell")].n_states
+        widths = (size_h, case.hidden_size)[:n_states]
         self.state = [normal(*state_shape, width) for width in widths] if case.with_state else []
         if not case.contiguous:
             self.input, *self.state = (_strided(t) for t in (self.input, *self.state))
@@ -285,7 +286,7 @@ class _Setup:
             argument = pack_padded_sequence(x, self.lengths, enforce_sorted=False)
         elif case.batch_first and not case.is_step:
             argument = x.transpose(0, 1)
-        hx = (tuple(state) if case.cell.startswith("lstm") else state[0]) if state else None
+        hx = (tuple(state) if len(state) > 1 else state[0]) if state else None
         torch.manual_seed(case.seed)
         result = module(argument, hx)
         if case.is_step:

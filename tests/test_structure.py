@@ -151,12 +151,9 @@ def test_docstring(name):
     assert result["docstring"], "no docstring"
 
 
-@pytest.mark.parametrize("name", sorted(fastrnn.__all__))
+@pytest.mark.parametrize("name", sorted(set(fastrnn.__all__) - {"__version__", "functional", "nn"}))
 def test_public_names_have_an_example_that_runs(name):
-    value = getattr(fastrnn, name)
-    if inspect.ismodule(value) or name == "__version__":
-        pytest.skip("not a function or class")
-    assert ">>> " in inspect.getdoc(value)
+    assert ">>> " in inspect.getdoc(getattr(fastrnn, name))
 
 
 def test_readme_python_runs():
