@@ -399,8 +399,9 @@ def _sequence(
 
     path = choose_path(
         cell,
-        (steps, batch, hidden),
-        (input, *(state or ()), *weights),
+        (steps, batch, input.shape[-1], hidden),
+        input,
+        (*weights, *(state or ())),
         packed=batch_sizes is not None,
         projected=size_h != hidden,
     )
@@ -449,7 +450,7 @@ def _step(
     if state is None:
         state = [input.new_zeros(batch, hidden)] * CELLS[cell].n_states
     _check_count(f"{cell}_cell", len(state), CELLS[cell].n_states)
-    path = choose_path(cell, (1, batch, hidden), (input, *state, *weights), is_step=True)
+    path = choose_path(cell, (1, batch, input.shape[1], hidden), input, is_step=True)
     if path == "torch":
         # ATen checks the arguments and knows autocast; a step is too short to do it twice.
         new = _CELL_STEPS[cell](input, state if cell == "lstm" else state[0], *weights)
@@ -484,8 +485,9 @@ def _step(
 
 def choose_path(
     cell: str,
-    shape: tuple[int, int, int],
-    tensors: Sequence[Tensor],
+    sizes: tuple[int, int, int, int],
+    input: Tensor,
+    others: Sequence[Tensor | None] = (),
     *,
     packed: bool = False,
     projected: bool = False,
@@ -497,9 +499,10 @@ def choose_path(
     ----------
     cell : str
         Key of ``fastrnn.reference.CELLS``.
-    shape : (T, B, H)
-    tensors : sequence of Tensor
-        Input, initial state and weights, the input first.
+    sizes : (T, B, I, H)
+    input : Tensor
+    others : sequence of Tensor or None
+        Weights and initial state: what else may need a gradient.
     packed, projected, is_step : bool
         As for ``fastrnn.planner.Problem``.
 
@@ -511,23 +514,17 @@ def choose_path(
     if torch.compiler.is_compiling():
         # One opaque operator; torch's own kernels would be unrolled step by step.
         return "loop"
-    input, (steps, batch, hidden) = tensors[0], shape
-    training = not is_step and ops.differentiated(*tensors)
-    problem = planner.Problem(
+    return planner.path(
         cell,
-        steps,
-        batch,
-        input.shape[-1],
-        hidden,
+        *sizes,
         input.dtype,
-        input.device.type,
-        training,
+        ops.device_type(input),
+        not is_step and ops.differentiated(input, *others),
         packed,
         projected,
         is_step,
         ops.transformed(),
     )
-    return planner.plan(problem).path
 
 
 def _check_weights(cell: str, weights: Sequence[Tensor], directions: int) -> int:

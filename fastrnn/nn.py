@@ -8,7 +8,7 @@ inherited. Nothing here is numeric.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -195,15 +195,18 @@ class _Layers(_Convertible, _torch.RNNBase):
             steps, batch = x.shape[0], 1
         else:
             return True  # to be refused
-        if F.ops.autocasts(x.device.type):
+        if F.ops.autocasts(F.ops.device_type(x)):
             return False  # torch.nn.LSTM fails on some CPUs
-        state = () if hx is None else hx if isinstance(self, LSTM) else (hx,)
-        if not all(isinstance(part, Tensor) for part in state):
-            return True  # to be refused
+        state: Sequence[Tensor] = ()
+        if hx is not None:
+            state = hx if isinstance(self, LSTM) else (hx,)
+            if not all(isinstance(part, Tensor) for part in state):
+                return True  # to be refused
         path = F.choose_path(
             self.mode.lower(),
-            (steps, batch, self.hidden_size),
-            (x, *state, *(w for w in self._flat_weights if w is not None)),
+            (steps, batch, self.input_size, self.hidden_size),
+            x,
+            (*self._flat_weights, *state),
             packed=packed,
             projected=self.proj_size > 0,
         )
@@ -432,15 +435,13 @@ class _Cell(_Convertible, _torch.RNNCellBase):
 
     def _is_handed_over(self, input: Tensor) -> bool:
         """Whether torch.nn's own forward runs the call, checks of the arguments included."""
-        if input.dim() not in (1, 2):
+        if not isinstance(input, Tensor):
             return True  # to be refused
         # A batch of 1 stands for any: a step's path does not depend on it.
-        shape = (1, 1, self.hidden_size)
-        return F.choose_path(self._cell_name(), shape, (input,), is_step=True) == "torch"
+        sizes = (1, 1, self.input_size, self.hidden_size)
+        return F.choose_path(self._cell, sizes, input, is_step=True) == "torch"
 
-    def _cell_name(self) -> str:
-        return self._stock.__name__.removesuffix("Cell").lower()
-
+    _cell: Any  # key of ``reference.CELLS``
     _function: Any
 
 
@@ -464,7 +465,7 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
     (torch.Size([3, 20]), torch.Size([3, 20]))
     """
 
-    _stock = torch.nn.LSTMCell
+    _stock, _cell = torch.nn.LSTMCell, "lstm"
     _function = staticmethod(F.lstm_cell)
 
 
@@ -484,7 +485,7 @@ class GRUCell(_Cell, torch.nn.GRUCell):
     torch.Size([3, 20])
     """
 
-    _stock = torch.nn.GRUCell
+    _stock, _cell = torch.nn.GRUCell, "gru"
     _function = staticmethod(F.gru_cell)
 
 
@@ -512,7 +513,8 @@ class RNNCell(_Cell, torch.nn.RNNCell):
 
     _stock = torch.nn.RNNCell
 
-    def _cell_name(self) -> str:
+    @property
+    def _cell(self) -> str:
         return f"rnn_{self.nonlinearity}"
 
     def _function(self, *args: Any) -> Tensor:

@@ -394,6 +394,11 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def differentiated(*tensors: Tensor) -> bool:
+def differentiated(*tensors: Tensor | None) -> bool:
     """Whether autograd would record an operation on these."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def device_type(tensor: Tensor) -> str:
+    """``tensor.device.type``, sooner on a CPU."""
+    return "cpu" if tensor.is_cpu else tensor.device.type

@@ -18,7 +18,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -131,7 +131,35 @@ def plan(problem: Problem) -> Plan:
     >>> plan(Problem("lstm", steps=128, batch=8, input_size=256, hidden_size=256)).path
     'torch'
     """
-    forced, ours_only = _forced.path, problem.cell not in _TORCH_CELLS
+    return _plan(_forced.path, problem)
+
+
+def path(*fields: Any) -> str:
+    """Choose the path for a problem in the time that a call of a small layer can spare.
+
+    Parameters
+    ----------
+    *fields
+        Those of `Problem`, in its order and without defaults.
+
+    Returns
+    -------
+    str
+        ``plan(Problem(*fields)).path``, remembered.
+    """
+    try:
+        return _remembered_path(_forced.path, *fields)
+    except TypeError:  # symbolic sizes have no hash
+        return plan(Problem(*fields)).path
+
+
+@functools.lru_cache(maxsize=4096)
+def _remembered_path(forced: str | None, *fields: Any) -> str:
+    return _plan(forced, Problem(*fields)).path
+
+
+def _plan(forced: str | None, problem: Problem) -> Plan:
+    ours_only = problem.cell not in _TORCH_CELLS
     if problem.transformed and forced in (None, "loop"):
         path = "reference" if ours_only or forced else "torch"
         return Plan(path, "our operators have no rules for torch.func transforms yet")

@@ -1,0 +1,90 @@
+"""The planner: thresholds, forced paths, and the remembered answers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fastrnn
+from fastrnn.planner import PATHS, Problem, path, plan, use_path
+from fastrnn.reference import CELLS
+
+GRU = Problem("gru", steps=48, batch=128, input_size=64, hidden_size=64, training=True)
+LSTM = GRU._replace(cell="lstm")
+HALF = GRU._replace(dtype=torch.float16, training=False, steps=16, batch=16)
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
+        (GRU, "loop"),
+        (GRU._replace(steps=47), "torch"),
+        (GRU._replace(batch=129), "torch"),
+        (GRU._replace(batch=129, packed=True), "loop"),
+        (GRU._replace(training=False), "torch"),
+        (GRU._replace(device="cuda"), "torch"),
+        (GRU._replace(is_step=True), "torch"),
+        (GRU._replace(dtype=torch.complex64), "torch"),
+        (LSTM, "torch"),
+        (LSTM._replace(packed=True), "loop"),
+        (LSTM._replace(projected=True), "loop"),
+        (LSTM._replace(dtype=torch.float64), "loop"),
+        (HALF, "loop"),
+        (HALF._replace(steps=15), "torch"),
+        (HALF._replace(batch=15), "torch"),
+        (HALF._replace(batch=3, hidden_size=1024), "torch"),
+        (HALF._replace(batch=1, steps=48, training=True), "loop"),
+        (GRU._replace(transformed=True), "torch"),
+        (GRU._replace(cell="rnn_identity", transformed=True), "reference"),
+        (GRU._replace(cell="rnn_identity", device="cuda"), "loop"),
+    ],
+)
+def test_thresholds(monkeypatch, problem, expected):
+    monkeypatch.setattr(fastrnn.planner, "_multiplies", lambda dtype: False)
+    assert plan(problem).path == expected
+
+
+problems = st.builds(
+    Problem,
+    cell=st.sampled_from(sorted(CELLS)),
+    steps=st.integers(1, 100),
+    batch=st.integers(0, 200),
+    input_size=st.integers(1, 9),
+    hidden_size=st.integers(1, 2000),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    device=st.sampled_from(["cpu", "cuda", "mps"]),
+    training=st.booleans(),
+    packed=st.booleans(),
+    projected=st.booleans(),
+    is_step=st.booleans(),
+    transformed=st.booleans(),
+)
+
+
+@given(problem=problems, forced=st.sampled_from([None, *PATHS]))
+def test_remembered_paths_are_the_plans(problem, forced):
+    assert path(*problem) == plan(problem).path
+    with use_path(forced):
+        assert path(*problem) == plan(problem).path
+    assert path(*problem) == plan(problem).path
+
+
+def test_use_path_refuses_an_unknown_path():
+    with (
+        pytest.raises(ValueError, match="one of torch, loop, reference, got 'cudnn'"),
+        use_path("cudnn"),
+    ):
+        pass
+
+
+def test_symbolic_sizes():
+    """A tracer's sizes have no hash to be remembered by."""
+    gru = fastrnn.GRU(3, 4).double()
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        trace = make_fx(lambda x: gru(x)[0], tracing_mode="symbolic", _allow_non_fake_inputs=True)
+        traced = trace(x)
+        torch.testing.assert_close(traced(x), gru(x)[0])
