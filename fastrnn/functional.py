@@ -452,26 +452,14 @@ def _step(
     _check_count(f"{cell}_cell", len(state), CELLS[cell].n_states)
     path = choose_path(cell, (1, batch, input.shape[1], hidden), input, is_step=True)
     if path == "torch":
-        # ATen checks the arguments and knows autocast; a step is too short to do it twice.
-        new = _CELL_STEPS[cell](input, state if cell == "lstm" else state[0], *weights)
-        return new if cell == "lstm" else [new]
+        return _aten_step(cell, input, state, weights)
+    sizes = (batch, hidden, w_ih.shape[-1])
+    if any((*part.shape, input.shape[1]) != sizes for part in state):
+        # Refused in ATen's words.
+        _aten_step(cell if cell in _CELL_STEPS else "rnn_tanh", input, state, weights)
+        raise RuntimeError(f"hidden states must be of shape {(batch, hidden)}")
 
     _check_weights(cell, weights, 1)
-    if input.shape[1] != w_ih.shape[1]:
-        raise RuntimeError(
-            f"input has inconsistent input_size: got {input.shape[1]} expected {w_ih.shape[1]}"
-        )
-    for k, part in enumerate(state):
-        if part.shape[0] != batch:
-            raise RuntimeError(
-                f"Input batch size {batch} doesn't match hidden{k} batch size {part.shape[0]}"
-            )
-        if part.dim() > 1 and part.shape[1] != hidden:
-            raise RuntimeError(
-                f"hidden{k} has inconsistent hidden_size: got {part.shape[1]}, expected {hidden}"
-            )
-        if part.dim() != 2:
-            raise RuntimeError(f"hidden{k} must have 2 dimensions, got {part.dim()}")
     step = ops.cell_step if path == "loop" else reference.cell_step
     dtypes = ops.autocast_dtypes(cell, input, state, weights)
     if dtypes is None:
@@ -481,6 +469,15 @@ def _step(
     state, weights = tensors[: len(state)], tensors[len(state) :]
     with torch.autocast(input.device.type, enabled=False):
         return step(cell, input.to(dtypes[0]), state, weights)
+
+
+def _aten_step(
+    cell: str, input: Tensor, state: list[Tensor], weights: list[Tensor]
+) -> Sequence[Tensor]:
+    """One step by ATen, which checks the arguments itself and knows autocast."""
+    if cell == "lstm":
+        return _CELL_STEPS[cell](input, state, *weights)
+    return [_CELL_STEPS[cell](input, state[0], *weights)]
 
 
 def choose_path(

@@ -3,7 +3,6 @@
 import copy
 import pickle
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -201,10 +200,7 @@ def test_overridden_forward_is_kept() -> None:
 
 
 def test_scripted_is_kept() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        scripted = torch.jit.script(nn.LSTM(2, 3))
-        linear = torch.jit.script(nn.Linear(2, 3))
+    scripted, linear = torch.jit.script(nn.LSTM(2, 3)), torch.jit.script(nn.Linear(2, 3))
     report = fastrnn.replace(nn.ModuleDict({"lstm": scripted, "linear": linear}))
     assert (report.swapped, report.kept) == ({}, {"lstm": "compiled by TorchScript"})
 
