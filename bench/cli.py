@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -107,10 +106,8 @@ def run(args: argparse.Namespace) -> int:
         If rich or matplotlib is missing, or the old benchmark cannot be read or has none of
         the cases; before anything is measured.
     """
-    # Not imported yet: matplotlib takes a second, and both may be missing.
-    for package in ("rich", "matplotlib"):
-        if importlib.util.find_spec(package) is None:
-            raise _arguments.UsageError(f"fastrnn bench needs {package}: install fastrnn[bench]")
+    # Imported only now: matplotlib takes a second, and both may be missing.
+    _arguments.require("bench", "rich", "matplotlib")
     from rich.console import Console
 
     from . import report

@@ -168,7 +168,7 @@ def load(path: Path) -> tuple[Environment, list[Row]]:
     try:
         rows = [Row.from_record(record) for record in content["rows"]]
         return Environment(**content["environment"]), rows
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path} has missing or unknown fields: {error}") from error
 
 

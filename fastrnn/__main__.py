@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 
 from . import __version__
-from ._arguments import UsageError, device, dtype, natural, positive
+from ._arguments import UsageError, device, dtype, natural, positive, require
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,7 +31,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", type=dtype, default=torch.float32, help="default float32")
     parser.add_argument("--device", default="cpu", help="device type; need not be there")
     parser.add_argument("--training", action="store_true", help="with gradients")
-    parser.add_argument("--packed", action="store_true", help="a PackedSequence")
+    parser.add_argument("--packed", action="store_true", help="sequences of different lengths")
     parser.add_argument("--projected", action="store_true", help="an LSTM with proj_size")
     parser.add_argument("--step", action="store_true", help="a cell module: one step")
 
@@ -82,6 +82,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    require("verify", "rich")
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
     from rich.table import Table
@@ -177,8 +178,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(_COMMANDS[args.command][2](args))
     except UsageError as error:
         parser.error(str(error))
-    except ImportError as error:
-        parser.error(f"{error}; install fastrnn[{args.command}]")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from argparse import ArgumentTypeError
 
 import torch
@@ -9,6 +10,13 @@ import torch
 
 class UsageError(ValueError):
     """Arguments that do not go together, or a file or package that is not there."""
+
+
+def require(extra: str, *packages: str) -> None:
+    """Raise UsageError if a package is missing that an extra would bring."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"fastrnn {extra} needs {package}: install fastrnn[{extra}]")
 
 
 DTYPES = {

@@ -1,8 +1,8 @@
 """Stateless recurrent layers and cells: weights in, results out.
 
 The modules of ``fastrnn.nn`` keep parameters and call these functions. Arguments are
-checked here, once, whatever path runs them afterwards; the texts of the errors are
-torch's where torch has one.
+checked here before our own paths run; torch's own kernels check dtypes and devices
+themselves. The texts of the errors are torch's where torch has one.
 """
 
 from __future__ import annotations
@@ -251,9 +251,9 @@ def lstm_cell(
     Raises
     ------
     ValueError
-        If only one bias is given.
+        If only one bias is given, or the weights do not make a cell.
     RuntimeError
-        If shapes, dtypes or devices do not fit.
+        If the input or the state does not fit them, or dtypes or devices differ.
 
     Examples
     --------
@@ -402,7 +402,7 @@ def _sequence(
         (steps, batch, input.shape[-1], hidden),
         input,
         (*weights, *(state or ())),
-        packed=batch_sizes is not None,
+        packed=batch_sizes is not None and is_ragged(batch_sizes),
         projected=size_h != hidden,
     )
     initial = state or []
@@ -446,6 +446,7 @@ def _step(
     if input.dim() != 2:
         raise RuntimeError(f"input must have 2 dimensions, got {input.dim()}")
     weights = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
+    _check_weights(cell, weights, 1)
     batch, hidden = input.shape[0], w_hh.shape[-1]
     if state is None:
         state = [input.new_zeros(batch, hidden)] * CELLS[cell].n_states
@@ -459,7 +460,6 @@ def _step(
         _aten_step(cell if cell in _CELL_STEPS else "rnn_tanh", input, state, weights)
         raise RuntimeError(f"hidden states must be of shape {(batch, hidden)}")
 
-    _check_weights(cell, weights, 1)
     step = ops.cell_step if path == "loop" else reference.cell_step
     dtypes = ops.autocast_dtypes(cell, input, state, weights)
     if dtypes is None:
@@ -509,8 +509,7 @@ def choose_path(
         One of ``fastrnn.planner.PATHS``.
     """
     if torch.compiler.is_compiling():
-        # One opaque operator; torch's own kernels would be unrolled step by step.
-        return "loop"
+        return planner.compiled_path(cell, input.dtype, is_step, ops.transformed())
     return planner.path(
         cell,
         *sizes,
@@ -533,9 +532,10 @@ def _check_weights(cell: str, weights: Sequence[Tensor], directions: int) -> int
         )
     biased = len(weights) > 2 and weights[2].dim() == 1
     at_hr = 4 if biased else 2
-    width, size_h = weights[0].shape[0], weights[1].shape[-1]
+    width = weights[0].shape[0]
     hidden, rest = divmod(width, CELLS[cell].n_gates)
-    projected = cell == "lstm" and size_h != hidden
+    size_h = weights[1].shape[-1] if cell == "lstm" else hidden
+    projected = size_h != hidden
     per_direction = at_hr + projected
     if rest or len(weights) % (directions * per_direction):
         raise ValueError(
@@ -598,6 +598,21 @@ def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> tuple[int, int]:
             f"of the input, got {sizes if len(sizes) <= 8 else [*sizes[:8], '...']}"
         )
     return len(sizes), sizes[0] if sizes else 0
+
+
+def is_ragged(batch_sizes: Tensor) -> bool:
+    """Tell whether the sequences of a packed batch differ in length.
+
+    Parameters
+    ----------
+    batch_sizes : Tensor of shape (T,)
+
+    Returns
+    -------
+    bool
+        False also while a compiler traces, which must not ask for values.
+    """
+    return not torch.compiler.is_compiling() and bool(batch_sizes[0] != batch_sizes[-1])
 
 
 def _check_state(

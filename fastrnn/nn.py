@@ -19,6 +19,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import functional as F
 
+#: Marks, on the instance, what ``replace`` turned into ours.
+REPLACED = "_fastrnn_replaced"
+
 
 class _Convertible:
     """To and from the torch.nn class of the same name."""
@@ -78,6 +81,7 @@ def _as_class(module: Any, cls: Any) -> Any:
         {
             k: copy.copy(v) if isinstance(v, (dict, list, set)) else v
             for k, v in vars(module).items()
+            if k != REPLACED
         }
     )
     return clone
@@ -156,11 +160,6 @@ class _Layers(_Convertible, _torch.RNNBase):
             packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
             return packed, self.permute_hidden(hidden, unsorted_indices)
 
-        if input.dim() not in (2, 3):
-            kind = f"{input.dim()}D" if isinstance(self, LSTM) else f"{input.dim()}D tensor"
-            raise ValueError(
-                f"{self._stock.__name__}: Expected input to be 2D or 3D, got {kind} instead"
-            )
         batched = input.dim() == 3
         batch_dim = 0 if self.batch_first else 1
         if hx is not None:
@@ -195,7 +194,7 @@ class _Layers(_Convertible, _torch.RNNBase):
             steps, batch = x.shape[0], 1
         else:
             return True  # to be refused
-        if F.ops.autocasts(F.ops.device_type(x)):
+        if x.is_cpu and F.ops.autocasts("cpu"):
             return False  # torch.nn.LSTM fails on some CPUs
         state: Sequence[Tensor] = ()
         if hx is not None:
@@ -207,7 +206,7 @@ class _Layers(_Convertible, _torch.RNNBase):
             (steps, batch, self.input_size, self.hidden_size),
             x,
             (*self._flat_weights, *state),
-            packed=packed,
+            packed=packed and F.is_ragged(input.batch_sizes),
             projected=self.proj_size > 0,
         )
         return path == "torch"
@@ -371,7 +370,13 @@ class RNN(_Layers, torch.nn.RNN):
             self.nonlinearity, self.mode = "identity", "RNN_IDENTITY"
 
     def _function(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return F.rnn(*args, nonlinearity=self.nonlinearity, **kwargs)
+        # As in torch, `mode` decides; `nonlinearity` is for the user to read.
+        return F.rnn(*args, nonlinearity=self.mode.removeprefix("RNN_").lower(), **kwargs)
+
+    def flatten_parameters(self) -> None:
+        """Do what torch.nn.RNN does, where cuDNN has the activation."""
+        if self.mode != "RNN_IDENTITY":
+            super().flatten_parameters()
 
 
 def _without_identity(

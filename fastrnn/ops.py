@@ -129,8 +129,10 @@ def _gradients(cell, dy, d_final, arguments, saved, needs_x, needs_weights):
 
     `arguments` are those of ``layer`` from `x` to `bidirectional`.
     """
-    if any(torch._C._functorch.is_legacy_batchedtensor(t) for t in (dy, *d_final) if t is not None):
-        return _batched_gradients(cell, dy, d_final, arguments)
+    # Not the vmap of torch.func, but the older one behind autograd's is_grads_batched.
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    if _forward_mode() or any(batched(t) for t in (dy, *d_final) if t is not None):
+        return _traceable_gradients(cell, dy, d_final, arguments)
     if not saved:
         # The operator was called as if for inference.
         with torch.no_grad():
@@ -142,8 +144,8 @@ def _gradients(cell, dy, d_final, arguments, saved, needs_x, needs_weights):
     return dx if needs_x else None, d_state, d_weights or [None] * n_weights
 
 
-def _batched_gradients(cell, dy, d_final, arguments):
-    """Gradients for ``is_grads_batched``, whose older vmap has no rules for our operators."""
+def _traceable_gradients(cell, dy, d_final, arguments):
+    """Gradients by the reference, for what our operators have no rules for."""
     keep_graph = torch.is_grad_enabled()
     x, state, weights, *rest = arguments
     with torch.enable_grad():
@@ -391,7 +393,11 @@ def transformed() -> bool:
 
     An autograd formula registered through torch.library works in neither.
     """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or _forward_mode()
+
+
+def _forward_mode() -> bool:
+    return forward_ad._current_level >= 0
 
 
 def differentiated(*tensors: Tensor | None) -> bool:

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from .nn import REPLACEMENTS, class_like, plain_class
+from .nn import REPLACED, REPLACEMENTS, class_like, plain_class
 
 _STOCK = {ours: stock for stock, ours in REPLACEMENTS.items()}
-_MARK = "_fastrnn_replaced"  # on the instance: survives deepcopy and pickling, as the class does
 
 Selector = str | type[torch.nn.Module]
 
@@ -65,7 +64,8 @@ def replace(
         May itself be a recurrent module.
     include, exclude : str, type, or iterable of these, optional
         Which modules: patterns of qualified names as in `fnmatch` ('encoder.*'), or
-        torch.nn classes. By default all are included and none excluded.
+        torch.nn classes. By default all are included and none excluded. A module that the
+        model holds under several names is selected by any of them.
 
     Returns
     -------
@@ -88,7 +88,8 @@ def replace(
     """
     included, excluded = _selectors("include", include), _selectors("exclude", exclude)
     report = Report()
-    for name, module in _modules(model):
+    for module, names in _modules(model).items():
+        name = names[0]
         if isinstance(module, tuple(_STOCK)):
             continue
         if not isinstance(module, tuple(REPLACEMENTS)):
@@ -96,9 +97,9 @@ def replace(
                 report.kept[name] = "compiled by TorchScript"
             continue
         ours = REPLACEMENTS.get(plain_class(module))
-        if included is not None and not _selected(name, module, included):
+        if included is not None and not _selected(names, module, included):
             report.kept[name] = "not included"
-        elif excluded is not None and _selected(name, module, excluded):
+        elif excluded is not None and _selected(names, module, excluded):
             report.kept[name] = "excluded"
         elif ours is None:
             report.kept[name] = f"{type(module).__name__} is a subclass that may compute otherwise"
@@ -106,7 +107,7 @@ def replace(
             report.kept[name] = "its forward is overridden on the instance"
         else:
             module.__class__ = class_like(module, ours)
-            module.__dict__[_MARK] = True
+            module.__dict__[REPLACED] = True
             report.swapped[name] = f"torch.nn.{ours.__name__} -> fastrnn.{ours.__name__}"
     return report
 
@@ -135,13 +136,13 @@ def restore(model: torch.nn.Module) -> Report:
       0: fastrnn.GRU -> torch.nn.GRU
     """
     report = Report()
-    for name, module in _modules(model):
+    for module, (name, *_) in _modules(model).items():
         if not isinstance(module, tuple(_STOCK)):
             continue
-        if vars(module).get(_MARK):
+        if vars(module).get(REPLACED):
             stock = _STOCK[plain_class(module)]
             module.__class__ = class_like(module, stock)
-            del module.__dict__[_MARK]
+            del module.__dict__[REPLACED]
             report.swapped[name] = f"fastrnn.{stock.__name__} -> torch.nn.{stock.__name__}"
         else:
             report.kept[name] = "built as ours"
@@ -189,10 +190,14 @@ _open_blocks = 0
 _before: list[tuple[Any, str, type]] = []
 
 
-def _modules(model: Any) -> list[tuple[str, torch.nn.Module]]:
+def _modules(model: Any) -> dict[torch.nn.Module, list[str]]:
+    """Every module inside a model, with all the names that it has there."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return list(model.named_modules())
+    names: dict[torch.nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
 
 
 def _selectors(
@@ -209,9 +214,11 @@ def _selectors(
     return values
 
 
-def _selected(name: str, module: torch.nn.Module, selectors: tuple[Selector, ...]) -> bool:
+def _selected(names: list[str], module: torch.nn.Module, selectors: tuple[Selector, ...]) -> bool:
     return any(
-        fnmatch.fnmatchcase(name, s) if isinstance(s, str) else isinstance(module, s)
+        any(fnmatch.fnmatchcase(name, s) for name in names)
+        if isinstance(s, str)
+        else isinstance(module, s)
         for s in selectors
     )
 

@@ -44,7 +44,10 @@ class Problem(NamedTuple):
         Device type, as in ``torch.device.type``.
     training : bool
         Whether gradients will be asked for.
-    packed, projected, is_step : bool
+    packed : bool
+        Whether the sequences have different lengths. A PackedSequence of equal lengths
+        is to torch a padded batch.
+    projected, is_step : bool
     transformed : bool
         Whether the call is inside a ``torch.func`` transform or forward-mode AD.
     """
@@ -86,7 +89,8 @@ def use_path(path: str | None) -> Iterator[None]:
     path : {'torch', 'loop', 'reference'} or None
         None restores the planner's own choice. What torch does not have, it cannot be
         made to run: the identity activation stays with us. Under a ``torch.func`` transform
-        'loop' is 'reference', and what ``torch.compile`` traces is always 'loop'.
+        and in complex numbers 'loop' is 'reference'. What ``torch.compile`` traces does not
+        ask.
 
     Raises
     ------
@@ -153,6 +157,26 @@ def path(*fields: Any) -> str:
         return plan(Problem(*fields)).path
 
 
+def compiled_path(cell: str, dtype: torch.dtype, is_step: bool, transformed: bool) -> str:
+    """Choose the path for a call that a compiler traces, without asking for its sizes.
+
+    Parameters
+    ----------
+    cell, dtype, is_step, transformed
+        As for `Problem`.
+
+    Returns
+    -------
+    str
+    """
+    if is_step and cell in _TORCH_CELLS:
+        return "torch"
+    if transformed or dtype not in _FLOATS:
+        return "reference"
+    # One opaque operator; torch's own kernels would be unrolled step by step.
+    return "loop"
+
+
 @functools.lru_cache(maxsize=4096)
 def _remembered_path(forced: str | None, *fields: Any) -> str:
     return _plan(forced, Problem(*fields)).path
@@ -160,10 +184,14 @@ def _remembered_path(forced: str | None, *fields: Any) -> str:
 
 def _plan(forced: str | None, problem: Problem) -> Plan:
     ours_only = problem.cell not in _TORCH_CELLS
+    if ours_only and forced == "torch":
+        forced = None
     if problem.transformed and forced in (None, "loop"):
         path = "reference" if ours_only or forced else "torch"
-        return Plan(path, "our operators have no rules for torch.func transforms yet")
-    if forced is not None and not (ours_only and forced == "torch"):
+        return Plan(path, "our operators have no derivatives inside torch.func transforms")
+    if problem.dtype not in _FLOATS and (ours_only or forced == "loop"):
+        return Plan("reference", f"our operators have no derivatives in {problem.dtype}")
+    if forced is not None:
         return Plan(forced, "asked for by fastrnn.planner.use_path")
     if ours_only:
         return Plan("loop", f"torch has no kernel for {problem.cell}")
@@ -187,7 +215,10 @@ def _plan(forced: str | None, problem: Problem) -> Plan:
 #         GRU 1.5, 1.4, 1.3, 1.0, 0.8-1.0; RNN 1.2, 1.2, 1.3, 1.1, 1.0
 #         (1, 64): GRU T=24 0.8, T=48 1.4; RNN T=24 0.9, T=32 0.9, T=48 1.1
 # float64, T=64: (8, 64) 1.2-1.3, (8, 256) 1.2-1.3, (64, 256) 0.9-1.2
-# packed, T=64, ragged lengths: LSTM 1.3-1.9, GRU 1.6-1.9, RNN 1.4-1.8
+# projected to H/2, T=64: (1, 64), (8, 64), (8, 256), (32, 256) 1.3, 1.3, 1.2, 1.1; T=48: (8, 256),
+#         (32, 256) 1.1, 0.96; (64, 256) 0.9-1.0
+# packed, T=64, ragged, (1, 64) to (64, 512): LSTM 1.4-2.2, GRU 1.5-2.1, RNN 1.2-1.8; where all
+#         lengths are equal LSTM 0.2-0.6, because ATen then runs oneDNN
 # inference: 0.5-1.0 everywhere but in half precision
 _MIN_STEPS = 48
 _MAX_BATCH_TIMES_HIDDEN = 8192

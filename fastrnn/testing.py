@@ -204,7 +204,8 @@ def check_case(case: Case, dtype: torch.dtype, device: str = "cpu") -> list[Devi
                 _error(results[name], exact) / scale for results in (computed, stock, *moved)
             )
             unit = max(theirs, *plain, FLOOR * torch.finfo(dtype).eps)
-            deviations.append(Deviation(name, path, ours, theirs, ours / unit))
+            units = ours / unit if math.isfinite(ours) else ours
+            deviations.append(Deviation(name, path, ours, theirs, units))
     return deviations
 
 

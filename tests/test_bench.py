@@ -3,6 +3,7 @@
 import argparse
 import csv
 import dataclasses
+import importlib.util
 import math
 import re
 import subprocess
@@ -335,7 +336,7 @@ def test_run_refuses_before_measuring(tmp_path, env, rows, monkeypatch):
     results.write_json(tmp_path / "old.json", env, rows)
     with pytest.raises(ValueError, match="has none of the 2 cases"):
         cli.run(args)
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=re.escape("install fastrnn[bench]")):
         cli.run(args)
 

@@ -37,6 +37,7 @@ BAD_SEQUENCES = {
     "bias_size": ((X, None, [*GRU[:3], GRU[3][1:]]), {}, ValueError, "weight 3 must be"),
     "one_direction": ((X, None, GRU), {"bidirectional": True}, ValueError, "2 direction"),
     "second_layer": ((X, None, GRU * 2), {}, ValueError, "weight 4 must be of shape .12, 4"),
+    "hidden": ((X, None, [GRU[0], GRU[1][:, :3], *GRU[2:]]), {}, ValueError, "weight 1 must be"),
     "input_size": ((X[..., :1], None, GRU), {}, RuntimeError, "Expected 2, got 1"),
     "input_dims": ((X[0], None, GRU), {}, RuntimeError, "3 dimensions, got 2"),
     "no_steps": ((X[:0], None, GRU), {}, RuntimeError, "sequence length"),
@@ -67,6 +68,7 @@ def test_bad_sequence(case: str, path: str | None) -> None:
 
 BAD_STEPS = {
     "one_bias": ((X[0], None, *GRU[:3]), ValueError, "both or neither"),
+    "bias_size": ((X[0], None, *GRU[:2], GRU[2][:1], GRU[3]), ValueError, "weight 2 must be"),
     "input_dims": ((X, None, *GRU), RuntimeError, "2 dimensions, got 3|1D or 2D"),
     "input_size": ((X[0, :, :1], None, *GRU), RuntimeError, "input_size: got 1,? expected 2"),
     "batch": ((X[0], STATE[0, 1:], *GRU), RuntimeError, "Input batch size 3 doesn't match hidden0"),

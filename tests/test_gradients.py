@@ -150,7 +150,7 @@ def test_expanded_cotangents(kind: str, path: str | None) -> None:
 def test_functional_grad(kind: str, path: str | None) -> None:
     """torch.func.grad finds what autograd finds."""
     ours, _ = pair64(kind)
-    call = Call(ours, steps=40, **F64)
+    call = Call(ours, steps=64, **F64)
     params = {name: p.detach() for name, p in ours.named_parameters()}
     hx = tuple(call.hx) if len(call.hx) > 1 else call.hx[0]
 

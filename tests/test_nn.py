@@ -570,3 +570,24 @@ def test_any_options(data: st.DataObject) -> None:
     call = Call(ours, form, steps=steps, batch=batch, hx=hx, dtype=dtype)
     modules = ours.train(training), stock.train(training)
     check(*modules, call, paths_of(kind), used=sorted(used))
+
+
+def test_mode_decides_the_activation_on_every_path() -> None:
+    """As in torch.nn.RNN, which reads `nonlinearity` only in its constructor."""
+    rnn = fastrnn.RNN(3, 4, dtype=torch.float64)
+    rnn.nonlinearity = "relu"
+    input = torch.randn(64, 2, 3, dtype=torch.float64)
+    results = [rnn(input)[0]]
+    for path in ("torch", "loop"):
+        with use_path(path):
+            results.append(rnn(input)[0])
+    assert_same({"a": results[0], "b": results[2]}, {"a": results[1], "b": results[1]})
+
+
+def test_identity_is_not_flattened_for_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN has no such mode, and would be asked for it whenever a module moves to a GPU."""
+    called = []
+    monkeypatch.setattr(torch.nn.RNN, "flatten_parameters", lambda self: called.append(self.mode))
+    for nonlinearity in ("tanh", "identity"):
+        fastrnn.RNN(3, 4, nonlinearity=nonlinearity).double()
+    assert set(called) == {"RNN_TANH"}

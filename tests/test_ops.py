@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from fastrnn import reference
@@ -157,6 +158,46 @@ def test_forward_mode(nonlinearity):
     torch.testing.assert_close((ours * cotangent).sum(), (dx * tangent).sum())
 
 
+def test_forward_mode_of_the_backward_pass_alone():
+    gru = fastrnn.GRU(3, 4).double()
+    x = torch.randn(64, 2, 3, dtype=torch.float64, requires_grad=True)
+    y = gru(x)[0]
+    value, tangent = torch.randn_like(y), torch.randn_like(y)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(value, tangent)
+        (dx,) = torch.autograd.grad(y, x, dual, retain_graph=True)
+        ours = forward_ad.unpack_dual(dx).tangent
+    torch.testing.assert_close(ours, torch.autograd.grad(y, x, tangent)[0])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_vmap_of_the_backward_pass(cell):
+    x, state, weights, _ = make(cell, 1)
+    y, _ = fastrnn.ops.layer(cell, x, state, weights)
+    cotangents = torch.randn(3, *y.shape, dtype=y.dtype)
+
+    def pull_back(cotangent):
+        return torch.autograd.grad(y, x, cotangent, retain_graph=True)[0]
+
+    mapped = torch.func.vmap(pull_back)(cotangents)
+    torch.testing.assert_close(mapped, torch.stack([pull_back(c) for c in cotangents]))
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "identity"])
+@pytest.mark.parametrize("path", [None, "loop"])
+def test_complex_gradients(nonlinearity, path):
+    """The loop's formulas are real; complex numbers take autograd's."""
+    rnn = fastrnn.RNN(3, 4, nonlinearity=nonlinearity, dtype=torch.complex128)
+    x = torch.randn(5, 2, 3, dtype=torch.complex128)
+    grads = []
+    for chosen in (path, "reference"):
+        with fastrnn.planner.use_path(chosen):
+            loss = rnn(x)[0].abs().sum()
+        grads.append(torch.autograd.grad(loss, list(rnn.parameters())))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_third_derivative(cell):
     x, _, weights, _ = make(cell, 1)
@@ -274,6 +315,36 @@ def test_compile_cell_fullgraph(cls):
     torch.testing.assert_close(compiled(x), cell(x))
 
 
+def test_compile_packed(compiling):
+    gru = fastrnn.GRU(3, 4)
+    packed = pack_padded_sequence(
+        torch.randn(5, 3, 3), torch.tensor([5, 2, 3]), enforce_sorted=False
+    )
+    output, h_n = torch.compile(gru, fullgraph=True, backend="aot_eager")(packed)
+    expected, h_expected = gru(packed)
+    torch.testing.assert_close(output.data, expected.data)
+    torch.testing.assert_close(h_n, h_expected)
+
+
+@pytest.mark.parametrize("cls", [fastrnn.LSTMCell, fastrnn.GRUCell, fastrnn.RNNCell])
+def test_compile_a_transformed_cell(cls):
+    from torch.func import functional_call, grad
+
+    torch._dynamo.reset()
+    cell, x = cls(3, 4), torch.randn(2, 3)
+    params = {name: p.detach() for name, p in cell.named_parameters()}
+
+    def loss(params):
+        return sum(t.square().sum() for t in _tensors(functional_call(cell, params, (x,))))
+
+    compiled = torch.compile(grad(loss), backend="aot_eager")(params)
+    torch.testing.assert_close(compiled, grad(loss)(params))
+
+
+def _tensors(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
 def test_allow_compile_leaves_stock_modules_alone(compiling):
     fastrnn.allow_compile()  # twice is once
     stock = torch.compile(torch.nn.GRU(3, 4), fullgraph=True, backend="eager")
@@ -312,7 +383,7 @@ def test_functorch_grad_and_functional_call(nonlinearity):
     from torch.func import functional_call, grad
 
     rnn = fastrnn.RNN(3, 4, nonlinearity=nonlinearity).double()
-    x = torch.randn(40, 2, 3, dtype=torch.float64)
+    x = torch.randn(64, 2, 3, dtype=torch.float64)
     params = {k: v.detach() for k, v in rnn.named_parameters()}
 
     def loss(params):

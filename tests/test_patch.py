@@ -243,6 +243,21 @@ def test_shared_module() -> None:
     assert type(model[2]) is nn.GRU
 
 
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_shared_module_is_selected_by_any_name(name: str) -> None:
+    gru = nn.GRU(2, 2)
+    model = nn.ModuleDict({"a": gru, "b": gru})
+    assert fastrnn.replace(model, exclude=name).kept == {"a": "excluded"}
+    assert list(fastrnn.replace(model, include=name).swapped) == ["a"]
+
+
+def test_converted_back_and_forth_is_built_as_ours() -> None:
+    model = nn.Sequential(nn.GRU(2, 3))
+    fastrnn.replace(model)
+    model[0] = fastrnn.GRU.from_torch(model[0].to_torch())
+    assert fastrnn.restore(model).kept == {"0": "built as ours"}
+
+
 def test_shared_parameters() -> None:
     model = nn.Sequential(nn.GRU(3, 3), nn.GRU(3, 3))
     model[1].weight_hh_l0 = model[0].weight_hh_l0

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from fastrnn.planner import PATHS, Problem, path, plan, use_path
@@ -39,6 +40,7 @@ HALF = GRU._replace(dtype=torch.float16, training=False, steps=16, batch=16)
         (HALF._replace(batch=1, steps=48, training=True), "loop"),
         (GRU._replace(transformed=True), "torch"),
         (GRU._replace(cell="rnn_identity", transformed=True), "reference"),
+        (GRU._replace(cell="rnn_identity", dtype=torch.complex64), "reference"),
         (GRU._replace(cell="rnn_identity", device="cuda"), "loop"),
     ],
 )
@@ -80,6 +82,17 @@ def test_use_path_refuses_an_unknown_path():
         pass
 
 
+def test_forced_paths_that_cannot_be():
+    identity = GRU._replace(cell="rnn_identity")
+    with use_path("torch"):
+        assert plan(identity).path == "loop"
+        assert plan(identity._replace(transformed=True)).path == "reference"
+        assert plan(identity._replace(dtype=torch.complex64)).path == "reference"
+    with use_path("loop"):
+        assert plan(LSTM._replace(transformed=True)).path == "reference"
+        assert plan(LSTM._replace(dtype=torch.complex64)).path == "reference"
+
+
 def test_symbolic_sizes():
     """A tracer's sizes have no hash to be remembered by."""
     gru = fastrnn.GRU(3, 4).double()
@@ -88,3 +101,16 @@ def test_symbolic_sizes():
         trace = make_fx(lambda x: gru(x)[0], tracing_mode="symbolic", _allow_non_fake_inputs=True)
         traced = trace(x)
         torch.testing.assert_close(traced(x), gru(x)[0])
+
+
+def test_packed_sequences_of_one_length_are_a_padded_batch(monkeypatch):
+    """torch's LSTM then runs oneDNN, which our loop does not beat."""
+    lstm, x = fastrnn.LSTM(3, 4), torch.randn(64, 2, 3)
+    chosen = []
+    monkeypatch.setattr(
+        fastrnn.planner, "path", lambda *fields: chosen.append(path(*fields)) or chosen[-1]
+    )
+    for lengths in ([64, 64], [64, 63]):
+        lstm(pack_padded_sequence(x, torch.tensor(lengths)))
+    assert chosen[0] == "torch"
+    assert set(chosen[1:]) == {"loop"}
