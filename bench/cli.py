@@ -103,8 +103,8 @@ def run(args: argparse.Namespace) -> int:
     Raises
     ------
     UsageError
-        If rich or matplotlib is missing, or the old benchmark cannot be read or has none of
-        the cases; before anything is measured.
+        If rich or matplotlib is missing, the folder cannot be written to, or the old
+        benchmark cannot be read or has none of the cases; before anything is measured.
     """
     # Imported only now: matplotlib takes a second, and both may be missing.
     _arguments.require("bench", "rich", "matplotlib")
@@ -124,6 +124,12 @@ def run(args: argparse.Namespace) -> int:
     old = results.load(args.compare)[1] if args.compare else None
     if old is not None and not {row.case for row in old} & set(cases):
         raise _arguments.UsageError(f"{args.compare} has none of the {len(cases)} cases to measure")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _arguments.UsageError(f"cannot write to {args.out}: {error.strerror}") from error
+    if not os.access(args.out, os.W_OK):
+        raise _arguments.UsageError(f"cannot write to {args.out}: Permission denied")
 
     rows = _measure_all(cases, device, args.seconds or _SECONDS[device.type])
     env = environment(device, _command(args, device))
@@ -169,7 +175,6 @@ def _measure_all(cases: Sequence[registry.Case], device: torch.device, seconds: 
 def _write(folder: Path, env: Environment, rows: Sequence[Row]) -> list[Path]:
     from . import page, plots
 
-    folder.mkdir(parents=True, exist_ok=True)
     names = ("results.json", "results.csv", "speedup.png", "time.png", "report.html")
     paths = [folder / name for name in names]
     results.write_json(paths[0], env, rows)

@@ -104,12 +104,14 @@ class Row:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Row:
-        """The inverse of `record`; KeyError or TypeError if fields are missing or unknown."""
+        """The inverse of `record`; KeyError, TypeError or ValueError if fields do not fit."""
         rest = dict(record)
         case = Case(**{field.name: rest.pop(field.name) for field in dataclasses.fields(Case)})
-        values = iter([rest.pop(column) for _, _, column in _band_columns()])
-        bands = [Band(*triple) for triple in zip(values, values, values, strict=True)]
-        times = None if bands[0].median is None else Times(*bands)
+        numbers = [rest.pop(column) for _, _, column in _band_columns()]
+        times = None
+        if numbers[0] is not None:
+            values = map(float, numbers)
+            times = Times(*(Band(*triple) for triple in zip(values, values, values, strict=True)))
         return cls(case=case, times=times, **rest)
 
 
@@ -167,9 +169,10 @@ def load(path: Path) -> tuple[Environment, list[Row]]:
         raise UsageError(f"{path} is not a results.json of fastrnn bench with schema {SCHEMA}")
     try:
         rows = [Row.from_record(record) for record in content["rows"]]
+        hash(tuple(row.case for row in rows))  # TypeError if a field of a case is a list
         return Environment(**content["environment"]), rows
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path} has missing or unknown fields: {error}") from error
+        raise UsageError(f"{path} has missing, unknown or wrong fields: {error}") from error
 
 
 class Change(NamedTuple):

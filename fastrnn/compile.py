@@ -10,15 +10,29 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from torch._C._dynamo import eval_frame as _eval_frame
+
 from .nn import GRU, LSTM, RNN
+
+
+def _trace_forward(action: _eval_frame._FrameAction) -> None:
+    """Set what Dynamo does when it meets the frame of our forward outside of a graph."""
+    strategy = _eval_frame._FrameExecStrategy(action, action)
+    _eval_frame.set_code_exec_strategy(LSTM.forward.__code__, strategy)
+
+
+# Dynamo never looks into torch's files. Into ours it would, after it broke the graph at the
+# module, and would compile piece by piece what is one call of torch's kernels.
+_trace_forward(_eval_frame._FrameAction.SKIP)
 
 
 def allow_compile() -> None:
     """Trace our RNN, LSTM and GRU into ``torch.compile`` graphs, as one operator a layer.
 
     Call it once, before compiling. Without it ``torch.compile`` still gives right results:
-    it breaks the graph at the module, as it does for torch.nn's, so that only
-    ``fullgraph=True`` fails. Cells need nothing. Stock modules are compiled as before.
+    it breaks the graph at the module, as it does for torch.nn's, and runs it as if it were
+    not compiled, so that only ``fullgraph=True`` fails. Cells need nothing. Stock modules
+    are compiled as before.
 
     Dynamo has no public setting for this but ``torch._dynamo.config.allow_rnn``, which
     changes torch.nn's modules too; so this wraps the one method in which Dynamo asks.
@@ -36,6 +50,7 @@ def allow_compile() -> None:
     from torch._dynamo import config
     from torch._dynamo.variables.builder import VariableBuilder
 
+    _trace_forward(_eval_frame._FrameAction.DEFAULT)
     stock = VariableBuilder.wrap_module
     if getattr(stock, "_fastrnn", False):
         return

@@ -369,6 +369,7 @@ def _sequence(
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """Check the arguments, plan, and run all layers; returns the output and the final states."""
     directions = 2 if bidirectional else 1
+    weights = list(weights)
     per_direction = _check_weights(cell, weights, directions)
     num_layers = len(weights) // (directions * per_direction)
     hidden, size_h = weights[0].shape[0] // CELLS[cell].n_gates, weights[1].shape[1]
@@ -450,7 +451,8 @@ def _step(
     batch, hidden = input.shape[0], w_hh.shape[-1]
     if state is None:
         state = [input.new_zeros(batch, hidden)] * CELLS[cell].n_states
-    _check_count(f"{cell}_cell", len(state), CELLS[cell].n_states)
+    if len(state) != CELLS[cell].n_states:
+        raise RuntimeError(f"{cell}_cell expects two hidden states")
     path = choose_path(cell, (1, batch, input.shape[1], hidden), input, is_step=True)
     if path == "torch":
         return _aten_step(cell, input, state, weights)
@@ -510,6 +512,8 @@ def choose_path(
     """
     if torch.compiler.is_compiling():
         return planner.compiled_path(cell, input.dtype, is_step, ops.transformed())
+    if torch._C._is_tracing():  # by torch.jit: sizes are tensors then
+        return "torch" if cell in _LAYERS else "reference"
     return planner.path(
         cell,
         *sizes,
@@ -533,7 +537,7 @@ def _check_weights(cell: str, weights: Sequence[Tensor], directions: int) -> int
     biased = len(weights) > 2 and weights[2].dim() == 1
     at_hr = 4 if biased else 2
     width = weights[0].shape[0]
-    hidden, rest = divmod(width, CELLS[cell].n_gates)
+    hidden, rest = width // CELLS[cell].n_gates, width % CELLS[cell].n_gates
     size_h = weights[1].shape[-1] if cell == "lstm" else hidden
     projected = size_h != hidden
     per_direction = at_hr + projected
@@ -618,16 +622,15 @@ def is_ragged(batch_sizes: Tensor) -> bool:
 def _check_state(
     cell: str, input: Tensor, state: Sequence[Tensor], shapes: Sequence[tuple[int, int, int]]
 ) -> None:
-    _check_count(cell, len(state), CELLS[cell].n_states)
+    if len(state) != CELLS[cell].n_states:
+        raise RuntimeError(f"{cell} expects two hidden states")
     for k, (part, shape) in enumerate(zip(state, shapes, strict=True)):
+        if torch.compiler.is_compiling() and part.dim() == 3:
+            # The batch of a packed sequence is known only when the graph runs, and checked then.
+            torch._check(part.shape[1] == shape[1])
         if part.shape != shape:
             which = f"hidden[{k}]" if len(state) > 1 else "hidden"
             raise RuntimeError(f"Expected {which} size {shape}, got {list(part.shape)}")
-
-
-def _check_count(name: str, given: int, expected: int) -> None:
-    if given != expected:
-        raise RuntimeError(f"{name} expects {('one', 'two')[expected - 1]} hidden states")
 
 
 def _check_alike(input: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.modules import rnn as _torch
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
@@ -45,7 +46,7 @@ class _Convertible:
         Raises
         ------
         TypeError
-            If `module` is of another class.
+            If `module` is of another class, or has a ``forward`` of its own.
         """
         if plain_class(module) is not cls._stock:
             raise TypeError(
@@ -67,6 +68,8 @@ class _Convertible:
         ------
         ValueError
             If torch has no such layer (``nonlinearity='identity'``).
+        TypeError
+            If the module has a ``forward`` of its own.
         """
         if getattr(self, "nonlinearity", None) == "identity":
             raise ValueError(f"torch.nn.{self._stock.__name__} has no nonlinearity 'identity'")
@@ -75,6 +78,8 @@ class _Convertible:
 
 def _as_class(module: Any, cls: Any) -> Any:
     """A shallow copy of a module under another class, with containers of its own."""
+    if "forward" in vars(module):
+        raise TypeError("the forward of the module is overridden on the instance")
     cls = class_like(module, cls)
     clone = cls.__new__(cls)
     clone.__dict__.update(
@@ -148,30 +153,29 @@ class _Layers(_Convertible, _torch.RNNBase):
         ValueError, RuntimeError
             If the arguments do not fit the module or each other; texts as in torch.nn.
         """
+        if isinstance(input, Proxy) and getattr(input.tracer, "root", None) is not self:
+            return _leaf_call(self, input, hx)
         if self._is_handed_over(input, hx):
             return super().forward(input, hx)
-        self._update_flat_weights()
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             if hx is not None:
                 hx = self.permute_hidden(hx, sorted_indices)
-            self._check(data, hx, batch_sizes)
-            output, hidden = self._run(data, hx, batch_sizes)
+            output, hidden = _run(self, data, hx, batch_sizes)
             packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
             return packed, self.permute_hidden(hidden, unsorted_indices)
 
         batched = input.dim() == 3
         batch_dim = 0 if self.batch_first else 1
         if hx is not None:
-            self._check_state_dims(hx, batched)
+            _check_state_dims(hx, batched)
         if not batched:
             input = input.unsqueeze(batch_dim)
-            hx = hx if hx is None else self._map(lambda part: part.unsqueeze(1), hx)
-        self._check(input, hx, None)
-        output, hidden = self._run(input, hx, None)
+            hx = hx if hx is None else _map(lambda part: part.unsqueeze(1), hx)
+        output, hidden = _run(self, input, hx, None)
         if not batched:
             output = output.squeeze(batch_dim)
-            hidden = self._map(lambda part: part.squeeze(1), hidden)
+            hidden = _map(lambda part: part.squeeze(1), hidden)
         return output, hidden
 
     def _is_handed_over(self, input: Any, hx: Any) -> bool:
@@ -198,9 +202,12 @@ class _Layers(_Convertible, _torch.RNNBase):
             return False  # torch.nn.LSTM fails on some CPUs
         state: Sequence[Tensor] = ()
         if hx is not None:
-            state = hx if isinstance(self, LSTM) else (hx,)
-            if not all(isinstance(part, Tensor) for part in state):
+            single = isinstance(hx, Tensor)
+            state = (hx,) if single else hx
+            if single is isinstance(self, LSTM) or not all(isinstance(s, Tensor) for s in state):
                 return True  # to be refused
+            if any(part.dtype != x.dtype for part in state):
+                return self.mode != "RNN_IDENTITY"  # torch promotes some and refuses the others
         path = F.choose_path(
             self.mode.lower(),
             (steps, batch, self.input_size, self.hidden_size),
@@ -211,39 +218,57 @@ class _Layers(_Convertible, _torch.RNNBase):
         )
         return path == "torch"
 
-    def _check(self, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
+    _stateless: Any  # the function of fastrnn.functional
+
+
+def _run(module: Any, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:
+    """Check the arguments and call the function of ``fastrnn.functional``."""
+    if torch.compiler.is_compiling():
+        # What is stored on the module would leak out of the graph. The function checks too.
+        weights = [getattr(module, name) for name in module._flat_weights_names]
+    else:
+        module._update_flat_weights()
+        weights = module._flat_weights
         if hx is None:
-            self.check_input(input, batch_sizes)
+            module.check_input(input, batch_sizes)
         else:
-            self.check_forward_args(input, hx, batch_sizes)
+            module.check_forward_args(input, hx, batch_sizes)
+    return module._stateless(
+        input,
+        hx,
+        weights,
+        batch_first=module.batch_first and batch_sizes is None,
+        bidirectional=module.bidirectional,
+        dropout=module.dropout,
+        training=module.training,
+        batch_sizes=batch_sizes,
+    )
 
-    def _check_state_dims(self, hx: Tensor, batched: bool) -> None:
-        if batched and hx.dim() != 3:
+
+def _check_state_dims(hx: Any, batched: bool) -> None:
+    kind, dims = ("batched 3-D", 3) if batched else ("unbatched 2-D", 2)
+    if isinstance(hx, Tensor):
+        if hx.dim() != dims:
             raise RuntimeError(
-                f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor"
+                f"For {kind} input, hx should also be {dims}-D but got {hx.dim()}-D tensor"
             )
-        if not batched and hx.dim() != 2:
-            raise RuntimeError(
-                f"For unbatched 2-D input, hx should also be 2-D but got {hx.dim()}-D tensor"
-            )
-
-    def _map(self, function: Callable[[Tensor], Tensor], hx: Any) -> Any:
-        """Apply a function to every tensor of a state."""
-        return function(hx)
-
-    def _run(self, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:
-        return self._function(
-            input,
-            hx,
-            self._flat_weights,
-            batch_first=self.batch_first and batch_sizes is None,
-            bidirectional=self.bidirectional,
-            dropout=self.dropout,
-            training=self.training,
-            batch_sizes=batch_sizes,
+    elif hx[0].dim() != dims or hx[1].dim() != dims:
+        raise RuntimeError(
+            f"For {kind} input, hx and cx should also be {dims}-D "
+            f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
         )
 
-    _function: Any
+
+def _map(function: Callable[[Tensor], Tensor], hx: Any) -> Any:
+    """Apply a function to every tensor of a state."""
+    return function(hx) if isinstance(hx, Tensor) else (function(hx[0]), function(hx[1]))
+
+
+def _leaf_call(module: torch.nn.Module, input: Proxy, hx: Any) -> Proxy:
+    """Record a call of the module in a torch.fx graph, as torch.fx does for torch.nn's own."""
+    tracer: Any = input.tracer
+    arguments = (input,) if hx is None else (input, hx)
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
 
 
 class LSTM(_Layers, torch.nn.LSTM):
@@ -286,19 +311,7 @@ class LSTM(_Layers, torch.nn.LSTM):
     """
 
     _stock = torch.nn.LSTM
-    _function = staticmethod(F.lstm)
-
-    def _map(self, function: Callable[[Tensor], Tensor], hx: Any) -> Any:
-        return function(hx[0]), function(hx[1])
-
-    def _check_state_dims(self, hx: Any, batched: bool) -> None:
-        dims = 3 if batched else 2
-        if hx[0].dim() != dims or hx[1].dim() != dims:
-            kind = "batched 3-D" if batched else "unbatched 2-D"
-            raise RuntimeError(
-                f"For {kind} input, hx and cx should also be {dims}-D "
-                f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-            )
+    _stateless = staticmethod(F.lstm)
 
 
 class GRU(_Layers, torch.nn.GRU):
@@ -328,7 +341,7 @@ class GRU(_Layers, torch.nn.GRU):
     """
 
     _stock = torch.nn.GRU
-    _function = staticmethod(F.gru)
+    _stateless = staticmethod(F.gru)
 
 
 class RNN(_Layers, torch.nn.RNN):
@@ -369,7 +382,7 @@ class RNN(_Layers, torch.nn.RNN):
         if identity:
             self.nonlinearity, self.mode = "identity", "RNN_IDENTITY"
 
-    def _function(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def _stateless(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         # As in torch, `mode` decides; `nonlinearity` is for the user to read.
         return F.rnn(*args, nonlinearity=self.mode.removeprefix("RNN_").lower(), **kwargs)
 
@@ -416,6 +429,8 @@ class _Cell(_Convertible, _torch.RNNCellBase):
             If the arguments do not fit the module or each other; texts as in torch.nn.
         """
         name = self._stock.__name__
+        if isinstance(input, Proxy) and getattr(input.tracer, "root", None) is not self:
+            return _leaf_call(self, input, hx)
         if self._is_handed_over(input):
             return super().forward(input, hx)
         if input.dim() not in (1, 2):
@@ -433,7 +448,7 @@ class _Cell(_Convertible, _torch.RNNCellBase):
             input = input.unsqueeze(0)
             state = None if state is None else [part.unsqueeze(0) for part in state]
         hx = state if state is None or paired else state[0]
-        new = self._function(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        new = self._stateless(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         if batched:
             return new
         return tuple(part.squeeze(0) for part in new) if paired else new.squeeze(0)
@@ -444,10 +459,10 @@ class _Cell(_Convertible, _torch.RNNCellBase):
             return True  # to be refused
         # A batch of 1 stands for any: a step's path does not depend on it.
         sizes = (1, 1, self.input_size, self.hidden_size)
-        return F.choose_path(self._cell, sizes, input, is_step=True) == "torch"
+        return F.choose_path(self._cell_name, sizes, input, is_step=True) == "torch"
 
-    _cell: Any  # key of ``reference.CELLS``
-    _function: Any
+    _cell_name: Any  # key of ``reference.CELLS``
+    _stateless: Any
 
 
 class LSTMCell(_Cell, torch.nn.LSTMCell):
@@ -470,8 +485,8 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
     (torch.Size([3, 20]), torch.Size([3, 20]))
     """
 
-    _stock, _cell = torch.nn.LSTMCell, "lstm"
-    _function = staticmethod(F.lstm_cell)
+    _stock, _cell_name = torch.nn.LSTMCell, "lstm"
+    _stateless = staticmethod(F.lstm_cell)
 
 
 class GRUCell(_Cell, torch.nn.GRUCell):
@@ -490,8 +505,8 @@ class GRUCell(_Cell, torch.nn.GRUCell):
     torch.Size([3, 20])
     """
 
-    _stock, _cell = torch.nn.GRUCell, "gru"
-    _function = staticmethod(F.gru_cell)
+    _stock, _cell_name = torch.nn.GRUCell, "gru"
+    _stateless = staticmethod(F.gru_cell)
 
 
 class RNNCell(_Cell, torch.nn.RNNCell):
@@ -519,10 +534,10 @@ class RNNCell(_Cell, torch.nn.RNNCell):
     _stock = torch.nn.RNNCell
 
     @property
-    def _cell(self) -> str:
+    def _cell_name(self) -> str:
         return f"rnn_{self.nonlinearity}"
 
-    def _function(self, *args: Any) -> Tensor:
+    def _stateless(self, *args: Any) -> Tensor:
         if self.nonlinearity not in F.NONLINEARITIES:
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return F.rnn_cell(*args, nonlinearity=self.nonlinearity)

@@ -332,11 +332,11 @@ def autocast_dtypes(
     if not autocasts(device):
         return None
     low = torch.get_autocast_dtype(device)
-    if not x.is_floating_point() or x.dtype == torch.float64:
-        return None
+    if any(not t.is_floating_point() or t.dtype == torch.float64 for t in (x, *state, *weights)):
+        return None  # autocast leaves these as they are
     if device != "cpu" or cell.startswith("rnn"):
         return low, low
-    compute = torch.promote_types(low, state[0].dtype if state else x.dtype)
+    compute = torch.promote_types(low, state[-1].dtype if state else x.dtype)
     return compute, low if len(weights) % 2 else compute
 
 

@@ -139,13 +139,15 @@ def restore(model: torch.nn.Module) -> Report:
     for module, (name, *_) in _modules(model).items():
         if not isinstance(module, tuple(_STOCK)):
             continue
-        if vars(module).get(REPLACED):
-            stock = _STOCK[plain_class(module)]
+        stock = _STOCK.get(plain_class(module))
+        if not vars(module).get(REPLACED):
+            report.kept[name] = "built as ours"
+        elif stock is None:
+            report.kept[name] = f"its class was changed again, to {type(module).__name__}"
+        else:
             module.__class__ = class_like(module, stock)
             del module.__dict__[REPLACED]
             report.swapped[name] = f"fastrnn.{stock.__name__} -> torch.nn.{stock.__name__}"
-        else:
-            report.kept[name] = "built as ours"
     return report
 
 
@@ -156,8 +158,8 @@ def patched() -> Iterator[None]:
     For code that builds its own ``nn.LSTM``: the names change in ``torch.nn``,
     ``torch.nn.modules`` and ``torch.nn.modules.rnn``, for all threads, until the last open
     block ends. Names that other modules imported earlier (``from torch.nn import LSTM``)
-    keep their meaning, and inside the block ``isinstance(m, nn.LSTM)`` is false for a stock
-    module built before.
+    keep their meaning. Inside the block ``isinstance(m, nn.LSTM)`` is false for a stock
+    module built before, and pickle, which looks a class up by its name, refuses such a module.
 
     Examples
     --------

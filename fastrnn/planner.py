@@ -186,17 +186,14 @@ def _plan(forced: str | None, problem: Problem) -> Plan:
     ours_only = problem.cell not in _TORCH_CELLS
     if ours_only and forced == "torch":
         forced = None
-    if problem.transformed and forced in (None, "loop"):
+    if forced in (None, "loop") and (problem.transformed or problem.dtype not in _FLOATS):
+        where = "inside torch.func transforms" if problem.transformed else f"in {problem.dtype}"
         path = "reference" if ours_only or forced else "torch"
-        return Plan(path, "our operators have no derivatives inside torch.func transforms")
-    if problem.dtype not in _FLOATS and (ours_only or forced == "loop"):
-        return Plan("reference", f"our operators have no derivatives in {problem.dtype}")
+        return Plan(path, f"our operators have no derivatives {where}")
     if forced is not None:
         return Plan(forced, "asked for by fastrnn.planner.use_path")
     if ours_only:
         return Plan("loop", f"torch has no kernel for {problem.cell}")
-    if problem.dtype not in _FLOATS:
-        return Plan("torch", f"only torch computes in {problem.dtype}")
     if problem.device != "cpu":
         return Plan("torch", f"no kernel of ours for device type {problem.device!r} yet")
     if problem.is_step:

@@ -4,6 +4,7 @@ import argparse
 import csv
 import dataclasses
 import importlib.util
+import json
 import math
 import re
 import subprocess
@@ -227,7 +228,7 @@ def test_csv_rows_carry_the_environment(tmp_path, env, rows):
         ("{", "is not JSON"),
         ("[]", "is not a results.json"),
         ('{"schema": 0}', "is not a results.json"),
-        (f'{{"schema": {results.SCHEMA}}}', "missing or unknown fields: 'rows'"),
+        (f'{{"schema": {results.SCHEMA}}}', "missing, unknown or wrong fields: 'rows'"),
         (f'{{"schema": {results.SCHEMA}, "rows": [{{"cell": "gru"}}]}}', "fields: 'mode'"),
     ],
 )
@@ -238,6 +239,17 @@ def test_load_says_what_is_wrong(tmp_path, text, message):
         results.load(path)
     with pytest.raises(ValueError, match="cannot read"):
         results.load(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(("field", "value"), [("ratio", "x"), ("ratio", None), ("steps", [1])])
+def test_load_refuses_wrong_values(tmp_path, env, rows, field, value):
+    path = tmp_path / "old.json"
+    results.write_json(path, env, rows)
+    content = json.loads(path.read_text())
+    content["rows"][0][field] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="missing, unknown or wrong fields"):
+        results.load(path)
 
 
 def test_compare_finds_the_regression_only(rows):
@@ -336,6 +348,8 @@ def test_run_refuses_before_measuring(tmp_path, env, rows, monkeypatch):
     results.write_json(tmp_path / "old.json", env, rows)
     with pytest.raises(ValueError, match="has none of the 2 cases"):
         cli.run(args)
+    with pytest.raises(ValueError, match=r"cannot write to .*old.json: File exists"):
+        cli.run(parse(*TINY, "--out", str(tmp_path / "old.json")))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=re.escape("install fastrnn[bench]")):
         cli.run(args)

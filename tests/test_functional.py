@@ -97,3 +97,11 @@ def test_unknown_nonlinearity() -> None:
         F.rnn(X, None, weights(1), nonlinearity="sine")
     with pytest.raises(ValueError, match="tanh, relu, identity, got 'sine'"):
         F.rnn_cell(X[0], None, *weights(1), nonlinearity="sine")
+
+
+@pytest.mark.parametrize("path", ["torch", "loop"])
+def test_weights_may_be_any_sequence(path: str) -> None:
+    parameters = torch.nn.ParameterList(torch.nn.GRU(X.shape[-1], 4).parameters())
+    with use_path(path):
+        y, _ = F.gru(X, None, parameters)
+        assert y.equal(F.gru(X, None, tuple(parameters))[0])

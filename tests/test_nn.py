@@ -26,6 +26,7 @@ from compare import (
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._pytree import tree_leaves
 
 import fastrnn
 from fastrnn.planner import use_path
@@ -409,7 +410,7 @@ def test_meta(kind: str, path: str | None, form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_complex(form: str) -> None:
-    """Only torch's own kernels compute in complex numbers, and they take RNN."""
+    """As far as torch's own kernels compute in complex numbers, which is RNN."""
     ours, stock = pair("rnn_tanh", num_layers=2, dtype=torch.complex64)
     call = Call(ours, form, dtype=torch.complex64)
     with torch.no_grad():  # torch cannot differentiate the packing of complex numbers
@@ -444,6 +445,17 @@ def test_state_as_list(kind: str, path: str | None, form: str) -> None:
     assert isinstance(hc2, tuple)
     y, y2 = (getattr(result, "data", result) for result in (y, y2))
     assert all(a.equal(b) for a, b in zip((y, h, c), (y2, *hc2), strict=True))
+
+
+@pytest.mark.parametrize("steps", [4, 64])
+def test_states_that_torch_promotes_or_refuses(steps: int) -> None:
+    """Alike for every length, though lengths take different paths."""
+    ours, stock = pair("lstm", dtype=torch.float64)
+    call = Call(ours, steps=steps, dtype=torch.float64)
+    h, c = call.hx
+    assert_same(*({"c_n": module(call.x, (h, c.float()))[1][1]} for module in (ours, stock)))
+    mine, theirs = (outcome(lambda m=m: m(call.x, torch.stack([h, c]))) for m in (ours, stock))
+    assert mine == theirs
 
 
 @on_paths(LAYERS)
@@ -531,6 +543,43 @@ def test_autocast(
                     assert errors[0] <= bound, (name, path, form)
 
 
+def call_in_autocast(module: torch.nn.Module, x: torch.Tensor, hx: list[torch.Tensor]) -> Any:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return module(x, hx[0] if len(hx) == 1 else tuple(hx))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "identity" not in kind])
+@pytest.mark.parametrize("narrow", [{0}, {1}, {0, 1}], ids=["h", "c", "h_c"])
+def test_autocast_of_carried_state(
+    kind: str, narrow: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state may come back in two dtypes, as that of a projected LSTM does."""
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    modules = pair(kind)
+    call = Call(modules[0], steps=64)
+    hx = [part.bfloat16() if k in narrow else part for k, part in enumerate(call.hx)]
+    mine, theirs = (
+        [part.dtype for part in tree_leaves(call_in_autocast(module, call.x, hx))]
+        for module in modules
+    )
+    assert mine == theirs
+
+
+@pytest.mark.parametrize("wide", ["weight", "hx"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn_tanh"])
+def test_autocast_does_not_narrow_float64(
+    kind: str, wide: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    for module in pair(kind):
+        call = Call(module, steps=64)
+        hx = [part.double() if wide == "hx" else part for part in call.hx]
+        if wide == "weight":
+            module.weight_hh_l0.data = module.weight_hh_l0.data.double()
+        with pytest.raises(RuntimeError, match="same dtype"):
+            call_in_autocast(module, call.x, hx)
+
+
 @on_paths(["rnn_identity", "rnn_identity_cell"])
 def test_autocast_of_identity(kind: str, path: str | None) -> None:
     ours, _ = pair(kind)
@@ -570,6 +619,53 @@ def test_any_options(data: st.DataObject) -> None:
     call = Call(ours, form, steps=steps, batch=batch, hx=hx, dtype=dtype)
     modules = ours.train(training), stock.train(training)
     check(*modules, call, paths_of(kind), used=sorted(used))
+
+
+# What other tools make of the modules.
+
+
+class Encoder(torch.nn.Module):
+    def __init__(self, library: Any) -> None:
+        super().__init__()
+        self.lstm = library.LSTM(3, 4)
+        self.cell = library.GRUCell(4, 5)
+
+    def forward(self, x: torch.Tensor, hx: Any) -> Any:
+        y, hx = self.lstm(x, hx)
+        return self.cell(y[-1]), hx
+
+
+def test_fx_takes_modules_as_leaves() -> None:
+    ours, stock = Encoder(fastrnn), Encoder(torch.nn)
+    traced = torch.fx.symbolic_trace(ours)
+    assert traced.code == torch.fx.symbolic_trace(stock).code
+    arguments = torch.randn(5, 2, 3), (torch.randn(1, 2, 4), torch.randn(1, 2, 4))
+    assert traced(*arguments)[0].equal(ours(*arguments)[0])
+    for module in (fastrnn.GRU(3, 4), torch.nn.GRU(3, 4)):
+        with pytest.raises(torch.fx.proxy.TraceError):
+            torch.fx.symbolic_trace(module)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_jit_trace(kind: str) -> None:
+    """At a length and batch where calls would run on our loop."""
+    module = pair(kind)[0]
+    call = Call(module, steps=64)
+    traced = torch.jit.trace(module, (call.x,))
+    torch.testing.assert_close(traced(call.x), module(call.x))
+
+
+def test_names_of_a_subclass_do_not_collide() -> None:
+    class Mine(fastrnn.GRU):
+        def _run(self) -> int:
+            return 1
+
+        def _check(self) -> int:
+            return 2
+
+    module = Mine(3, 4)
+    assert module(torch.randn(64, 2, 3))[0].shape == (64, 2, 4)
 
 
 def test_mode_decides_the_activation_on_every_path() -> None:

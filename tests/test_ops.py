@@ -271,6 +271,20 @@ def compiling():
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def not_opted_in(monkeypatch):
+    """As in a process that did not call ``allow_compile``."""
+    from torch._dynamo.variables.builder import VariableBuilder
+
+    wrapped = VariableBuilder.wrap_module
+    monkeypatch.setattr(VariableBuilder, "wrap_module", getattr(wrapped, "__wrapped__", wrapped))
+    fastrnn.compile._trace_forward(fastrnn.compile._eval_frame._FrameAction.SKIP)
+    torch._dynamo.reset()
+    yield
+    fastrnn.compile._trace_forward(fastrnn.compile._eval_frame._FrameAction.DEFAULT)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("cls", [fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN])
 def test_compile_fullgraph_with_dynamic_shapes(cls, compiling):
     net = Net(cls)
@@ -326,23 +340,40 @@ def test_compile_packed(compiling):
     torch.testing.assert_close(h_n, h_expected)
 
 
-@pytest.mark.parametrize("cls", [fastrnn.LSTMCell, fastrnn.GRUCell, fastrnn.RNNCell])
-def test_compile_a_transformed_cell(cls):
+@pytest.mark.parametrize("cls", [fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN])
+def test_compile_packed_with_a_state(cls, compiling):
+    module = cls(3, 4)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+
+    def state(batch):
+        parts = torch.randn(2, 1, batch, 4)
+        return tuple(parts) if cls is fastrnn.LSTM else parts[0]
+
+    for lengths in ([5, 2, 3], [7, 7, 1, 4]):
+        x, hx = torch.randn(max(lengths), len(lengths), 3), state(len(lengths))
+        packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
+        (output, final), (expected, final_expected) = compiled(packed, hx), module(packed, hx)
+        torch.testing.assert_close(output.data, expected.data)
+        torch.testing.assert_close(final, final_expected)
+    with pytest.raises(RuntimeError, match="Expected hidden states of 2 rows, got 3"):
+        compiled(pack_padded_sequence(x[:, :2], torch.tensor([5, 3])), state(3))
+
+
+@pytest.mark.parametrize("opted_in", [False, True])
+@pytest.mark.parametrize("name", [*fastrnn.__all__[:6]])
+def test_compile_a_transform(name, opted_in, request):
     from torch.func import functional_call, grad
 
-    torch._dynamo.reset()
-    cell, x = cls(3, 4), torch.randn(2, 3)
-    params = {name: p.detach() for name, p in cell.named_parameters()}
+    request.getfixturevalue("compiling" if opted_in else "not_opted_in")
+    module, x = getattr(fastrnn, name)(3, 4), torch.randn(64, 3)
+    params = {name: p.detach() for name, p in module.named_parameters()}
 
     def loss(params):
-        return sum(t.square().sum() for t in _tensors(functional_call(cell, params, (x,))))
+        result = functional_call(module, params, (x,))
+        return result[0].square().sum() if isinstance(result, tuple) else result.square().sum()
 
     compiled = torch.compile(grad(loss), backend="aot_eager")(params)
     torch.testing.assert_close(compiled, grad(loss)(params))
-
-
-def _tensors(result):
-    return result if isinstance(result, tuple) else (result,)
 
 
 def test_allow_compile_leaves_stock_modules_alone(compiling):
@@ -352,18 +383,20 @@ def test_allow_compile_leaves_stock_modules_alone(compiling):
         stock(torch.randn(5, 2, 3))
 
 
-def test_compile_without_opting_in_breaks_the_graph_and_is_right(monkeypatch):
-    from torch._dynamo.variables.builder import VariableBuilder
-
-    torch._dynamo.reset()
-    wrapped = VariableBuilder.wrap_module
-    monkeypatch.setattr(VariableBuilder, "wrap_module", getattr(wrapped, "__wrapped__", wrapped))
-    net, x = Net(fastrnn.GRU), torch.randn(5, 2, 3)
+def test_compile_without_opting_in_is_as_with_torch(not_opted_in):
+    """The graph breaks at the module, which then runs as if nothing was compiled."""
+    x = torch.randn(64, 2, 3)
     with pytest.raises(torch._dynamo.exc.Unsupported):
-        torch.compile(net, fullgraph=True, backend="aot_eager")(x)
-    torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(net, backend="aot_eager")(x), net(x))
-    torch._dynamo.reset()
+        torch.compile(Net(fastrnn.GRU), fullgraph=True, backend="aot_eager")(x)
+    graphs = {}
+    for cls in (fastrnn.GRU, torch.nn.GRU, fastrnn.LSTM, torch.nn.LSTM):
+        torch._dynamo.reset()
+        net = Net(cls)
+        counter = CompileCounterWithBackend("aot_eager")
+        torch.testing.assert_close(torch.compile(net, backend=counter)(x), net(x))
+        graphs[cls] = [[node.target for node in graph.graph.nodes] for graph in counter.graphs]
+    assert graphs[fastrnn.GRU] == graphs[torch.nn.GRU]
+    assert graphs[fastrnn.LSTM] == graphs[torch.nn.LSTM]
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])

@@ -232,6 +232,16 @@ def test_restore_leaves_what_was_converted_by_hand() -> None:
     assert [type(m) for m in model] == [nn.GRU, nn.LSTM]
 
 
+def test_restore_leaves_what_got_another_class() -> None:
+    """As FSDP2's fully_shard gives it."""
+    model = nn.Sequential(nn.GRU(2, 3))
+    fastrnn.replace(model)
+    model[0].__class__ = type("FSDPGRU", (fastrnn.GRU,), {})
+    report = fastrnn.restore(model)
+    assert report.kept == {"0": "its class was changed again, to FSDPGRU"}
+    assert not report.swapped
+
+
 def test_shared_module() -> None:
     shared = nn.GRU(3, 3)
     model = nn.Sequential(shared, nn.Identity(), shared)

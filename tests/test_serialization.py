@@ -184,3 +184,13 @@ def test_to_torch_of_identity(cls: type) -> None:
         ValueError, match=f"^torch.nn.{cls.__name__} has no nonlinearity 'identity'$"
     ):
         cls(2, 3, nonlinearity="identity").to_torch()
+
+
+@pytest.mark.parametrize("kind", ["gru", "gru_cell"])
+def test_conversion_of_overridden_forward(kind: str) -> None:
+    """The copy would call a function that is bound to the original."""
+    ours, stock = pair(kind)
+    for module, convert in ((ours, ours.to_torch), (stock, lambda: type(ours).from_torch(stock))):
+        module.forward = module.forward
+        with pytest.raises(TypeError, match="forward of the module is overridden"):
+            convert()
