@@ -646,7 +646,7 @@ def test_fx_takes_modules_as_leaves() -> None:
             torch.fx.symbolic_trace(module)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")
 @pytest.mark.parametrize("kind", KINDS)
 def test_jit_trace(kind: str) -> None:
     """At a length and batch where calls would run on our loop."""
