@@ -16,7 +16,10 @@ from .nn import GRU, LSTM, RNN
 
 
 def _trace_forward(action: _eval_frame._FrameAction) -> None:
-    """Set what Dynamo does when it meets the frame of our forward outside of a graph."""
+    """Set what Dynamo does when it meets the frame of our forward outside of a graph.
+
+    The three classes share that forward.
+    """
     strategy = _eval_frame._FrameExecStrategy(action, action)
     _eval_frame.set_code_exec_strategy(LSTM.forward.__code__, strategy)
 

@@ -190,8 +190,9 @@ def _directions(
         Weights.unpack(flat[d * per_direction : (d + 1) * per_direction]) for d in range(directions)
     ]
     initial = state or zero_state(cell, x, batch, weights, directions)
-    if initial[0].shape[1] != batch:  # compiled code finds out only here
-        raise RuntimeError(f"Expected hidden states of {batch} rows, got {initial[0].shape[1]}")
+    for part in initial:
+        if part.shape[1] != batch:  # compiled code finds out only here
+            raise RuntimeError(f"Expected hidden states of {batch} rows, got {part.shape[1]}")
     hidden = weights[0].shape[0] // CELLS[cell].n_gates
     return by_direction, [part.to(dtype) for part in initial], hidden
 

@@ -379,7 +379,7 @@ def _sequence(
     widths = (size_h, hidden)[: CELLS[cell].n_states]
     shapes = [(num_layers * directions, batch, width) for width in widths]
     if state is not None:
-        _check_state(cell, input, state, shapes)
+        _check_state(cell, state, shapes)
 
     dtypes = ops.autocast_dtypes(cell, input, state or (), weights[:per_direction])
     if dtypes is not None:
@@ -451,8 +451,7 @@ def _step(
     batch, hidden = input.shape[0], w_hh.shape[-1]
     if state is None:
         state = [input.new_zeros(batch, hidden)] * CELLS[cell].n_states
-    if len(state) != CELLS[cell].n_states:
-        raise RuntimeError(f"{cell}_cell expects two hidden states")
+    _check_count(f"{cell}_cell", cell, state)
     path = choose_path(cell, (1, batch, input.shape[1], hidden), input, is_step=True)
     if path == "torch":
         return _aten_step(cell, input, state, weights)
@@ -537,6 +536,7 @@ def _check_weights(cell: str, weights: Sequence[Tensor], directions: int) -> int
     biased = len(weights) > 2 and weights[2].dim() == 1
     at_hr = 4 if biased else 2
     width = weights[0].shape[0]
+    # Not divmod, which sizes that torch.jit traces do not have.
     hidden, rest = width // CELLS[cell].n_gates, width % CELLS[cell].n_gates
     size_h = weights[1].shape[-1] if cell == "lstm" else hidden
     projected = size_h != hidden
@@ -620,10 +620,9 @@ def is_ragged(batch_sizes: Tensor) -> bool:
 
 
 def _check_state(
-    cell: str, input: Tensor, state: Sequence[Tensor], shapes: Sequence[tuple[int, int, int]]
+    cell: str, state: Sequence[Tensor], shapes: Sequence[tuple[int, int, int]]
 ) -> None:
-    if len(state) != CELLS[cell].n_states:
-        raise RuntimeError(f"{cell} expects two hidden states")
+    _check_count(cell, cell, state)
     for k, (part, shape) in enumerate(zip(state, shapes, strict=True)):
         if torch.compiler.is_compiling() and part.dim() == 3:
             # The batch of a packed sequence is known only when the graph runs, and checked then.
@@ -631,6 +630,12 @@ def _check_state(
         if part.shape != shape:
             which = f"hidden[{k}]" if len(state) > 1 else "hidden"
             raise RuntimeError(f"Expected {which} size {shape}, got {list(part.shape)}")
+
+
+def _check_count(name: str, cell: str, state: Sequence[Tensor]) -> None:
+    # Only of the LSTM does the caller choose how many there are.
+    if len(state) != CELLS[cell].n_states:
+        raise RuntimeError(f"{name} expects two hidden states")
 
 
 def _check_alike(input: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> None:

@@ -153,7 +153,7 @@ class _Layers(_Convertible, _torch.RNNBase):
         ValueError, RuntimeError
             If the arguments do not fit the module or each other; texts as in torch.nn.
         """
-        if isinstance(input, Proxy) and getattr(input.tracer, "root", None) is not self:
+        if _is_leaf(self, input):
             return _leaf_call(self, input, hx)
         if self._is_handed_over(input, hx):
             return super().forward(input, hx)
@@ -264,9 +264,14 @@ def _map(function: Callable[[Tensor], Tensor], hx: Any) -> Any:
     return function(hx) if isinstance(hx, Tensor) else (function(hx[0]), function(hx[1]))
 
 
-def _leaf_call(module: torch.nn.Module, input: Proxy, hx: Any) -> Proxy:
+def _is_leaf(module: torch.nn.Module, input: Any) -> bool:
+    """Whether torch.fx traces a model that the module is part of."""
+    return isinstance(input, Proxy) and getattr(input.tracer, "root", None) is not module
+
+
+def _leaf_call(module: torch.nn.Module, input: Any, hx: Any) -> Any:
     """Record a call of the module in a torch.fx graph, as torch.fx does for torch.nn's own."""
-    tracer: Any = input.tracer
+    tracer = input.tracer
     arguments = (input,) if hx is None else (input, hx)
     return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
 
@@ -429,7 +434,7 @@ class _Cell(_Convertible, _torch.RNNCellBase):
             If the arguments do not fit the module or each other; texts as in torch.nn.
         """
         name = self._stock.__name__
-        if isinstance(input, Proxy) and getattr(input.tracer, "root", None) is not self:
+        if _is_leaf(self, input):
             return _leaf_call(self, input, hx)
         if self._is_handed_over(input):
             return super().forward(input, hx)

@@ -281,7 +281,8 @@ def not_opted_in(monkeypatch):
     fastrnn.compile._trace_forward(fastrnn.compile._eval_frame._FrameAction.SKIP)
     torch._dynamo.reset()
     yield
-    fastrnn.compile._trace_forward(fastrnn.compile._eval_frame._FrameAction.DEFAULT)
+    if hasattr(wrapped, "_fastrnn"):
+        fastrnn.compile._trace_forward(fastrnn.compile._eval_frame._FrameAction.DEFAULT)
     torch._dynamo.reset()
 
 
@@ -327,6 +328,14 @@ def test_compile_cell_fullgraph(cls):
     cell, x = cls(3, 4), torch.randn(2, 3)
     compiled = torch.compile(cell, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), cell(x))
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_operator_refuses_a_state_of_another_batch(wrong):
+    x, state, weights, batch_sizes = make("lstm", 1, packed=True)
+    state[wrong] = torch.cat([state[wrong]] * 2, dim=1)
+    with pytest.raises(RuntimeError, match="Expected hidden states of 3 rows, got 6"):
+        layer_op("lstm", x, state, weights, batch_sizes, False, True)
 
 
 def test_compile_packed(compiling):
