@@ -1,0 +1,275 @@
+"""Allocate and launch: the one file here that knows torch.
+
+Tensors come in as torch has them and leave as the kernels wrote them; projections and weight
+gradients, which are plain GEMMs, are the caller's. Nothing waits for the device, so that a
+CUDA graph can record a launch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import exchange, persistent, stepwise
+from .cells import Cell
+from .configs import Config
+
+
+class _Debug(threading.local):
+    spin_limit = 0
+
+
+_debug = _Debug()
+
+
+@contextlib.contextmanager
+def bounded_spin(polls: int) -> Iterator[None]:
+    """Let no program wait for another for more than so many polls, in this thread.
+
+    Every launch inside then waits for its end and raises if a program gave up, which without
+    this would hang. For debugging; slow.
+
+    Parameters
+    ----------
+    polls : int
+        At least 1.
+
+    Raises
+    ------
+    ValueError
+        If `polls` is not positive.
+    RuntimeError
+        From the launch in which a program gave up.
+    """
+    if polls < 1:
+        raise ValueError(f"polls must be at least 1, got {polls}")
+    before, _debug.spin_limit = _debug.spin_limit, polls
+    try:
+        yield
+    finally:
+        _debug.spin_limit = before
+
+
+def forward(
+    cell: Cell,
+    wx: Tensor,
+    r: Tensor,
+    b: Tensor | None,
+    initial: Sequence[Tensor],
+    config: Config,
+    precision: str,
+    *,
+    traced: bool = False,
+    save: bool = False,
+) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
+    """Run a layer forward from its input projection.
+
+    Parameters
+    ----------
+    cell : Cell
+    wx : Tensor of shape (D, T, B, G * H), contiguous
+    r : Tensor of shape (D, G * H, H), contiguous
+    b : Tensor of shape (D, G * H), contiguous, or None
+    initial : sequence of Tensor of shape (D, B, H), contiguous
+    config : Config
+    precision : {'ieee', 'tf32', 'tf32x3'}
+        Of products of float32.
+    traced, save : bool
+        Whether to keep the other states of every step, and the activations.
+
+    Returns
+    -------
+    y : Tensor of shape (T, B, D * H)
+    traces : list of Tensor of shape (T, B, D * H)
+        float32; empty unless `traced`.
+    saved : Tensor of shape (D, T, B, S * H), or None unless `save`
+    final : list of Tensor of shape (D, B, H)
+    """
+    directions, steps, batch, _ = wx.shape
+    hidden = r.shape[-1]
+    y = wx.new_empty(steps, batch, directions * hidden)
+    traces = [torch.empty_like(y, dtype=torch.float32) for _ in initial[1:]] if traced else []
+    saved = wx.new_empty(directions, steps, batch, cell.n_saved * hidden) if save else None
+    constants = {
+        "H": hidden,
+        "FORWARD": cell.forward,
+        "N_GATES": cell.n_gates,
+        "N_SAVED": cell.n_saved,
+        "BLOCK_B": config.block_b,
+        "BLOCK_H": config.block_h,
+        "BLOCK_K": config.block_k,
+        "PRECISION": precision,
+        "num_warps": config.num_warps,
+    }
+    grid = _grid(config, batch, hidden, directions)
+    shared = {"wx_ptr": wx, "r_ptr": r, "b_ptr": b, "saved_ptr": saved, "T": steps, "B": batch}
+    if config.schedule == "stepwise":
+        running = [part.float() for part in initial]
+        if running[0] is initial[0]:
+            running = [part.clone() for part in initial]
+        with _device_of(wx):
+            for step in range(steps):
+                stepwise.forward_kernel[grid](
+                    **shared,
+                    initial_ptr=initial[0],
+                    running_ptrs=tuple(running),
+                    state_ptrs=(y, *traces),
+                    step=step,
+                    **constants,
+                )
+        return y, traces, saved, [part.to(wx.dtype) for part in running]
+    final = [torch.empty_like(part) for part in initial]
+    if config.protocol == exchange.FLAG:
+        y.view(_integer(y.dtype)).fill_(exchange.MISSING.value)
+    with _device_of(wx), _exchange(config, grid, wx) as exchanged:
+        persistent.forward_kernel[grid](
+            **shared,
+            initial_ptrs=tuple(initial),
+            state_ptrs=(y, *traces),
+            final_ptrs=tuple(final),
+            **exchanged,
+            **constants,
+        )
+    return y, traces, saved, final
+
+
+def backward(
+    cell: Cell,
+    dy: Tensor | None,
+    d_final: Sequence[Tensor],
+    r: Tensor,
+    initial: Sequence[Tensor],
+    y: Tensor,
+    traces: Sequence[Tensor],
+    past: Tensor | tuple[Tensor, Tensor],
+    config: Config,
+    precision: str,
+) -> tuple[Tensor, list[Tensor]]:
+    """Run a layer backward to the gradients of its gates and of its initial state.
+
+    Parameters
+    ----------
+    cell, r, initial, config, precision
+        As for `forward`.
+    dy : Tensor of shape (T, B, D * H), contiguous, or None
+    d_final : sequence of Tensor of shape (D, B, H), contiguous
+    y, traces
+        What `forward` returned.
+    past : Tensor or (Tensor, Tensor)
+        The activations that `forward` saved, or the gates from which to compute them again: wx
+        and rh with their biases, of shape (D, T, B, G * H).
+
+    Returns
+    -------
+    d_gates : Tensor of shape (D, T, B, (G + A) * H)
+    d_initial : list of Tensor of shape (D, B, H)
+    """
+    steps, batch, _ = y.shape
+    directions, _, hidden = r.shape
+    saved, wx, rh = (past, None, None) if isinstance(past, Tensor) else (None, *past)
+    d_gates = y.new_empty(directions, steps, batch, (cell.n_gates + cell.n_apart) * hidden)
+    constants = {
+        "H": hidden,
+        "FORWARD": cell.forward,
+        "BACKWARD": cell.backward,
+        "N_GATES": cell.n_gates,
+        "N_SAVED": cell.n_saved,
+        "N_APART": cell.n_apart,
+        "BLOCK_B": config.block_b,
+        "BLOCK_H": config.block_h,
+        "PRECISION": precision,
+        "num_warps": config.num_warps,
+    }
+    grid = _grid(config, batch, hidden, directions)
+    # The kernels choose between a state's first value and its trace by a pointer to one dtype.
+    initial = [initial[0], *(part.float() for part in initial[1:])]
+    shared = {
+        "dy_ptr": dy,
+        "r_ptr": r,
+        "initial_ptrs": tuple(initial),
+        "state_ptrs": (y, *traces),
+        "saved_ptr": saved,
+        "wx_ptr": wx,
+        "rh_ptr": rh,
+        "d_gates_ptr": d_gates,
+        "T": steps,
+        "B": batch,
+    }
+    if config.schedule == "stepwise":
+        running = [part.to(torch.float32, copy=True) for part in d_final]
+        with _device_of(y):
+            for step in range(steps):
+                stepwise.backward_kernel[grid](
+                    **shared,
+                    running_ptrs=tuple(running),
+                    step=step,
+                    BLOCK_K=config.block_k,
+                    **constants,
+                )
+        for d in range(directions):
+            first = d_gates[d, -1 if d else 0, :, : cell.n_gates * hidden]
+            running[0][d] += first @ r[d]
+        return d_gates, [part.to(y.dtype) for part in running]
+    d_initial = [torch.empty_like(part) for part in initial]
+    mail = None
+    slices = grid[0]
+    if config.protocol != exchange.LOCAL:
+        laps = torch.zeros if config.protocol == exchange.FLAG else torch.empty
+        words = exchange.mailbox_words(grid[1] * grid[2], slices, config.block_b, config.block_h)
+        mail = laps(words, dtype=torch.int32, device=y.device)
+    with _device_of(y), _exchange(config, grid, y) as exchanged:
+        persistent.backward_kernel[grid](
+            **shared,
+            d_final_ptrs=tuple(d_final),
+            d_initial_ptrs=tuple(d_initial),
+            mail_ptr=mail,
+            SLICES=slices,
+            BLOCK_N=config.block_k,
+            BLOCK_S=min(triton.next_power_of_2(slices), 16),
+            **exchanged,
+            **constants,
+        )
+    return d_gates, d_initial
+
+
+def _grid(config: Config, batch: int, hidden: int, directions: int) -> tuple[int, int, int]:
+    slices = triton.cdiv(hidden, config.block_h)
+    return slices, triton.cdiv(batch, config.block_b), directions
+
+
+def _integer(dtype: torch.dtype) -> torch.dtype:
+    return torch.int16 if dtype.itemsize == 2 else torch.int32
+
+
+def _device_of(tensor: Tensor) -> Any:
+    """Make the tensor's device the current one: Triton launches on that."""
+    return torch.cuda.device_of(tensor)
+
+
+@contextlib.contextmanager
+def _exchange(config: Config, grid: tuple[int, int, int], like: Tensor) -> Iterator[dict[str, Any]]:
+    """Arguments for the exchange of one launch; in debug mode, raise after it if a wait gave up."""
+    limit = _debug.spin_limit
+    counter = error = None
+    if config.protocol == exchange.COUNTER:
+        words = exchange.counter_words(grid[1] * grid[2])
+        counter = torch.zeros(words, dtype=torch.int32, device=like.device)
+    if limit:
+        error = torch.zeros(1, dtype=torch.int32, device=like.device)
+    yield {
+        "counter_ptr": counter,
+        "error_ptr": error,
+        "PROTOCOL": config.protocol,
+        "SPIN_LIMIT": limit,
+        "launch_cooperative_grid": config.protocol != exchange.LOCAL,
+    }
+    if error is not None and (step := int(error.item())):
+        raise RuntimeError(
+            f"a program waited in vain at step {step - 1}: {limit} polls, {config}, grid {grid}"
+        )

@@ -1,0 +1,241 @@
+"""Whole sequences in one launch, the recurrent weights held on chip.
+
+A group of SLICES programs holds the weights of one direction for one tile of the batch: program j
+keeps all gates of its BLOCK_H hidden units, and the states of these units, from the first step to
+the last. Every step it needs h of all units, which it gets from the others by a protocol of
+``exchange.py``. With one slice, the *resident* schedule, nothing is exchanged.
+
+Forward multiplies h by its columns of R^T and publishes its slice of the new h. Backward runs in
+reverse time and needs dh = dgates @ R; program j multiplies the gradients of its own gates by the
+rows of R that it holds and sends every other program the part that this adds to its dh. It writes
+gate gradients only; those of the weights and the input are GEMMs over all steps, afterwards.
+
+    wx, rh         (D, T, B, G * H)  input part of the gates with b_ih; recurrent part with b_hh
+    r, b           (D, G * H, H)     recurrent weights; b_hh (D, G * H) or None
+    states         (T, B, D * H)     y, the h of every step, where it is also exchanged; then
+                                     the other states (c) after every step, in float32
+    saved          (D, T, B, S * H)  activations for backward
+    d_gates        (D, T, B, (G + A) * H)  gradients of the recurrent parts, then of the input
+                                     parts of the gates in which the two differ
+    initial, final (D, B, H)         each state before the first step and after the last
+
+The second direction of a layer walks through time from its end. The grid is (slices, batch tiles,
+directions). T and B are not compiled in; offsets that grow with them have 64 bits.
+"""
+
+import triton
+import triton.language as tl
+
+from .exchange import (
+    collect_partials,
+    counter_of,
+    load_state,
+    mailboxes_of,
+    publish_state,
+    receive_state,
+    send_partial,
+)
+from .tiles import (
+    load_bias,
+    load_columns,
+    load_past,
+    load_rows,
+    load_states,
+    load_tiles,
+    multiply_columns,
+    multiply_rows,
+    shift,
+    split_blocks,
+    store_states,
+    store_tiles,
+)
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def forward_kernel(
+    wx_ptr,
+    r_ptr,
+    b_ptr,
+    initial_ptrs,
+    state_ptrs,
+    saved_ptr,
+    final_ptrs,
+    counter_ptr,
+    error_ptr,
+    T,
+    B,
+    H: tl.constexpr,
+    FORWARD: tl.constexpr,
+    N_GATES: tl.constexpr,
+    N_SAVED: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PROTOCOL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPIN_LIMIT: tl.constexpr,
+):
+    i_slice, i_tile, i_direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slices, tiles, directions = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
+    unit = i_slice * BLOCK_H + tl.arange(0, BLOCK_H)
+    row = i_tile.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask = (row < B)[:, None] & (unit < H)[None, :]
+    width = directions * H
+
+    # Move every pointer to this program's direction.
+    direction_rows = i_direction * T.to(tl.int64) * B
+    r_ptr += i_direction * N_GATES * H * H
+    if b_ptr is not None:
+        b_ptr += i_direction * N_GATES * H
+    wx_ptr += direction_rows * (N_GATES * H)
+    initial_ptrs = shift(initial_ptrs, i_direction * B.to(tl.int64) * H)
+    final_ptrs = shift(final_ptrs, i_direction * B.to(tl.int64) * H)
+    state_ptrs = shift(state_ptrs, i_direction * H)
+    if saved_ptr is not None:
+        saved_ptr += direction_rows * (N_SAVED * H)
+    if PROTOCOL == "counter":
+        counter_ptr = counter_of(counter_ptr, i_direction * tiles + i_tile)
+
+    columns = load_columns(r_ptr, i_slice * BLOCK_H, H, N_GATES, BLOCK_H, BLOCK_K)
+    bias = load_bias(b_ptr, unit, H, N_GATES)
+    dtype = state_ptrs[0].dtype.element_ty
+    state = load_states(initial_ptrs, row, H, unit, mask, H)
+    if PROTOCOL == "local":
+        h = (state[0].to(dtype),)
+    else:
+        h = load_state(initial_ptrs[0] + row * H, row < B, H, BLOCK_K, False)
+    to_next = tl.where(i_direction == 0, B, -B).to(tl.int64)
+    rows = row + tl.where(i_direction == 0, 0, T - 1).to(tl.int64) * B
+    wx = load_tiles(wx_ptr + rows * (N_GATES * H), unit, mask, H, N_GATES)
+
+    for step in range(T):
+        blocks = multiply_columns(h, columns, N_GATES, BLOCK_B, BLOCK_H, PRECISION)
+        rh = split_blocks(blocks, bias, N_GATES, BLOCK_B, BLOCK_H)
+        state, saved = FORWARD(wx, rh, state)
+
+        new = state[0].to(dtype)
+        row_ptrs = state_ptrs[0] + rows * width
+        publish_state(row_ptrs[:, None] + unit[None, :], new, mask, counter_ptr, PROTOCOL)
+        # What does not need the others goes before the wait for them.
+        store_states(state_ptrs, rows, width, unit, state, mask, H, 1)
+        if saved_ptr is not None:
+            store_tiles(saved_ptr + rows * (N_SAVED * H), unit, saved, mask, H)
+        rows += tl.where(step + 1 < T, to_next, 0)
+        wx = load_tiles(wx_ptr + rows * (N_GATES * H), unit, mask, H, N_GATES)
+        if PROTOCOL == "local":
+            h = (new,)
+        else:
+            h = receive_state(
+                row_ptrs,
+                row < B,
+                counter_ptr,
+                slices * (step + 1),
+                step,
+                error_ptr,
+                H,
+                BLOCK_K,
+                PROTOCOL,
+                SPIN_LIMIT,
+            )
+
+    store_states(final_ptrs, row, H, unit, state, mask, H, 0)
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def backward_kernel(
+    dy_ptr,
+    d_final_ptrs,
+    r_ptr,
+    initial_ptrs,
+    state_ptrs,
+    saved_ptr,
+    wx_ptr,
+    rh_ptr,
+    d_gates_ptr,
+    d_initial_ptrs,
+    mail_ptr,
+    counter_ptr,
+    error_ptr,
+    T,
+    B,
+    H: tl.constexpr,
+    FORWARD: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    N_GATES: tl.constexpr,
+    N_SAVED: tl.constexpr,
+    N_APART: tl.constexpr,
+    SLICES: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PROTOCOL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPIN_LIMIT: tl.constexpr,
+):
+    i_slice, i_tile, i_direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tiles, directions = tl.num_programs(1), tl.num_programs(2)
+    unit = i_slice * BLOCK_H + tl.arange(0, BLOCK_H)
+    row = i_tile.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask = (row < B)[:, None] & (unit < H)[None, :]
+    width = directions * H
+
+    direction_rows = i_direction * T.to(tl.int64) * B
+    r_ptr += i_direction * N_GATES * H * H
+    initial_ptrs = shift(initial_ptrs, i_direction * B.to(tl.int64) * H)
+    d_final_ptrs = shift(d_final_ptrs, i_direction * B.to(tl.int64) * H)
+    d_initial_ptrs = shift(d_initial_ptrs, i_direction * B.to(tl.int64) * H)
+    state_ptrs = shift(state_ptrs, i_direction * H)
+    if dy_ptr is not None:
+        dy_ptr += i_direction * H
+    if saved_ptr is None:
+        wx_ptr += direction_rows * (N_GATES * H)
+        rh_ptr += direction_rows * (N_GATES * H)
+    else:
+        saved_ptr += direction_rows * (N_SAVED * H)
+    d_gates_ptr += direction_rows * ((N_GATES + N_APART) * H)
+    group = i_direction * tiles + i_tile
+    if PROTOCOL == "counter":
+        counter_ptr = counter_of(counter_ptr, group)
+    if PROTOCOL != "local":
+        mail_ptr = mailboxes_of(mail_ptr, group, SLICES, BLOCK_B, BLOCK_H)
+
+    r_rows = load_rows(r_ptr, i_slice * BLOCK_H, H, N_GATES, BLOCK_H, BLOCK_N)
+    d_state = load_states(d_final_ptrs, row, H, unit, mask, H)
+    to_before = tl.where(i_direction == 0, -B, B).to(tl.int64)
+    rows = row + tl.where(i_direction == 0, T - 1, 0).to(tl.int64) * B
+    past = load_past(
+        dy_ptr, state_ptrs, initial_ptrs, saved_ptr, wx_ptr, rh_ptr,
+        rows, rows + to_before, T == 1, row, width, unit, mask, H, FORWARD, N_GATES, N_SAVED,
+    )  # fmt: skip
+
+    for step in range(T):
+        dy, saved, state, previous = past
+        d_state = (d_state[0] + dy,) + d_state[1:]
+        d_rh, d_wx, d_previous = BACKWARD(saved, state, previous, d_state)
+
+        for n in tl.static_range((H + BLOCK_N - 1) // BLOCK_N):
+            partial = multiply_rows(d_rh, r_rows, n, BLOCK_N, PRECISION)
+            if PROTOCOL != "local":
+                send_partial(
+                    mail_ptr, partial, n * BLOCK_N, i_slice, step,
+                    SLICES, BLOCK_B, BLOCK_H, PROTOCOL,
+                )  # fmt: skip
+        # What does not need the others goes before the wait for them.
+        store_tiles(d_gates_ptr + rows * ((N_GATES + N_APART) * H), unit, d_rh + d_wx, mask, H)
+        rows += tl.where(step + 1 < T, to_before, 0)
+        past = load_past(
+            dy_ptr, state_ptrs, initial_ptrs, saved_ptr, wx_ptr, rh_ptr,
+            rows, rows + to_before, step + 2 >= T, row, width, unit, mask,
+            H, FORWARD, N_GATES, N_SAVED,
+        )  # fmt: skip
+        if PROTOCOL == "local":
+            dh = partial
+        else:
+            dh = collect_partials(
+                mail_ptr, counter_ptr, i_slice, step, error_ptr,
+                SLICES, BLOCK_S, BLOCK_B, BLOCK_H, PROTOCOL, SPIN_LIMIT,
+            )  # fmt: skip
+        d_state = (d_previous[0] + dh,) + d_previous[1:]
+
+    store_states(d_initial_ptrs, row, H, unit, d_state, mask, H, 0)

@@ -1,0 +1,170 @@
+"""One launch for each step: the recurrent product and the pointwise part together.
+
+For cells, for hidden sizes whose weights do not fit on chip, and for devices on which programs
+cannot wait for each other. The layouts are those of ``persistent.py``; the states (and, backward,
+their gradients) are carried from launch to launch in float32, in `running_ptrs` of shape
+(D, B, H). The grid is (slices, batch tiles, directions).
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    block_pointers,
+    load_bias,
+    load_past,
+    load_states,
+    load_tiles,
+    shift,
+    split_blocks,
+    store_states,
+    store_tiles,
+)
+
+
+@triton.jit(do_not_specialize=["T", "B", "step"])
+def forward_kernel(
+    wx_ptr,
+    r_ptr,
+    b_ptr,
+    initial_ptr,
+    running_ptrs,
+    state_ptrs,
+    saved_ptr,
+    T,
+    B,
+    step,
+    H: tl.constexpr,
+    FORWARD: tl.constexpr,
+    N_GATES: tl.constexpr,
+    N_SAVED: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_slice, i_tile, i_direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    unit = i_slice * BLOCK_H + tl.arange(0, BLOCK_H)
+    row = i_tile.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask = (row < B)[:, None] & (unit < H)[None, :]
+    width = tl.num_programs(2) * H
+
+    direction_rows = i_direction * T.to(tl.int64) * B
+    r_ptr += i_direction * N_GATES * H * H
+    if b_ptr is not None:
+        b_ptr += i_direction * N_GATES * H
+    state_ptrs = shift(state_ptrs, i_direction * H)
+    initial_ptr += i_direction * B.to(tl.int64) * H
+    running_ptrs = shift(running_ptrs, i_direction * B.to(tl.int64) * H)
+    t = tl.where(i_direction == 0, step, T - 1 - step).to(tl.int64)
+    rows = row + t * B
+    rows_before = rows + tl.where(i_direction == 0, -B, B)
+    h_ptr = tl.where(step == 0, initial_ptr, state_ptrs[0])
+    h_row_ptrs = h_ptr + tl.where(step == 0, row * H, rows_before * width)
+
+    blocks = ()
+    for log in tl.static_range(3):
+        if N_GATES & (4 >> log) != 0:
+            blocks += (tl.zeros([BLOCK_B, (4 >> log) * BLOCK_H], tl.float32),)
+    for first in range(0, H, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        h = tl.load(
+            h_row_ptrs[:, None] + k[None, :], mask=(row < B)[:, None] & (k < H)[None, :], other=0.0
+        )
+        grown = ()
+        for log in tl.static_range(3):
+            if N_GATES & (4 >> log) != 0:
+                ptrs, inside = block_pointers(
+                    r_ptr, i_slice * BLOCK_H, H, N_GATES, 4 >> log, BLOCK_H
+                )
+                columns = tl.load(
+                    ptrs[None, :] + k[:, None], mask=inside[None, :] & (k < H)[:, None], other=0.0
+                )
+                grown += (tl.dot(h, columns, blocks[len(grown)], input_precision=PRECISION),)
+        blocks = grown
+
+    rh = split_blocks(blocks, load_bias(b_ptr, unit, H, N_GATES), N_GATES, BLOCK_B, BLOCK_H)
+    wx_rows = (wx_ptr + direction_rows * (N_GATES * H)) + rows * (N_GATES * H)
+    wx = load_tiles(wx_rows, unit, mask, H, N_GATES)
+    state = load_states(running_ptrs, row, H, unit, mask, H)
+    state, saved = FORWARD(wx, rh, state)
+    store_states(running_ptrs, row, H, unit, state, mask, H, 0)
+    store_states(state_ptrs, rows, width, unit, state, mask, H, 0)
+    if saved_ptr is not None:
+        saved_rows = saved_ptr + (direction_rows + rows) * (N_SAVED * H)
+        store_tiles(saved_rows, unit, saved, mask, H)
+
+
+@triton.jit(do_not_specialize=["T", "B", "step"])
+def backward_kernel(
+    dy_ptr,
+    r_ptr,
+    initial_ptrs,
+    state_ptrs,
+    saved_ptr,
+    wx_ptr,
+    rh_ptr,
+    running_ptrs,
+    d_gates_ptr,
+    T,
+    B,
+    step,
+    H: tl.constexpr,
+    FORWARD: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    N_GATES: tl.constexpr,
+    N_SAVED: tl.constexpr,
+    N_APART: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_slice, i_tile, i_direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    unit = i_slice * BLOCK_H + tl.arange(0, BLOCK_H)
+    row = i_tile.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask = (row < B)[:, None] & (unit < H)[None, :]
+    width = tl.num_programs(2) * H
+
+    direction_rows = i_direction * T.to(tl.int64) * B
+    r_ptr += i_direction * N_GATES * H * H
+    initial_ptrs = shift(initial_ptrs, i_direction * B.to(tl.int64) * H)
+    running_ptrs = shift(running_ptrs, i_direction * B.to(tl.int64) * H)
+    state_ptrs = shift(state_ptrs, i_direction * H)
+    if dy_ptr is not None:
+        dy_ptr += i_direction * H
+    if saved_ptr is None:
+        wx_ptr += direction_rows * (N_GATES * H)
+        rh_ptr += direction_rows * (N_GATES * H)
+    else:
+        saved_ptr += direction_rows * (N_SAVED * H)
+    d_gates_ptr += direction_rows * ((N_GATES + N_APART) * H)
+    t = tl.where(i_direction == 0, T - 1 - step, step).to(tl.int64)
+    to_before = tl.where(i_direction == 0, -B, B)
+    rows = row + t * B
+
+    d_state = load_states(running_ptrs, row, H, unit, mask, H)
+    dh = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+    d_row_ptrs = d_gates_ptr + (rows - to_before) * ((N_GATES + N_APART) * H)
+    for first in range(0, tl.where(step == 0, 0, N_GATES * H), BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        inside = k < N_GATES * H
+        d_gates = tl.load(
+            d_row_ptrs[:, None] + k[None, :], mask=(row < B)[:, None] & inside[None, :], other=0.0
+        )
+        r_rows = tl.load(
+            r_ptr + (k * H)[:, None] + unit[None, :],
+            mask=inside[:, None] & (unit < H)[None, :],
+            other=0.0,
+        )
+        dh = tl.dot(d_gates, r_rows, dh, input_precision=PRECISION)
+
+    dy, saved, state, previous = load_past(
+        dy_ptr, state_ptrs, initial_ptrs, saved_ptr, wx_ptr, rh_ptr,
+        rows, rows + to_before, step == T - 1, row, width, unit, mask,
+        H, FORWARD, N_GATES, N_SAVED,
+    )  # fmt: skip
+    d_state = (d_state[0] + dh + dy,) + d_state[1:]
+    d_rh, d_wx, d_previous = BACKWARD(saved, state, previous, d_state)
+    store_states(running_ptrs, row, H, unit, d_previous, mask, H, 0)
+    store_tiles(d_gates_ptr + rows * ((N_GATES + N_APART) * H), unit, d_rh + d_wx, mask, H)

@@ -1,0 +1,234 @@
+"""Tiles in and out of memory, and the products with the recurrent weights that a tile needs.
+
+`row_ptrs` point to column 0 of each row of the batch tile, `unit` are hidden units. What grows
+with T and B is in the row pointers, in 64 bits; offsets inside a row have 32.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def shift(ptrs, offset):
+    """Move every pointer of a tuple."""
+    moved = ()
+    for n in tl.static_range(len(ptrs)):
+        moved += (ptrs[n] + offset,)
+    return moved
+
+
+@triton.jit
+def load_states(ptrs, rows, width, unit, mask, H: tl.constexpr):
+    """Load the tile of every state from sequences of rows of `width` columns."""
+    tiles = ()
+    for s in tl.static_range(len(ptrs)):
+        tiles += load_tiles(ptrs[s] + rows * width, unit, mask, H, 1)
+    return tiles
+
+
+@triton.jit
+def store_states(ptrs, rows, width, unit, tiles, mask, H: tl.constexpr, FIRST: tl.constexpr):
+    """Store the tiles of the states from number FIRST on."""
+    for s in tl.static_range(FIRST, len(ptrs)):
+        store_tiles(ptrs[s] + rows * width, unit, (tiles[s],), mask, H)
+
+
+@triton.jit
+def load_tiles(row_ptrs, unit, mask, H: tl.constexpr, N: tl.constexpr):
+    """Load N tiles that lie H columns apart, as float32."""
+    tiles = ()
+    for n in tl.static_range(N):
+        ptrs = row_ptrs[:, None] + (n * H + unit)[None, :]
+        tiles += (tl.load(ptrs, mask=mask, other=0.0).to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def store_tiles(row_ptrs, unit, tiles, mask, H: tl.constexpr):
+    """Store tiles H columns apart, rounded to the dtype of the memory."""
+    for n in tl.static_range(len(tiles)):
+        ptrs = row_ptrs[:, None] + (n * H + unit)[None, :]
+        tl.store(ptrs, tiles[n].to(row_ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_past(
+    dy_ptr,
+    state_ptrs,
+    initial_ptrs,
+    saved_ptr,
+    wx_ptr,
+    rh_ptr,
+    rows,
+    rows_before,
+    is_first,
+    row,
+    width,
+    unit,
+    mask,
+    H: tl.constexpr,
+    FORWARD: tl.constexpr,
+    N_GATES: tl.constexpr,
+    N_SAVED: tl.constexpr,
+):
+    """Load what backward needs of a step: dy, the activations, the states after and before it."""
+    if dy_ptr is None:
+        dy = tl.zeros(mask.shape, tl.float32)
+    else:
+        dy = load_tiles(dy_ptr + rows * width, unit, mask, H, 1)[0]
+    state = load_states(state_ptrs, rows, width, unit, mask, H)
+    previous = ()
+    for s in tl.static_range(len(state_ptrs)):
+        base = tl.where(is_first, initial_ptrs[s], state_ptrs[s])
+        offsets = tl.where(is_first, row * H, rows_before * width)
+        previous += load_tiles(base + offsets, unit, mask, H, 1)
+    if saved_ptr is None:
+        wx = load_tiles(wx_ptr + rows * (N_GATES * H), unit, mask, H, N_GATES)
+        rh = load_tiles(rh_ptr + rows * (N_GATES * H), unit, mask, H, N_GATES)
+        saved = FORWARD(wx, rh, previous)[1]
+    else:
+        saved = load_tiles(saved_ptr + rows * (N_SAVED * H), unit, mask, H, N_SAVED)
+    return dy, saved, state, previous
+
+
+# A dot wants many columns, so gates go through it side by side, in blocks of 4, 2 or 1: 4 gates
+# are one block, 3 are 2 + 1. The columns of a block are interleaved so that the tensor cores'
+# layout, in which a thread holds two adjacent columns of every eight, leaves all gates of a unit
+# in one thread: they come apart in registers.
+
+
+@triton.jit
+def block_pointers(
+    r_ptr,
+    unit0,
+    H: tl.constexpr,
+    N_GATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Row pointers into R, and their mask, for the columns of R^T of a block of BLOCK gates."""
+    n = tl.arange(0, BLOCK * BLOCK_H)
+    if BLOCK == 4:
+        gate = n % 2 * 2 + n // (2 * BLOCK_H)
+        unit = unit0 + n % (2 * BLOCK_H) // 2
+    else:
+        gate = n % BLOCK
+        unit = unit0 + n // BLOCK
+    first: tl.constexpr = N_GATES // (2 * BLOCK) * (2 * BLOCK)
+    return r_ptr + ((first + gate) * H + unit) * H, unit < H
+
+
+@triton.jit
+def load_bias(b_ptr, unit, H: tl.constexpr, N_GATES: tl.constexpr):
+    """Load a row of each gate's bias, or nothing without bias."""
+    bias = ()
+    if b_ptr is not None:
+        for g in tl.static_range(N_GATES):
+            bias += (tl.load(b_ptr + g * H + unit, mask=unit < H, other=0.0).to(tl.float32),)
+    return bias
+
+
+@triton.jit
+def split_block(block, BLOCK: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Take a block [BLOCK_B, BLOCK * BLOCK_H] apart into a tuple of gates."""
+    if BLOCK == 4:
+        pairs = tl.permute(tl.reshape(block, [BLOCK_B, 2, BLOCK_H, 2]), (0, 2, 1, 3))
+        first, second = tl.split(pairs)
+        a, b = tl.split(first)
+        c, d = tl.split(second)
+        return (a, b, c, d)
+    elif BLOCK == 2:
+        a, b = tl.split(tl.reshape(block, [BLOCK_B, BLOCK_H, 2]))
+        return (a, b)
+    else:
+        return (block,)
+
+
+@triton.jit
+def load_columns(
+    r_ptr,
+    unit0,
+    H: tl.constexpr,
+    N_GATES: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Load the columns of R^T for all gates of a slice of units, BLOCK_K rows at a time."""
+    columns = ()
+    for log in tl.static_range(3):
+        if N_GATES & (4 >> log) != 0:
+            ptrs, mask = block_pointers(r_ptr, unit0, H, N_GATES, 4 >> log, BLOCK_H)
+            for first in tl.static_range(0, H, BLOCK_K):
+                k = first + tl.arange(0, BLOCK_K)
+                inside = mask[None, :] & (k < H)[:, None]
+                columns += (tl.load(ptrs[None, :] + k[:, None], mask=inside, other=0.0),)
+    return columns
+
+
+@triton.jit
+def split_blocks(blocks, bias, N_GATES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Take all blocks apart into gates and add their biases: the recurrent part of a step."""
+    gates = ()
+    for log in tl.static_range(3):
+        if N_GATES & (4 >> log) != 0:
+            gates += split_block(blocks[0], 4 >> log, BLOCK_B, BLOCK_H)
+            blocks = blocks[1:]
+    if len(bias) == 0:
+        return gates
+    else:
+        rh = ()
+        for g in tl.static_range(N_GATES):
+            rh += (gates[g] + bias[g][None, :],)
+        return rh
+
+
+@triton.jit
+def multiply_columns(
+    h,
+    columns,
+    N_GATES: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Multiply h, a tuple of [BLOCK_B, BLOCK_K], by what `load_columns` loaded, to blocks."""
+    blocks = ()
+    for log in tl.static_range(3):
+        if N_GATES & (4 >> log) != 0:
+            block = tl.zeros([BLOCK_B, (4 >> log) * BLOCK_H], tl.float32)
+            for n in tl.static_range(len(h)):
+                block = tl.dot(h[n], columns[n], block, input_precision=PRECISION)
+            blocks += (block,)
+            columns = columns[len(h) :]
+    return blocks
+
+
+@triton.jit
+def load_rows(
+    r_ptr,
+    unit0,
+    H: tl.constexpr,
+    N_GATES: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Load the rows of R for all gates of a slice of units, BLOCK_N columns at a time."""
+    unit = unit0 + tl.arange(0, BLOCK_H)
+    rows = ()
+    for first in tl.static_range(0, H, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        mask = (unit < H)[:, None] & (n < H)[None, :]
+        for gate in tl.static_range(N_GATES):
+            ptrs = r_ptr + ((gate * H + unit) * H)[:, None] + n[None, :]
+            rows += (tl.load(ptrs, mask=mask, other=0.0),)
+    return rows
+
+
+@triton.jit
+def multiply_rows(gates, rows, AT: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
+    """Multiply a tuple of gates by the AT-th BLOCK_N columns of what `load_rows` loaded."""
+    partial = tl.zeros([gates[0].shape[0], BLOCK_N], tl.float32)
+    for g in tl.static_range(len(gates)):
+        row = rows[AT * len(gates) + g]
+        partial = tl.dot(gates[g].to(row.dtype), row, partial, input_precision=PRECISION)
+    return partial
