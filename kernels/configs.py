@@ -1,12 +1,306 @@
-"""placeholder"""
+"""Which schedule, tiles and protocol for a problem on a device, by a model of a step's time.
 
+Nothing here runs on a device or imports torch, so a plan can be made for a GPU that is not there.
+The model adds up, in cycles of one multiprocessor, what a step cannot avoid; constants are
+published figures or counts from compiled code, named beside them. None of its results has been
+compared with a measurement yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
 from typing import NamedTuple
 
 
+class Device(NamedTuple):
+    """What the choice needs to know about a GPU.
+
+    Attributes
+    ----------
+    name : str
+    target : {'cuda', 'hip'}
+    capability : int
+        10 * major + minor of CUDA; of HIP the number in gfx942.
+    processors : int
+        Streaming multiprocessors or compute units.
+    shared_memory : int
+        Most bytes that one program may have.
+    clock_mhz : int
+        Boost clock, for times in microseconds.
+    """
+
+    name: str
+    target: str
+    capability: int
+    processors: int
+    shared_memory: int
+    clock_mhz: int
+
+
+# From the vendors' data sheets and tuning guides.
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("a100", "cuda", 80, 108, 163 * 1024, 1410),
+        Device("a10", "cuda", 86, 72, 99 * 1024, 1695),
+        Device("rtx4090", "cuda", 89, 128, 99 * 1024, 2520),
+        Device("l4", "cuda", 89, 58, 99 * 1024, 2040),
+        Device("h100", "cuda", 90, 132, 227 * 1024, 1980),
+        Device("h200", "cuda", 90, 132, 227 * 1024, 1980),
+        Device("b200", "cuda", 100, 148, 227 * 1024, 1965),
+        Device("mi300x", "hip", 942, 304, 64 * 1024, 2100),
+    )
+}
+
+
+class Shape(NamedTuple):
+    """A problem as the kernels see it.
+
+    Attributes
+    ----------
+    n_gates : int
+    batch, hidden_size, directions : int
+    itemsize : int
+        Bytes of an element of the weights.
+    precision : {'ieee', 'tf32', 'tf32x3'}
+        Of products of float32.
+    """
+
+    n_gates: int
+    batch: int
+    hidden_size: int
+    directions: int
+    itemsize: int
+    precision: str
+
+
 class Config(NamedTuple):
+    """How one kernel is launched.
+
+    Attributes
+    ----------
+    schedule : {'resident', 'persistent', 'stepwise'}
+    protocol : {'local', 'flag', 'counter'}
+    block_b, block_h : int
+        Rows of the batch and hidden units of one program.
+    block_k : int
+        Columns of h (forward) or of dh (backward) that go through one dot.
+    num_warps : int
+    tiles : int
+        Batch tiles in one launch; more of them are launched one after another.
+    """
+
     schedule: str
     protocol: str
     block_b: int
     block_h: int
     block_k: int
     num_warps: int
+    tiles: int
+
+
+class Choice(NamedTuple):
+    """A configuration and what the model says of it."""
+
+    config: Config
+    step_us: float
+
+
+SCHEDULES = ("resident", "persistent", "stepwise")
+LOCAL, FLAG, COUNTER = PROTOCOLS = ("local", "flag", "counter")  # see exchange.py
+
+# One trip through L2 instead of two; the counter is there to be compared on a device.
+_PROTOCOL = FLAG
+
+# Cycles. Shared memory reads 128 bytes a cycle (CUDA programming guide, 32 banks of 4 bytes).
+_SHARED_BYTES = 128
+# A warp-level matrix product that waits for the one before it: 33 cycles on A100 and H100
+# (Sun et al., arXiv:2206.02874; Luo et al., arXiv:2402.13499), 16 deep in K for 2-byte elements.
+_DOT_LATENCY = 33
+# Multiply-adds of a multiprocessor in a cycle by the warp-level instructions (A100 white paper:
+# 312 and 156 TFLOP/s; the same instructions were not made faster since).
+_FMA = {"half": 1024, "tf32": 512, "tf32x3": 512 / 3, "ieee": 64}
+# Store, until another multiprocessor sees it in L2: about 0.5 us on an H100; a load from L2: 270
+# cycles (arXiv:2402.13499); 64 bytes a cycle arrive at one multiprocessor.
+_VISIBLE, _L2_LATENCY, _L2_BYTES = 900, 270, 64
+# Pointwise part: about ten barriers with a shared-memory trip between, 40 cycles each, and the
+# exponentials and divisions of a few elements a thread (counted in compiled code).
+_POINTWISE = 400
+# A launch that does nothing, back to back on a stream, and the latency of device memory.
+_LAUNCH_US, _MEMORY_LATENCY = 2.5, 600
+
+
+def choose(
+    shape: Shape, device: Device, *, backward: bool = False, schedule: str | None = None
+) -> Choice | None:
+    """Choose how to launch a kernel.
+
+    Parameters
+    ----------
+    shape : Shape
+    device : Device
+    backward : bool
+        For the backward kernel.
+    schedule : str, optional
+        Only this one.
+
+    Returns
+    -------
+    Choice or None
+        The fastest by the model; None if `schedule` cannot run this shape on this device.
+    """
+    choices = [
+        Choice(config, step_us(config, shape, device, backward=backward))
+        for config in candidates(shape, device, backward=backward)
+        if schedule in (None, config.schedule)
+    ]
+    return min(choices, key=lambda choice: choice.step_us, default=None)
+
+
+def candidates(shape: Shape, device: Device, *, backward: bool = False) -> Iterator[Config]:
+    """All configurations that fit the device.
+
+    Parameters
+    ----------
+    shape : Shape
+    device : Device
+    backward : bool
+
+    Yields
+    ------
+    Config
+    """
+    for num_warps in (4, 8):
+        for block_b in (16, 32, 64):
+            if block_b > 16 and block_b >= 2 * shape.batch:
+                continue  # more than half of its rows would be empty
+            for block_h in (16, 32, 64, 128):
+                yield from _on_chip(shape, device, backward, num_warps, block_b, block_h)
+    for block_b in (16, 64):
+        yield Config("stepwise", LOCAL, block_b, 32, 64, 4, 65535)
+
+
+def _on_chip(
+    shape: Shape, device: Device, backward: bool, num_warps: int, block_b: int, block_h: int
+) -> Iterator[Config]:
+    hidden, threads = shape.hidden_size, 32 * num_warps
+    slices = -(-hidden // block_h)
+    if slices > 1 and device.target != "cuda":
+        return  # programs that wait for each other were not tried there
+    if slices == 1 and block_h > 16 and block_h >= 2 * hidden:
+        return
+    block_k = block_h if slices == 1 else _block_k(shape, backward, block_b)
+    padded = -(-hidden // block_k) * block_k
+    config = Config(
+        "resident" if slices == 1 else "persistent",
+        LOCAL if slices == 1 else _PROTOCOL,
+        block_b,
+        block_h,
+        block_k,
+        num_warps,
+        min(device.processors // (slices * shape.directions), 65535) if slices > 1 else 65535,
+    )
+    # Registers, of which a thread has 255: floats of a tile of the batch that are alive at once.
+    if backward:
+        live = block_b * max(block_k, 12 * block_h)
+    else:
+        live = block_b * (padded * shape.itemsize // 4 + 8 * block_h)
+    if (
+        config.tiles
+        and live <= 96 * threads
+        and shared_memory(config, shape) <= device.shared_memory
+    ):
+        yield config
+
+
+def _block_k(shape: Shape, backward: bool, block_b: int) -> int:
+    """The widest block that wastes less than an eighth of itself and of the registers."""
+    widest = {"ieee": 64, "tf32x3": 64, "tf32": 128 if backward else 256}[shape.precision]
+    if shape.itemsize == 2:
+        widest = 128 if backward else 512
+    while widest > 32 and -(-shape.hidden_size // widest) * widest > shape.hidden_size * 9 / 8:
+        widest //= 2
+    return widest
+
+
+def block_s(config: Config, slices: int) -> int:
+    """How many mailboxes a program reads at once: at most 64 registers of every thread.
+
+    Parameters
+    ----------
+    config : Config
+    slices : int
+
+    Returns
+    -------
+    int
+    """
+    most = 64 * 32 * config.num_warps // (config.block_b * config.block_h)
+    return min(most, 1 << (slices - 1).bit_length())
+
+
+def shared_memory(config: Config, shape: Shape) -> int:
+    """Bytes of shared memory of an on-chip schedule, from above; compiled code takes no more.
+
+    Parameters
+    ----------
+    config : Config
+    shape : Shape
+
+    Returns
+    -------
+    int
+    """
+    padded = -(-shape.hidden_size // config.block_k) * config.block_k
+    copies = 2 if shape.precision == "tf32x3" and shape.itemsize == 4 else 1
+    weights = shape.n_gates * config.block_h * padded * shape.itemsize * copies
+    # The left operand of a dot, or four tiles of float32 on their way to another layout.
+    staging = config.block_b * max(config.block_k * shape.itemsize * copies, 16 * config.block_h)
+    return weights + staging
+
+
+def step_us(config: Config, shape: Shape, device: Device, *, backward: bool = False) -> float:
+    """Model the time of one time step in microseconds.
+
+    Parameters
+    ----------
+    config : Config
+    shape : Shape
+    device : Device
+    backward : bool
+
+    Returns
+    -------
+    float
+    """
+    hidden = shape.hidden_size
+    slices = -(-hidden // config.block_h)
+    tiles = -(-shape.batch // config.block_b)
+    padded = -(-hidden // config.block_k) * config.block_k
+    gates = 4 if shape.n_gates == 3 and not backward else shape.n_gates
+    rate = _FMA["half" if shape.itemsize == 2 else shape.precision]
+    products = config.block_b * gates * config.block_h * padded / rate
+    if config.schedule == "stepwise":
+        waves = -(-slices * tiles * shape.directions // device.processors)
+        # Each K block of the weights comes from L2 behind the one before it.
+        reads = padded // config.block_k * _L2_LATENCY + (
+            gates * config.block_h * padded * shape.itemsize / _L2_BYTES
+        )
+        cycles = waves * (max(products, reads) + _POINTWISE + _MEMORY_LATENCY)
+        return _LAUNCH_US + cycles / device.clock_mhz
+    weights = gates * config.block_h * padded * shape.itemsize / _SHARED_BYTES
+    depth = gates * config.block_h if backward else padded
+    chain = _DOT_LATENCY * depth * shape.itemsize / 32
+    if shape.precision == "ieee" and shape.itemsize == 4:
+        chain = 0.0
+    cycles = max(products, weights, chain) + _POINTWISE
+    if config.schedule == "persistent":
+        # Everybody receives h, or dh in float32.
+        received = config.block_b * padded * (4 if backward else shape.itemsize)
+        trips = 1 if config.protocol == FLAG else 2
+        cycles += trips * (_VISIBLE + _L2_LATENCY) + received / _L2_BYTES
+        if backward:  # and sends as much
+            cycles += received / _L2_BYTES
+    launches = -(-tiles // config.tiles)
+    resident = -(-slices * min(tiles, config.tiles) * shape.directions // device.processors)
+    return launches * resident * cycles / device.clock_mhz

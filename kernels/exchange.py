@@ -24,9 +24,6 @@ travels like any number. SPIN_LIMIT is for debugging: after so many polls a wait
 import triton
 import triton.language as tl
 
-LOCAL, FLAG, COUNTER = "local", "flag", "counter"
-PROTOCOLS = (FLAG, COUNTER)
-
 MISSING = tl.constexpr(-1)  # all bits set, a NaN, means "not there yet" in a buffer of h
 
 
@@ -80,12 +77,16 @@ def _await(counter_ptr, target, step, error_ptr, SPIN_LIMIT: tl.constexpr):
 
 
 @triton.jit
-def publish_state(ptrs, h, mask, counter_ptr, PROTOCOL: tl.constexpr):
+def publish_state(
+    row_ptrs, row_mask, unit0, h, counter_ptr, H: tl.constexpr, PROTOCOL: tl.constexpr
+):
     """Store a slice of h where the group reads it."""
+    unit = unit0 + tl.arange(0, h.shape[1])
     if PROTOCOL == "flag":
         bits = _bits(h)
         h = tl.where(bits == MISSING, -2, bits).to(h.dtype, bitcast=True)  # from one NaN to another
-    tl.store(ptrs, h, mask=mask)
+    mask = row_mask[:, None] & (unit < H)[None, :]
+    tl.store(row_ptrs[:, None] + unit[None, :], h, mask=mask)
     if PROTOCOL == "counter":
         _arrive(counter_ptr)
 

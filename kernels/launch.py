@@ -8,6 +8,7 @@ CUDA graph can record a launch.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import exchange, persistent, stepwise
+from . import configs, exchange, persistent, stepwise
 from .cells import Cell
 from .configs import Config
 
@@ -105,15 +106,13 @@ def forward(
         "BLOCK_H": config.block_h,
         "BLOCK_K": config.block_k,
         "PRECISION": precision,
-        "num_warps": config.num_warps,
+        **_options(config, r),
     }
-    grid = _grid(config, batch, hidden, directions)
     shared = {"wx_ptr": wx, "r_ptr": r, "b_ptr": b, "saved_ptr": saved, "T": steps, "B": batch}
     if config.schedule == "stepwise":
-        running = [part.float() for part in initial]
-        if running[0] is initial[0]:
-            running = [part.clone() for part in initial]
-        with _device_of(wx):
+        running = [part.to(torch.float32, copy=True) for part in initial]
+        with torch.cuda.device_of(wx):
+            grid = _grid(config, batch, hidden, directions)
             for step in range(steps):
                 stepwise.forward_kernel[grid](
                     **shared,
@@ -125,9 +124,9 @@ def forward(
                 )
         return y, traces, saved, [part.to(wx.dtype) for part in running]
     final = [torch.empty_like(part) for part in initial]
-    if config.protocol == exchange.FLAG:
+    if config.protocol == configs.FLAG:
         y.view(_integer(y.dtype)).fill_(exchange.MISSING.value)
-    with _device_of(wx), _exchange(config, grid, wx) as exchanged:
+    for grid, exchanged in _launches(config, wx, batch, hidden, directions):
         persistent.forward_kernel[grid](
             **shared,
             initial_ptrs=tuple(initial),
@@ -184,9 +183,8 @@ def backward(
         "BLOCK_B": config.block_b,
         "BLOCK_H": config.block_h,
         "PRECISION": precision,
-        "num_warps": config.num_warps,
+        **_options(config, r),
     }
-    grid = _grid(config, batch, hidden, directions)
     # The kernels choose between a state's first value and its trace by a pointer to one dtype.
     initial = [initial[0], *(part.float() for part in initial[1:])]
     shared = {
@@ -203,7 +201,8 @@ def backward(
     }
     if config.schedule == "stepwise":
         running = [part.to(torch.float32, copy=True) for part in d_final]
-        with _device_of(y):
+        with torch.cuda.device_of(y):
+            grid = _grid(config, batch, hidden, directions)
             for step in range(steps):
                 stepwise.backward_kernel[grid](
                     **shared,
@@ -217,13 +216,12 @@ def backward(
             running[0][d] += first @ r[d]
         return d_gates, [part.to(y.dtype) for part in running]
     d_initial = [torch.empty_like(part) for part in initial]
-    mail = None
-    slices = grid[0]
-    if config.protocol != exchange.LOCAL:
-        laps = torch.zeros if config.protocol == exchange.FLAG else torch.empty
-        words = exchange.mailbox_words(grid[1] * grid[2], slices, config.block_b, config.block_h)
-        mail = laps(words, dtype=torch.int32, device=y.device)
-    with _device_of(y), _exchange(config, grid, y) as exchanged:
+    for grid, exchanged in _launches(config, y, batch, hidden, directions):
+        slices = grid[0]
+        mail = None
+        if config.protocol != configs.LOCAL:
+            words = exchange.mailbox_words(math.prod(grid[1:]), slices, *config[2:4])
+            mail = y.new_zeros(words, dtype=torch.int32)
         persistent.backward_kernel[grid](
             **shared,
             d_final_ptrs=tuple(d_final),
@@ -231,7 +229,7 @@ def backward(
             mail_ptr=mail,
             SLICES=slices,
             BLOCK_N=config.block_k,
-            BLOCK_S=min(triton.next_power_of_2(slices), 16),
+            BLOCK_S=configs.block_s(config, slices),
             **exchanged,
             **constants,
         )
@@ -239,37 +237,49 @@ def backward(
 
 
 def _grid(config: Config, batch: int, hidden: int, directions: int) -> tuple[int, int, int]:
-    slices = triton.cdiv(hidden, config.block_h)
-    return slices, triton.cdiv(batch, config.block_b), directions
+    return triton.cdiv(hidden, config.block_h), triton.cdiv(batch, config.block_b), directions
+
+
+def _options(config: Config, r: Tensor) -> dict[str, int]:
+    """Compiler options. Without a limit of registers ptxas takes 128 and spills a few."""
+    options = {"num_warps": config.num_warps}
+    return options if torch.version.hip else {**options, "maxnreg": 255}
 
 
 def _integer(dtype: torch.dtype) -> torch.dtype:
     return torch.int16 if dtype.itemsize == 2 else torch.int32
 
 
-def _device_of(tensor: Tensor) -> Any:
-    """Make the tensor's device the current one: Triton launches on that."""
-    return torch.cuda.device_of(tensor)
+def _launches(
+    config: Config, like: Tensor, batch: int, hidden: int, directions: int
+) -> Iterator[tuple[tuple[int, int, int], dict[str, Any]]]:
+    """The grid of each launch of an on-chip schedule and the arguments of its exchange.
 
-
-@contextlib.contextmanager
-def _exchange(config: Config, grid: tuple[int, int, int], like: Tensor) -> Iterator[dict[str, Any]]:
-    """Arguments for the exchange of one launch; in debug mode, raise after it if a wait gave up."""
+    In debug mode, raises after a launch in which a wait gave up.
+    """
+    slices, tiles, _ = _grid(config, batch, hidden, directions)
     limit = _debug.spin_limit
-    counter = error = None
-    if config.protocol == exchange.COUNTER:
-        words = exchange.counter_words(grid[1] * grid[2])
-        counter = torch.zeros(words, dtype=torch.int32, device=like.device)
-    if limit:
-        error = torch.zeros(1, dtype=torch.int32, device=like.device)
-    yield {
-        "counter_ptr": counter,
-        "error_ptr": error,
-        "PROTOCOL": config.protocol,
-        "SPIN_LIMIT": limit,
-        "launch_cooperative_grid": config.protocol != exchange.LOCAL,
-    }
-    if error is not None and (step := int(error.item())):
-        raise RuntimeError(
-            f"a program waited in vain at step {step - 1}: {limit} polls, {config}, grid {grid}"
-        )
+    for first in range(0, tiles, config.tiles):
+        grid = slices, min(config.tiles, tiles - first), directions
+        counter = error = None
+        if config.protocol == configs.COUNTER:
+            words = exchange.counter_words(grid[1] * directions)
+            counter = like.new_zeros(words, dtype=torch.int32)
+        if limit:
+            error = like.new_zeros(1, dtype=torch.int32)
+        with torch.cuda.device_of(like):
+            yield (
+                grid,
+                {
+                    "first_tile": first,
+                    "counter_ptr": counter,
+                    "error_ptr": error,
+                    "PROTOCOL": config.protocol,
+                    "SPIN_LIMIT": limit,
+                    "launch_cooperative_grid": config.protocol != configs.LOCAL,
+                },
+            )
+        if error is not None and (step := int(error.item())):
+            raise RuntimeError(
+                f"a program waited in vain at step {step - 1}: {limit} polls, {config}, grid {grid}"
+            )

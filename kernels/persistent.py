@@ -20,7 +20,8 @@ gate gradients only; those of the weights and the input are GEMMs over all steps
     initial, final (D, B, H)         each state before the first step and after the last
 
 The second direction of a layer walks through time from its end. The grid is (slices, batch tiles,
-directions). T and B are not compiled in; offsets that grow with them have 64 bits.
+directions), all of it on the device at once; further batch tiles are further launches. T and B are
+not compiled in; offsets that grow with them have 64 bits.
 """
 
 import triton
@@ -51,7 +52,7 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(do_not_specialize=["T", "B", "first_tile"])
 def forward_kernel(
     wx_ptr,
     r_ptr,
@@ -64,6 +65,7 @@ def forward_kernel(
     error_ptr,
     T,
     B,
+    first_tile,
     H: tl.constexpr,
     FORWARD: tl.constexpr,
     N_GATES: tl.constexpr,
@@ -77,9 +79,9 @@ def forward_kernel(
 ):
     i_slice, i_tile, i_direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slices, tiles, directions = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
-    unit = i_slice * BLOCK_H + tl.arange(0, BLOCK_H)
-    row = i_tile.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    mask = (row < B)[:, None] & (unit < H)[None, :]
+    unit0 = i_slice * BLOCK_H
+    row = (first_tile + i_tile).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    row_mask = row < B
     width = directions * H
 
     # Move every pointer to this program's direction.
@@ -96,17 +98,17 @@ def forward_kernel(
     if PROTOCOL == "counter":
         counter_ptr = counter_of(counter_ptr, i_direction * tiles + i_tile)
 
-    columns = load_columns(r_ptr, i_slice * BLOCK_H, H, N_GATES, BLOCK_H, BLOCK_K)
-    bias = load_bias(b_ptr, unit, H, N_GATES)
+    columns = load_columns(r_ptr, unit0, H, N_GATES, BLOCK_H, BLOCK_K)
+    bias = load_bias(b_ptr, unit0, H, BLOCK_H, N_GATES)
     dtype = state_ptrs[0].dtype.element_ty
-    state = load_states(initial_ptrs, row, H, unit, mask, H)
+    state = load_states(initial_ptrs, row, H, row_mask, unit0, H, BLOCK_H)
     if PROTOCOL == "local":
         h = (state[0].to(dtype),)
     else:
-        h = load_state(initial_ptrs[0] + row * H, row < B, H, BLOCK_K, False)
+        h = load_state(initial_ptrs[0] + row * H, row_mask, H, BLOCK_K, False)
     to_next = tl.where(i_direction == 0, B, -B).to(tl.int64)
     rows = row + tl.where(i_direction == 0, 0, T - 1).to(tl.int64) * B
-    wx = load_tiles(wx_ptr + rows * (N_GATES * H), unit, mask, H, N_GATES)
+    wx = load_tiles(wx_ptr + rows * (N_GATES * H), row_mask, unit0, H, BLOCK_H, N_GATES)
 
     for step in range(T):
         blocks = multiply_columns(h, columns, N_GATES, BLOCK_B, BLOCK_H, PRECISION)
@@ -115,19 +117,19 @@ def forward_kernel(
 
         new = state[0].to(dtype)
         row_ptrs = state_ptrs[0] + rows * width
-        publish_state(row_ptrs[:, None] + unit[None, :], new, mask, counter_ptr, PROTOCOL)
+        publish_state(row_ptrs, row_mask, unit0, new, counter_ptr, H, PROTOCOL)
         # What does not need the others goes before the wait for them.
-        store_states(state_ptrs, rows, width, unit, state, mask, H, 1)
+        store_states(state_ptrs, rows, width, row_mask, unit0, state, H, BLOCK_H, 1)
         if saved_ptr is not None:
-            store_tiles(saved_ptr + rows * (N_SAVED * H), unit, saved, mask, H)
+            store_tiles(saved_ptr + rows * (N_SAVED * H), row_mask, unit0, saved, H, BLOCK_H)
         rows += tl.where(step + 1 < T, to_next, 0)
-        wx = load_tiles(wx_ptr + rows * (N_GATES * H), unit, mask, H, N_GATES)
+        wx = load_tiles(wx_ptr + rows * (N_GATES * H), row_mask, unit0, H, BLOCK_H, N_GATES)
         if PROTOCOL == "local":
             h = (new,)
         else:
             h = receive_state(
                 row_ptrs,
-                row < B,
+                row_mask,
                 counter_ptr,
                 slices * (step + 1),
                 step,
@@ -138,10 +140,10 @@ def forward_kernel(
                 SPIN_LIMIT,
             )
 
-    store_states(final_ptrs, row, H, unit, state, mask, H, 0)
+    store_states(final_ptrs, row, H, row_mask, unit0, state, H, BLOCK_H, 0)
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(do_not_specialize=["T", "B", "first_tile"])
 def backward_kernel(
     dy_ptr,
     d_final_ptrs,
@@ -158,6 +160,7 @@ def backward_kernel(
     error_ptr,
     T,
     B,
+    first_tile,
     H: tl.constexpr,
     FORWARD: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -175,9 +178,9 @@ def backward_kernel(
 ):
     i_slice, i_tile, i_direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles, directions = tl.num_programs(1), tl.num_programs(2)
-    unit = i_slice * BLOCK_H + tl.arange(0, BLOCK_H)
-    row = i_tile.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    mask = (row < B)[:, None] & (unit < H)[None, :]
+    unit0 = i_slice * BLOCK_H
+    row = (first_tile + i_tile).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    row_mask = row < B
     width = directions * H
 
     direction_rows = i_direction * T.to(tl.int64) * B
@@ -200,13 +203,14 @@ def backward_kernel(
     if PROTOCOL != "local":
         mail_ptr = mailboxes_of(mail_ptr, group, SLICES, BLOCK_B, BLOCK_H)
 
-    r_rows = load_rows(r_ptr, i_slice * BLOCK_H, H, N_GATES, BLOCK_H, BLOCK_N)
-    d_state = load_states(d_final_ptrs, row, H, unit, mask, H)
+    r_rows = load_rows(r_ptr, unit0, H, N_GATES, BLOCK_H, BLOCK_N)
+    d_state = load_states(d_final_ptrs, row, H, row_mask, unit0, H, BLOCK_H)
     to_before = tl.where(i_direction == 0, -B, B).to(tl.int64)
     rows = row + tl.where(i_direction == 0, T - 1, 0).to(tl.int64) * B
     past = load_past(
         dy_ptr, state_ptrs, initial_ptrs, saved_ptr, wx_ptr, rh_ptr,
-        rows, rows + to_before, T == 1, row, width, unit, mask, H, FORWARD, N_GATES, N_SAVED,
+        rows, rows + to_before, T == 1, row, width, row_mask, unit0,
+        H, BLOCK_H, FORWARD, N_GATES, N_SAVED,
     )  # fmt: skip
 
     for step in range(T):
@@ -222,12 +226,14 @@ def backward_kernel(
                     SLICES, BLOCK_B, BLOCK_H, PROTOCOL,
                 )  # fmt: skip
         # What does not need the others goes before the wait for them.
-        store_tiles(d_gates_ptr + rows * ((N_GATES + N_APART) * H), unit, d_rh + d_wx, mask, H)
+        store_tiles(
+            d_gates_ptr + rows * ((N_GATES + N_APART) * H), row_mask, unit0, d_rh + d_wx, H, BLOCK_H
+        )
         rows += tl.where(step + 1 < T, to_before, 0)
         past = load_past(
             dy_ptr, state_ptrs, initial_ptrs, saved_ptr, wx_ptr, rh_ptr,
-            rows, rows + to_before, step + 2 >= T, row, width, unit, mask,
-            H, FORWARD, N_GATES, N_SAVED,
+            rows, rows + to_before, step + 2 >= T, row, width, row_mask, unit0,
+            H, BLOCK_H, FORWARD, N_GATES, N_SAVED,
         )  # fmt: skip
         if PROTOCOL == "local":
             dh = partial
@@ -238,4 +244,4 @@ def backward_kernel(
             )  # fmt: skip
         d_state = (d_previous[0] + dh,) + d_previous[1:]
 
-    store_states(d_initial_ptrs, row, H, unit, d_state, mask, H, 0)
+    store_states(d_initial_ptrs, row, H, row_mask, unit0, d_state, H, BLOCK_H, 0)

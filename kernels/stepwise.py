@@ -44,9 +44,9 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     i_slice, i_tile, i_direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    unit = i_slice * BLOCK_H + tl.arange(0, BLOCK_H)
+    unit0 = i_slice * BLOCK_H
     row = i_tile.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    mask = (row < B)[:, None] & (unit < H)[None, :]
+    row_mask = row < B
     width = tl.num_programs(2) * H
 
     direction_rows = i_direction * T.to(tl.int64) * B
@@ -69,30 +69,30 @@ def forward_kernel(
     for first in range(0, H, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         h = tl.load(
-            h_row_ptrs[:, None] + k[None, :], mask=(row < B)[:, None] & (k < H)[None, :], other=0.0
+            h_row_ptrs[:, None] + k[None, :], mask=row_mask[:, None] & (k < H)[None, :], other=0.0
         )
         grown = ()
         for log in tl.static_range(3):
             if N_GATES & (4 >> log) != 0:
-                ptrs, inside = block_pointers(
-                    r_ptr, i_slice * BLOCK_H, H, N_GATES, 4 >> log, BLOCK_H
-                )
+                ptrs, inside = block_pointers(r_ptr, unit0, H, N_GATES, 4 >> log, BLOCK_H)
                 columns = tl.load(
                     ptrs[None, :] + k[:, None], mask=inside[None, :] & (k < H)[:, None], other=0.0
                 )
                 grown += (tl.dot(h, columns, blocks[len(grown)], input_precision=PRECISION),)
         blocks = grown
 
-    rh = split_blocks(blocks, load_bias(b_ptr, unit, H, N_GATES), N_GATES, BLOCK_B, BLOCK_H)
+    rh = split_blocks(
+        blocks, load_bias(b_ptr, unit0, H, BLOCK_H, N_GATES), N_GATES, BLOCK_B, BLOCK_H
+    )
     wx_rows = (wx_ptr + direction_rows * (N_GATES * H)) + rows * (N_GATES * H)
-    wx = load_tiles(wx_rows, unit, mask, H, N_GATES)
-    state = load_states(running_ptrs, row, H, unit, mask, H)
+    wx = load_tiles(wx_rows, row_mask, unit0, H, BLOCK_H, N_GATES)
+    state = load_states(running_ptrs, row, H, row_mask, unit0, H, BLOCK_H)
     state, saved = FORWARD(wx, rh, state)
-    store_states(running_ptrs, row, H, unit, state, mask, H, 0)
-    store_states(state_ptrs, rows, width, unit, state, mask, H, 0)
+    store_states(running_ptrs, row, H, row_mask, unit0, state, H, BLOCK_H, 0)
+    store_states(state_ptrs, rows, width, row_mask, unit0, state, H, BLOCK_H, 0)
     if saved_ptr is not None:
         saved_rows = saved_ptr + (direction_rows + rows) * (N_SAVED * H)
-        store_tiles(saved_rows, unit, saved, mask, H)
+        store_tiles(saved_rows, row_mask, unit0, saved, H, BLOCK_H)
 
 
 @triton.jit(do_not_specialize=["T", "B", "step"])
@@ -121,9 +121,9 @@ def backward_kernel(
     PRECISION: tl.constexpr,
 ):
     i_slice, i_tile, i_direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    unit = i_slice * BLOCK_H + tl.arange(0, BLOCK_H)
+    unit0 = i_slice * BLOCK_H
     row = i_tile.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    mask = (row < B)[:, None] & (unit < H)[None, :]
+    row_mask = row < B
     width = tl.num_programs(2) * H
 
     direction_rows = i_direction * T.to(tl.int64) * B
@@ -143,14 +143,15 @@ def backward_kernel(
     to_before = tl.where(i_direction == 0, -B, B)
     rows = row + t * B
 
-    d_state = load_states(running_ptrs, row, H, unit, mask, H)
+    d_state = load_states(running_ptrs, row, H, row_mask, unit0, H, BLOCK_H)
     dh = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+    unit = unit0 + tl.arange(0, BLOCK_H)
     d_row_ptrs = d_gates_ptr + (rows - to_before) * ((N_GATES + N_APART) * H)
     for first in range(0, tl.where(step == 0, 0, N_GATES * H), BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         inside = k < N_GATES * H
         d_gates = tl.load(
-            d_row_ptrs[:, None] + k[None, :], mask=(row < B)[:, None] & inside[None, :], other=0.0
+            d_row_ptrs[:, None] + k[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0
         )
         r_rows = tl.load(
             r_ptr + (k * H)[:, None] + unit[None, :],
@@ -161,10 +162,12 @@ def backward_kernel(
 
     dy, saved, state, previous = load_past(
         dy_ptr, state_ptrs, initial_ptrs, saved_ptr, wx_ptr, rh_ptr,
-        rows, rows + to_before, step == T - 1, row, width, unit, mask,
-        H, FORWARD, N_GATES, N_SAVED,
+        rows, rows + to_before, step == T - 1, row, width, row_mask, unit0,
+        H, BLOCK_H, FORWARD, N_GATES, N_SAVED,
     )  # fmt: skip
     d_state = (d_state[0] + dh + dy,) + d_state[1:]
     d_rh, d_wx, d_previous = BACKWARD(saved, state, previous, d_state)
-    store_states(running_ptrs, row, H, unit, d_previous, mask, H, 0)
-    store_tiles(d_gates_ptr + rows * ((N_GATES + N_APART) * H), unit, d_rh + d_wx, mask, H)
+    store_states(running_ptrs, row, H, row_mask, unit0, d_previous, H, BLOCK_H, 0)
+    store_tiles(
+        d_gates_ptr + rows * ((N_GATES + N_APART) * H), row_mask, unit0, d_rh + d_wx, H, BLOCK_H
+    )

@@ -18,37 +18,84 @@ def shift(ptrs, offset):
 
 
 @triton.jit
-def load_states(ptrs, rows, width, unit, mask, H: tl.constexpr):
+def load_states(ptrs, rows, width, row_mask, unit0, H: tl.constexpr, BLOCK_H: tl.constexpr):
     """Load the tile of every state from sequences of rows of `width` columns."""
     tiles = ()
     for s in tl.static_range(len(ptrs)):
-        tiles += load_tiles(ptrs[s] + rows * width, unit, mask, H, 1)
+        tiles += load_tiles(ptrs[s] + rows * width, row_mask, unit0, H, BLOCK_H, 1)
     return tiles
 
 
 @triton.jit
-def store_states(ptrs, rows, width, unit, tiles, mask, H: tl.constexpr, FIRST: tl.constexpr):
+def store_states(
+    ptrs,
+    rows,
+    width,
+    row_mask,
+    unit0,
+    tiles,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    FIRST: tl.constexpr,
+):
     """Store the tiles of the states from number FIRST on."""
     for s in tl.static_range(FIRST, len(ptrs)):
-        store_tiles(ptrs[s] + rows * width, unit, (tiles[s],), mask, H)
+        store_tiles(ptrs[s] + rows * width, row_mask, unit0, (tiles[s],), H, BLOCK_H)
+
+
+# Three or four tiles that lie H columns apart are moved as one: each thread then has 16 bytes of a
+# row, and there is one trip through shared memory between this layout and that of the products.
 
 
 @triton.jit
-def load_tiles(row_ptrs, unit, mask, H: tl.constexpr, N: tl.constexpr):
+def _block_of_tiles(
+    row_ptrs, row_mask, unit0, H: tl.constexpr, BLOCK_H: tl.constexpr, N: tl.constexpr
+):
+    """Pointers and mask of N tiles side by side, in columns n * BLOCK_H."""
+    column = tl.arange(0, 4 * BLOCK_H)
+    n = column // BLOCK_H
+    unit = unit0 + column % BLOCK_H
+    mask = row_mask[:, None] & ((unit < H) & (n < N))[None, :]
+    return row_ptrs[:, None] + (n * H + unit)[None, :], mask
+
+
+@triton.jit
+def load_tiles(row_ptrs, row_mask, unit0, H: tl.constexpr, BLOCK_H: tl.constexpr, N: tl.constexpr):
     """Load N tiles that lie H columns apart, as float32."""
-    tiles = ()
-    for n in tl.static_range(N):
-        ptrs = row_ptrs[:, None] + (n * H + unit)[None, :]
-        tiles += (tl.load(ptrs, mask=mask, other=0.0).to(tl.float32),)
-    return tiles
+    if N == 3 or N == 4:
+        ptrs, mask = _block_of_tiles(row_ptrs, row_mask, unit0, H, BLOCK_H, N)
+        block = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        block = tl.reshape(block, [row_mask.shape[0], 2, 2, BLOCK_H])
+        even, odd = tl.split(tl.permute(block, (0, 3, 1, 2)))
+        a, c = tl.split(even)
+        b, d = tl.split(odd)
+        return (a, b, c, d)[:N]
+    else:
+        unit = unit0 + tl.arange(0, BLOCK_H)
+        mask = row_mask[:, None] & (unit < H)[None, :]
+        tiles = ()
+        for n in tl.static_range(N):
+            ptrs = row_ptrs[:, None] + (n * H + unit)[None, :]
+            tiles += (tl.load(ptrs, mask=mask, other=0.0).to(tl.float32),)
+        return tiles
 
 
 @triton.jit
-def store_tiles(row_ptrs, unit, tiles, mask, H: tl.constexpr):
+def store_tiles(row_ptrs, row_mask, unit0, tiles, H: tl.constexpr, BLOCK_H: tl.constexpr):
     """Store tiles H columns apart, rounded to the dtype of the memory."""
-    for n in tl.static_range(len(tiles)):
-        ptrs = row_ptrs[:, None] + (n * H + unit)[None, :]
-        tl.store(ptrs, tiles[n].to(row_ptrs.dtype.element_ty), mask=mask)
+    dtype = row_ptrs.dtype.element_ty
+    if len(tiles) == 4:
+        even = tl.join(tiles[0].to(dtype), tiles[2].to(dtype))
+        odd = tl.join(tiles[1].to(dtype), tiles[3].to(dtype))
+        block = tl.permute(tl.join(even, odd), (0, 2, 3, 1))
+        ptrs, mask = _block_of_tiles(row_ptrs, row_mask, unit0, H, BLOCK_H, 4)
+        tl.store(ptrs, tl.reshape(block, [row_mask.shape[0], 4 * BLOCK_H]), mask=mask)
+    else:
+        unit = unit0 + tl.arange(0, BLOCK_H)
+        mask = row_mask[:, None] & (unit < H)[None, :]
+        for n in tl.static_range(len(tiles)):
+            ptrs = row_ptrs[:, None] + (n * H + unit)[None, :]
+            tl.store(ptrs, tiles[n].to(dtype), mask=mask)
 
 
 @triton.jit
@@ -64,30 +111,31 @@ def load_past(
     is_first,
     row,
     width,
-    unit,
-    mask,
+    row_mask,
+    unit0,
     H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     FORWARD: tl.constexpr,
     N_GATES: tl.constexpr,
     N_SAVED: tl.constexpr,
 ):
     """Load what backward needs of a step: dy, the activations, the states after and before it."""
     if dy_ptr is None:
-        dy = tl.zeros(mask.shape, tl.float32)
+        dy = tl.zeros([row_mask.shape[0], BLOCK_H], tl.float32)
     else:
-        dy = load_tiles(dy_ptr + rows * width, unit, mask, H, 1)[0]
-    state = load_states(state_ptrs, rows, width, unit, mask, H)
+        dy = load_tiles(dy_ptr + rows * width, row_mask, unit0, H, BLOCK_H, 1)[0]
+    state = load_states(state_ptrs, rows, width, row_mask, unit0, H, BLOCK_H)
     previous = ()
     for s in tl.static_range(len(state_ptrs)):
         base = tl.where(is_first, initial_ptrs[s], state_ptrs[s])
         offsets = tl.where(is_first, row * H, rows_before * width)
-        previous += load_tiles(base + offsets, unit, mask, H, 1)
+        previous += load_tiles(base + offsets, row_mask, unit0, H, BLOCK_H, 1)
     if saved_ptr is None:
-        wx = load_tiles(wx_ptr + rows * (N_GATES * H), unit, mask, H, N_GATES)
-        rh = load_tiles(rh_ptr + rows * (N_GATES * H), unit, mask, H, N_GATES)
+        wx = load_tiles(wx_ptr + rows * (N_GATES * H), row_mask, unit0, H, BLOCK_H, N_GATES)
+        rh = load_tiles(rh_ptr + rows * (N_GATES * H), row_mask, unit0, H, BLOCK_H, N_GATES)
         saved = FORWARD(wx, rh, previous)[1]
     else:
-        saved = load_tiles(saved_ptr + rows * (N_SAVED * H), unit, mask, H, N_SAVED)
+        saved = load_tiles(saved_ptr + rows * (N_SAVED * H), row_mask, unit0, H, BLOCK_H, N_SAVED)
     return dy, saved, state, previous
 
 
@@ -119,8 +167,9 @@ def block_pointers(
 
 
 @triton.jit
-def load_bias(b_ptr, unit, H: tl.constexpr, N_GATES: tl.constexpr):
+def load_bias(b_ptr, unit0, H: tl.constexpr, BLOCK_H: tl.constexpr, N_GATES: tl.constexpr):
     """Load a row of each gate's bias, or nothing without bias."""
+    unit = unit0 + tl.arange(0, BLOCK_H)
     bias = ()
     if b_ptr is not None:
         for g in tl.static_range(N_GATES):
