@@ -21,6 +21,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
+    from .kernels.configs import DEVICES, PRECISIONS
     from .reference import CELLS
 
     parser.add_argument("--cell", required=True, choices=CELLS)
@@ -29,7 +30,16 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--H", type=positive, required=True, help="hidden size")
     parser.add_argument("--I", type=positive, help="input size (default H)")
     parser.add_argument("--dtype", type=dtype, default=torch.float32, help="default float32")
-    parser.add_argument("--device", default="cpu", help="device type; need not be there")
+    parser.add_argument(
+        "--device", default="cpu",
+        help=f"device type, or one of {', '.join(DEVICES)}, which need not be there (default cpu)",
+    )  # fmt: skip
+    parser.add_argument("--layers", type=positive, default=1, help="default 1")
+    parser.add_argument("--bidirectional", action="store_true")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS,
+        help="of float32 products on a GPU (default as torch is set)",
+    )  # fmt: skip
     parser.add_argument("--training", action="store_true", help="with gradients")
     parser.add_argument("--packed", action="store_true", help="sequences of different lengths")
     parser.add_argument("--projected", action="store_true", help="an LSTM with proj_size")
@@ -37,14 +47,20 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from .planner import Problem, plan
+    from .kernels.configs import DEVICES
+    from .planner import Problem, float32_precision, gpu, plan
 
     if args.projected and args.cell != "lstm":
         raise UsageError(f"--projected is for lstm, not {args.cell}")
+    facts = DEVICES.get(args.device)
     try:
-        device_type = torch.device(args.device).type
+        named = torch.device("cuda" if facts else args.device)
     except RuntimeError:
         raise UsageError(f"unknown device {args.device!r}") from None
+    if named.type == "cuda" and facts is None:
+        facts = gpu(named.index)
+        if facts is None:
+            raise UsageError(f"no device {args.device!r} here; name one of {', '.join(DEVICES)}")
     chosen = plan(
         Problem(
             args.cell,
@@ -53,14 +69,20 @@ def _plan(args: argparse.Namespace) -> int:
             input_size=args.I or args.H,
             hidden_size=args.H,
             dtype=args.dtype,
-            device=device_type,
+            device=named.type,
             training=args.training,
             packed=args.packed,
             projected=args.projected,
             is_step=args.step,
+            layers=args.layers,
+            directions=2 if args.bidirectional else 1,
+            gpu=facts,
+            precision=args.precision or float32_precision(),
         )
     )
     print(f"{chosen.path}: {chosen.reason}")
+    for name, choice in zip(("forward", "backward"), chosen.kernels or (), strict=False):
+        print(f"  {name + ' kernel:':17}{choice}")
     return 0
 
 

@@ -26,6 +26,10 @@ from torch import Tensor
 
 from .reference import CELLS, Weights, zero_state
 
+# What forward keeps for backward: nothing, the states of every step, or the activations too. Here
+# the states alone are not kept: backward begins with another forward then.
+NOTHING, STATES, ALL = range(3)
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a layer of `dtype` is computed and its activations are saved."""
@@ -173,6 +177,13 @@ class Rows(NamedTuple):
         return torch.cat([rows, initial]).index_select(0, index.to(rows.device))
 
 
+def check_batch(state: Sequence[Tensor], batch: int) -> None:
+    """Raise unless states have `batch` rows, which compiled code finds out only when it runs."""
+    for part in state:
+        if part.shape[1] != batch:
+            raise RuntimeError(f"Expected hidden states of {batch} rows, got {part.shape[1]}")
+
+
 def _directions(
     cell: str,
     x: Tensor,
@@ -190,9 +201,7 @@ def _directions(
         Weights.unpack(flat[d * per_direction : (d + 1) * per_direction]) for d in range(directions)
     ]
     initial = state or zero_state(cell, x, batch, weights, directions)
-    for part in initial:
-        if part.shape[1] != batch:  # compiled code finds out only here
-            raise RuntimeError(f"Expected hidden states of {batch} rows, got {part.shape[1]}")
+    check_batch(initial, batch)
     hidden = weights[0].shape[0] // CELLS[cell].n_gates
     return by_direction, [part.to(dtype) for part in initial], hidden
 
@@ -204,7 +213,7 @@ def layer_forward(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     bidirectional: bool,
-    save: bool,
+    save: int,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Run a layer; see ``reference.layer`` for the arguments.
 
@@ -213,7 +222,7 @@ def layer_forward(
     y : Tensor of shape (T, B, D * P), or (N, D * P)
     final : list of Tensor
     saved : list of Tensor
-        Empty unless `save`. In the compute dtype: h (N, D * P), apart from y, which the
+        Empty unless `save` is `ALL`. In the compute dtype: h (N, D * P), apart from y, which the
         caller may overwrite; then for each direction of an LSTM or GRU the gate activations
         (N, G * H) and the cell states or the recurrent part of the n gate (N, H).
     """
@@ -225,8 +234,8 @@ def layer_forward(
     flat = x.flatten(0, -2).to(dtype)
     y = x.new_empty(*x.shape[:-1], len(by_direction) * size_h)
     y_rows = y.view(flat.shape[0], y.shape[-1])
-    h_rows = torch.empty_like(y_rows, dtype=dtype) if save or dtype != x.dtype else y_rows
-    saved = [h_rows] if save else []
+    h_rows = torch.empty_like(y_rows, dtype=dtype) if save == ALL or dtype != x.dtype else y_rows
+    saved = [h_rows] if save == ALL else []
     for d, w in enumerate(by_direction):
         gates = _input_projection(flat, w, pointwise.folds_b_hh * hidden)
         extra = flat.new_empty(flat.shape[0], pointwise.n_extra * hidden)
@@ -242,7 +251,7 @@ def layer_forward(
                 new = new @ w.w_hr.t()
             h_row_t.copy_(new)
             h_t.copy_(new)
-        if save and pointwise.n_extra:
+        if save == ALL and pointwise.n_extra:
             saved += [gates, extra]
     if h_rows is not y_rows:
         y_rows.copy_(h_rows)

@@ -405,6 +405,8 @@ def _sequence(
         (*weights, *(state or ())),
         packed=batch_sizes is not None and is_ragged(batch_sizes),
         projected=size_h != hidden,
+        layers=num_layers,
+        directions=directions,
     )
     initial = state or []
     if not initial and (path == "torch" or batch_sizes is not None):
@@ -490,6 +492,8 @@ def choose_path(
     packed: bool = False,
     projected: bool = False,
     is_step: bool = False,
+    layers: int = 1,
+    directions: int = 1,
 ) -> str:
     """Ask the planner for the path of one call.
 
@@ -501,7 +505,7 @@ def choose_path(
     input : Tensor
     others : sequence of Tensor or None
         Weights and initial state: what else may need a gradient.
-    packed, projected, is_step : bool
+    packed, projected, is_step, layers, directions
         As for ``fastrnn.planner.Problem``.
 
     Returns
@@ -523,6 +527,9 @@ def choose_path(
         projected,
         is_step,
         ops.transformed(),
+        layers,
+        directions,
+        *((None, "ieee") if input.is_cpu else ops.gpu.facts(input)),
     )
 
 

@@ -215,6 +215,8 @@ class _Layers(_Convertible, _torch.RNNBase):
             (*self._flat_weights, *state),
             packed=packed and F.is_ragged(input.batch_sizes),
             projected=self.proj_size > 0,
+            layers=self.num_layers,
+            directions=2 if self.bidirectional else 1,
         )
         return path == "torch"
 

@@ -11,6 +11,7 @@ torch's dispatcher.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -19,44 +20,55 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import cpu, reference
+from . import cpu, gpu, reference
 from .reference import CELLS
 
-# `save`: also return what backward needs. `state` may be empty, meaning zeros, unless
-# `batch_sizes` is given. Gradients that were not asked for are empty tensors or lists.
+# `save`: what to return for backward, `cpu.NOTHING`, `cpu.STATES` or `cpu.ALL`. `state` may be
+# empty, meaning zeros, unless `batch_sizes` is given. Gradients that were not asked for are empty
+# tensors or lists.
 _SCHEMAS = {
     "layer": "(str cell, Tensor x, Tensor[] state, Tensor[] weights, Tensor? batch_sizes,"
-    " bool bidirectional, bool save) -> (Tensor y, Tensor[] final, Tensor[] saved)",
+    " bool bidirectional, int save) -> (Tensor y, Tensor[] final, Tensor[] saved)",
     "layer_backward": "(str cell, Tensor? dy, Tensor[] d_final, Tensor x, Tensor[] state,"
     " Tensor[] weights, Tensor? batch_sizes, bool bidirectional, Tensor[] saved,"
     " bool needs_x, bool needs_weights)"
     " -> (Tensor dx, Tensor[] d_state, Tensor[] d_weights)",
-    "cell": "(str cell, Tensor x, Tensor[] state, Tensor[] weights, bool save)"
+    "cell": "(str cell, Tensor x, Tensor[] state, Tensor[] weights, int save)"
     " -> (Tensor[] new_state, Tensor[] saved)",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"fastrnn::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
 
 
-# Kernels. cpu.py is made of torch operators only, so it serves every device that has no
-# kernels of its own.
+# Kernels. cpu.py is made of torch operators only, so it serves every device but those for which
+# gpu.py has Triton kernels.
 
 
-@torch.library.impl("fastrnn::layer", "default")
-def _layer(cell, x, state, weights, batch_sizes, bidirectional, save):
-    return cpu.layer_forward(cell, x, state, weights, batch_sizes, bidirectional, save)
+def _implement(backend: Any, key: str) -> None:
+    """Register a backend's functions as the three operators."""
+
+    def layer(cell, x, state, weights, batch_sizes, bidirectional, save):
+        return backend.layer_forward(cell, x, state, weights, batch_sizes, bidirectional, save)
+
+    def layer_backward(cell, dy, d_final, x, state, *rest):
+        dx, d_state, d_weights = backend.layer_backward(cell, dy, d_final, x, state, *rest)
+        return x.new_empty(0) if dx is None else dx, d_state if state else [], d_weights
+
+    def cell_step(cell, x, state, weights, save):
+        arguments = (cell, x[None], _steps(state), weights, None, False, save)
+        _, final, saved = backend.layer_forward(*arguments)
+        return [part.squeeze(0).clone() for part in final], saved
+
+    for name, function in (
+        ("layer", layer),
+        ("layer_backward", layer_backward),
+        ("cell", cell_step),
+    ):
+        torch.library.impl(f"fastrnn::{name}", key)(function)
 
 
-@torch.library.impl("fastrnn::layer_backward", "default")
-def _layer_backward(cell, dy, d_final, x, state, *rest):
-    dx, d_state, d_weights = cpu.layer_backward(cell, dy, d_final, x, state, *rest)
-    return x.new_empty(0) if dx is None else dx, d_state if state else [], d_weights
-
-
-@torch.library.impl("fastrnn::cell", "default")
-def _cell(cell, x, state, weights, save):
-    _, final, saved = cpu.layer_forward(cell, x[None], _steps(state), weights, None, False, save)
-    return [part.squeeze(0).clone() for part in final], saved
+_implement(cpu, "default")
+_implement(gpu, "CUDA")
 
 
 def _steps(state: Sequence[Tensor]) -> list[Tensor]:
@@ -67,11 +79,23 @@ def _steps(state: Sequence[Tensor]) -> list[Tensor]:
 # Fake kernels: shapes and dtypes of the results.
 
 
-def _fake_saved(cell: str, x: Tensor, rows: Any, weights: Sequence[Tensor], directions: int):
-    width = weights[0].shape[0]
+def _fake_saved(
+    cell: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    directions: int,
+    save: int,
+) -> list[Tensor]:
+    width, hidden = weights[0].shape[0], weights[0].shape[0] // CELLS[cell].n_gates
+    if x.is_cuda and gpu.has_kernels(cell, x, weights, batch_sizes):
+        return gpu.fake_saved(cell, x, hidden, directions, save)
+    if save != cpu.ALL:
+        return []
+    rows = math.prod(x.shape[:-1])
     widths = [directions * weights[1].shape[1]]
     if cpu.CPU_CELLS[cell].n_extra:
-        widths += [width, width // CELLS[cell].n_gates] * directions
+        widths += [width, hidden] * directions
     return [x.new_empty(rows, width, dtype=cpu.compute_dtype(x.dtype)) for width in widths]
 
 
@@ -82,8 +106,7 @@ def _layer_fake(cell, x, state, weights, batch_sizes, bidirectional, save):
     if not final:
         final = reference.zero_state(cell, x, x.shape[1], weights, directions)
     y = x.new_empty(*x.shape[:-1], directions * weights[1].shape[1])
-    rows = x.shape[0] if batch_sizes is not None else x.shape[0] * x.shape[1]
-    return y, final, _fake_saved(cell, x, rows, weights, directions) if save else []
+    return y, final, _fake_saved(cell, x, weights, batch_sizes, directions, save)
 
 
 @torch.library.register_fake("fastrnn::layer_backward")
@@ -100,7 +123,7 @@ def _layer_backward_fake(
 @torch.library.register_fake("fastrnn::cell")
 def _cell_fake(cell, x, state, weights, save):
     new_state = [x.new_empty(part.shape) for part in state]
-    return new_state, _fake_saved(cell, x, x.shape[0], weights, 1) if save else []
+    return new_state, _fake_saved(cell, x[None], weights, None, 1, save)
 
 
 # Autograd. A context keeps one flat list of tensors; these two group it and ungroup it.
@@ -136,7 +159,8 @@ def _gradients(cell, dy, d_final, arguments, saved, needs_x, needs_weights):
     if not saved:
         # The operator was called as if for inference.
         with torch.no_grad():
-            _, _, saved = torch.ops.fastrnn.layer(cell, *arguments, True)
+            y, _, saved = torch.ops.fastrnn.layer(cell, *arguments, cpu.ALL)
+        saved = _with_output(y, saved)
     dx, d_state, d_weights = torch.ops.fastrnn.layer_backward(
         cell, dy, d_final, *arguments, saved, needs_x, needs_weights
     )
@@ -191,9 +215,15 @@ def _grad(
     )
 
 
+def _with_output(y: Tensor, saved: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What backward needs: on a GPU the output too, of which the CPU keeps a copy of its own."""
+    return (y, *saved) if y.is_cuda else saved
+
+
 def _layer_setup(ctx, inputs, output):
-    ctx.cell, x, state, weights, batch_sizes, ctx.bidirectional, _ = inputs
-    _, final, saved = output
+    ctx.cell, x, state, weights, batch_sizes, ctx.bidirectional, save = inputs
+    y, final, saved = output
+    saved = saved if save == cpu.NOTHING else _with_output(y, saved)
     _save(ctx, (x,), state, weights, (batch_sizes,), saved)
     ctx.final = [part.new_zeros(()).expand(part.shape) for part in final]
 
@@ -215,8 +245,9 @@ def _layer_autograd(ctx, dy, d_final, _d_saved):
 
 
 def _cell_setup(ctx, inputs, output):
-    ctx.cell, x, state, weights, _ = inputs
-    _, saved = output
+    ctx.cell, x, state, weights, save = inputs
+    (h, *_), saved = output
+    saved = saved if save == cpu.NOTHING else _with_output(h, saved)
     _save(ctx, (x,), state, weights, saved)
 
 
@@ -224,6 +255,8 @@ def _cell_autograd(ctx, d_new_state, _d_saved):
     (x,), state, weights, saved = _load(ctx)
     _, needs_x, _, needs_weights, _ = ctx.needs_input_grad
     arguments = (x[None], _steps(state), weights, None, False)
+    if saved and saved[0].is_cuda:  # h stands for y
+        saved = [saved[0][None], *saved[1:]]
     dx, d_state, d_weights = _gradients(
         ctx.cell,
         None,
@@ -373,9 +406,15 @@ def layer(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None = None,
     bidirectional: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
-    """``reference.layer`` through the operator; `state` may be empty for a padded batch."""
-    save = differentiated(x, *state, *weights)
+    """``reference.layer`` through the operator; `state` may be empty for a padded batch.
+
+    `recompute` saves memory between forward and backward: only h and c are kept.
+    """
+    save = cpu.NOTHING
+    if differentiated(x, *state, *weights):
+        save = cpu.STATES if recompute else cpu.ALL
     y, final, _ = torch.ops.fastrnn.layer(cell, x, state, weights, batch_sizes, bidirectional, save)
     return y, final
 
@@ -384,7 +423,7 @@ def cell_step(
     cell: str, x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> list[Tensor]:
     """``reference.cell_step`` through the operator."""
-    save = differentiated(x, *state, *weights)
+    save = cpu.ALL if differentiated(x, *state, *weights) else cpu.NOTHING
     return torch.ops.fastrnn.cell(cell, x, state, weights, save)[0]
 
 

@@ -6,7 +6,9 @@
 ``torch``
     torch's own kernels: oneDNN and ATen on a CPU, cuDNN on an NVIDIA GPU.
 ``loop``
-    ``fastrnn::layer`` with the hand-written forward and backward of ``cpu.py``.
+    ``fastrnn::layer`` with a hand-written forward and backward: on a CPU the loop of ``cpu.py``,
+    on a GPU the Triton kernels, by one of three schedules (``resident``, ``persistent`` and
+    ``stepwise``, see ``fastrnn.kernels``).
 ``reference``
     the differentiable loop of ``reference.py``: for what torch does not have under a
     ``torch.func`` transform or forward-mode AD, and whenever asked for.
@@ -16,11 +18,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+
+from .kernels import configs
+from .kernels.configs import SCHEDULES, Choice, Device, Shape
+from .reference import CELLS
 
 PATHS = ("torch", "loop", "reference")
 
@@ -50,6 +57,12 @@ class Problem(NamedTuple):
     projected, is_step : bool
     transformed : bool
         Whether the call is inside a ``torch.func`` transform or forward-mode AD.
+    layers, directions : int
+        Of the whole stack.
+    gpu : fastrnn.kernels.configs.Device, optional
+        The GPU, present or not, if `device` is one that Triton compiles for.
+    precision : {'ieee', 'tf32', 'tf32x3'}
+        Of products of float32 on a GPU; see `float32_precision`.
     """
 
     cell: str
@@ -64,17 +77,27 @@ class Problem(NamedTuple):
     projected: bool = False
     is_step: bool = False
     transformed: bool = False
+    layers: int = 1
+    directions: int = 1
+    gpu: Device | None = None
+    precision: str = "ieee"
 
 
 class Plan(NamedTuple):
-    """The chosen path and the reason in one sentence."""
+    """The chosen path, the reason in one sentence, and how the kernels of a GPU would run.
+
+    `kernels` are the choices for forward and backward; None where no kernel can run the problem,
+    whatever the path.
+    """
 
     path: str
     reason: str
+    kernels: tuple[Choice, Choice] | None = None
 
 
 class _Forced(threading.local):
     path: str | None = None
+    schedule: str | None = None
 
 
 _forced = _Forced()
@@ -86,11 +109,12 @@ def use_path(path: str | None) -> Iterator[None]:
 
     Parameters
     ----------
-    path : {'torch', 'loop', 'reference'} or None
-        None restores the planner's own choice. What torch does not have, it cannot be
-        made to run: the identity activation stays with us. Under a ``torch.func`` transform
-        and in complex numbers 'loop' is 'reference'. What ``torch.compile`` traces does not
-        ask.
+    path : str or None
+        'torch', 'loop' or 'reference'; or 'resident', 'persistent' or 'stepwise', which are
+        'loop' with that schedule on a GPU. None restores the planner's own choice. What torch
+        does not have, it cannot be made to run: the identity activation stays with us. Under a
+        ``torch.func`` transform and in complex numbers 'loop' is 'reference'. What
+        ``torch.compile`` traces does not ask.
 
     Raises
     ------
@@ -109,13 +133,26 @@ def use_path(path: str | None) -> Iterator[None]:
     >>> bool(torch.allclose(ours, stock, atol=1e-6))
     True
     """
-    if path is not None and path not in PATHS:
-        raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
-    before, _forced.path = _forced.path, path
+    accepted = (*PATHS, *SCHEDULES)
+    if path is not None and path not in accepted:
+        raise ValueError(f"path must be one of {', '.join(accepted)}, got {path!r}")
+    before = _forced.path, _forced.schedule
+    _forced.schedule = path if path in SCHEDULES else None
+    _forced.path = "loop" if path in SCHEDULES else path
     try:
         yield
     finally:
-        _forced.path = before
+        _forced.path, _forced.schedule = before
+
+
+def forced_schedule() -> str | None:
+    """Name the schedule that an enclosing `use_path` asks for.
+
+    Returns
+    -------
+    str or None
+    """
+    return _forced.schedule
 
 
 def plan(problem: Problem) -> Plan:
@@ -183,25 +220,34 @@ def _remembered_path(forced: str | None, *fields: Any) -> str:
 
 
 def _plan(forced: str | None, problem: Problem) -> Plan:
+    gap = kernel_gap(problem)
+    kernels = None if gap else choose_kernels(problem, _forced.schedule)
+    path, reason = _choose_path(forced, problem, gap, kernels)
+    return Plan(path, reason, kernels)
+
+
+def _choose_path(
+    forced: str | None, problem: Problem, gap: str | None, kernels: tuple[Choice, Choice] | None
+) -> tuple[str, str]:
     ours_only = problem.cell not in _TORCH_CELLS
     if ours_only and forced == "torch":
         forced = None
     if forced in (None, "loop") and (problem.transformed or problem.dtype not in _FLOATS):
         where = "inside torch.func transforms" if problem.transformed else f"in {problem.dtype}"
         path = "reference" if ours_only or forced else "torch"
-        return Plan(path, f"our operators have no derivatives {where}")
+        return path, f"our operators have no derivatives {where}"
     if forced is not None:
-        return Plan(forced, "asked for by fastrnn.planner.use_path")
+        return forced, "asked for by fastrnn.planner.use_path"
     if ours_only:
-        return Plan("loop", f"torch has no kernel for {problem.cell}")
+        return "loop", f"torch has no kernel for {problem.cell}"
     if problem.device != "cpu":
-        return Plan("torch", f"no kernel of ours for device type {problem.device!r} yet")
+        return ("torch", str(gap)) if kernels is None else _on_gpu(problem, *kernels)
     if problem.is_step:
-        return Plan("torch", "one step is one fused ATen call; our loop would add dispatch")
+        return "torch", "one step is one fused ATen call; our loop would add dispatch"
     if problem.dtype in (torch.bfloat16, torch.float16):
         return _half_on_cpu(problem)
     if not problem.training:
-        return Plan("torch", "in inference torch's kernels were faster or equal at every size")
+        return "torch", "in inference torch's kernels were faster or equal at every size"
     return _training_on_cpu(problem)
 
 
@@ -229,20 +275,20 @@ _HALF_MIN_BATCH = 4
 _HALF_MIN_BATCH_TIMES_HIDDEN = 1024
 
 
-def _training_on_cpu(problem: Problem) -> Plan:
+def _training_on_cpu(problem: Problem) -> tuple[str, str]:
     unfused = problem.packed or problem.projected or problem.dtype == torch.float64
     if problem.cell == "lstm" and not unfused:
-        return Plan("torch", "oneDNN runs the whole LSTM layer fused")
+        return "torch", "oneDNN runs the whole LSTM layer fused"
     if problem.steps < _MIN_STEPS:
-        return Plan("torch", f"below {_MIN_STEPS} steps our operator costs what it saves")
+        return "torch", f"below {_MIN_STEPS} steps our operator costs what it saves"
     if not problem.packed and problem.batch * problem.hidden_size > _MAX_BATCH_TIMES_HIDDEN:
-        return Plan("torch", f"B * H > {_MAX_BATCH_TIMES_HIDDEN}: bound by the same GEMMs")
-    return Plan("loop", "one GEMM for each weight gradient instead of one a step")
+        return "torch", f"B * H > {_MAX_BATCH_TIMES_HIDDEN}: bound by the same GEMMs"
+    return "loop", "one GEMM for each weight gradient instead of one a step"
 
 
-def _half_on_cpu(problem: Problem) -> Plan:
+def _half_on_cpu(problem: Problem) -> tuple[str, str]:
     if _multiplies(problem.dtype):
-        return Plan("torch", f"this CPU multiplies {problem.dtype}; the loop would use float32")
+        return "torch", f"this CPU multiplies {problem.dtype}; the loop would use float32"
     large = (
         problem.batch >= _HALF_MIN_BATCH
         and problem.batch * problem.hidden_size >= _HALF_MIN_BATCH_TIMES_HIDDEN
@@ -250,8 +296,8 @@ def _half_on_cpu(problem: Problem) -> Plan:
     if (large and problem.steps >= _HALF_MIN_STEPS) or (
         problem.training and problem.steps >= _MIN_STEPS
     ):
-        return Plan("loop", f"this CPU does not multiply {problem.dtype}; the loop uses float32")
-    return Plan("torch", "too small to gain from computing in float32")
+        return "loop", f"this CPU does not multiply {problem.dtype}; the loop uses float32"
+    return "torch", "too small to gain from computing in float32"
 
 
 @functools.cache
@@ -262,3 +308,160 @@ def _multiplies(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+# On a GPU. The figures are not yet our own: what cuDNN does was measured by others, what the
+# kernels do is a model (see kernels/configs.py).
+
+# Below this our launches, from Python, are expected to cost more than the steps save.
+_GPU_MIN_STEPS = 16
+
+
+def _on_gpu(problem: Problem, forward: Choice, backward: Choice) -> tuple[str, str]:
+    if problem.is_step:
+        return "torch", "one step is one fused ATen call; ours was not measured against it"
+    if problem.steps < _GPU_MIN_STEPS:
+        return "torch", f"below {_GPU_MIN_STEPS} steps launching our kernels costs what they save"
+    if _is_persistent_in_cudnn(problem):
+        return "torch", "cuDNN has a persistent kernel for this shape, ours was not measured"
+    choices = (forward, backward) if problem.training else (forward,)
+    if any(choice.config.schedule == "stepwise" for choice in choices):
+        return "torch", "the weights do not fit on chip; torch launches single steps with less ado"
+    times = " + ".join(f"{choice.step_us:.2f}" for choice in choices)
+    return "loop", f"recurrent weights on chip; by the model {times} us a step"
+
+
+def _is_persistent_in_cudnn(problem: Problem) -> bool:
+    """Whether torch picks cuDNN's PERSIST_STATIC, for at least 98 SMs (ATen/native/cudnn/RNN.cpp).
+
+    Its best known time is 1.96 us a step, LSTM with T=1024, B=16, I=H=768 on an H100 (published
+    by the authors of FlashRNN).
+    """
+    return (
+        problem.gpu is not None
+        and problem.gpu.target == "cuda"
+        and problem.dtype == torch.float16
+        and problem.layers == problem.directions == 1
+        and problem.cell != "gru"
+        and problem.hidden_size <= 1024
+        and problem.hidden_size % 128 == 0
+        and problem.input_size % 128 == 0
+        and problem.batch % 8 == 0
+        and problem.batch <= 128
+    )
+
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernel_gap(problem: Problem) -> str | None:
+    """Say why no Triton kernel can run a problem.
+
+    Parameters
+    ----------
+    problem : Problem
+
+    Returns
+    -------
+    str or None
+        A clause, or None if there are kernels.
+    """
+    gpu = problem.gpu
+    if gpu is None:
+        return f"no kernel of ours for device type {problem.device!r}"
+    if gpu.target == "cuda" and gpu.capability < 80:
+        return f"our kernels need compute capability 8.0, {gpu.name} has {gpu.capability / 10}"
+    if problem.dtype not in _KERNEL_DTYPES:
+        return f"no kernel of ours for {problem.dtype}"
+    if problem.packed:
+        return "no kernel of ours for sequences of different lengths"
+    if problem.projected:
+        return "no kernel of ours for projections"
+    if problem.cell not in CELLS:
+        return f"no kernel of ours for {problem.cell}"
+    return None
+
+
+def choose_kernels(problem: Problem, schedule: str | None = None) -> tuple[Choice, Choice]:
+    """Choose how the forward and the backward kernel of a layer are launched.
+
+    Parameters
+    ----------
+    problem : Problem
+        One for which `kernel_gap` finds none.
+    schedule : str, optional
+        Only this schedule.
+
+    Returns
+    -------
+    tuple of fastrnn.kernels.configs.Choice
+        For forward and for backward.
+
+    Raises
+    ------
+    ValueError
+        If the device cannot run the problem by that schedule.
+    """
+    assert problem.gpu is not None
+    shape = Shape(
+        CELLS[problem.cell].n_gates,
+        problem.batch,
+        problem.hidden_size,
+        problem.directions,
+        problem.dtype.itemsize,
+        problem.precision,
+    )
+    choices = [
+        configs.choose(shape, problem.gpu, backward=backward, schedule=schedule)
+        for backward in (False, True)
+    ]
+    if None in choices:
+        raise ValueError(
+            f"no {schedule} schedule for {problem.cell}, B={problem.batch}, "
+            f"H={problem.hidden_size}, {problem.dtype} on {problem.gpu.name}"
+        )
+    return choices[0], choices[1]  # type: ignore[return-value]
+
+
+def float32_precision() -> str:
+    """Tell how products of float32 are computed on a GPU, by torch's own switches.
+
+    Returns
+    -------
+    {'tf32', 'tf32x3', 'ieee'}
+        'tf32' where cuDNN may use it for recurrent layers (``torch.backends.cudnn.allow_tf32``,
+        torch's default). Where only matrix products may
+        (``torch.backends.cuda.matmul.allow_tf32``), 'tf32x3', three products of tf32 that are
+        nearly as exact as float32. Otherwise 'ieee'.
+    """
+    if torch.backends.cudnn.rnn.fp32_precision == "tf32":  # type: ignore[attr-defined]
+        return "tf32"
+    return "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@functools.cache
+def gpu(index: int | None = None) -> Device | None:
+    """Describe a GPU of this machine to the planner.
+
+    Parameters
+    ----------
+    index : int, optional
+        The current device if None.
+
+    Returns
+    -------
+    Device or None
+        None if it is not there, or Triton is not installed.
+    """
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return None
+    facts = torch.cuda.get_device_properties(index)
+    is_hip = torch.version.hip is not None
+    return Device(
+        facts.name,
+        "hip" if is_hip else "cuda",
+        int(facts.gcnArchName[3:6]) if is_hip else 10 * facts.major + facts.minor,
+        facts.multi_processor_count,
+        getattr(facts, "shared_memory_per_block_optin", facts.shared_memory_per_block),
+        facts.clock_rate // 1000,
+    )

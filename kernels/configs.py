@@ -105,8 +105,17 @@ class Choice(NamedTuple):
     config: Config
     step_us: float
 
+    def __str__(self) -> str:
+        schedule, protocol, block_b, block_h, _, num_warps, _ = self.config
+        exchange = f", exchange by {protocol}" if protocol != LOCAL else ""
+        return (
+            f"{schedule}, {block_b} rows x {block_h} units a program, {num_warps} warps{exchange}: "
+            f"{self.step_us:.2f} us a step by the model"
+        )
+
 
 SCHEDULES = ("resident", "persistent", "stepwise")
+PRECISIONS = ("ieee", "tf32", "tf32x3")  # of float32
 LOCAL, FLAG, COUNTER = PROTOCOLS = ("local", "flag", "counter")  # see exchange.py
 
 # One trip through L2 instead of two; the counter is there to be compared on a device.

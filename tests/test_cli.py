@@ -51,7 +51,10 @@ def test_bad_arguments_give_one_line_and_status_2(capsys, argv, says):
         (["--cell", "gru", "--H", "64", "--training"], "loop"),
         (["--cell", "gru", "--H", "64", "--training", "--step"], "torch"),
         (["--cell", "rnn_identity", "--H", "64"], "loop"),
-        (["--cell", "gru", "--H", "64", "--training", "--device", "cuda"], "torch"),
+        (["--cell", "gru", "--H", "64", "--training", "--device", "h100"], "loop"),
+        (["--cell", "gru", "--H", "64", "--T", "8", "--device", "h100"], "torch"),
+        (["--cell", "lstm", "--H", "4096", "--dtype", "bf16", "--device", "b200"], "torch"),
+        (["--cell", "lstm", "--H", "64", "--device", "mps"], "torch"),
     ],
 )
 def test_plan_names_the_path_and_the_reason(capsys, argv, path):
@@ -59,6 +62,21 @@ def test_plan_names_the_path_and_the_reason(capsys, argv, path):
     chosen, reason = capsys.readouterr().out.split(": ", 1)
     assert chosen == path
     assert len(reason) > 10
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="describes the device that is there")
+def test_plan_of_a_missing_gpu_names_those_it_knows(capsys):
+    says = failure(capsys, "plan", "--cell", "lstm", "--H", "64", "--device", "cuda")
+    assert "no device 'cuda' here; name one of a100," in says
+
+
+def test_plan_shows_the_kernels(capsys):
+    shape = ["--cell", "lstm", "--H", "512", "--B", "16", "--dtype", "bf16", "--bidirectional"]
+    main(["plan", *shape, "--device", "h100"])
+    _, forward, backward = capsys.readouterr().out.splitlines()
+    assert "forward kernel:  persistent" in forward
+    assert "backward kernel: persistent" in backward
+    assert "us a step by the model" in forward
 
 
 def test_verify_passes(capsys):

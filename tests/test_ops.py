@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from fastrnn import reference
+from fastrnn.cpu import ALL, NOTHING, STATES
 from fastrnn.reference import CELLS
 
 layer_op = torch.ops.fastrnn.layer
@@ -72,18 +73,18 @@ def test_layer_first_and_second_derivatives(cell, directions, bias, packed, proj
 @pytest.mark.parametrize("cell", CELLS)
 def test_opcheck(cell):
     x, state, weights, _ = make(cell, 2, dtype=torch.float32)
-    torch.library.opcheck(layer_op, (cell, x, state, weights, None, True, True))
-    torch.library.opcheck(layer_op, (cell, x, [], weights, None, True, False))
+    torch.library.opcheck(layer_op, (cell, x, state, weights, None, True, ALL))
+    torch.library.opcheck(layer_op, (cell, x, [], weights, None, True, NOTHING))
     one = [part[0].detach().requires_grad_() for part in state]
-    torch.library.opcheck(cell_op, (cell, x[0].detach(), one, weights[:4], True))
+    torch.library.opcheck(cell_op, (cell, x[0].detach(), one, weights[:4], ALL))
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_opcheck_packed_and_half(cell):
     x, state, weights, sizes = make(cell, 1, packed=True, projected=cell == "lstm")
-    torch.library.opcheck(layer_op, (cell, x, state, weights, sizes, False, True))
+    torch.library.opcheck(layer_op, (cell, x, state, weights, sizes, False, ALL))
     x, state, weights, _ = make(cell, 1, dtype=torch.bfloat16)
-    torch.library.opcheck(layer_op, (cell, x, state, weights, None, False, True))
+    torch.library.opcheck(layer_op, (cell, x, state, weights, None, False, ALL))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -92,10 +93,10 @@ def test_opcheck_strided(cell):
     x, state, weights, _ = make(cell, 1, dtype=torch.float32)
     turned = x.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0)[:, :1].requires_grad_()
     state = [part.detach().expand(1, 3, 4)[:, :1].requires_grad_() for part in state]
-    torch.library.opcheck(layer_op, (cell, turned, state, weights, None, False, True))
+    torch.library.opcheck(layer_op, (cell, turned, state, weights, None, False, ALL))
     step = x[:, 0].detach().t().contiguous().t().requires_grad_()
     one = [part.detach().new_zeros(4, 5).t().requires_grad_() for part in state]
-    torch.library.opcheck(cell_op, (cell, step, one, weights, True))
+    torch.library.opcheck(cell_op, (cell, step, one, weights, ALL))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -216,9 +217,9 @@ def test_gradient_without_saved_activations(cell):
     x, state, weights, _ = make(cell, 1)
     results = [
         gradients([layer_op(cell, x, state, weights, None, False, save)[0]], [x, *weights])
-        for save in (True, False)
+        for save in (ALL, STATES, NOTHING)
     ]
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
 
 
 def test_unneeded_gradients_are_not_computed():
@@ -335,7 +336,7 @@ def test_operator_refuses_a_state_of_another_batch(wrong):
     x, state, weights, batch_sizes = make("lstm", 1, packed=True)
     state[wrong] = torch.cat([state[wrong]] * 2, dim=1)
     with pytest.raises(RuntimeError, match="Expected hidden states of 3 rows, got 6"):
-        layer_op("lstm", x, state, weights, batch_sizes, False, True)
+        layer_op("lstm", x, state, weights, batch_sizes, False, ALL)
 
 
 def test_compile_packed(compiling):

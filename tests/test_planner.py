@@ -10,6 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
+from fastrnn.kernels.configs import DEVICES, PRECISIONS
 from fastrnn.planner import PATHS, Problem, path, plan, use_path
 from fastrnn.reference import CELLS
 
@@ -63,6 +64,10 @@ problems = st.builds(
     projected=st.booleans(),
     is_step=st.booleans(),
     transformed=st.booleans(),
+    layers=st.integers(1, 3),
+    directions=st.integers(1, 2),
+    gpu=st.sampled_from([None, *DEVICES.values()]),
+    precision=st.sampled_from(PRECISIONS),
 )
 
 
@@ -76,7 +81,7 @@ def test_remembered_paths_are_the_plans(problem, forced):
 
 def test_use_path_refuses_an_unknown_path():
     with (
-        pytest.raises(ValueError, match="one of torch, loop, reference, got 'cudnn'"),
+        pytest.raises(ValueError, match="one of torch, loop, reference, resident, persistent, stepwise, got 'cudnn'"),
         use_path("cudnn"),
     ):
         pass
