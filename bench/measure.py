@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import nn, planner
+from .. import gpu, nn, planner
 from .registry import Case
 from .results import Band, Row, Times
 
@@ -54,7 +54,7 @@ def measure(case: Case, device: torch.device, seconds: float) -> Row:
     Row
         Without times if fastrnn's results are wrong or the case could not be run.
     """
-    plan = planner.plan(_problem(case, device))
+    plan = planner.plan(problem_of(case, device))
     tolerance = tolerance_of(case, device)
     try:
         calls = make_calls(case, device)
@@ -73,18 +73,25 @@ def measure(case: Case, device: torch.device, seconds: float) -> Row:
     return Row(case, plan.path, plan.reason, "ok", tolerance, error, len(pairs), times, *peaks)
 
 
-def _problem(case: Case, device: torch.device) -> planner.Problem:
+def problem_of(case: Case, device: torch.device) -> planner.Problem:
+    """Describe a case to the planner."""
     cell = case.cell.removesuffix("_cell")
+    dtype = getattr(torch, case.dtype)
+    facts, precision = gpu.facts(torch.empty(0, dtype=dtype, device=device))
     return planner.Problem(
         "rnn_tanh" if cell == "rnn" else cell,
         case.steps,
         case.batch,
         case.input_size,
         case.hidden_size,
-        dtype=getattr(torch, case.dtype),
+        dtype=dtype,
         device=device.type,
         training=case.mode == "training",
         is_step=case.is_step,
+        layers=case.num_layers,
+        directions=2 if case.bidirectional else 1,
+        gpu=facts,
+        precision=precision,
     )
 
 

@@ -170,7 +170,7 @@ def layer_backward(
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """Compute the gradients of `layer_forward`; see ``cpu.layer_backward``.
 
-    `saved` is y, then what `layer_forward` saved.
+    `saved` is y, or the h of a cell, then what `layer_forward` saved.
 
     Returns
     -------
@@ -189,6 +189,7 @@ def layer_backward(
     from .kernels.cells import CELLS as KERNELS
 
     kernel = KERNELS[cell]
+    y = y[None] if y.dim() == 2 else y
     by_direction = _by_direction(weights, problem.directions)
     initial = state or zero_state(cell, x, problem.batch, weights, problem.directions)
     traces, activations = saved[: kernel.n_states - 1], saved[kernel.n_states - 1 :]
@@ -271,7 +272,7 @@ def _input_projection(x: Tensor, by_direction: list[Weights]) -> Tensor:
             torch.mm(flat, w.w_ih.t(), out=out)
         else:
             torch.addmm(w.b_ih, flat, w.w_ih.t(), out=out)
-    return wx.view(-1, *x.shape[:2], width)
+    return wx.view(len(by_direction), *x.shape[:2], width)
 
 
 def _recurrent_parts(y: Tensor, h_0: Tensor, by_direction: list[Weights]) -> Tensor:

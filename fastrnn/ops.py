@@ -255,8 +255,6 @@ def _cell_autograd(ctx, d_new_state, _d_saved):
     (x,), state, weights, saved = _load(ctx)
     _, needs_x, _, needs_weights, _ = ctx.needs_input_grad
     arguments = (x[None], _steps(state), weights, None, False)
-    if saved and saved[0].is_cuda:  # h stands for y
-        saved = [saved[0][None], *saved[1:]]
     dx, d_state, d_weights = _gradients(
         ctx.cell,
         None,

@@ -139,6 +139,40 @@ _POINTWISE = 400
 _LAUNCH_US, _MEMORY_LATENCY = 2.5, 600
 
 
+class _Limits(NamedTuple):
+    """What a thread may hold of a tile [block_b, block_h] without spilling its 255 registers.
+
+    Attributes
+    ----------
+    resident, backward : int
+        Elements, of a resident kernel and of a persistent backward one.
+    forward : int
+        Elements times `_PER_ELEMENT` and registers of h together, of a persistent forward one.
+    """
+
+    resident: int
+    backward: int
+    forward: int
+
+
+# Found by compiling for sm_80, sm_90 and sm_100 with triton 3.6, where the next larger tile spills
+# (bench/compile_budget.py). The registers of an exact product, which no matrix instruction
+# computes, depend on more than the tile: it has the smallest one.
+_LIMITS = {
+    "half": _Limits(8, 4, 104),
+    "tf32": _Limits(4, 2, 104),
+    "tf32x3": _Limits(4, 2, 72),
+    "ieee": _Limits(1, 1, 52),
+}
+# An element counts once for each gate and for what is computed from them; GRU has four terms.
+_PER_ELEMENT = {1: 8, 3: 20, 4: 20}
+# The two products of a GRU's h (see block_pointers) keep part of it for the second one.
+_COPIES_OF_H = {1: 1.0, 3: 1.5, 4: 1.0}
+# Columns of h up to which forward in three products compiles without spilling.
+_TF32X3_COLUMNS = 256
+_WARPS = 8
+
+
 def choose(
     shape: Shape, device: Device, *, backward: bool = False, schedule: str | None = None
 ) -> Choice | None:
@@ -179,52 +213,68 @@ def candidates(shape: Shape, device: Device, *, backward: bool = False) -> Itera
     ------
     Config
     """
-    for num_warps in (4, 8):
-        for block_b in (16, 32, 64):
-            if block_b > 16 and block_b >= 2 * shape.batch:
-                continue  # more than half of its rows would be empty
-            for block_h in (16, 32, 64, 128):
-                yield from _on_chip(shape, device, backward, num_warps, block_b, block_h)
+    # 64 rows would be warp-group (sm_90) or tcgen05 (sm_100) products, whose left operand is in
+    # shared memory: all of h at once, and 300 to 1000 bytes of a thread's registers spill.
+    for block_b in (16, 32):
+        if block_b > 16 and block_b >= 2 * shape.batch:
+            continue  # more than half of its rows would be empty
+        for block_h in (16, 32, 64, 128):
+            yield from _on_chip(shape, device, backward, block_b, block_h)
     for block_b in (16, 64):
         yield Config("stepwise", LOCAL, block_b, 32, 64, 4, 65535)
 
 
 def _on_chip(
-    shape: Shape, device: Device, backward: bool, num_warps: int, block_b: int, block_h: int
+    shape: Shape, device: Device, backward: bool, block_b: int, block_h: int
 ) -> Iterator[Config]:
-    hidden, threads = shape.hidden_size, 32 * num_warps
+    hidden = shape.hidden_size
     slices = -(-hidden // block_h)
-    if slices > 1 and device.target != "cuda":
-        return  # programs that wait for each other were not tried there
-    if slices == 1 and block_h > 16 and block_h >= 2 * hidden:
-        return
-    block_k = block_h if slices == 1 else _block_k(shape, backward, block_b)
-    padded = -(-hidden // block_k) * block_k
-    config = Config(
-        "resident" if slices == 1 else "persistent",
-        LOCAL if slices == 1 else _PROTOCOL,
-        block_b,
-        block_h,
-        block_k,
-        num_warps,
-        min(device.processors // (slices * shape.directions), 65535) if slices > 1 else 65535,
-    )
-    # Registers, of which a thread has 255: floats of a tile of the batch that are alive at once.
-    if backward:
-        live = block_b * max(block_k, 12 * block_h)
+    if slices == 1:
+        if block_h > 16 and block_h >= 2 * hidden:
+            return
+        config = Config("resident", LOCAL, block_b, block_h, block_h, _WARPS, 65535)
     else:
-        live = block_b * (padded * shape.itemsize // 4 + 8 * block_h)
+        if device.target != "cuda":
+            return  # programs that wait for each other were not tried there
+        block_k = _block_k(shape, backward)
+        tiles = min(device.processors // (slices * shape.directions), 65535)
+        config = Config("persistent", _PROTOCOL, block_b, block_h, block_k, _WARPS, tiles)
     if (
         config.tiles
-        and live <= 96 * threads
+        and _in_registers(config, shape, backward)
         and shared_memory(config, shape) <= device.shared_memory
     ):
         yield config
 
 
-def _block_k(shape: Shape, backward: bool, block_b: int) -> int:
-    """The widest block that wastes less than an eighth of itself and of the registers."""
-    widest = {"ieee": 64, "tf32x3": 64, "tf32": 128 if backward else 256}[shape.precision]
+def _in_registers(config: Config, shape: Shape, backward: bool) -> bool:
+    """Whether a kernel compiles without spilling registers, and its warps share its products."""
+    limits = _LIMITS["half" if shape.itemsize == 2 else shape.precision]
+    threads = 32 * config.num_warps
+    tile = config.block_b * config.block_h / threads
+    several = 4 if shape.n_gates == 1 else 1  # so much less for one gate
+    if config.schedule == "resident":
+        return tile <= several * limits.resident
+    if backward:
+        return tile <= several * limits.backward
+    # Triton gives all warps the same columns of a product that is not wider than high, if others
+    # follow it. Those of GRU and of one gate have block_h columns, LSTM's has four times as many.
+    exact = shape.itemsize == 4 and shape.precision == "ieee"
+    if shape.n_gates != 4 and config.block_h <= config.block_b and not exact:
+        return False
+    padded = -(-shape.hidden_size // config.block_k) * config.block_k
+    if shape.itemsize == 4 and shape.precision == "tf32x3" and padded > _TF32X3_COLUMNS:
+        return False
+    h = config.block_b * padded * shape.itemsize / 4 / threads
+    live = _COPIES_OF_H[shape.n_gates] * h + _PER_ELEMENT[shape.n_gates] * tile
+    return live <= limits.forward
+
+
+def _block_k(shape: Shape, backward: bool) -> int:
+    """The widest block that wastes less than an eighth of itself and does not spill."""
+    widest = {"ieee": 64, "tf32x3": 64 if backward else 32, "tf32": 128 if backward else 256}[
+        shape.precision
+    ]
     if shape.itemsize == 2:
         widest = 128 if backward else 512
     while widest > 32 and -(-shape.hidden_size // widest) * widest > shape.hidden_size * 9 / 8:
@@ -264,7 +314,10 @@ def shared_memory(config: Config, shape: Shape) -> int:
     copies = 2 if shape.precision == "tf32x3" and shape.itemsize == 4 else 1
     weights = shape.n_gates * config.block_h * padded * shape.itemsize * copies
     # The left operand of a dot, or four tiles of float32 on their way to another layout.
-    staging = config.block_b * max(config.block_k * shape.itemsize * copies, 16 * config.block_h)
+    columns = config.block_k
+    if shape.n_gates == 3 and shape.precision == "ieee":
+        columns = padded  # all of h, for the second of two products
+    staging = config.block_b * max(columns * shape.itemsize * copies, 16 * config.block_h)
     return weights + staging
 
 

@@ -81,7 +81,10 @@ def test_remembered_paths_are_the_plans(problem, forced):
 
 def test_use_path_refuses_an_unknown_path():
     with (
-        pytest.raises(ValueError, match="one of torch, loop, reference, resident, persistent, stepwise, got 'cudnn'"),
+        pytest.raises(
+            ValueError,
+            match="one of torch, loop, reference, resident, persistent, stepwise, got 'cudnn'",
+        ),
         use_path("cudnn"),
     ):
         pass

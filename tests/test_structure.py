@@ -25,8 +25,14 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {
     "__init__": {"_version", "compile", "functional", "nn", "patch"},
     "__main__": {
-        "__version__", "_arguments", "bench", "kernels", "planner", "reference", "testing",
-    },  # fmt: skip
+        "__version__",
+        "_arguments",
+        "bench",
+        "kernels",
+        "planner",
+        "reference",
+        "testing",
+    },
     "_arguments": set(),
     "_version": set(),
     "compile": {"nn"},

@@ -1,0 +1,235 @@
+"""Everything that only a GPU can show, in one program: ``python -m fastrnn.bench.on_gpu``.
+
+In order: the GPU tests; compute-sanitizer's memcheck and racecheck on small layers; then the
+kernels beside torch.nn, most telling cases first, until the time is used up. It needs torch,
+triton, pytest and hypothesis, no network and no installation: run it in the root of a checkout.
+One file of evidence, ``gpu.json``, is left in the output folder, a table is printed last, and the
+exit status is 1 if a test or a sanitizer found something or a result was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import nn, planner
+from .environment import Environment, environment
+from .measure import measure, problem_of
+from .registry import Case
+from .results import Row
+
+_ROOT = Path(__file__).resolve().parents[1]
+# Shares of the time: what the tests and each sanitizer may take at most.
+_TESTS, _SANITIZER = 0.45, 0.12
+_SECONDS_PER_CASE = 0.3
+_TAIL = 4000  # characters of a program's output that are kept
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run all of it.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments; those of the command line if None.
+
+    Returns
+    -------
+    int
+        Exit status.
+    """
+    parser = argparse.ArgumentParser(prog="python -m fastrnn.bench.on_gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, help="folder (default bench/results/<device>-<date>)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default 9)")
+    parser.add_argument("--commit", help="of the checkout, where git is not there to tell")
+    parser.add_argument("--only", choices=("tests", "sanitizer", "bench"), help="one part alone")
+    parser.add_argument("--small", action="store_true", help="run small layers and nothing else")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device")
+    if args.small:
+        _small_layers()
+        return 0
+    start = time.monotonic()
+
+    def remaining() -> float:
+        return 60 * args.minutes - (time.monotonic() - start)
+
+    env = environment(torch.device("cuda"), "python -m fastrnn.bench.on_gpu")
+    if args.commit:
+        env = dataclasses.replace(env, commit=args.commit)
+    out = args.out or _ROOT / "bench" / "results" / _folder(env)
+    out.mkdir(parents=True, exist_ok=True)
+    evidence: dict[str, Any] = {"environment": dataclasses.asdict(env), **_versions()}
+    failed = False
+    if args.only in (None, "tests"):
+        evidence["tests"] = _tests(out, remaining() if args.only else remaining() * _TESTS)
+        failed |= evidence["tests"]["status"] != 0
+    if args.only in (None, "sanitizer"):
+        for tool in ("memcheck", "racecheck"):
+            evidence[tool] = _sanitize(tool, 60 * args.minutes * _SANITIZER)
+            failed |= evidence[tool]["status"] not in (0, None)
+    rows: list[dict[str, Any]] = []
+    if args.only in (None, "bench"):
+        for case in dict.fromkeys(cases()):
+            if remaining() < 5:
+                break
+            rows.append(_measure(case, torch.device("cuda")))
+            failed |= rows[-1]["status"] != "ok"
+            evidence["rows"] = rows
+            _write(out, evidence)  # so that what was measured survives being cut off
+    evidence["failed"] = failed
+    _write(out, evidence)
+    _report(evidence, rows)
+    return int(failed)
+
+
+def _write(out: Path, evidence: dict[str, Any]) -> None:
+    (out / "gpu.json").write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
+
+
+def _folder(env: Environment) -> str:
+    device = re.sub(r"[^a-z0-9]+", "-", env.device.lower()).strip("-")
+    return f"{device}-{env.date[:10]}"
+
+
+def _versions() -> dict[str, Any]:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    found = shutil.which(query[0])
+    driver = subprocess.run(query, capture_output=True, text=True).stdout.strip() if found else None
+    return {"driver": driver, "cudnn": torch.backends.cudnn.version(), "cuda": torch.version.cuda}
+
+
+def _run(command: list[str], seconds: float) -> dict[str, Any]:
+    """Run a program; its status (None if it ran out of time) and the end of its output."""
+    start = time.monotonic()
+    environ = {**os.environ, "PYTHONPATH": str(_ROOT), "TRITON_INTERPRET": "0"}
+    try:
+        done = subprocess.run(
+            command, cwd=_ROOT, env=environ, timeout=seconds, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        status, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as cut:
+        status = None
+        output = (cut.stdout or b"").decode(errors="replace")
+    return {
+        "command": " ".join(command[1:]),
+        "status": status,
+        "seconds": round(time.monotonic() - start, 1),
+        "output": output[-_TAIL:],
+    }
+
+
+def _tests(out: Path, seconds: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", "-p", "no:cacheprovider"]
+    command += ["--no-header", "-rf", "--tb=short", f"--junitxml={out / 'tests.xml'}"]
+    if importlib.util.find_spec("xdist"):
+        # Compilation is most of the time.
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    return _run(command, seconds)
+
+
+def _sanitize(tool: str, seconds: float) -> dict[str, Any]:
+    if shutil.which("compute-sanitizer") is None:
+        return {"status": None, "output": "compute-sanitizer is not installed"}
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable]
+    return _run([*command, "-m", "fastrnn.bench.on_gpu", "--small"], seconds)
+
+
+def _small_layers() -> None:
+    """Run every cell and schedule once, forward and backward, on odd sizes."""
+    for kind, schedule in itertools.product(
+        ("lstm", "gru", "rnn"), ("resident", "persistent", "stepwise")
+    ):
+        layer = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[kind](5, 39, bidirectional=True)
+        layer.to("cuda", torch.bfloat16)
+        x = torch.randn(4, 19, 5, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        with planner.use_path(schedule):
+            layer(x)[0].sum().backward()
+    torch.cuda.synchronize()
+
+
+def cases() -> Iterator[Case]:
+    """Cases of the benchmark, the most telling first.
+
+    Yields
+    ------
+    Case
+    """
+    # Published by others: LSTM on an H100, T=1024, B=16, H=768.
+    for dtype, mode in itertools.product(("float16", "bfloat16"), ("forward", "training")):
+        yield Case("lstm", mode, dtype, 1024, 16, 768, 768)
+    grid = [
+        (batch, hidden)
+        for hidden in (512, 256, 1024, 128, 768, 384, 1408, 64, 2048)
+        for batch in (16, 64, 1, 128)
+    ]
+    for mode in ("forward", "training"):
+        for batch, hidden in grid[:8]:
+            for cell, dtype in itertools.product(("lstm", "gru"), ("bfloat16", "float32")):
+                yield Case(cell, mode, dtype, 256, batch, hidden, hidden)
+    for (batch, hidden), mode in itertools.product(grid[8:], ("forward", "training")):
+        for cell in ("lstm", "gru"):
+            yield Case(cell, mode, "bfloat16", 256, batch, hidden, hidden)
+    for hidden, mode in itertools.product((256, 512), ("forward", "training")):
+        for cell in ("lstm", "gru"):
+            yield Case(cell, mode, "bfloat16", 256, 16, hidden, hidden, 2, True)
+        yield Case("rnn", mode, "bfloat16", 256, 16, hidden, hidden)
+        yield Case("lstm", mode, "float16", 256, 16, hidden, hidden)
+        yield Case("lstm", mode, "float32", 256, 16, hidden, hidden)
+
+
+def _measure(case: Case, device: torch.device) -> dict[str, Any]:
+    """One row: our kernels, whatever the planner would choose, beside torch.nn."""
+    planned = planner.plan(problem_of(case, device))
+    with planner.use_path("loop"):
+        row: Row = measure(case, device, _SECONDS_PER_CASE)
+    record = {**row.record(), "planned": planned.path}
+    for name, choice in zip(("forward", "backward"), planned.kernels or (), strict=False):
+        record |= {f"{name}_config": list(choice.config), f"{name}_model_us": choice.step_us}
+    if row.times is not None:
+        record["step_us"] = row.times.fastrnn_ms.median * 1e3 / case.steps / case.num_layers
+    return record
+
+
+def _report(evidence: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    for name in ("tests", "memcheck", "racecheck"):
+        if name in evidence:
+            part = evidence[name]
+            print(f"== {name}: status {part['status']}, {part.get('seconds')} s")
+            print("\n".join(part["output"].splitlines()[-12:]))
+    print(
+        f"{'case':44}{'ours ms':>9}{'torch ms':>9}{'ratio':>7}{'us/step':>9}{'model':>7}  planned"
+    )
+    for row in rows:
+        case = Case(**{field.name: row[field.name] for field in dataclasses.fields(Case)})
+        model = row.get("forward_model_us", 0.0)
+        if case.mode == "training":
+            model += row.get("backward_model_us", 0.0)
+        name = f"{case.cell} {case.mode} {case.shape} {case.stack}"
+        if row["status"] != "ok":
+            print(f"{name:44} {row['status']}: {row['reason']} error {row['error']}")
+            continue
+        print(
+            f"{name:44}{row['fastrnn_ms']:9.3f}{row['torch_ms']:9.3f}{row['ratio']:7.2f}"
+            f"{row['step_us']:9.2f}{model:7.2f}  {row['planned']}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

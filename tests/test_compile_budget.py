@@ -1,0 +1,127 @@
+"""Kernels compiled for GPUs that are not there keep their budgets: the file, and a few afresh."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastrnn.bench import compile_budget
+from fastrnn.bench.compile_budget import Measured, Variant
+from fastrnn.kernels import configs
+from fastrnn.kernels.cells import CELLS
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "bench" / "results" / "compile_budget.csv"
+
+# cell, run, dtype, precision, hidden size, device: every kernel, code of every vendor's generation.
+SAMPLE = [
+    ("lstm", "training", "bfloat16", "tf32", 256, "a100"),
+    ("lstm", "training", "bfloat16", "tf32", 64, "b200"),
+    ("lstm", "backward", "bfloat16", "tf32", 256, "h100"),
+    ("lstm", "training", "bfloat16", "tf32", 64, "mi300x"),
+    ("gru", "training", "float32", "tf32", 256, "h100"),
+    ("gru", "backward", "bfloat16", "tf32", 64, "a100"),
+    ("gru", "backward", "float32", "ieee", 64, "mi300x"),
+    ("rnn_tanh", "training", "float32", "ieee", 64, "b200"),
+    ("rnn_tanh", "backward", "bfloat16", "tf32", 256, "b200"),
+    ("rnn_tanh", "training", "float32", "tf32", 1024, "a100"),
+]
+
+
+def parsed(fields: type, row: dict[str, str]) -> object:
+    """A Variant or a Measured from a row of the file."""
+    kinds = fields.__annotations__
+    return fields(**{name: int(row[name]) if kinds[name] == "int" else row[name] for name in kinds})
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[Variant, Measured]:
+    with TABLE.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {parsed(Variant, row): parsed(Measured, row) for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def test_table_has_what_is_chosen(table):
+    """If not: ``python -m fastrnn.bench.compile_budget``."""
+    planned = compile_budget.plan()
+    assert list(table) == list(planned)
+
+
+def test_table_keeps_the_budgets(table):
+    broken = {
+        variant: faults
+        for variant, measured in table.items()
+        if (faults := compile_budget.broken(variant, measured))
+    }
+    assert not broken
+
+
+def test_shared_memory_is_foreseen(table):
+    """The model's number is an upper bound of the compiler's."""
+    for variant, measured in table.items():
+        if variant.schedule != "stepwise":
+            itemsize = 2 if variant.dtype == "bfloat16" else 4
+            shape = configs.Shape(
+                CELLS[variant.cell].n_gates, 1, variant.hidden_size, 1, itemsize, variant.precision
+            )
+            config = configs.Config(*variant[6:], tiles=1)
+            assert measured.shared_memory <= configs.shared_memory(config, shape), variant
+
+
+def test_each_fault_is_found():
+    variant = Variant(
+        "lstm", "training", "bfloat16", "tf32", 256, "h100", "persistent", "flag", 16, 16, 256, 8
+    )
+    good = Measured(200, 0, 100_000, 16, 32, 8, 9, "16", "8", "3.6.0")
+    assert compile_budget.broken(variant, good) == []
+    bad = Measured(255, 8, 300_000, 0, 32, 8, 9, "2 16", "4", "3.6.0")
+    assert compile_budget.broken(variant, bad) == list(compile_budget.FAULTS)
+    exact = variant._replace(dtype="float32", precision="ieee")
+    assert compile_budget.broken(exact, good._replace(matrix=0, other_loads="16")) == []
+    odd = variant._replace(hidden_size=129)
+    assert compile_budget.broken(odd, good._replace(exchange_loads="2", other_loads="2")) == []
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict[Variant, Measured]:
+    """The sample, compiled by another process: with TRITON_INTERPRET, this one cannot."""
+    missing = [
+        name for name in ("ptxas", "cuobjdump") if not (compile_budget.TOOLS / name).exists()
+    ]
+    if missing:
+        pytest.skip(f"triton came without {', '.join(missing)}")
+    variants = []
+    for problem in SAMPLE:
+        devices = (problem[-1],)
+        variants.append(
+            next(v for v in compile_budget.plan(devices, quick=True) if v[:6] == problem)
+        )
+    code = (
+        "import json, sys; from fastrnn.bench.compile_budget import Variant, measure_all\n"
+        "variants = [Variant(*fields) for fields in json.loads(sys.argv[1])]\n"
+        "print(json.dumps(list(measure_all(variants, jobs=2))))"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(variants)],
+        stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT, env=env,
+    )  # fmt: skip
+    return {v: Measured(*m) for v, m in zip(variants, json.loads(done.stdout), strict=True)}
+
+
+@pytest.mark.parametrize("problem", SAMPLE, ids=lambda problem: "-".join(map(str, problem)))
+def test_sample_keeps_the_budgets(compiled, problem):
+    variant, measured = next((v, m) for v, m in compiled.items() if v[:6] == problem)
+    assert compile_budget.broken(variant, measured) == [], measured
+    assert measured.registers > 0
+    if variant.schedule == "persistent":
+        assert measured.exchange_loads

@@ -1,0 +1,387 @@
+"""The kernels on a GPU: numbers against float64, races, graphs, streams, sizes beyond 32 bits.
+
+Runs with torch, triton, pytest and hypothesis alone; with pytest-xdist in several processes.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastrnn
+from fastrnn import gpu, ops, planner, reference
+from fastrnn.planner import use_path
+from fastrnn.reference import CELLS
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+pytestmark = pytest.mark.gpu
+
+SCHEDULES = ("resident", "persistent", "stepwise")
+# Name: dtype, whether cuDNN may use TF32, whether matrix products may (see float32_precision).
+FORMATS = {
+    "bf16": (torch.bfloat16, True, False),
+    "fp16": (torch.float16, True, False),
+    "tf32": (torch.float32, True, False),
+    "tf32x3": (torch.float32, False, True),
+    "ieee": (torch.float32, False, False),
+}
+# T, B, I, H, directions
+SMALL = [(5, 3, 7, 7, 2), (9, 17, 24, 129, 1)]
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (16, 16, 64, 64, 1),
+    (33, 127, 40, 127, 2),
+    (64, 16, 256, 256, 1),
+    (20, 33, 100, 384, 2),
+    (24, 16, 512, 512, 1),
+    (12, 128, 512, 1024, 1),
+    (6, 8, 64, 1408, 1),
+    (4, 2, 32, 4096, 1),
+]
+
+
+@pytest.fixture(params=FORMATS)
+def dtype(request):
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    chosen, *allowed = FORMATS[request.param]
+    for switch, allow in zip(switches, allowed, strict=True):
+        switch.allow_tf32 = allow
+    yield chosen
+    for switch, allow in zip(switches, before, strict=True):
+        switch.allow_tf32 = allow
+
+
+def make(cell, shape, dtype, bias=True):
+    """Random x, states and weights on the GPU, all requiring gradients."""
+    steps, batch, inputs, hidden, directions = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size, scale=1.0):
+        values = torch.randn(*size, generator=generator) * scale
+        return values.to("cuda", dtype).requires_grad_()
+
+    n_gates, scale = CELLS[cell].n_gates, hidden**-0.5 / 2
+    weights = []
+    for _ in range(directions):
+        weights += [random(n_gates * hidden, width, scale=scale) for width in (inputs, hidden)]
+        weights += [random(n_gates * hidden, scale=scale) for _ in range(2 * bias)]
+    state = [random(directions, batch, hidden) for _ in range(CELLS[cell].n_states)]
+    return random(steps, batch, inputs), state, weights
+
+
+def run(layer, cell, x, state, weights, directions, **options):
+    """Every output and every gradient, by name."""
+    y, final = layer(cell, x, state, weights, None, directions == 2, **options)
+    outputs = {"y": y, **{f"final{k}": part for k, part in enumerate(final)}}
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [
+        torch.randn(out.shape, generator=generator).to(x.device, x.dtype)
+        for out in outputs.values()
+    ]
+    leaves = {"x": x}
+    leaves |= {f"state{k}": part for k, part in enumerate(state)}
+    leaves |= {f"w{k}": w for k, w in enumerate(weights)}
+    grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), cotangents)
+    outputs |= {f"d_{name}": g for name, g in zip(leaves, grads, strict=True)}
+    return {name: out.detach() for name, out in outputs.items()}
+
+
+def in_float64(cell, x, state, weights, directions):
+    (x,), state, weights = (
+        [t.detach().double().requires_grad_() for t in tensors]
+        for tensors in ((x,), state, weights)
+    )
+    return run(reference.layer, cell, x, state, weights, directions)
+
+
+def rms(a: Tensor) -> float:
+    return a.double().square().mean().sqrt().item()
+
+
+def check(ours, stock, exact):
+    """Our error is at most twice torch's, or an epsilon where torch's is smaller."""
+    for name, truth in exact.items():
+        eps = torch.finfo(ours[name].dtype).eps
+        bound = 2 * rms(stock[name] - truth) + 2 * eps * rms(truth)
+        error = rms(ours[name] - truth)
+        assert error <= bound, f"{name}: {error:.2e} > {bound:.2e}"  # a NaN fails
+
+
+def compare(cell, shape, dtype, schedule, bias=True):
+    x, state, weights = make(cell, shape, dtype, bias)
+    directions = shape[-1]
+    with use_path(schedule or "loop"):
+        try:
+            ours = run(ops.layer, cell, x, state, weights, directions)
+        except ValueError as error:
+            pytest.skip(str(error))
+    stock = run(reference.layer, cell, x, state, weights, directions)
+    check(ours, stock, in_float64(cell, x, state, weights, directions))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_cell_and_schedule(cell, shape, schedule, dtype):
+    compare(cell, shape, dtype, schedule)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "tf32"])
+def test_shapes(cell, shape, dtype):
+    compare(cell, shape, dtype, None, bias=shape[1] % 2 == 0)
+
+
+@pytest.mark.parametrize("protocol", ["flag", "counter"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_repeated_runs_are_bitwise_equal(cell, protocol, monkeypatch):
+    monkeypatch.setattr("fastrnn.kernels.configs._PROTOCOL", protocol)
+    x, state, weights = make(cell, (50, 16, 64, 512, 2), torch.bfloat16)
+    with use_path("persistent"):
+        first = run(ops.layer, cell, x, state, weights, 2)
+        for _ in range(200):
+            again = run(ops.layer, cell, x, state, weights, 2)
+            assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_recompute(schedule):
+    x, state, weights = make("gru", (9, 8, 16, 64, 2), torch.float32)
+    with use_path(schedule):
+        kept = run(ops.layer, "gru", x, state, weights, 2)
+        recomputed = run(ops.layer, "gru", x, state, weights, 2, recompute=True)
+    check(recomputed, kept, in_float64("gru", x, state, weights, 2))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_cuda_graph(schedule):
+    x, state, weights = make("lstm", (20, 16, 32, 64, 1), torch.bfloat16)
+
+    def call():
+        return run(ops.layer, "lstm", x, state, weights, 1)
+
+    with use_path(schedule):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            call()  # compiles
+        torch.cuda.synchronize()
+        x0, state0, weights0 = (
+            x.detach(),
+            [s.detach() for s in state],
+            [w.detach() for w in weights],
+        )
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), torch.no_grad():
+            y, final = ops.layer("lstm", x0, state0, weights0)
+        for seed in range(3):
+            with torch.no_grad():
+                torch.manual_seed(seed)
+                x.copy_(torch.randn_like(x))
+            graph.replay()
+            expected = call()
+            assert torch.equal(y, expected["y"])
+            assert torch.equal(final[1], expected["final1"])
+
+
+def test_compile_fullgraph_with_dynamic_shapes():
+    fastrnn.allow_compile()
+    lstm = fastrnn.LSTM(32, 64, bidirectional=True).cuda().bfloat16()
+    compiled = torch.compile(lstm, fullgraph=True, dynamic=True)
+    for steps, batch in ((20, 4), (33, 7), (64, 16)):
+        x = torch.randn(steps, batch, 32, device="cuda", dtype=torch.bfloat16)
+        with use_path("loop"):
+            expected, _ = lstm(x)
+        y, _ = compiled(x)
+        torch.testing.assert_close(y, expected)
+        for out in (y, expected):
+            out.float().square().sum().backward()
+        assert lstm.weight_hh_l0.grad.isfinite().all()
+
+
+def test_two_streams():
+    problems = [make("lstm", (300, 16, 64, hidden, 1), torch.bfloat16) for hidden in (512, 256)]
+    with use_path("persistent"), torch.no_grad():
+        alone = [ops.layer("lstm", *problem)[0] for problem in problems]
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream() for _ in problems]
+        for _ in range(20):
+            together = []
+            for stream, problem in zip(streams, problems, strict=True):
+                with torch.cuda.stream(stream):
+                    together.append(ops.layer("lstm", *problem)[0])
+            torch.cuda.synchronize()
+            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_second_device():
+    gru = fastrnn.GRU(16, 64).to("cuda:1")
+    x = torch.randn(20, 4, 16, device="cuda:1")
+    with use_path("loop"):
+        y, _ = gru(x)
+    torch.testing.assert_close(y, torch.nn.GRU.forward(gru, x)[0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("schedule", ["resident", "persistent"])
+def test_long_sequence(schedule):
+    """More steps than a 16-bit grid or counter has; state is carried to the end."""
+    x, state, weights = make("gru", (70_000, 1, 4, 32, 1), torch.float32)
+    with use_path(schedule):
+        ours = run(ops.layer, "gru", x, state, weights, 1)
+    tail = x[-200:].detach()
+    with torch.no_grad():
+        h = ours["y"][-201][None]
+        y, _ = reference.layer("gru", tail.double(), [h.double()], [w.double() for w in weights])
+    assert rms(ours["y"][-200:] - y) < 5e-3
+    assert all(t.isfinite().all() for t in ours.values())
+
+
+def test_more_than_2_to_the_31_elements():
+    steps, batch, hidden = 4200, 1024, 128  # 4 * T * B * H = 2.2e9
+    x, state, weights = make("lstm", (steps, batch, 4, hidden, 1), torch.bfloat16)
+    with use_path("loop"), torch.no_grad():
+        y, _ = ops.layer("lstm", x, state, weights)
+        part = slice(batch - 5, batch)
+        last = [s[:, part] for s in state]
+        few, _ = ops.layer("lstm", x[:, part].contiguous(), [s.contiguous() for s in last], weights)
+    torch.testing.assert_close(y[:, part], few, rtol=0, atol=0)
+
+
+def test_nan_travels_and_does_not_hang():
+    x, state, weights = make("lstm", (30, 8, 16, 512, 1), torch.bfloat16)
+    with torch.no_grad():
+        clean, _ = ops.layer("lstm", x, state, weights)
+        x[3, 2] = float("nan")
+        state[0].view(torch.int16)[0, 5] = -1  # the pattern that means "not there yet"
+        with use_path("persistent"):
+            y, _ = ops.layer("lstm", x, state, weights)
+    assert y[3:, 2].isnan().all()
+    assert y[:, 5].isnan().all()
+    others = [0, 1, 3, 4, 6, 7]
+    assert (
+        torch.equal(y[:, others], clean[:, others]) or rms(y[:, others] - clean[:, others]) < 1e-2
+    )
+
+
+def test_bounded_spin_finds_nothing_to_report():
+    from fastrnn.kernels import launch
+
+    x, state, weights = make("lstm", (30, 8, 16, 512, 1), torch.bfloat16)
+    with use_path("persistent"), launch.bounded_spin(10_000_000):
+        run(ops.layer, "lstm", x, state, weights, 1)
+
+
+MODULES = [
+    pytest.param(cls, options, dtype, id=f"{cls.__name__}-{options}-{dtype}")
+    for cls, options, dtype in itertools.product(
+        (fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN),
+        (
+            {"num_layers": 2, "bidirectional": True, "batch_first": True},
+            {"num_layers": 3, "dropout": 0.5},
+            {"bias": False},
+            {"proj_size": 5},
+        ),
+        (torch.float32, torch.float64, torch.bfloat16),
+    )
+    if cls is fastrnn.LSTM or "proj_size" not in options
+]
+
+
+@pytest.mark.parametrize(("cls", "options", "dtype"), MODULES)
+@pytest.mark.parametrize("path", [None, "loop", "torch"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_modules(cls, options, dtype, path, packed):
+    """Every option works on every path, in training, against float64 on the CPU."""
+    torch.manual_seed(0)
+    module = cls(6, 20, **options).to("cuda", dtype)
+    exact = cls(6, 20, **options).double()
+    exact.load_state_dict(module.state_dict())
+    if module.dropout:
+        module.eval(), exact.eval()
+        module.requires_grad_(False)
+    x = torch.randn(20, 7, 6).to("cuda", dtype)
+    inputs = [x, x.cpu().double()]
+    if packed:
+        lengths = torch.tensor([20, 20, 13, 9, 7, 2, 1])
+        lengths = lengths.clamp(max=x.shape[1]) if module.batch_first else lengths
+        batch = x.shape[0] if module.batch_first else x.shape[1]
+        lengths = lengths.repeat(3)[:batch]
+        inputs = [
+            torch.nn.utils.rnn.pack_padded_sequence(
+                t, lengths, batch_first=module.batch_first, enforce_sorted=False
+            )
+            for t in inputs
+        ]
+    with use_path(path):
+        results = [m(t)[0] for m, t in zip((module, exact), inputs, strict=True)]
+    y, truth = (out.data if packed else out for out in results)
+    eps = torch.finfo(dtype).eps if dtype != torch.float32 else 1e-3
+    assert rms(y.cpu() - truth) < 16 * eps
+    if not module.dropout:
+        y.float().square().sum().backward()
+        assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_cells(cell):
+    x, state, weights = make(cell, (1, 5, 7, 33, 1), torch.float32)
+    x, state = x[0], [part[0] for part in state]
+
+    def step(cell, x, state, weights, *_):
+        new = ops.cell_step(cell, x, state, weights)
+        return new[0], new[1:]
+
+    def oracle(cell, x, state, weights, *_):
+        new = reference.cell_step(cell, x, state, weights)
+        return new[0], list(new[1:])
+
+    leaves = [[t.detach().requires_grad_() for t in group] for group in ([x], state, weights)]
+    exact = [[t.detach().double().requires_grad_() for t in group] for group in leaves]
+    ours = run(step, cell, leaves[0][0], leaves[1], leaves[2], 1)
+    stock = run(oracle, cell, leaves[0][0], leaves[1], leaves[2], 1)
+    check(ours, stock, run(oracle, cell, exact[0][0], exact[1], exact[2], 1))
+
+
+def test_autocast():
+    lstm = fastrnn.LSTM(16, 64).cuda()
+    x = torch.randn(40, 8, 16, device="cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16), use_path("loop"):
+        y, (h, c) = lstm(x)
+    assert y.dtype == h.dtype == c.dtype == torch.bfloat16
+    with use_path("loop"):
+        torch.testing.assert_close(y.float(), lstm(x)[0], rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_empty_batch(steps):
+    x, state, weights = make("lstm", (steps, 0, 4, 40, 2), torch.float32)
+    for schedule in (*SCHEDULES, "loop"):
+        with use_path(schedule):
+            results = run(ops.layer, "lstm", x, state, weights, 2)
+        assert results["y"].shape == (steps, 0, 80)
+        assert not results["d_w1"].any()
+
+
+def test_strided_inputs():
+    x, state, weights = make("gru", (12, 6, 8, 32, 2), torch.float32)
+    with use_path("loop"), torch.no_grad():
+        expected, _ = ops.layer("gru", x, state, weights, None, True)
+        strided = x.transpose(0, 1).contiguous().transpose(0, 1)
+        turned = [w.t().contiguous().t() if w.dim() == 2 else w for w in weights]
+        y, _ = ops.layer("gru", strided, state, turned, None, True)
+    torch.testing.assert_close(y, expected)
+
+
+def test_planner_describes_the_device():
+    device, precision = gpu.facts(torch.empty(0, device="cuda"))
+    assert device.processors == torch.cuda.get_device_properties(0).multi_processor_count
+    assert 48 * 1024 <= device.shared_memory <= 256 * 1024
+    assert 500 < device.clock_mhz < 5000
+    assert precision in ("tf32", "tf32x3", "ieee")
+    assert planner.gpu(0) == device

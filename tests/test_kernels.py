@@ -1,0 +1,312 @@
+"""The Triton kernels in the interpreter: every cell, schedule and size against the oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from cooperative import cooperative
+from hypothesis import example, given
+from hypothesis import strategies as st
+from kernel_harness import (
+    MODES,
+    SAVED,
+    Layer,
+    by_kernels,
+    check,
+    draw,
+    same_bits,
+    stacked,
+    tiled,
+)
+
+from fastrnn import reference
+from fastrnn.kernels import configs, launch
+from fastrnn.kernels.activations import sigmoid, tanh
+from fastrnn.kernels.cells import CELLS, Cell
+from fastrnn.kernels.configs import DEVICES, Config, Shape
+
+pytestmark = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="runs in Triton's interpreter"
+)
+
+LSTM, GRU, TANH, RELU, IDENTITY = CELLS.values()
+HALF = (torch.float16, torch.bfloat16)
+
+
+def named(name):
+    """Ids of cells, dtypes and what has a good name of its own."""
+    return getattr(name, "name", None) or str(name).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cell", CELLS.values(), ids=named)
+def test_every_cell(cell, mode, directions):
+    layer = Layer(cell, directions=directions)
+    check(layer, tiled(mode, layer.hidden))
+
+
+@pytest.mark.parametrize(
+    ("layer", "config"),
+    [
+        pytest.param(layer, config, id=f"{config.schedule}-{config.protocol}-{number}")
+        for number, (layer, config) in enumerate(
+            [
+                (Layer(LSTM, 1, 1, 1), tiled("resident", 1)),
+                (Layer(GRU, 5, 1, 1), tiled("flag", 1)),
+                (Layer(TANH, 2, 1, 1, 2), tiled("counter", 1)),
+                (Layer(GRU, 1, 7, 17), tiled("stepwise", 17)),
+                # Several tiles of the batch, the last of one row.
+                (Layer(RELU, 2, 17, 5), tiled("resident", 5, block_b=8)),
+                (Layer(LSTM, 2, 5, 9, 2), tiled("counter", 9, 3, block_k=4)),
+                (Layer(TANH, 2, 33, 17, 2), tiled("stepwise", 17, 3, block_b=16, block_k=4)),
+                # Blocks of columns that end before, at and after those of the slices.
+                (Layer(IDENTITY, 9, 3, 9), tiled("flag", 9, 3)),
+                (Layer(GRU, 5, 3, 17, 2), tiled("flag", 17, 3, block_k=4)),
+                (Layer(LSTM, 3, 1, 33), tiled("flag", 33, 3, block_k=16)),
+                # So large that mailboxes are read in more than one go.
+                (Layer(GRU, 2, 33, 129), tiled("flag", 129, 3, block_b=64, block_k=64)),
+                (Layer(LSTM, 2, 33, 129), tiled("counter", 129, 3, block_b=64, block_k=32)),
+                (Layer(LSTM, 2, 7, 129), tiled("resident", 129, block_b=8)),
+                (Layer(GRU, 2, 7, 129), tiled("stepwise", 129, 3, block_b=8, block_k=64)),
+                # Launch after launch.
+                (Layer(GRU, 2, 9, 7, 2), tiled("flag", 7, tiles=2)),
+                (Layer(LSTM, 2, 9, 7), tiled("counter", 7, tiles=1)),
+                (Layer(TANH, 2, 9, 7, 2), tiled("resident", 7, tiles=2)),
+            ]
+        )
+    ],
+)
+def test_sizes(layer, config):
+    check(layer, config)
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward"), [("flag", "stepwise"), ("stepwise", "counter"), ("counter", "flag")]
+)
+def test_backward_by_another_schedule(forward, backward):
+    layer = Layer(LSTM, batch=5, hidden=9, directions=2)
+    check(layer, tiled(forward, 9), tiled(backward, 9, 3, block_b=2))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=named)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cell", [LSTM, GRU, RELU], ids=named)
+def test_half_precision(cell, mode, dtype):
+    layer = Layer(cell, steps=4, dtype=dtype)
+    check(layer, tiled(mode, layer.hidden))
+
+
+@pytest.mark.parametrize("missing", ["bias", "state", "dy"])
+@pytest.mark.parametrize("mode", MODES)
+def test_without(mode, missing):
+    """No bias, a state of zeros, no gradient of the output."""
+    layer = Layer(GRU, directions=2, **{missing: False})
+    check(layer, tiled(mode, layer.hidden))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cell", [LSTM, GRU, TANH], ids=named)
+def test_activations_computed_again(cell, mode):
+    layer = Layer(cell, directions=1 + (mode in ("flag", "resident")))
+    check(layer, tiled(mode, layer.hidden), save=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=named)
+@pytest.mark.parametrize("mode", MODES)
+def test_forward_for_inference(mode, dtype):
+    """What is not asked for is not returned, and the rest is the same in every bit."""
+    layer = Layer(LSTM, dtype=dtype)
+    numbers, config = draw(layer), tiled(mode, layer.hidden)
+    trained = by_kernels(layer, numbers, config)
+    with cooperative(1):
+        y, traces, saved, final = launch.forward(
+            LSTM, numbers.wx, *stacked(numbers), numbers.initial, config, "ieee"
+        )
+    assert traces == []
+    assert saved is None
+    for mine, name in zip((y, *final), ("y", "h_n", "c_n"), strict=True):
+        assert same_bits(mine, trained[name])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_backward_twice_is_the_same(mode):
+    layer = Layer(GRU, directions=2)
+    numbers, config = draw(layer), tiled(mode, layer.hidden)
+    r, b = stacked(numbers)
+    with cooperative(1):
+        y, traces, saved, _ = launch.forward(
+            GRU, numbers.wx, r, b, numbers.initial, config, "ieee", traced=True, save=True
+        )
+        given = numbers.dy, numbers.d_final, r, numbers.initial, y, traces, saved
+        first, again = (launch.backward(GRU, *given, config, "ieee") for _ in range(2))
+    assert same_bits(first[0], again[0])
+    assert same_bits(first[1][0], again[1][0])
+
+
+# A cell of two gates that no file of the package knows: a minimal gated unit (Zhou et al. 2016)
+# with the gate applied after the recurrent product, f = sigmoid(wx + rh),
+# n = tanh(wx_n + f * rh_n), h' = h + f * (n - h).
+
+
+@triton.jit
+def mgu_forward(wx, rh, state):
+    f = sigmoid(wx[0] + rh[0])
+    n = tanh(wx[1] + f * rh[1])
+    return (state[0] + f * (n - state[0]),), (f, n, rh[1])
+
+
+@triton.jit
+def mgu_backward(saved, state, previous, d_state):
+    f, n, rh_n = saved
+    dh = d_state[0]
+    d_wx_n = dh * f * (1.0 - n * n)
+    df = dh * (n - previous[0]) + d_wx_n * rh_n
+    return (df * f * (1.0 - f), d_wx_n * f), (d_wx_n,), (dh * (1.0 - f),)
+
+
+MGU = Cell("mgu", 2, 1, 3, 1, mgu_forward, mgu_backward)
+
+
+def mgu_step(wx, rh, state):
+    f, n, rh_n = mgu_saved(wx.chunk(2, dim=-1), rh.chunk(2, dim=-1))
+    return ((1 - f) * state[0] + f * n,)
+
+
+def mgu_saved(wx, rh):
+    f = torch.sigmoid(wx[0] + rh[0])
+    return [f, torch.tanh(wx[1] + f * rh[1]), rh[1]]
+
+
+@pytest.fixture
+def mgu(monkeypatch):
+    """The cell, known to the reference as well."""
+    monkeypatch.setitem(reference.CELLS, "mgu", reference.Cell("mgu", 2, 1, mgu_step))
+    monkeypatch.setitem(SAVED, "mgu", mgu_saved)
+    return MGU
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_new_cell(mgu, mode, directions):
+    layer = Layer(mgu, directions=directions, batch=5 if directions == 1 else 3)
+    check(layer, tiled(mode, layer.hidden), save=directions == 1)
+
+
+def test_new_cell_in_half_precision(mgu):
+    layer = Layer(mgu, dtype=torch.bfloat16)
+    check(layer, tiled("flag", layer.hidden))
+
+
+@triton.jit
+def activation_kernel(x_ptr, y_ptr, activation: tl.constexpr, n: tl.constexpr):
+    at = tl.arange(0, n)
+    tl.store(y_ptr + at, activation(tl.load(x_ptr + at)))
+
+
+def activated(activation, x):
+    y = np.empty_like(x)
+    with cooperative(0):
+        activation_kernel[(1,)](torch.from_numpy(x), out := torch.from_numpy(y), activation, len(x))
+    return out.numpy()
+
+
+def ulps(y, exact):
+    """Error in units in the last place of float32, of a normal number at least."""
+    unit = np.spacing(np.maximum(np.abs(exact), np.finfo(np.float32).tiny).astype(np.float32))
+    return np.abs(y.astype(np.float64) - exact) / unit
+
+
+MAGNITUDES = np.concatenate(
+    [
+        np.geomspace(1e-45, 1e4, 4090),
+        np.array([0.25, np.nextafter(np.float32(0.25), np.float32(0)), 9, 17, 88.5, 0]),
+    ]
+).astype(np.float32)
+
+
+def test_tanh():
+    x = np.concatenate([MAGNITUDES, -MAGNITUDES])
+    y = activated(tanh, x)
+    assert ulps(y, np.tanh(x.astype(np.float64))).max() <= 4
+    assert (np.signbit(y) == np.signbit(x)).all()
+    assert (np.abs(y) <= 1).all()
+    assert (np.abs(y)[np.abs(x) > 9.5] == 1).all()
+
+
+def test_sigmoid():
+    x = np.concatenate([MAGNITUDES, -MAGNITUDES])
+    y = activated(sigmoid, x)
+    with np.errstate(over="ignore"):
+        exact = 1 / (1 + np.exp(-x.astype(np.float64)))
+    assert ulps(y, exact).max() <= 4
+    assert ((y >= 0) & (y <= 1)).all()
+    assert (y[x > 18] == 1).all()
+    assert (y[x < -104] == 0).all()
+
+
+@pytest.mark.parametrize(("activation", "least"), [(tanh, -1), (sigmoid, 0)])
+def test_activations_of_what_is_not_finite(activation, least):
+    y = activated(activation, np.array([np.inf, -np.inf, np.nan, -np.nan], np.float32))
+    assert y[:2].tolist() == [1, least]
+    assert np.isnan(y[2:]).all()
+
+
+# Configurations: no kernel runs.
+
+shapes = st.builds(
+    Shape,
+    n_gates=st.sampled_from([1, 2, 3, 4]),
+    batch=st.integers(1, 5000),
+    hidden_size=st.integers(1, 4096),
+    directions=st.sampled_from([1, 2]),
+    itemsize=st.sampled_from([2, 4]),
+    precision=st.sampled_from(["ieee", "tf32", "tf32x3"]),
+)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=named)
+@given(shape=shapes, backward=st.booleans())
+@example(Shape(1, 1, 1, 1, 2, "ieee"), False)
+@example(Shape(4, 4096, 4096, 2, 4, "tf32x3"), True)
+def test_configurations_fit_the_device(device, shape, backward):
+    chosen = configs.choose(shape, device, backward=backward)
+    found = list(configs.candidates(shape, device, backward=backward))
+    assert chosen.config in found
+    assert chosen.step_us > 0
+    for config in found:
+        assert config.schedule in configs.SCHEDULES
+        assert config.protocol in configs.PROTOCOLS
+        assert all(n & (n - 1) == 0 for n in (config.block_b, config.block_h, config.block_k))
+        slices = -(-shape.hidden_size // config.block_h)
+        if config.schedule == "resident":
+            assert slices == 1
+            assert config.block_k == config.block_h
+        if config.schedule == "persistent":
+            assert device.target == "cuda"
+            assert config.protocol != configs.LOCAL
+            assert slices > 1
+            assert 1 <= slices * config.tiles * shape.directions <= device.processors
+            together = configs.block_s(config, slices)
+            assert together >= 1
+            assert together & (together - 1) == 0
+        else:
+            assert config.protocol == configs.LOCAL
+        if config.schedule != "stepwise":
+            assert configs.shared_memory(config, shape) <= device.shared_memory
+
+
+@pytest.mark.parametrize("schedule", configs.SCHEDULES)
+@pytest.mark.parametrize("device", DEVICES.values(), ids=named)
+def test_only_one_schedule(device, schedule):
+    small = Shape(4, 16, 64, 2, 2, "ieee")
+    choice = configs.choose(small, device, schedule=schedule)
+    if schedule == "persistent" and device.target != "cuda":
+        assert choice is None
+    else:
+        assert choice.config.schedule == schedule
+    large = small._replace(hidden_size=4096)
+    assert (configs.choose(large, device, schedule=schedule) is None) == (schedule != "stepwise")
