@@ -5,9 +5,9 @@ ptxas or LLVM made of them says whether registers spill, shared memory suffices,
 instructions are used and loads are wide. ``python -m fastrnn.bench.compile_budget`` writes a row
 for each kernel and exits with 1 if one breaks a budget.
 
-The *time loop* is the longest range of instructions that ends with a jump back to its start; a
-kernel without one counts as a whole. The first poll of an exchange is peeled off its loop, so that
-the two count together. A stepwise kernel has a loop over K, or it is unrolled.
+The *time loop* is the longest range of instructions that ends with a jump back to its start; of a
+stepwise kernel, which is one step, it is all. The first poll of an exchange is peeled off its loop,
+so that the two count together.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def measure(variant: Variant) -> Measured:
     else:
         compiled = _compile(variant, GPUTarget("cuda", device.capability, 32))
         registers, spilled, code = _read_cubin(compiled.asm["cubin"])
-    loop = _time_loop(code)
+    loop = _time_loop(code) if variant.schedule != "stepwise" else [name for name, _ in code]
     loads = [(_width(name), "STRONG.SYS" in name) for name in loop if _LOAD.match(name)]
     return Measured(
         registers,
@@ -297,9 +297,11 @@ def _read_amdgcn(text: str) -> tuple[int, int, _Code]:
 
 
 def _time_loop(code: _Code) -> list[str]:
-    loops = [(n - goal, goal) for n, (_, goal) in enumerate(code) if goal is not None]
-    length, first = max(loops, default=(0, 0))
-    return [name for name, _ in (code[first : first + length + 1] if length > 0 else code)]
+    first, last = max(
+        ((goal, n) for n, (_, goal) in enumerate(code) if goal is not None),
+        key=lambda jump: jump[1] - jump[0],
+    )
+    return [name for name, _ in code[first : last + 1]]
 
 
 _LOAD = re.compile(r"LDG|(global|buffer)_load")

@@ -170,7 +170,9 @@ _PER_ELEMENT = {1: 8, 3: 20, 4: 20}
 _COPIES_OF_H = {1: 1.0, 3: 1.5, 4: 1.0}
 # Columns of h up to which forward in three products compiles without spilling.
 _TF32X3_COLUMNS = 256
-_WARPS = 8
+# 256 threads: then all 255 registers of NVIDIA's and 512 of AMD's multiprocessors are theirs.
+_WARPS = {"cuda": 8, "hip": 4}
+_THREADS = 256
 
 
 def choose(
@@ -220,25 +222,27 @@ def candidates(shape: Shape, device: Device, *, backward: bool = False) -> Itera
             continue  # more than half of its rows would be empty
         for block_h in (16, 32, 64, 128):
             yield from _on_chip(shape, device, backward, block_b, block_h)
-    for block_b in (16, 64):
+    # Rows of an exact product take registers instead of matrix instructions, and 64 spill.
+    exact = shape.itemsize == 4 and shape.precision == "ieee"
+    for block_b in (16, 32 if exact else 64):
         yield Config("stepwise", LOCAL, block_b, 32, 64, 4, 65535)
 
 
 def _on_chip(
     shape: Shape, device: Device, backward: bool, block_b: int, block_h: int
 ) -> Iterator[Config]:
-    hidden = shape.hidden_size
+    hidden, warps = shape.hidden_size, _WARPS[device.target]
     slices = -(-hidden // block_h)
     if slices == 1:
         if block_h > 16 and block_h >= 2 * hidden:
             return
-        config = Config("resident", LOCAL, block_b, block_h, block_h, _WARPS, 65535)
+        config = Config("resident", LOCAL, block_b, block_h, block_h, warps, 65535)
     else:
         if device.target != "cuda":
             return  # programs that wait for each other were not tried there
         block_k = _block_k(shape, backward)
         tiles = min(device.processors // (slices * shape.directions), 65535)
-        config = Config("persistent", _PROTOCOL, block_b, block_h, block_k, _WARPS, tiles)
+        config = Config("persistent", _PROTOCOL, block_b, block_h, block_k, warps, tiles)
     if (
         config.tiles
         and _in_registers(config, shape, backward)
@@ -250,8 +254,7 @@ def _on_chip(
 def _in_registers(config: Config, shape: Shape, backward: bool) -> bool:
     """Whether a kernel compiles without spilling registers, and its warps share its products."""
     limits = _LIMITS["half" if shape.itemsize == 2 else shape.precision]
-    threads = 32 * config.num_warps
-    tile = config.block_b * config.block_h / threads
+    tile = config.block_b * config.block_h / _THREADS
     several = 4 if shape.n_gates == 1 else 1  # so much less for one gate
     if config.schedule == "resident":
         return tile <= several * limits.resident
@@ -265,7 +268,7 @@ def _in_registers(config: Config, shape: Shape, backward: bool) -> bool:
     padded = -(-shape.hidden_size // config.block_k) * config.block_k
     if shape.itemsize == 4 and shape.precision == "tf32x3" and padded > _TF32X3_COLUMNS:
         return False
-    h = config.block_b * padded * shape.itemsize / 4 / threads
+    h = config.block_b * padded * shape.itemsize / 4 / _THREADS
     live = _COPIES_OF_H[shape.n_gates] * h + _PER_ELEMENT[shape.n_gates] * tile
     return live <= limits.forward
 
