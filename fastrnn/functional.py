@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ def lstm(
     dropout: float = 0.0,
     training: bool = False,
     batch_sizes: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Run a long short-term memory network over a batch of sequences.
 
@@ -66,6 +68,10 @@ def lstm(
     training : bool, default False
     batch_sizes : int64 Tensor of shape (T,) on the CPU, optional
         Rows at each step, never increasing, as in ``PackedSequence``.
+    recompute : bool, default False
+        Whether to keep less memory between forward and backward: of each layer its output and
+        cell states, without the gates. Backward computes these again: on a GPU with one more
+        product over all steps, on a CPU with another forward.
 
     Returns
     -------
@@ -104,6 +110,7 @@ def lstm(
         dropout,
         training,
         batch_sizes,
+        recompute,
     )
     return output, (h, c)
 
@@ -118,6 +125,7 @@ def gru(
     dropout: float = 0.0,
     training: bool = False,
     batch_sizes: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run a gated recurrent unit network over a batch of sequences.
 
@@ -129,7 +137,7 @@ def gru(
         Initial state, zeros if None.
     weights : sequence of Tensor
         As for `lstm`, with 3H rows, gates in the order r, z, n, and no ``weight_hr``.
-    batch_first, bidirectional, dropout, training, batch_sizes
+    batch_first, bidirectional, dropout, training, batch_sizes, recompute
         As for `lstm`.
 
     Returns
@@ -158,7 +166,16 @@ def gru(
     """
     state = None if hx is None else [hx]
     output, (h,) = _sequence(
-        "gru", input, state, weights, batch_first, bidirectional, dropout, training, batch_sizes
+        "gru",
+        input,
+        state,
+        weights,
+        batch_first,
+        bidirectional,
+        dropout,
+        training,
+        batch_sizes,
+        recompute,
     )
     return output, h
 
@@ -174,6 +191,7 @@ def rnn(
     dropout: float = 0.0,
     training: bool = False,
     batch_sizes: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run an Elman network, h' = phi(W_ih x + b_ih + W_hh h + b_hh), over a batch of sequences.
 
@@ -187,7 +205,7 @@ def rnn(
         As for `lstm`, with H rows and no ``weight_hr``.
     nonlinearity : {'tanh', 'relu', 'identity'}, default 'tanh'
         phi; 'identity' gives a linear network, which torch does not have.
-    batch_first, bidirectional, dropout, training, batch_sizes
+    batch_first, bidirectional, dropout, training, batch_sizes, recompute
         As for `lstm`.
 
     Returns
@@ -220,6 +238,7 @@ def rnn(
         dropout,
         training,
         batch_sizes,
+        recompute,
     )
     return output, h
 
@@ -366,6 +385,7 @@ def _sequence(
     dropout: float,
     training: bool,
     batch_sizes: Tensor | None,
+    recompute: bool,
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """Check the arguments, plan, and run all layers; returns the output and the final states."""
     directions = 2 if bidirectional else 1
@@ -395,6 +415,7 @@ def _sequence(
                 dropout,
                 training,
                 batch_sizes,
+                recompute,
             )
         return output.to(of_h), [final[0].to(of_h), *final[1:]]
 
@@ -408,6 +429,8 @@ def _sequence(
         layers=num_layers,
         directions=directions,
     )
+    if recompute and path == "torch" and ops.differentiated(input, *weights, *(state or ())):
+        path = "loop"  # torch's kernels keep everything
     initial = state or []
     if not initial and (path == "torch" or batch_sizes is not None):
         initial = [input.new_zeros(shape) for shape in shapes]
@@ -429,7 +452,7 @@ def _sequence(
         batch_sizes=batch_sizes,
         bidirectional=bidirectional,
         dropout=lambda y: torch.dropout(y, dropout, training),
-        layer=ops.layer if path == "loop" else reference.layer,
+        layer=partial(ops.layer, recompute=recompute) if path == "loop" else reference.layer,
     )
     return output.transpose(0, 1) if batch_first else output, final
 

@@ -105,3 +105,29 @@ def test_weights_may_be_any_sequence(path: str) -> None:
     with use_path(path):
         y, _ = F.gru(X, None, parameters)
         assert y.equal(F.gru(X, None, tuple(parameters))[0])
+
+
+@pytest.mark.parametrize("path", [None, *PATHS])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_recompute_changes_memory_and_nothing_else(cell, path):
+    module = getattr(torch.nn, cell.upper())(3, 4, num_layers=2, bidirectional=True).double()
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    weights = list(module.parameters())
+    results, kept = [], []
+    for recompute in (False, True):
+        sizes: list[int] = []
+        with (
+            use_path(path),
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
+            ),
+        ):
+            y, _ = getattr(F, cell)(
+                x, None, weights, bidirectional=True, recompute=recompute
+            )
+        results.append([y, *torch.autograd.grad(y.square().sum(), weights)])
+        kept.append(sum(sizes))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    if path == "loop":
+        assert kept[1] < kept[0]
