@@ -552,7 +552,7 @@ def choose_path(
         ops.transformed(),
         layers,
         directions,
-        *((None, "ieee") if input.is_cpu else ops.gpu.facts(input)),
+        *((None, "tf32") if input.is_cpu else ops.gpu.facts(input)),
     )
 
 

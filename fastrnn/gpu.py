@@ -32,9 +32,10 @@ def facts(x: Tensor) -> tuple[Device | None, str]:
         The fields `gpu` and `precision` of ``planner.Problem``.
     """
     if not x.is_cuda:
-        return None, "ieee"
-    is_float32 = x.dtype == torch.float32
-    return planner.gpu(x.device.index), planner.float32_precision() if is_float32 else "ieee"
+        return None, "tf32"
+    # Of other dtypes there is nothing to choose.
+    precision = planner.float32_precision() if x.dtype == torch.float32 else "tf32"
+    return planner.gpu(x.device.index), precision
 
 
 def has_kernels(

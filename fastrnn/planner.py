@@ -61,7 +61,7 @@ class Problem(NamedTuple):
         Of the whole stack.
     gpu : fastrnn.kernels.configs.Device, optional
         The GPU, present or not, if `device` is one that Triton compiles for.
-    precision : {'ieee', 'tf32', 'tf32x3'}
+    precision : {'tf32', 'tf32x3', 'ieee'}
         Of products of float32 on a GPU; see `float32_precision`.
     """
 
@@ -80,7 +80,7 @@ class Problem(NamedTuple):
     layers: int = 1
     directions: int = 1
     gpu: Device | None = None
-    precision: str = "ieee"
+    precision: str = "tf32"
 
 
 class Plan(NamedTuple):

@@ -1,8 +1,24 @@
 """Triton kernels, imported as ``fastrnn.kernels``.
 
-Files with ``@triton.jit`` functions import triton and nothing else, so that they can be
-read, interpreted and compiled without torch and without a GPU; the one file that
-allocates and launches imports torch. Nothing here imports the rest of the package.
+A cell (``cells/``) is two functions on tiles; a schedule is one forward and one backward loop
+through time that knows no cell by name:
 
-No kernel has landed yet: on a GPU every layer runs on torch's own kernels.
+``persistent.py``
+    The recurrent weights stay on chip for the whole sequence: in one program (*resident*) or
+    spread over a group of programs that exchange h every step (*persistent*).
+``stepwise.py``
+    One launch for each step.
+
+``exchange.py`` holds the protocols by which programs of a group wait for each other, ``tiles.py``
+and ``activations.py`` what both schedules are made of. ``configs.py`` chooses schedule and tiles
+by a model of a step's time, ``launch.py`` allocates and launches.
+
+Files with ``@triton.jit`` functions import triton and nothing else, so that they can be read,
+interpreted and compiled without a GPU; ``configs.py`` imports nothing, ``launch.py`` alone imports
+torch. Nothing here imports the rest of the package.
+
+Capitals are compile-time constants: H hidden units, BLOCK_B rows of the batch and BLOCK_H hidden
+units of a tile. T steps, B rows of the batch, D directions, G gates are known at run time or
+from shapes. ``unit0`` is the first hidden unit of a program; ``row`` its rows of the batch and
+``rows`` the same rows at a step, in the flattened (T, B).
 """

@@ -8,6 +8,7 @@ compared with a measurement yet.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,6 +28,9 @@ class Device(NamedTuple):
         Most bytes that one program may have.
     clock_mhz : int
         Boost clock, for times in microseconds.
+    protocol : {'flag', 'counter'}
+        How programs wait for each other (see exchange.py). By default 'flag', which is one trip
+        through L2 where 'counter' is two.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Device(NamedTuple):
     processors: int
     shared_memory: int
     clock_mhz: int
+    protocol: str = "flag"
 
 
 # From the vendors' data sheets and tuning guides.
@@ -118,63 +123,67 @@ SCHEDULES = ("resident", "persistent", "stepwise")
 PRECISIONS = ("ieee", "tf32", "tf32x3")  # of float32
 LOCAL, FLAG, COUNTER = PROTOCOLS = ("local", "flag", "counter")  # see exchange.py
 
-# One trip through L2 instead of two; the counter is there to be compared on a device.
-_PROTOCOL = FLAG
-
 # Cycles. Shared memory reads 128 bytes a cycle (CUDA programming guide, 32 banks of 4 bytes).
 _SHARED_BYTES = 128
-# A warp-level matrix product that waits for the one before it: 33 cycles on A100 and H100
-# (Sun et al., arXiv:2206.02874; Luo et al., arXiv:2402.13499), 16 deep in K for 2-byte elements.
+# A warp-level matrix product that waits for the one before it, 16 deep in K for 2-byte elements: a
+# design estimate after Sun et al., arXiv:2206.02874, who measured A100, for all devices.
 _DOT_LATENCY = 33
-# Multiply-adds of a multiprocessor in a cycle by the warp-level instructions (A100 white paper:
-# 312 and 156 TFLOP/s; the same instructions were not made faster since).
+# Multiply-adds of a multiprocessor in a cycle: 312, 156 and 19.5 TFLOP/s of the A100 white paper.
+# Later devices are taken to be no faster at the same warp-level instructions, a design estimate.
 _FMA = {"half": 1024, "tf32": 512, "tf32x3": 512 / 3, "ieee": 64}
-# Store, until another multiprocessor sees it in L2: about 0.5 us on an H100; a load from L2: 270
-# cycles (arXiv:2402.13499); 64 bytes a cycle arrive at one multiprocessor.
+# Store, until another multiprocessor sees it in L2 (some 0.5 us); a load from L2; bytes that
+# arrive at one multiprocessor in a cycle. Design estimates for an H100.
 _VISIBLE, _L2_LATENCY, _L2_BYTES = 900, 270, 64
-# Pointwise part: about ten barriers with a shared-memory trip between, 40 cycles each, and the
-# exponentials and divisions of a few elements a thread (counted in compiled code).
+# Pointwise part: some ten barriers with a trip through shared memory between, 40 cycles each
+# (they are counted in bench/results/compile_budget.csv; the cycles are a design estimate).
 _POINTWISE = 400
-# A launch that does nothing, back to back on a stream, and the latency of device memory.
+# A launch that does nothing, back to back on a stream, and the latency of device memory: design
+# estimates.
 _LAUNCH_US, _MEMORY_LATENCY = 2.5, 600
 
 
 class _Limits(NamedTuple):
     """What a thread may hold of a tile [block_b, block_h] without spilling its 255 registers.
 
+    Each for rows that are loaded 16 bytes at a time, and for rows that start anywhere and are
+    loaded in parts, each with an address and a predicate.
+
     Attributes
     ----------
-    resident, backward : int
-        Elements, of a resident kernel and of a persistent backward one.
-    forward : int
-        Elements times `_PER_ELEMENT` and registers of h together, of a persistent forward one.
+    resident, backward : (float, float)
+        Elements, of a resident kernel (of which only backward minds how rows are loaded) and of a
+        persistent backward one.
+    forward : (float, float)
+        Elements times `_PER_ELEMENT` and h in registers together, of a persistent forward one.
     """
 
-    resident: int
-    backward: int
-    forward: int
+    resident: tuple[float, float]
+    backward: tuple[float, float]
+    forward: tuple[float, float]
 
 
-# Found by compiling for sm_80, sm_90 and sm_100 with triton 3.6, where the next larger tile spills
-# (bench/compile_budget.py). The registers of an exact product, which no matrix instruction
-# computes, depend on more than the tile: it has the smallest one.
+# Fitted to what compiles without spilling for sm_80, sm_90 and sm_100 with triton 3.6
+# (bench/compile_budget.py); mostly the next larger tile spills. The registers of products in three
+# parts and of exact ones, which no matrix instruction computes, vary more than a formula follows:
+# see `_in_registers`.
 _LIMITS = {
-    "half": _Limits(8, 4, 104),
-    "tf32": _Limits(4, 2, 104),
-    "tf32x3": _Limits(4, 2, 72),
-    "ieee": _Limits(1, 1, 52),
+    "half": _Limits((8, 4), (4, 2), (118, 77)),
+    "tf32": _Limits((4, 4), (2, 1), (118, 59)),
+    "tf32x3": _Limits((4, 2), (2, 1), (86, 43)),
+    "ieee": _Limits((1, 1), (1, 0.5), (59, 29)),
 }
-# An element counts once for each gate and for what is computed from them; GRU has four terms.
-_PER_ELEMENT = {1: 8, 3: 20, 4: 20}
-# The two products of a GRU's h (see block_pointers) keep part of it for the second one.
-_COPIES_OF_H = {1: 1.0, 3: 1.5, 4: 1.0}
-# Columns of h up to which forward in three products compiles without spilling.
-_TF32X3_COLUMNS = 256
+# An element of one gate, and of several gates with what is computed from them.
+_PER_ELEMENT_OF_ONE, _PER_ELEMENT = 10.5, 27
+# h goes through two products of three gates (see block_pointers), and is kept for the second.
+_COPIES_OF_H = 2.1
+# Elements of dh, of a tile of the batch and all units: 32 rows of 2048 spill, of 1408 do not.
+_BACKWARD_TILE = 32 * 1536
 # 256 threads: then all 255 registers of NVIDIA's and 512 of AMD's multiprocessors are theirs.
 _WARPS = {"cuda": 8, "hip": 4}
 _THREADS = 256
 
 
+@functools.lru_cache(maxsize=4096)  # asked at every call of a layer
 def choose(
     shape: Shape, device: Device, *, backward: bool = False, schedule: str | None = None
 ) -> Choice | None:
@@ -216,16 +225,20 @@ def candidates(shape: Shape, device: Device, *, backward: bool = False) -> Itera
     Config
     """
     # 64 rows would be warp-group (sm_90) or tcgen05 (sm_100) products, whose left operand is in
-    # shared memory: all of h at once, and 300 to 1000 bytes of a thread's registers spill.
+    # shared memory, all of h at once; 40 to 1,750 bytes of a thread spilled in those tried.
     for block_b in (16, 32):
         if block_b > 16 and block_b >= 2 * shape.batch:
             continue  # more than half of its rows would be empty
         for block_h in (16, 32, 64, 128):
             yield from _on_chip(shape, device, backward, block_b, block_h)
-    # Rows of an exact product take registers instead of matrix instructions, and 64 spill.
-    exact = shape.itemsize == 4 and shape.precision == "ieee"
-    for block_b in (16, 32 if exact else 64):
-        yield Config("stepwise", LOCAL, block_b, 32, 64, 4, 65535)
+    # Larger blocks, or float32 in fewer threads, spill.
+    kind, narrow = _kind(shape), _narrow(shape)
+    block_k, num_warps = (64, 4) if kind == "half" else (32, _WARPS[device.target])
+    more_rows = (64,) if not narrow else ()
+    if kind == "ieee":
+        more_rows, block_k = (32,), 16 if narrow else 32
+    for block_b in (16, *more_rows):
+        yield Config("stepwise", LOCAL, block_b, 32, block_k, num_warps, 65535)
 
 
 def _on_chip(
@@ -242,7 +255,7 @@ def _on_chip(
             return  # programs that wait for each other were not tried there
         block_k = _block_k(shape, backward)
         tiles = min(device.processors // (slices * shape.directions), 65535)
-        config = Config("persistent", _PROTOCOL, block_b, block_h, block_k, warps, tiles)
+        config = Config("persistent", device.protocol, block_b, block_h, block_k, warps, tiles)
     if (
         config.tiles
         and _in_registers(config, shape, backward)
@@ -253,33 +266,52 @@ def _on_chip(
 
 def _in_registers(config: Config, shape: Shape, backward: bool) -> bool:
     """Whether a kernel compiles without spilling registers, and its warps share its products."""
-    limits = _LIMITS["half" if shape.itemsize == 2 else shape.precision]
+    kind, narrow = _kind(shape), _narrow(shape)
+    limits = _LIMITS[kind]
     tile = config.block_b * config.block_h / _THREADS
-    several = 4 if shape.n_gates == 1 else 1  # so much less for one gate
-    if config.schedule == "resident":
-        return tile <= several * limits.resident
-    if backward:
-        return tile <= several * limits.backward
-    # Triton gives all warps the same columns of a product that is not wider than high, if others
-    # follow it. Those of GRU and of one gate have block_h columns, LSTM's has four times as many.
-    exact = shape.itemsize == 4 and shape.precision == "ieee"
-    if shape.n_gates != 4 and config.block_h <= config.block_b and not exact:
-        return False
+    several = 4 if shape.n_gates == 1 else 1  # elements of one gate take so much less
     padded = -(-shape.hidden_size // config.block_k) * config.block_k
-    if shape.itemsize == 4 and shape.precision == "tf32x3" and padded > _TF32X3_COLUMNS:
+    if config.schedule == "resident":
+        return tile <= several * limits.resident[narrow and backward]
+    if backward:
+        fits = tile <= several * limits.backward[narrow]
+        return fits and config.block_b * padded <= _BACKWARD_TILE
+    # If products follow each other, Triton gives all warps the same columns of one that is not
+    # wider than high. A product has block_h columns, or two or four times as many.
+    narrowest = (shape.n_gates & -shape.n_gates) * config.block_h
+    if narrowest <= config.block_b and kind != "ieee":
+        return False
+    # These spill although the formula below sees room.
+    wide = config.block_h > 16
+    if kind == "tf32" and shape.n_gates == 4 and wide and padded > 256:
+        return False
+    if kind == "tf32x3" and (padded > (128 if wide else 256) or (shape.n_gates == 4 and wide)):
+        return False
+    if kind == "ieee" and shape.n_gates == 3 and padded > 128:
         return False
     h = config.block_b * padded * shape.itemsize / 4 / _THREADS
-    live = _COPIES_OF_H[shape.n_gates] * h + _PER_ELEMENT[shape.n_gates] * tile
-    return live <= limits.forward
+    copies = _COPIES_OF_H if shape.n_gates == 3 else 1
+    per_element = _PER_ELEMENT_OF_ONE if shape.n_gates == 1 else _PER_ELEMENT
+    return copies * h + per_element * tile <= limits.forward[narrow]
+
+
+def _narrow(shape: Shape) -> bool:
+    """Whether rows do not all start at a multiple of 16 bytes."""
+    return shape.hidden_size * shape.itemsize % 16 > 0
+
+
+def _kind(shape: Shape) -> str:
+    return "half" if shape.itemsize == 2 else shape.precision
 
 
 def _block_k(shape: Shape, backward: bool) -> int:
     """The widest block that wastes less than an eighth of itself and does not spill."""
-    widest = {"ieee": 64, "tf32x3": 64 if backward else 32, "tf32": 128 if backward else 256}[
-        shape.precision
-    ]
-    if shape.itemsize == 2:
-        widest = 128 if backward else 512
+    widest = {
+        "half": 128 if backward else 512,
+        "tf32": 128,
+        "tf32x3": 64 if backward else 32,
+        "ieee": 64,
+    }[_kind(shape)]
     while widest > 32 and -(-shape.hidden_size // widest) * widest > shape.hidden_size * 9 / 8:
         widest //= 2
     return widest
@@ -314,11 +346,11 @@ def shared_memory(config: Config, shape: Shape) -> int:
     int
     """
     padded = -(-shape.hidden_size // config.block_k) * config.block_k
-    copies = 2 if shape.precision == "tf32x3" and shape.itemsize == 4 else 1
+    copies = 2 if _kind(shape) == "tf32x3" else 1
     weights = shape.n_gates * config.block_h * padded * shape.itemsize * copies
     # The left operand of a dot, or four tiles of float32 on their way to another layout.
     columns = config.block_k
-    if shape.n_gates == 3 and shape.precision == "ieee":
+    if shape.n_gates == 3 and _kind(shape) == "ieee":
         columns = padded  # all of h, for the second of two products
     staging = config.block_b * max(columns * shape.itemsize * copies, 16 * config.block_h)
     return weights + staging
@@ -343,7 +375,7 @@ def step_us(config: Config, shape: Shape, device: Device, *, backward: bool = Fa
     tiles = -(-shape.batch // config.block_b)
     padded = -(-hidden // config.block_k) * config.block_k
     gates = 4 if shape.n_gates == 3 and not backward else shape.n_gates
-    rate = _FMA["half" if shape.itemsize == 2 else shape.precision]
+    rate = _FMA[_kind(shape)]
     products = config.block_b * gates * config.block_h * padded / rate
     if config.schedule == "stepwise":
         waves = -(-slices * tiles * shape.directions // device.processors)
@@ -356,7 +388,7 @@ def step_us(config: Config, shape: Shape, device: Device, *, backward: bool = Fa
     weights = gates * config.block_h * padded * shape.itemsize / _SHARED_BYTES
     depth = gates * config.block_h if backward else padded
     chain = _DOT_LATENCY * depth * shape.itemsize / 32
-    if shape.precision == "ieee" and shape.itemsize == 4:
+    if _kind(shape) == "ieee":
         chain = 0.0
     cycles = max(products, weights, chain) + _POINTWISE
     if config.schedule == "persistent":

@@ -262,8 +262,8 @@ def assert_right(layer: Layer, results: dict[str, Tensor], what: object = "") ->
     """Compare all that the kernels returned for the numbers of `draw` with the oracle."""
     mine = whole(layer, draw(layer), results)
     by_torch, exact = (
-        {name: tensor for name, tensor in results.items() if name != "saved" or "saved" in mine}
-        for results in expected(layer)
+        {name: tensor for name, tensor in theirs.items() if name in mine or name != "saved"}
+        for theirs in expected(layer)
     )
     assert_accurate(mine, by_torch, exact, f"{layer} {what}")
 

@@ -141,7 +141,8 @@ def test_shapes(cell, shape, dtype):
 @pytest.mark.parametrize("protocol", ["flag", "counter"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_repeated_runs_are_bitwise_equal(cell, protocol, monkeypatch):
-    monkeypatch.setattr("fastrnn.kernels.configs._PROTOCOL", protocol)
+    device = planner.gpu(0)._replace(protocol=protocol)
+    monkeypatch.setattr(planner, "gpu", lambda index: device)
     x, state, weights = make(cell, (50, 16, 64, 512, 2), torch.bfloat16)
     with use_path("persistent"):
         first = run(ops.layer, cell, x, state, weights, 2)
