@@ -348,12 +348,18 @@ def shared_memory(config: Config, shape: Shape) -> int:
     padded = -(-shape.hidden_size // config.block_k) * config.block_k
     copies = 2 if _kind(shape) == "tf32x3" else 1
     weights = shape.n_gates * config.block_h * padded * shape.itemsize * copies
-    # The left operand of a dot, or four tiles of float32 on their way to another layout.
-    columns = config.block_k
+    # On their way to another layout: the left operand of a dot, a result of backward, dh and a tile
+    # of each gate, or what a reduction needs at least.
+    columns = max(
+        config.block_k * shape.itemsize * copies,
+        min(config.block_k, 128) * 4,
+        (shape.n_gates + 1) * config.block_h * shape.itemsize,
+        256,
+    )
     if shape.n_gates == 3 and _kind(shape) == "ieee":
-        columns = padded  # all of h, for the second of two products
-    staging = config.block_b * max(columns * shape.itemsize * copies, 16 * config.block_h)
-    return weights + staging
+        # All of h, and the first of two products.
+        columns = max(padded * 4 + 8 * config.block_h, 256)
+    return weights + config.block_b * columns
 
 
 def step_us(config: Config, shape: Shape, device: Device, *, backward: bool = False) -> float:

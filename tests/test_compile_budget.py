@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -36,8 +37,8 @@ SAMPLE = [
 
 def parsed(fields: type, row: dict[str, str]) -> object:
     """A Variant or a Measured from a row of the file."""
-    kinds = fields.__annotations__
-    return fields(**{name: int(row[name]) if kinds[name] == "int" else row[name] for name in kinds})
+    kinds = get_type_hints(fields)
+    return fields(**{name: kind(row[name]) for name, kind in kinds.items()})
 
 
 @pytest.fixture(scope="module")
