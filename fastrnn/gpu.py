@@ -9,6 +9,7 @@ the backward kernel wrote. Nothing here waits for the device.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -113,7 +114,7 @@ def layer_forward(
     by_direction = _by_direction(weights, problem.directions)
     cpu.check_batch(state, problem.batch)
     initial = state or zero_state(cell, x, problem.batch, weights, problem.directions)
-    with _products(problem.precision):
+    with _products(problem):
         wx = _input_projection(x, by_direction)
     y, traces, activations, final = launch.forward(
         KERNELS[cell],
@@ -195,7 +196,7 @@ def layer_backward(
     initial = state or zero_state(cell, x, problem.batch, weights, problem.directions)
     traces, activations = saved[: kernel.n_states - 1], saved[kernel.n_states - 1 :]
     past: Tensor | tuple[Tensor, Tensor]
-    with _products(problem.precision):
+    with _products(problem):
         if activations or not kernel.n_saved:
             past = activations[0] if activations else y.new_empty(0)
         else:
@@ -251,16 +252,26 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
     return tensors[0].contiguous()[None] if len(tensors) == 1 else torch.stack(tensors)
 
 
+_switching = threading.Lock()
+
+
 @contextlib.contextmanager
-def _products(precision: str) -> Iterator[None]:
-    """Let torch's own products of float32 be as exact as the kernels'."""
+def _products(problem: planner.Problem) -> Iterator[None]:
+    """Let torch's own products of float32 be as exact as the kernels'.
+
+    torch has one switch for the whole process, so it is turned only where it must be.
+    """
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    try:
+    wanted = {"tf32": ("tf32",)}.get(problem.precision, ("ieee", "none"))
+    if problem.dtype != torch.float32 or matmul.fp32_precision in wanted:
         yield
-    finally:
-        matmul.fp32_precision = before
+        return
+    with _switching:
+        before, matmul.fp32_precision = matmul.fp32_precision, wanted[0]
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
 
 
 def _input_projection(x: Tensor, by_direction: list[Weights]) -> Tensor:

@@ -371,6 +371,10 @@ def kernel_gap(problem: Problem) -> str | None:
         return f"no kernel of ours for device type {problem.device!r}"
     if gpu.target == "cuda" and gpu.capability < 80:
         return f"our kernels need compute capability 8.0, {gpu.name} has {gpu.capability / 10}"
+    if gpu.target == "hip" and (gpu.capability != 942 or problem.precision == "tf32x3"):
+        return f"no kernel of ours for {gpu.name} in {problem.precision}"
+    if problem.batch > configs.MAX_BATCH:
+        return f"no kernel of ours for a batch of more than {configs.MAX_BATCH}"
     if problem.dtype not in _KERNEL_DTYPES:
         return f"no kernel of ours for {problem.dtype}"
     if problem.packed:
@@ -411,8 +415,10 @@ def choose_kernels(problem: Problem, schedule: str | None = None) -> tuple[Choic
         problem.dtype.itemsize,
         problem.precision,
     )
+    # A tracer's sizes have no hash to be remembered by.
+    choose = configs.choose if isinstance(problem.batch, int) else configs.choose.__wrapped__
     choices = [
-        configs.choose(shape, problem.gpu, backward=backward, schedule=schedule)
+        choose(shape, problem.gpu, backward=backward, schedule=schedule)
         for backward in (False, True)
     ]
     if None in choices:
@@ -460,8 +466,14 @@ def gpu(index: int | None = None) -> Device | None:
     return Device(
         facts.name,
         "hip" if is_hip else "cuda",
-        int(facts.gcnArchName[3:6]) if is_hip else 10 * facts.major + facts.minor,
+        _gfx(facts.gcnArchName) if is_hip else 10 * facts.major + facts.minor,
         facts.multi_processor_count,
         getattr(facts, "shared_memory_per_block_optin", facts.shared_memory_per_block),
         facts.clock_rate // 1000,
     )
+
+
+def _gfx(name: str) -> int:
+    """942 of 'gfx942:sramecc+'; 0 where there is a letter in the number."""
+    number = name.partition(":")[0].removeprefix("gfx")
+    return int(number) if number.isdecimal() else 0

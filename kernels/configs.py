@@ -121,6 +121,7 @@ class Choice(NamedTuple):
 
 SCHEDULES = ("resident", "persistent", "stepwise")
 PRECISIONS = ("ieee", "tf32", "tf32x3")  # of float32
+MAX_BATCH = 16 * 65535  # batch tiles are the second dimension of a grid
 LOCAL, FLAG, COUNTER = PROTOCOLS = ("local", "flag", "counter")  # see exchange.py
 
 # Cycles. Shared memory reads 128 bytes a cycle (CUDA programming guide, 32 banks of 4 bytes).
@@ -174,8 +175,6 @@ _LIMITS = {
 }
 # An element of one gate, and of several gates with what is computed from them.
 _PER_ELEMENT_OF_ONE, _PER_ELEMENT = 10.5, 27
-# h goes through two products of three gates (see block_pointers), and is kept for the second.
-_COPIES_OF_H = 2.1
 # Elements of dh, of a tile of the batch and all units: 32 rows of 2048 spill, of 1408 do not.
 _BACKWARD_TILE = 32 * 1536
 # 256 threads: then all 255 registers of NVIDIA's and 512 of AMD's multiprocessors are theirs.
@@ -254,12 +253,14 @@ def _on_chip(
         if device.target != "cuda":
             return  # programs that wait for each other were not tried there
         block_k = _block_k(shape, backward)
+        if backward:
+            block_k = max(block_k, block_h)  # a mailbox is filled by one product
         tiles = min(device.processors // (slices * shape.directions), 65535)
         config = Config("persistent", device.protocol, block_b, block_h, block_k, warps, tiles)
     if (
         config.tiles
         and _in_registers(config, shape, backward)
-        and shared_memory(config, shape) <= device.shared_memory
+        and shared_memory(config, shape, backward=backward) <= device.shared_memory
     ):
         yield config
 
@@ -277,22 +278,27 @@ def _in_registers(config: Config, shape: Shape, backward: bool) -> bool:
         fits = tile <= several * limits.backward[narrow]
         return fits and config.block_b * padded <= _BACKWARD_TILE
     # If products follow each other, Triton gives all warps the same columns of one that is not
-    # wider than high. A product has block_h columns, or two or four times as many.
-    narrowest = (shape.n_gates & -shape.n_gates) * config.block_h
-    if narrowest <= config.block_b and kind != "ieee":
+    # wider than high.
+    if _block_width(shape) * config.block_h <= config.block_b and kind != "ieee":
         return False
     # These spill although the formula below sees room.
     wide = config.block_h > 16
-    if kind == "tf32" and shape.n_gates == 4 and wide and padded > 256:
+    if kind == "tf32" and shape.n_gates > 2 and wide and padded > 256:
         return False
-    if kind == "tf32x3" and (padded > (128 if wide else 256) or (shape.n_gates == 4 and wide)):
-        return False
-    if kind == "ieee" and shape.n_gates == 3 and padded > 128:
+    if kind == "tf32x3":
+        widest = 128 if wide or shape.n_gates == 3 else 256
+        if padded > widest or (shape.n_gates > 2 and wide):
+            return False
+    if kind == "ieee" and shape.n_gates == 3:
         return False
     h = config.block_b * padded * shape.itemsize / 4 / _THREADS
-    copies = _COPIES_OF_H if shape.n_gates == 3 else 1
     per_element = _PER_ELEMENT_OF_ONE if shape.n_gates == 1 else _PER_ELEMENT
-    return copies * h + per_element * tile <= limits.forward[narrow]
+    return h + per_element * tile <= limits.forward[narrow]
+
+
+def _block_width(shape: Shape) -> int:
+    """Gates of the block that goes through forward's products: of 3, one of 4 is empty."""
+    return 4 if shape.n_gates == 3 else shape.n_gates
 
 
 def _narrow(shape: Shape) -> bool:
@@ -333,13 +339,14 @@ def block_s(config: Config, slices: int) -> int:
     return min(most, 1 << (slices - 1).bit_length())
 
 
-def shared_memory(config: Config, shape: Shape) -> int:
+def shared_memory(config: Config, shape: Shape, *, backward: bool = False) -> int:
     """Bytes of shared memory of an on-chip schedule, from above; compiled code takes no more.
 
     Parameters
     ----------
     config : Config
     shape : Shape
+    backward : bool
 
     Returns
     -------
@@ -347,7 +354,8 @@ def shared_memory(config: Config, shape: Shape) -> int:
     """
     padded = -(-shape.hidden_size // config.block_k) * config.block_k
     copies = 2 if _kind(shape) == "tf32x3" else 1
-    weights = shape.n_gates * config.block_h * padded * shape.itemsize * copies
+    gates = shape.n_gates if backward else _block_width(shape)
+    weights = gates * config.block_h * padded * shape.itemsize * copies
     # On their way to another layout: the left operand of a dot, a result of backward, dh and a tile
     # of each gate, or what a reduction needs at least.
     columns = max(
@@ -356,9 +364,6 @@ def shared_memory(config: Config, shape: Shape) -> int:
         (shape.n_gates + 1) * config.block_h * shape.itemsize,
         256,
     )
-    if shape.n_gates == 3 and _kind(shape) == "ieee":
-        # All of h, and the first of two products.
-        columns = max(padded * 4 + 8 * config.block_h, 256)
     return weights + config.block_b * columns
 
 
@@ -380,7 +385,7 @@ def step_us(config: Config, shape: Shape, device: Device, *, backward: bool = Fa
     slices = -(-hidden // config.block_h)
     tiles = -(-shape.batch // config.block_b)
     padded = -(-hidden // config.block_k) * config.block_k
-    gates = 4 if shape.n_gates == 3 and not backward else shape.n_gates
+    gates = shape.n_gates if backward else _block_width(shape)
     rate = _FMA[_kind(shape)]
     products = config.block_b * gates * config.block_h * padded / rate
     if config.schedule == "stepwise":

@@ -215,7 +215,7 @@ def backward(
             first = d_gates[d, -1 if d else 0, :, : cell.n_gates * hidden]
             running[0][d] += first @ r[d]
         return d_gates, [part.to(y.dtype) for part in running]
-    d_initial = [torch.empty_like(part) for part in initial]
+    d_initial = [torch.empty_like(part, dtype=y.dtype) for part in initial]
     for grid, exchanged in _launches(config, y, batch, hidden, directions):
         slices = grid[0]
         mail = None
@@ -228,7 +228,7 @@ def backward(
             d_initial_ptrs=tuple(d_initial),
             mail_ptr=mail,
             SLICES=slices,
-            BLOCK_N=config.block_k,
+            BLOCK_N=max(config.block_k, config.block_h),  # or mailboxes would not be filled
             BLOCK_S=configs.block_s(config, slices),
             **exchanged,
             **constants,

@@ -46,7 +46,7 @@ from .tiles import (
     multiply_columns,
     multiply_rows,
     shift,
-    split_blocks,
+    split_block,
     store_states,
     store_tiles,
 )
@@ -111,8 +111,8 @@ def forward_kernel(
     wx = load_tiles(wx_ptr + rows * (N_GATES * H), row_mask, unit0, H, BLOCK_H, N_GATES)
 
     for step in range(T):
-        blocks = multiply_columns(h, columns, N_GATES, BLOCK_B, BLOCK_H, PRECISION)
-        rh = split_blocks(blocks, bias, N_GATES, BLOCK_B, BLOCK_H)
+        block = multiply_columns(h, columns, BLOCK_B, PRECISION)
+        rh = split_block(block, bias, N_GATES, BLOCK_B, BLOCK_H)
         state, saved = FORWARD(wx, rh, state)
 
         new = state[0].to(dtype)

@@ -16,7 +16,7 @@ from .tiles import (
     load_states,
     load_tiles,
     shift,
-    split_blocks,
+    split_block,
     store_states,
     store_tiles,
 )
@@ -62,28 +62,20 @@ def forward_kernel(
     h_ptr = tl.where(step == 0, initial_ptr, state_ptrs[0])
     h_row_ptrs = h_ptr + tl.where(step == 0, row * H, rows_before * width)
 
-    blocks = ()
-    for log in tl.static_range(3):
-        if N_GATES & (4 >> log) != 0:
-            blocks += (tl.zeros([BLOCK_B, (4 >> log) * BLOCK_H], tl.float32),)
+    r_ptrs, inside = block_pointers(r_ptr, unit0, H, N_GATES, BLOCK_H)
+    block = tl.zeros([BLOCK_B, (N_GATES + (N_GATES == 3)) * BLOCK_H], tl.float32)
     for first in range(0, H, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         h = tl.load(
             h_row_ptrs[:, None] + k[None, :], mask=row_mask[:, None] & (k < H)[None, :], other=0.0
         )
-        grown = ()
-        for log in tl.static_range(3):
-            if N_GATES & (4 >> log) != 0:
-                ptrs, inside = block_pointers(r_ptr, unit0, H, N_GATES, 4 >> log, BLOCK_H)
-                columns = tl.load(
-                    ptrs[None, :] + k[:, None], mask=inside[None, :] & (k < H)[:, None], other=0.0
-                )
-                grown += (tl.dot(h, columns, blocks[len(grown)], input_precision=PRECISION),)
-        blocks = grown
+        columns = tl.load(
+            r_ptrs[None, :] + k[:, None], mask=inside[None, :] & (k < H)[:, None], other=0.0
+        )
+        block = tl.dot(h, columns, block, input_precision=PRECISION)
 
-    rh = split_blocks(
-        blocks, load_bias(b_ptr, unit0, H, BLOCK_H, N_GATES), N_GATES, BLOCK_B, BLOCK_H
-    )
+    bias = load_bias(b_ptr, unit0, H, BLOCK_H, N_GATES)
+    rh = split_block(block, bias, N_GATES, BLOCK_B, BLOCK_H)
     wx_rows = (wx_ptr + direction_rows * (N_GATES * H)) + rows * (N_GATES * H)
     wx = load_tiles(wx_rows, row_mask, unit0, H, BLOCK_H, N_GATES)
     state = load_states(running_ptrs, row, H, row_mask, unit0, H, BLOCK_H)

@@ -139,31 +139,26 @@ def load_past(
     return dy, saved, state, previous
 
 
-# A dot wants many columns, so gates go through it side by side, in blocks of 4, 2 or 1: 4 gates
-# are one block, 3 are 2 + 1. The columns of a block are interleaved so that the tensor cores'
+# A dot wants many columns, so all gates of a slice go through it side by side, as a block of 1, 2
+# or 4 gates: 3 gates are 4 of which one is empty, which takes the matrix units no longer than two
+# products that share their left operand. The columns are interleaved so that the tensor cores'
 # layout, in which a thread holds two adjacent columns of every eight, leaves all gates of a unit
 # in one thread: they come apart in registers.
 
 
 @triton.jit
-def block_pointers(
-    r_ptr,
-    unit0,
-    H: tl.constexpr,
-    N_GATES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """Row pointers into R, and their mask, for the columns of R^T of a block of BLOCK gates."""
-    n = tl.arange(0, BLOCK * BLOCK_H)
-    if BLOCK == 4:
+def block_pointers(r_ptr, unit0, H: tl.constexpr, N_GATES: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Row pointers into R, and their mask, for the columns of R^T of a block of gates."""
+    tl.static_assert(N_GATES <= 4)
+    WIDTH: tl.constexpr = N_GATES + (N_GATES == 3)
+    n = tl.arange(0, WIDTH * BLOCK_H)
+    if WIDTH == 4:
         gate = n % 2 * 2 + n // (2 * BLOCK_H)
         unit = unit0 + n % (2 * BLOCK_H) // 2
     else:
-        gate = n % BLOCK
-        unit = unit0 + n // BLOCK
-    first: tl.constexpr = N_GATES // (2 * BLOCK) * (2 * BLOCK)
-    return r_ptr + ((first + gate) * H + unit) * H, unit < H
+        gate = n % WIDTH
+        unit = unit0 + n // WIDTH
+    return r_ptr + (gate * H + unit) * H, (unit < H) & (gate < N_GATES)
 
 
 @triton.jit
@@ -178,19 +173,26 @@ def load_bias(b_ptr, unit0, H: tl.constexpr, BLOCK_H: tl.constexpr, N_GATES: tl.
 
 
 @triton.jit
-def split_block(block, BLOCK: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Take a block [BLOCK_B, BLOCK * BLOCK_H] apart into a tuple of gates."""
-    if BLOCK == 4:
+def split_block(block, bias, N_GATES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Take a block apart into gates and add their biases: the recurrent part of a step."""
+    if N_GATES > 2:
         pairs = tl.permute(tl.reshape(block, [BLOCK_B, 2, BLOCK_H, 2]), (0, 2, 1, 3))
         first, second = tl.split(pairs)
         a, b = tl.split(first)
         c, d = tl.split(second)
-        return (a, b, c, d)
-    elif BLOCK == 2:
+        gates = (a, b, c, d)
+    elif N_GATES == 2:
         a, b = tl.split(tl.reshape(block, [BLOCK_B, BLOCK_H, 2]))
-        return (a, b)
+        gates = (a, b)
     else:
-        return (block,)
+        gates = (block,)
+    rh = ()
+    for g in tl.static_range(N_GATES):
+        if len(bias) == 0:
+            rh += (gates[g],)
+        else:
+            rh += (gates[g] + bias[g][None, :],)
+    return rh
 
 
 @triton.jit
@@ -203,53 +205,22 @@ def load_columns(
     BLOCK_K: tl.constexpr,
 ):
     """Load the columns of R^T for all gates of a slice of units, BLOCK_K rows at a time."""
+    ptrs, mask = block_pointers(r_ptr, unit0, H, N_GATES, BLOCK_H)
     columns = ()
-    for log in tl.static_range(3):
-        if N_GATES & (4 >> log) != 0:
-            ptrs, mask = block_pointers(r_ptr, unit0, H, N_GATES, 4 >> log, BLOCK_H)
-            for first in tl.static_range(0, H, BLOCK_K):
-                k = first + tl.arange(0, BLOCK_K)
-                inside = mask[None, :] & (k < H)[:, None]
-                columns += (tl.load(ptrs[None, :] + k[:, None], mask=inside, other=0.0),)
+    for first in tl.static_range(0, H, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        inside = mask[None, :] & (k < H)[:, None]
+        columns += (tl.load(ptrs[None, :] + k[:, None], mask=inside, other=0.0),)
     return columns
 
 
 @triton.jit
-def split_blocks(blocks, bias, N_GATES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Take all blocks apart into gates and add their biases: the recurrent part of a step."""
-    gates = ()
-    for log in tl.static_range(3):
-        if N_GATES & (4 >> log) != 0:
-            gates += split_block(blocks[0], 4 >> log, BLOCK_B, BLOCK_H)
-            blocks = blocks[1:]
-    if len(bias) == 0:
-        return gates
-    else:
-        rh = ()
-        for g in tl.static_range(N_GATES):
-            rh += (gates[g] + bias[g][None, :],)
-        return rh
-
-
-@triton.jit
-def multiply_columns(
-    h,
-    columns,
-    N_GATES: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Multiply h, a tuple of [BLOCK_B, BLOCK_K], by what `load_columns` loaded, to blocks."""
-    blocks = ()
-    for log in tl.static_range(3):
-        if N_GATES & (4 >> log) != 0:
-            block = tl.zeros([BLOCK_B, (4 >> log) * BLOCK_H], tl.float32)
-            for n in tl.static_range(len(h)):
-                block = tl.dot(h[n], columns[n], block, input_precision=PRECISION)
-            blocks += (block,)
-            columns = columns[len(h) :]
-    return blocks
+def multiply_columns(h, columns, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr):
+    """Multiply h, a tuple of [BLOCK_B, BLOCK_K], by what `load_columns` loaded, to a block."""
+    block = tl.zeros([BLOCK_B, columns[0].shape[1]], tl.float32)
+    for n in tl.static_range(len(h)):
+        block = tl.dot(h[n], columns[n], block, input_precision=PRECISION)
+    return block
 
 
 @triton.jit

@@ -122,9 +122,7 @@ def test_recompute_changes_memory_and_nothing_else(cell, path):
                 lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
             ),
         ):
-            y, _ = getattr(F, cell)(
-                x, None, weights, bidirectional=True, recompute=recompute
-            )
+            y, _ = getattr(F, cell)(x, None, weights, bidirectional=True, recompute=recompute)
         results.append([y, *torch.autograd.grad(y.square().sum(), weights)])
         kept.append(sum(sizes))
     for a, b in zip(*results, strict=True):

@@ -25,14 +25,14 @@ SCHEDULES = ("resident", "persistent", "stepwise")
 FORMATS = {
     "bf16": (torch.bfloat16, True, False),
     "fp16": (torch.float16, True, False),
-    "tf32": (torch.float32, True, False),
+    "tf32": (torch.float32, True, True),
     "tf32x3": (torch.float32, False, True),
     "ieee": (torch.float32, False, False),
 }
 # T, B, I, H, directions
 SMALL = [(5, 3, 7, 7, 2), (9, 17, 24, 129, 1)]
 SHAPES = [
-    (1, 1, 1, 1, 1),
+    (7, 5, 3, 1, 1),
     (16, 16, 64, 64, 1),
     (33, 127, 40, 127, 2),
     (64, 16, 256, 256, 1),
@@ -104,10 +104,14 @@ def rms(a: Tensor) -> float:
 
 
 def check(ours, stock, exact):
-    """Our error is at most twice torch's, or an epsilon where torch's is smaller."""
+    """Our error is at most twice torch's, or an epsilon where torch's is smaller.
+
+    Four times in TF32: Triton cuts the operands of a product off, cuBLAS may round them.
+    """
     for name, truth in exact.items():
+        is_tf32 = ours[name].dtype == torch.float32 and planner.float32_precision() == "tf32"
         eps = torch.finfo(ours[name].dtype).eps
-        bound = 2 * rms(stock[name] - truth) + 2 * eps * rms(truth)
+        bound = (4 if is_tf32 else 2) * rms(stock[name] - truth) + 2 * eps * rms(truth)
         error = rms(ours[name] - truth)
         assert error <= bound, f"{name}: {error:.2e} > {bound:.2e}"  # a NaN fails
 
@@ -133,7 +137,7 @@ def test_every_cell_and_schedule(cell, shape, schedule, dtype):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "tf32"])
+@pytest.mark.parametrize("dtype", ["bf16", "tf32"], indirect=True)
 def test_shapes(cell, shape, dtype):
     compare(cell, shape, dtype, None, bias=shape[1] % 2 == 0)
 
@@ -165,29 +169,25 @@ def test_cuda_graph(schedule):
     x, state, weights = make("lstm", (20, 16, 32, 64, 1), torch.bfloat16)
 
     def call():
-        return run(ops.layer, "lstm", x, state, weights, 1)
+        with torch.no_grad():
+            return ops.layer("lstm", x, state, weights)
 
     with use_path(schedule):
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            call()  # compiles
         torch.cuda.synchronize()
-        x0, state0, weights0 = (
-            x.detach(),
-            [s.detach() for s in state],
-            [w.detach() for w in weights],
-        )
+        with torch.cuda.stream(torch.cuda.Stream()):
+            call()  # compiles what is captured below
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), torch.no_grad():
-            y, final = ops.layer("lstm", x0, state0, weights0)
+        with torch.cuda.graph(graph):
+            y, final = call()
         for seed in range(3):
+            torch.manual_seed(seed)
             with torch.no_grad():
-                torch.manual_seed(seed)
                 x.copy_(torch.randn_like(x))
             graph.replay()
-            expected = call()
-            assert torch.equal(y, expected["y"])
-            assert torch.equal(final[1], expected["final1"])
+            expected, expected_final = call()
+            assert torch.equal(y, expected)
+            assert all(map(torch.equal, final, expected_final))
 
 
 def test_compile_fullgraph_with_dynamic_shapes():
@@ -232,7 +232,7 @@ def test_second_device():
 @pytest.mark.parametrize("schedule", ["resident", "persistent"])
 def test_long_sequence(schedule):
     """More steps than a 16-bit grid or counter has; state is carried to the end."""
-    x, state, weights = make("gru", (70_000, 1, 4, 32, 1), torch.float32)
+    x, state, weights = make("gru", (70_000, 1, 4, 64, 1), torch.float32)
     with use_path(schedule):
         ours = run(ops.layer, "gru", x, state, weights, 1)
     tail = x[-200:].detach()
@@ -251,7 +251,8 @@ def test_more_than_2_to_the_31_elements():
         part = slice(batch - 5, batch)
         last = [s[:, part] for s in state]
         few, _ = ops.layer("lstm", x[:, part].contiguous(), [s.contiguous() for s in last], weights)
-    torch.testing.assert_close(y[:, part], few, rtol=0, atol=0)
+    # Not bitwise: cuBLAS may project a smaller batch in another order.
+    assert rms(y[:, part] - few) < torch.finfo(torch.bfloat16).eps
 
 
 def test_nan_travels_and_does_not_hang():
@@ -329,9 +330,10 @@ def test_modules(cls, options, dtype, path, packed):
         assert all(p.grad.isfinite().all() for p in module.parameters())
 
 
+@pytest.mark.parametrize("dtype", ["tf32", "bf16"], indirect=True)
 @pytest.mark.parametrize("cell", CELLS)
-def test_cells(cell):
-    x, state, weights = make(cell, (1, 5, 7, 33, 1), torch.float32)
+def test_cells(cell, dtype):
+    x, state, weights = make(cell, (1, 5, 7, 33, 1), dtype)
     x, state = x[0], [part[0] for part in state]
 
     def step(cell, x, state, weights, *_):

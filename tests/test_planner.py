@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
-from fastrnn.kernels.configs import DEVICES, PRECISIONS
+from fastrnn.kernels.configs import DEVICES, MAX_BATCH, PRECISIONS
 from fastrnn.planner import PATHS, Problem, path, plan, use_path
 from fastrnn.reference import CELLS
 
@@ -122,3 +122,55 @@ def test_packed_sequences_of_one_length_are_a_padded_batch(monkeypatch):
         lstm(pack_padded_sequence(x, torch.tensor(lengths)))
     assert chosen[0] == "torch"
     assert set(chosen[1:]) == {"loop"}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"gpu": None}, "device type 'cuda'"),
+        ({"gpu": DEVICES["h100"]._replace(capability=75)}, "compute capability 8.0"),
+        ({"gpu": DEVICES["mi300x"]._replace(capability=0)}, "no kernel of ours for mi300x"),
+        ({"gpu": DEVICES["mi300x"], "precision": "tf32x3"}, "in tf32x3"),
+        ({"dtype": torch.float64}, "torch.float64"),
+        ({"packed": True}, "different lengths"),
+        ({"projected": True}, "projections"),
+        ({"batch": MAX_BATCH + 1}, "more than 1048560"),
+    ],
+)
+def test_what_has_no_kernel_goes_to_torch(change, says):
+    problem = LSTM._replace(device="cuda", gpu=DEVICES["h100"])
+    assert plan(problem).path == "loop"
+    changed = plan(problem._replace(**change))
+    assert changed.path == "torch"
+    assert says in changed.reason
+    assert changed.kernels is None
+
+
+@given(
+    hidden=st.integers(1, 4096),
+    batch=st.integers(0, MAX_BATCH),
+    device=st.sampled_from([*DEVICES.values()]),
+    cell=st.sampled_from(sorted(CELLS)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    directions=st.integers(1, 2),
+)
+def test_every_size_has_kernels(hidden, batch, device, cell, dtype, directions):
+    problem = Problem(
+        cell, 64, batch, 8, hidden, dtype, "cuda", True, directions=directions, gpu=device
+    )
+    forward, backward = plan(problem).kernels
+    assert 0 <= forward.step_us < float("inf")
+    assert 0 <= backward.step_us < float("inf")
+
+
+def test_cudnns_persistent_kernel_is_left_to_it():
+    problem = LSTM._replace(
+        device="cuda", gpu=DEVICES["h100"], dtype=torch.float16, hidden_size=512, input_size=512
+    )
+    assert plan(problem).path == "torch"
+    for change in ({"layers": 2}, {"directions": 2}, {"batch": 12}, {"dtype": torch.bfloat16}):
+        assert plan(problem._replace(**change)).path == "loop"
+
+
+def test_numbers_of_amds_architectures():
+    assert [fastrnn.planner._gfx(name) for name in ("gfx942:sramecc+:xnack-", "gfx90a")] == [942, 0]
