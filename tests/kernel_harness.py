@@ -197,6 +197,7 @@ def by_kernels(
     given = numbers.dy, numbers.d_final, r, initial, y, traces, past
     with unchanged(*given), cooperative(seed):
         d_gates, d_initial = launch.backward(layer.cell, *given, backward_config or config, "ieee")
+    assert {part.dtype for part in (y, *final, d_gates, *d_initial)} == {layer.dtype}
     results = {"y": y, **named(final, "{}_n"), "d_gates": d_gates, **named(d_initial, "d_{}_0")}
     if traces:
         assert traces[0].dtype == torch.float32
