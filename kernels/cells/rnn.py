@@ -25,7 +25,8 @@ def relu_forward(wx, rh, state):
 
 @triton.jit
 def relu_backward(saved, state, previous, d_state):
-    return (tl.where(state[0] > 0, d_state[0], 0.0),), (), (tl.zeros_like(state[0]),)
+    # A NaN lets the gradient pass, as in torch.relu.
+    return (tl.where(state[0] <= 0, 0.0, d_state[0]),), (), (tl.zeros_like(state[0]),)
 
 
 @triton.jit
