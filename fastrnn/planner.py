@@ -381,8 +381,6 @@ def kernel_gap(problem: Problem) -> str | None:
         return "no kernel of ours for sequences of different lengths"
     if problem.projected:
         return "no kernel of ours for projections"
-    if problem.cell not in CELLS:
-        return f"no kernel of ours for {problem.cell}"
     return None
 
 

@@ -224,7 +224,7 @@ def candidates(shape: Shape, device: Device, *, backward: bool = False) -> Itera
     Config
     """
     # 64 rows would be warp-group (sm_90) or tcgen05 (sm_100) products, whose left operand is in
-    # shared memory, all of h at once; 40 to 1,750 bytes of a thread spilled in those tried.
+    # shared memory, all of h at once; up to 3,744 bytes of a thread spilled in most of those tried.
     for block_b in (16, 32):
         if block_b > 16 and block_b >= 2 * shape.batch:
             continue  # more than half of its rows would be empty

@@ -106,7 +106,7 @@ def forward(
         "BLOCK_H": config.block_h,
         "BLOCK_K": config.block_k,
         "PRECISION": precision,
-        **_options(config, r),
+        **_options(config),
     }
     shared = {"wx_ptr": wx, "r_ptr": r, "b_ptr": b, "saved_ptr": saved, "T": steps, "B": batch}
     if config.schedule == "stepwise":
@@ -183,7 +183,7 @@ def backward(
         "BLOCK_B": config.block_b,
         "BLOCK_H": config.block_h,
         "PRECISION": precision,
-        **_options(config, r),
+        **_options(config),
     }
     # The kernels choose between a state's first value and its trace by a pointer to one dtype.
     initial = [initial[0], *(part.float() for part in initial[1:])]
@@ -240,7 +240,7 @@ def _grid(config: Config, batch: int, hidden: int, directions: int) -> tuple[int
     return triton.cdiv(hidden, config.block_h), triton.cdiv(batch, config.block_b), directions
 
 
-def _options(config: Config, r: Tensor) -> dict[str, int]:
+def _options(config: Config) -> dict[str, int]:
     """Compiler options. Without a limit of registers ptxas takes 128 and spills a few."""
     options = {"num_warps": config.num_warps}
     return options if torch.version.hip else {**options, "maxnreg": 255}
