@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import CELLS, Weights, zero_state
+from ..reference import CELLS, Weights, zero_state
 
 # What forward keeps for backward: nothing, the states of every step, or the activations too. Here
 # the states alone are not kept: backward begins with another forward then.
