@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from . import cpu, planner
+from . import cpu, planner, products
 from .kernels.configs import Choice, Device
 from .reference import CELLS, Weights, zero_state
 
@@ -214,31 +214,19 @@ def layer_backward(
             problem.precision,
         )
         del past
-        hidden, shared = (
-            problem.hidden_size,
-            (kernel.n_gates - kernel.n_apart) * problem.hidden_size,
-        )
+        columns = kernel.n_gates * problem.hidden_size
         flat = x.reshape(-1, x.shape[-1])
         dx = x.new_zeros(flat.shape) if needs_x else None
         d_weights: list[Tensor] = []
         for d, w in enumerate(by_direction):
             gates = d_gates[d].flatten(0, 1)
-            d_rh = gates[:, : kernel.n_gates * hidden]
-            # The columns of `gates`, and the rows of the weights, that the input part consists of.
-            parts = [(slice(0, shared), slice(0, shared))]
-            if kernel.n_apart:
-                apart = slice(shared, kernel.n_gates * hidden)
-                parts.append((slice(kernel.n_gates * hidden, None), apart))
+            d_rh, d_apart = gates[:, :columns], gates[:, columns:]
             if dx is not None:
-                for columns, rows in parts:
-                    dx.addmm_(gates[:, columns], w.w_ih[rows])
-            if not needs_weights:
-                continue
-            d_weights.append(torch.cat([gates[:, columns].t() @ flat for columns, _ in parts]))
-            d_weights.append(_d_w_hh(d_rh, y[..., d * hidden : (d + 1) * hidden], initial[0][d], d))
-            if w.b_ih is not None:
-                d_weights.append(torch.cat([gates[:, columns].sum(0) for columns, _ in parts]))
-                d_weights.append(d_rh.sum(0))
+                products.add_d_x(dx, d_rh, d_apart, w.w_ih)
+            if needs_weights:
+                h = y[..., d * problem.hidden_size : (d + 1) * problem.hidden_size].flatten(0, 1)
+                d_w_hh = products.d_w_hh(d_rh, h, initial[0][d], d == 1)
+                d_weights += products.d_weights(d_rh, d_apart, flat, d_w_hh, w)
     return None if dx is None else dx.view(x.shape), d_initial, d_weights
 
 
@@ -296,11 +284,3 @@ def _recurrent_parts(y: Tensor, h_0: Tensor, by_direction: list[Weights]) -> Ten
         before = torch.cat([h[1:], h_0[d : d + 1]] if d else [h_0[d : d + 1], h[:-1]])
         parts.append(torch.nn.functional.linear(before, w.w_hh, w.b_hh))
     return torch.stack(parts)
-
-
-def _d_w_hh(d_rh: Tensor, h: Tensor, h_0: Tensor, reverse: int) -> Tensor:
-    """Sum of d_rh_t^T @ h_{t-1} over all steps; the first state is apart from those in `h`."""
-    batch = h.shape[1]
-    later, first = (d_rh[:-batch], d_rh[-batch:]) if reverse else (d_rh[batch:], d_rh[:batch])
-    before = (h[1:] if reverse else h[:-1]).reshape(-1, h.shape[-1])
-    return torch.addmm(first.t() @ h_0, later.t(), before)

@@ -1,8 +1,7 @@
-"""Compile the kernels for the CPU at hand, remember them on disk, and run them on threads."""
+"""Compiles the kernels for the CPU at hand, remembers them on disk, and runs them on threads."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -11,82 +10,201 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import llvmlite
+import llvmlite.binding as llvm
 import torch
+
+from . import machine
+from .machine import Target
 
 _log = logging.getLogger("fastrnn")
 
+_RUNTIME = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
+_HERE = Path(__file__).parent
 
-class Machine(NamedTuple):
-    """A CPU, as LLVM sees it."""
 
-    triple: str
-    name: str
-    features: str
-    lanes: int
-    registers: int
+# Threads. The parallel regions are those of the OpenMP runtime that torch uses, whichever it is:
+# its pool of threads is there anyway, and spins where ours would too.
 
 
 @functools.cache
-def machine() -> Machine | None:
-    import llvmlite.binding as llvm
-    features = llvm.get_host_cpu_features()
-    lanes, registers = (16, 32) if features.get("avx512f") else (8, 16)
-    return Machine(llvm.get_process_triple(), llvm.get_host_cpu_name(), features.flatten(), lanes, registers)
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP runtime in this process; libgomp, or another one with its interface."""
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        if (folder / name).exists():
+            library = ctypes.CDLL(str(folder / name))
+            if all(hasattr(library, function) for function in ("GOMP_parallel", *_RUNTIME)):
+                library.GOMP_parallel.restype = None
+                library.GOMP_parallel.argtypes = [
+                    ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint,
+                ]  # fmt: skip
+                return library
+    return None
 
 
-def compile_cell(cell, m):
-    import llvmlite.binding as llvm
-    from . import kernels
-    llvm.initialize_all_targets() if False else llvm.initialize_native_target()
+_is_forked = False
+
+
+def _after_fork() -> None:
+    # The threads of the pool are gone, which the runtime does not notice: it would wait for them.
+    global _is_forked, _compiling
+    _is_forked = True
+    _compiling = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+# Below this, a second thread saves less than the barrier after each step costs, 0.3 us and more.
+_MIN_FLOPS = 150_000
+
+
+def threads(flops: int) -> int:
+    """How many threads to use for steps of so many operations in the recurrent product."""
+    if flops < _MIN_FLOPS or _is_forked or _openmp() is None:
+        return 1
+    return min(torch.get_num_threads(), machine.cores())
+
+
+# Compilation.
+
+
+class Kernels(NamedTuple):
+    """The compiled kernels of a cell: addresses by name, and what keeps them in memory."""
+
+    addresses: dict[str, int]
+    owner: Any
+
+
+_compiling = threading.Lock()
+_loaded: dict[tuple[str, Target], Kernels] = {}
+
+
+def kernels(cell: str) -> Kernels:
+    """The kernels of a cell for this machine, compiled if they never were."""
+    target = machine.target()
+    assert target is not None
+    found = _loaded.get((cell, target))
+    if found is None:
+        with _compiling:
+            found = _loaded.get((cell, target)) or _load(cell, target)
+            _loaded[cell, target] = found
+    return found
+
+
+def _load(cell: str, target: Target) -> Kernels:
+    llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    text = str(kernels.module(cell, kernels.Target(m.lanes, m.registers), f"fastrnn_{cell}"))
-    mod = llvm.parse_assembly(text)
-    mod.triple = m.triple
-    mod.verify()
-    tm = llvm.Target.from_triple(m.triple).create_target_machine(cpu=m.name, features=m.features, opt=3, reloc="pic", codemodel="default")
-    pto = llvm.create_pipeline_tuning_options(speed_level=2)
-    pto.loop_vectorization = False; pto.slp_vectorization=False
-    pb = llvm.create_pass_builder(tm, pto)
-    pm = pb.getModulePassManager()
-    pm.run(mod, pb)
-    return mod, tm
+    code = _from_cache(_cached(cell, target))
+    if code is None:
+        _log.warning("compiling the %s kernels for this CPU, once", cell)
+        start = time.perf_counter()
+        code = compile_cell(cell, target)
+        _log.warning("compiled the %s kernels in %.1f s", cell, time.perf_counter() - start)
+        _to_cache(_cached(cell, target), code)
+    library = _openmp()
+    for name in _RUNTIME:
+        at = ctypes.cast(getattr(library, name), ctypes.c_void_p).value if library else 0
+        llvm.add_symbol(name, at)
+    owner = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
+    owner.add_object_file(llvm.ObjectFileRef.from_data(code))
+    owner.finalize_object()
+    names = (f"{name}{suffix}" for name in ("forward", "backward") for suffix in ("", "_region"))
+    return Kernels({name: owner.get_function_address(name) for name in names}, owner)
+
+
+def _target_machine() -> Any:
+    of = llvm.Target.from_triple(llvm.get_process_triple())
+    return of.create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, jit=True
+    )
+
+
+def compile_cell(cell: str, target: Target, for_: Any = None) -> bytes:
+    """Compile the kernels of a cell into an object file.
+
+    Parameters
+    ----------
+    cell : str
+    target : Target
+    for_ : llvmlite.binding.TargetMachine, optional
+        By default this machine.
+    """
+    from . import kernels as source
+
+    for_ = for_ or _target_machine()
+    module = llvm.parse_assembly(str(source.module(cell, target, f"fastrnn_{cell}")))
+    module.triple = for_.triple
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    # Everything is in vectors already.
+    options.loop_vectorization = options.slp_vectorization = False
+    builder = llvm.create_pass_builder(for_, options)
+    builder.getModulePassManager().run(module, builder)
+    return for_.emit_object(module)
+
+
+# The cache: a file for each cell, named by all that its code depends on.
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: ``$FASTRNN_CACHE_DIR``, else in the user's cache."""
+    own = os.environ.get("FASTRNN_CACHE_DIR")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrnn"
 
 
 @functools.cache
-def functions(cell):
-    import llvmlite.binding as llvm
-    m = machine()
-    mod, tm = compile_cell(cell, m)
-    for n, ad in zip(("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"), openmp()[1:]): llvm.add_symbol(n, ad)
-    obj = tm.emit_object(mod)
-    tm2 = llvm.Target.from_triple(m.triple).create_target_machine(cpu=m.name, features=m.features, opt=3, jit=True)
-    eng = llvm.create_mcjit_compiler(llvm.parse_assembly(""), tm2)
-    eng.add_object_file(llvm.ObjectFileRef.from_data(obj))
-    eng.finalize_object()
-    d = {n: eng.get_function_address(n) for n in ("forward", "backward", "forward_region", "backward_region")}
-    d["engine"] = eng
-    return d
+def _sources() -> bytes:
+    return b"".join((_HERE / f"{name}.py").read_bytes() for name in ("vector", "cells", "kernels", "engine"))
 
 
-@functools.cache
-def openmp():
-    lib = ctypes.CDLL(os.path.join(torch.__path__[0], "lib", "libtorch_cpu.so"))
-    par = lib.GOMP_parallel
-    par.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    par.restype = None
-    return par, *(ctypes.cast(getattr(lib, n), ctypes.c_void_p).value for n in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"))
+def _cached(cell: str, target: Target) -> Path:
+    facts = (
+        llvmlite.__version__, llvm.get_process_triple(), llvm.get_host_cpu_name(),
+        llvm.get_host_cpu_features().flatten(), target,
+    )  # fmt: skip
+    digest = hashlib.sha256(_sources() + repr(facts).encode()).hexdigest()[:32]
+    return cache_folder() / f"{cell}-{digest}.o"
 
 
-KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+def _from_cache(path: Path) -> bytes | None:
+    """The code in a file of the cache; None if it is not there or not whole."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = content[:32], content[32:]
+    return code if hashlib.sha256(code).digest() == digest else None
 
 
-def run(cell, name, args, nt):
-    f = functions(cell)
-    par, *_ = openmp()
-    if nt > 1:
-        par(f[name + "_region"], ctypes.addressof(args), nt, 0)
+def _to_cache(path: Path, code: bytes) -> None:
+    """Write a file of the cache; other processes see all of it or nothing."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(hashlib.sha256(code).digest() + code)
+        os.replace(file.name, path)
+    except OSError as error:
+        _log.warning("cannot keep compiled kernels in %s: %s", path.parent, error)
+
+
+# Calls.
+
+_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+
+
+def run(cell: str, name: str, arguments: ctypes.Structure, threads: int) -> None:
+    """Run a kernel; the lock of the interpreter is free meanwhile."""
+    addresses = kernels(cell).addresses
+    at = ctypes.addressof(arguments)
+    library = _openmp()
+    if threads > 1 and library is not None:
+        library.GOMP_parallel(addresses[f"{name}_region"], at, threads, 0)
     else:
-        KERNEL(f[name])(ctypes.addressof(args), 0, 1)
+        _KERNEL(addresses[name])(at, 0, 1)

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from llvmlite import ir
 
 from .cells import CELLS, Cell
+from .machine import Target
 from .vector import ADDRESS, INT, Code, Value, Variable
 
 _INT, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
@@ -37,7 +38,7 @@ class Forward(ctypes.Structure):
         ("inputs", _INT),
         ("hidden", _INT),
         ("reverse", _INT),
-        ("pitch", _INT),  # from row to row of h, copy
+        ("pitch", _INT),  # from row to row of h
         ("chunk", _INT),  # rows, at least a batch, whose input projection is kept
         ("sizes", _ADDRESS),  # rows of each step, int64; null: all have `batch`
         ("x", _ADDRESS),
@@ -49,7 +50,6 @@ class Forward(ctypes.Structure):
         ("h_n", _ADDRESS),  # in: h_0
         ("c", _ADDRESS),  # in: c_0, out: c_n; null unless the cell has one
         ("h", _ADDRESS),
-        ("copy", _ADDRESS),  # of h; may be null
         ("gates", _ADDRESS),  # to be saved; may be null
         ("extra", _ADDRESS),  # what is saved beyond the gates
         ("packed", _ADDRESS),  # work space
@@ -82,23 +82,6 @@ class Backward(ctypes.Structure):
         ("packed", _ADDRESS),
         ("scratch", _ADDRESS),
     ]
-
-
-class Target(NamedTuple):
-    """What of an instruction set the kernels depend on."""
-
-    lanes: int  # float32 in a vector register
-    registers: int
-
-    @property
-    def units(self) -> int:
-        """Hidden units in a slice."""
-        return 2 * self.lanes
-
-    @property
-    def tile_rows(self) -> int:
-        """Rows of a tile: three quarters of the registers hold its results."""
-        return self.registers * 3 // 8
 
 
 def module(cell: str, target: Target, name: str) -> Any:
@@ -185,7 +168,7 @@ class _Writer:
         code = self._code(f"tile{rows}", parameters)
         a, pitch, panel, k, c, c_pitch = code.parameters
         # Few rows are few chains of dependent sums: several k at a time keep the adders busy.
-        phases = max(1, 4 // rows)
+        phases = max(1, -(-4 // rows))
         sums = [[Variable(code.zeros()) for _ in range(2)] for _ in range(rows * phases)]
         row_of = [a + pitch * row for row in range(rows)]
 
@@ -210,6 +193,18 @@ class _Writer:
                     total = total + sums[phase * rows + row][v].get()
                 code.store(c + (c_pitch * row + v * self.lanes), total)
         return code.finish()
+
+    def _product(
+        self, code: Code, rows: Value, a: Value, pitch: Value, panels: Sequence[Value], k: Value,
+        c: Value,
+    ) -> None:  # fmt: skip
+        """c = a @ panel for any number of rows, the results of the panels side by side in c."""
+        width = code.integer(len(panels) * self.units)
+        for n, panel in enumerate(panels):
+            with code.loop(rows, step=self.tile_rows) as row:
+                height = (rows - row).at_most(self.tile_rows)
+                to = c + (row * width + n * self.units)
+                code.call(self.tile, height, a + row * pitch, pitch, panel, k, to, width)
 
     def _transpose(self) -> Any:
         """``transpose(w, pitch, k, units, panel)``: panel[i, u] = w[u, i], zero from `units` on."""
@@ -332,18 +327,12 @@ class _Writer:
             base.set(row + self._rows_of(code, a, step) - rows.get())
         with code.loop(last, start=first) as j:
             w_ih, _, bias = self._panels(a, j)
-            with code.loop(rows.get(), step=self.tile_rows) as block:
-                height = (rows.get() - block).at_most(self.tile_rows)
-                x = a.x + (base.get() + block) * a.inputs
-                to = a.projected + (j * a.chunk + block) * width
-                for g in range(self.cell.n_gates):
-                    at = to + g * self.units
-                    code.call(
-                        self.tile, height, x, a.inputs, w_ih[g], a.inputs, at, code.integer(width)
-                    )
-                with code.loop(height) as i, code.loop(width, step=self.lanes) as k:
-                    at = to + (i * width + k)
-                    code.store(at, code.load(at) + code.load(bias + k))
+            to = a.projected + j * a.chunk * width
+            x = a.x + base.get() * a.inputs
+            self._product(code, rows.get(), x, a.inputs, w_ih, a.inputs, to)
+            with code.loop(rows.get()) as i, code.loop(width, step=self.lanes) as k:
+                at = to + (i * width + k)
+                code.store(at, code.load(at) + code.load(bias + k))
 
     def _forward_slice(
         self, code: Code, a: Any, thread: Value, j: Value, row: Variable, rows: Value,
@@ -351,28 +340,25 @@ class _Writer:
     ) -> None:  # fmt: skip
         width = self.cell.n_gates * self.units
         _, w_hh, bias = self._panels(a, j)
-        scratch = a.scratch + thread * (self.tile_rows * width)
+        scratch = a.scratch + thread * a.batch * width
         known = rows.at_most(rows_before.get())
         with code.loop(2) as part:
             late = part.differs(0)
             start, stop = known.where(code.integer(0), late), rows.where(known, late)
             h = a.h_0.where(a.h + before.get() * a.pitch, late)
             pitch = a.hidden.where(a.pitch, late)
-            with code.loop(stop, start=start, step=self.tile_rows) as block:
-                height = (stop - block).at_most(self.tile_rows)
-                for g in range(self.cell.n_gates):
-                    code.call(
-                        self.tile, height, h + block * pitch, pitch, w_hh[g], a.hidden,
-                        scratch + g * self.units, code.integer(width),
-                    )  # fmt: skip
-                with code.loop(height) as i:
-                    self._forward_row(code, a, j, i, block + i, row, base, scratch, bias)
+            self._product(
+                code, stop - start, h + start * pitch, pitch, w_hh, a.hidden,
+                scratch + start * width,
+            )  # fmt: skip
+        with code.loop(rows) as b:
+            self._forward_row(code, a, j, b, row, base, scratch, bias)
 
     def _forward_row(
-        self, code: Code, a: Any, j: Value, i: Value, b: Value, row: Variable, base: Variable,
+        self, code: Code, a: Any, j: Value, b: Value, row: Variable, base: Variable,
         scratch: Value, bias: Value,
     ) -> None:  # fmt: skip
-        """The pointwise part for row b of a step, row i of a tile."""
+        """The pointwise part for row b of a step."""
         cell, width = self.cell, self.cell.n_gates * self.units
         at = row.get() + b
         wx_row = a.projected + (j * a.chunk + (at - base.get())) * width
@@ -380,7 +366,7 @@ class _Writer:
             with code.when(valid > 0):
                 of_gate = [g * self.units + v * self.lanes for g in range(cell.n_gates)]
                 wx = [code.load(wx_row + k) for k in of_gate]
-                rh = [code.load(scratch + (i * width + k)) for k in of_gate]
+                rh = [code.load(scratch + (b * width + k)) for k in of_gate]
                 for g in range(cell.n_gates - cell.n_apart, cell.n_gates):
                     rh[g] = rh[g] + code.load(bias + (of_gate[g] + cell.n_apart * self.units))
                 own = b * a.hidden + column
@@ -389,8 +375,6 @@ class _Writer:
                 for address, value in zip(states, new, strict=True):
                     code.store(address, value, valid)
                 code.store(a.h + (at * a.pitch + column), new[0], valid)
-                with code.when(a.copy.is_given):
-                    code.store(a.copy + (at * a.pitch + column), new[0], valid)
                 if saved:
                     with code.when(a.gates.is_given):
                         for address, value in zip(self._saved(a, at, column), saved, strict=True):
@@ -453,7 +437,7 @@ class _Writer:
         depth = a.hidden * cell.n_gates
         pitch = a.hidden * (cell.n_gates + cell.n_apart)
         panel = a.packed + j * (depth * self.units)
-        scratch = a.scratch + thread * (self.tile_rows * self.units)
+        scratch = a.scratch + thread * a.batch * self.units
         known = rows.at_most(rows_before)
         zero = code.integer(0)
         # Rows that both steps have, rows that begin in this pass, rows that end in it.
@@ -463,24 +447,20 @@ class _Writer:
             start = rows.where(start, ends)
             stop = rows.where(known, begins)
             stop = rows_before.where(stop, ends)
-            with code.loop(stop, start=start, step=self.tile_rows) as block:
-                height = (stop - block).at_most(self.tile_rows)
-                with code.build.if_else(begins.value) as (then, otherwise):
-                    with then, code.loop(height * self.units, step=self.lanes) as k:
-                        code.store(scratch + k, code.zeros())
-                    with otherwise:
-                        code.call(
-                            self.tile, height, a.d_gates + (before + block) * pitch, pitch, panel,
-                            depth, scratch, code.integer(self.units),
-                        )  # fmt: skip
-                with code.loop(height) as i:
-                    self._backward_row(
-                        code, a, j, i, block + i, row, scratch, ends, after, rows_after, pitch
-                    )
+            to = scratch + start * self.units
+            with code.build.if_else(begins.value) as (then, otherwise):
+                with then, code.loop((stop - start) * self.units, step=self.lanes) as k:
+                    code.store(to + k, code.zeros())
+                with otherwise:
+                    self._product(
+                        code, stop - start, a.d_gates + (before + start) * pitch, pitch, [panel],
+                        depth, to,
+                    )  # fmt: skip
+            with code.loop(stop, start=start) as b:
+                self._backward_row(code, a, j, b, row, scratch, ends, after, rows_after, pitch)
 
     def _backward_row(
-        self, code: Code, a: Any, j: Value, i: Value, b: Value, row: Value, scratch: Value,
-        ends: Value, after: Value, rows_after: Value, pitch: Value,
+        self, code: Code, a: Any, j: Value, b: Value, row: Value, scratch: Value, ends: Value, after: Value, rows_after: Value, pitch: Value,
     ) -> None:  # fmt: skip
         cell = self.cell
         for v, column, valid in self._vectors(code, a, j):
@@ -488,7 +468,7 @@ class _Writer:
                 own = b * a.hidden + column
                 d_state = [address + own for address in (a.d_h, a.d_c)[: cell.n_states]]
                 d = [code.load(address, valid) for address in d_state]
-                d[0] = d[0] + code.load(scratch + (i * self.units + v * self.lanes))
+                d[0] = d[0] + code.load(scratch + (b * self.units + v * self.lanes))
                 with code.build.if_else(ends.value) as (then, otherwise):
                     with then:
                         code.store(d_state[0], d[0], valid)

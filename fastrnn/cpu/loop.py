@@ -1,4 +1,4 @@
-"""Whole-sequence forward and backward through time, written with torch operators.
+"""One direction of a layer, forward and backward through time, written with torch operators.
 
 One loop for every cell, in each direction of the pass:
 
@@ -6,14 +6,9 @@ One loop for every cell, in each direction of the pass:
   finish in place, so a step is one GEMM and the cell's pointwise part;
 * backward first computes, for all steps at once, the factors by which dh and dc
   become gate gradients (the Jacobian of the pointwise part is diagonal), so that
-  a step backward is a few multiplications and one GEMM;
-* each weight gradient is one GEMM over all N rows afterwards.
+  a step backward is a few multiplications and one GEMM.
 
-A padded batch and a packed sequence run through the same code: both are N rows,
-split into steps that hold `sizes[t]` rows each (the rows of one step lie together,
-row b of every step belongs to sequence b). See ``reference.py`` for the shapes.
-
-Half precision is computed in float32 and rounded once, at the results.
+It runs on every device and in every dtype, and serves where there is no kernel.
 """
 
 from __future__ import annotations
@@ -24,16 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import CELLS, Weights, zero_state
-
-# What forward keeps for backward: nothing, the states of every step, or the activations too. Here
-# the states alone are not kept: backward begins with another forward then.
-NOTHING, STATES, ALL = range(3)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a layer of `dtype` is computed and its activations are saved."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+from ..reference import CELLS, Weights
+from .rows import Rows
 
 
 class CpuCell(NamedTuple):
@@ -42,11 +29,11 @@ class CpuCell(NamedTuple):
     forward(gates, extra, h, c, w_hh_t, b_hh) -> h'
         Finish one step. `gates` (n, G*H) holds the input projection and is left holding
         the activations; `extra` (n, H) receives what else backward needs; c is updated.
-    factors(gates, extra, h_prev, c_prev, h) -> (d_rh, d_wx_n, carry)
+    factors(gates, extra, h_prev, c_prev, h) -> (d_rh, d_apart, carry)
         For all rows: d_rh (N, G*H), to be multiplied by dh (dc for the LSTM's first three
-        gates) step by step; d_wx_n the part in which the gradient of the input projection
+        gates) step by step; d_apart the part in which the gradient of the input projection
         differs from it (GRU's n gate); `carry` what passes dh or dc on to the step before.
-    backward(d_rh, d_wx_n, carry, dh, dc, w_hh) -> dh_prev
+    backward(d_rh, d_apart, carry, dh, dc, w_hh) -> dh_prev
         One step; finishes the gradients in place, updates dc.
     """
 
@@ -79,7 +66,7 @@ def _lstm_factors(gates, cells, h_prev, c_prev, h):
     return d_rh, d_rh[:, :0], carry
 
 
-def _lstm_backward(d_rh, d_wx_n, carry, dh, dc, w_hh):
+def _lstm_backward(d_rh, d_apart, carry, dh, dc, w_hh):
     through_c, f = carry.chunk(2, dim=1)
     dc.addcmul_(dh, through_c)
     gates = d_rh.unflatten(1, (4, -1))
@@ -106,9 +93,9 @@ def _gru_factors(gates, rh_n, h_prev, c_prev, h):
     return d_rh, d_n, z
 
 
-def _gru_backward(d_rh, d_wx_n, carry, dh, dc, w_hh):
+def _gru_backward(d_rh, d_apart, carry, dh, dc, w_hh):
     d_rh.unflatten(1, (3, -1)).mul_(dh.unsqueeze(1))
-    d_wx_n.mul_(dh)
+    d_apart.mul_(dh)
     return torch.addcmul(d_rh @ w_hh, dh, carry)
 
 
@@ -129,7 +116,7 @@ def _rnn_cell(
         d_rh = slope(h)
         return d_rh, d_rh[:, :0], d_rh[:, :0]
 
-    def backward(d_rh, d_wx_n, carry, dh, dc, w_hh):
+    def backward(d_rh, d_apart, carry, dh, dc, w_hh):
         return times_(d_rh, dh) @ w_hh
 
     return CpuCell(0, 1, forward, factors, backward)
@@ -144,118 +131,54 @@ CPU_CELLS = {
 }
 
 
-class Rows(NamedTuple):
-    """How N rows fall into T steps: all of one size (padded) or shrinking (packed)."""
-
-    sizes: list[int]
-    batch: int
-    packed: bool
-
-    @classmethod
-    def of(cls, x: Tensor, batch_sizes: Tensor | None) -> Rows:
-        if batch_sizes is None:
-            return cls([x.shape[1]] * x.shape[0], x.shape[1], False)
-        sizes = batch_sizes.tolist()
-        return cls(sizes, sizes[0], True)
-
-    def previous(self, rows: Tensor, initial: Tensor, reverse: bool) -> Tensor:
-        """For every row, the value one step earlier in the direction of the pass."""
-        if not self.packed:
-            count = rows.shape[0] - self.batch
-            parts = (rows[self.batch :], initial) if reverse else (initial, rows[:count])
-            return torch.cat(parts)
-        sizes = torch.tensor(self.sizes)
-        offsets = sizes.cumsum(0) - sizes
-        step = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-        row = torch.arange(len(step)) - offsets[step]
-        if reverse:
-            alive = row < torch.cat([sizes[1:], sizes.new_zeros(1)])[step]
-            source = offsets[(step + 1).clamp(max=len(sizes) - 1)]
-        else:
-            alive, source = step > 0, offsets[(step - 1).clamp(min=0)]
-        index = torch.where(alive, source + row, len(step) + row)
-        return torch.cat([rows, initial]).index_select(0, index.to(rows.device))
-
-
-def check_batch(state: Sequence[Tensor], batch: int) -> None:
-    """Raise unless states have `batch` rows, which compiled code finds out only when it runs."""
-    for part in state:
-        if part.shape[1] != batch:
-            raise RuntimeError(f"Expected hidden states of {batch} rows, got {part.shape[1]}")
-
-
-def _directions(
+def forward(
     cell: str,
     x: Tensor,
-    batch: int,
+    w: Weights,
+    rows: Rows,
+    reverse: bool,
     state: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    bidirectional: bool,
-) -> tuple[list[Weights], list[Tensor], int]:
-    """Weights by direction, the initial state (zeros if not given) and H, in the compute dtype."""
-    directions = 2 if bidirectional else 1
-    per_direction = len(weights) // directions
-    dtype = compute_dtype(x.dtype)
-    flat = [w.to(dtype) for w in weights]
-    by_direction = [
-        Weights.unpack(flat[d * per_direction : (d + 1) * per_direction]) for d in range(directions)
-    ]
-    initial = state or zero_state(cell, x, batch, weights, directions)
-    check_batch(initial, batch)
-    hidden = weights[0].shape[0] // CELLS[cell].n_gates
-    return by_direction, [part.to(dtype) for part in initial], hidden
+    h_rows: Tensor,
+    save: bool,
+) -> list[Tensor]:
+    """Run one direction of a layer.
 
-
-def layer_forward(
-    cell: str,
-    x: Tensor,
-    state: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    bidirectional: bool,
-    save: int,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Run a layer; see ``reference.layer`` for the arguments.
+    Parameters
+    ----------
+    cell : str
+        Key of `CPU_CELLS`.
+    x : Tensor of shape (N, I)
+    w : Weights
+    rows : Rows
+    reverse : bool
+    state : sequence of Tensor of shape (B, P) and (B, H)
+        Initial state; overwritten by the final state.
+    h_rows : Tensor of shape (N, P)
+        Receives h.
+    save : bool
 
     Returns
     -------
-    y : Tensor of shape (T, B, D * P), or (N, D * P)
-    final : list of Tensor
-    saved : list of Tensor
-        Empty unless `save` is `ALL`. In the compute dtype: h (N, D * P), apart from y, which the
-        caller may overwrite; then for each direction of an LSTM or GRU the gate activations
-        (N, G * H) and the cell states or the recurrent part of the n gate (N, H).
+    list of Tensor
+        If `save`, for an LSTM or GRU the gate activations (N, G * H) and the cell states or the
+        recurrent part of the n gate (N, H); else empty.
     """
-    rows = Rows.of(x, batch_sizes)
     pointwise = CPU_CELLS[cell]
-    by_direction, initial, hidden = _directions(cell, x, rows.batch, state, weights, bidirectional)
-    dtype, size_h = initial[0].dtype, initial[0].shape[-1]
-    final = [part.clone(memory_format=torch.contiguous_format) for part in initial]
-    flat = x.flatten(0, -2).to(dtype)
-    y = x.new_empty(*x.shape[:-1], len(by_direction) * size_h)
-    y_rows = y.view(flat.shape[0], y.shape[-1])
-    h_rows = torch.empty_like(y_rows, dtype=dtype) if save == ALL or dtype != x.dtype else y_rows
-    saved = [h_rows] if save == ALL else []
-    for d, w in enumerate(by_direction):
-        gates = _input_projection(flat, w, pointwise.folds_b_hh * hidden)
-        extra = flat.new_empty(flat.shape[0], pointwise.n_extra * hidden)
-        h_of_d = h_rows[:, d * size_h : (d + 1) * size_h]
-        h, c = final[0][d], final[-1][d]
-        w_hh_t = w.w_hh.t()
-        buffers = (part.split(rows.sizes) for part in (gates, extra, h_of_d))
-        steps = list(zip(*buffers, rows.sizes, strict=True))
-        for gates_t, extra_t, h_row_t, n in reversed(steps) if d else steps:
-            h_t = h[:n]
-            new = pointwise.forward(gates_t, extra_t, h_t, c[:n], w_hh_t, w.b_hh)
-            if w.w_hr is not None:
-                new = new @ w.w_hr.t()
-            h_row_t.copy_(new)
-            h_t.copy_(new)
-        if save == ALL and pointwise.n_extra:
-            saved += [gates, extra]
-    if h_rows is not y_rows:
-        y_rows.copy_(h_rows)
-    return y, [part.to(x.dtype) for part in final], saved
+    hidden = w.w_hh.shape[0] // CELLS[cell].n_gates
+    gates = _input_projection(x, w, pointwise.folds_b_hh * hidden)
+    extra = x.new_empty(x.shape[0], pointwise.n_extra * hidden)
+    h, c = state[0], state[-1]
+    w_hh_t = w.w_hh.t()
+    buffers = (part.split(rows.sizes) for part in (gates, extra, h_rows))
+    steps = list(zip(*buffers, rows.sizes, strict=True))
+    for gates_t, extra_t, h_row_t, n in reversed(steps) if reverse else steps:
+        h_t = h[:n]
+        new = pointwise.forward(gates_t, extra_t, h_t, c[:n], w_hh_t, w.b_hh)
+        if w.w_hr is not None:
+            new = new @ w.w_hr.t()
+        h_row_t.copy_(new)
+        h_t.copy_(new)
+    return [gates, extra] if save and pointwise.n_extra else []
 
 
 def _input_projection(x: Tensor, w: Weights, folded: int) -> Tensor:
@@ -267,80 +190,61 @@ def _input_projection(x: Tensor, w: Weights, folded: int) -> Tensor:
     return torch.addmm(bias, x, w.w_ih.t())
 
 
-def layer_backward(
+def backward(
     cell: str,
     dy: Tensor | None,
-    d_final: Sequence[Tensor],
-    x: Tensor,
-    state: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    bidirectional: bool,
+    d_state: Sequence[Tensor],
+    w: Weights,
+    rows: Rows,
+    reverse: bool,
+    initial: Sequence[Tensor],
+    h_rows: Tensor,
     saved: Sequence[Tensor],
-    needs_x: bool,
-    needs_weights: bool,
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """Gradients of `layer_forward`, from what it saved.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Compute the gradients of the gates of `forward`.
+
+    Parameters
+    ----------
+    cell, w, rows, reverse, h_rows
+        As for `forward`.
+    dy : Tensor of shape (N, P), optional
+        Gradient of h at every row.
+    d_state : sequence of Tensor
+        Gradient of the final state; overwritten by that of the initial state.
+    initial : sequence of Tensor
+        State before the first step.
+    saved : sequence of Tensor
+        What `forward` returned.
 
     Returns
     -------
-    dx : Tensor shaped as `x`, or None unless `needs_x`
-    d_state : list of Tensor
-        Gradient of the initial state, whether it was given or not.
-    d_weights : list of Tensor
-        Empty unless `needs_weights`.
+    d_rh : Tensor of shape (N, G * H)
+        Gradient of the recurrent part of every gate.
+    d_apart : Tensor of shape (N, A * H)
+        Gradient of the input part of the last A gates, in which it differs from that.
+    d_w_hr : Tensor, or None without a projection
     """
-    rows = Rows.of(x, batch_sizes)
     pointwise = CPU_CELLS[cell]
-    by_direction, initial, hidden = _directions(cell, x, rows.batch, state, weights, bidirectional)
-    dtype = initial[0].dtype
-    d_state = [part.to(dtype, copy=True).contiguous() for part in d_final]
-    flat = x.flatten(0, -2).to(dtype)
-    h_rows, *activations = saved
-    size_h = initial[0].shape[-1]
-    dy = None if dy is None else dy.flatten(0, -2).to(dtype)
-    dx = flat.new_zeros(x.shape) if needs_x else None
-    d_weights: list[Tensor] = []
-    for d, w in enumerate(by_direction):
-        reverse = d == 1
-        of_d = slice(d * size_h, (d + 1) * size_h)
-        h, empty = h_rows[:, of_d], h_rows[:, :0]
-        gates, extra = activations[2 * d : 2 * d + 2] or (empty, empty)
-        h_prev = rows.previous(h, initial[0][d], reverse)
-        c_prev = rows.previous(extra, initial[1][d], reverse) if len(initial) == 2 else h_prev
-        d_rh, d_wx_n, carry = pointwise.factors(gates, extra, h_prev, c_prev, h)
-        # The gradient of the projected h of every row, for the gradient of the projection.
-        d_projected = empty if w.w_hr is None else torch.empty_like(h)
-        dy_d = empty if dy is None else dy[:, of_d]
-        dh, dc = d_state[0][d], d_state[-1][d]
-        buffers = (part.split(rows.sizes) for part in (d_rh, d_wx_n, carry, dy_d, d_projected))
-        steps = list(zip(*buffers, rows.sizes, strict=True))
-        for d_rh_t, d_wx_n_t, carry_t, dy_t, d_projected_t, n in (
-            steps if reverse else reversed(steps)
-        ):
-            dh_t = dh[:n]
-            if dy is not None:
-                dh_t.add_(dy_t)
-            d_hidden = dh_t
-            if w.w_hr is not None:
-                d_hidden = d_projected_t.copy_(dh_t) @ w.w_hr
-            dh_t.copy_(pointwise.backward(d_rh_t, d_wx_n_t, carry_t, d_hidden, dc[:n], w.w_hh))
-        if needs_weights:
-            d_w_hh, d_b_hh = d_rh.t() @ h_prev, d_rh.sum(0)
-        d_wx = d_rh
-        if d_wx_n.shape[1]:
-            d_wx[:, -hidden:] = d_wx_n
-        if dx is not None:
-            dx.view(flat.shape).addmm_(d_wx, w.w_ih)
-        if needs_weights:
-            d_weights += [d_wx.t() @ flat, d_w_hh]
-            if w.b_ih is not None:
-                d_weights += [d_wx.sum(0), d_b_hh]
-            if w.w_hr is not None:
-                h_full = gates[:, 3 * hidden :] * extra.tanh()
-                d_weights.append(d_projected.t() @ h_full)
-    return (
-        None if dx is None else dx.to(x.dtype),
-        [part.to(x.dtype) for part in d_state],
-        [part.to(x.dtype) for part in d_weights],
-    )
+    empty = h_rows[:, :0]
+    gates, extra = saved or (empty, empty)
+    h_prev = rows.previous(h_rows, initial[0], reverse)
+    c_prev = rows.previous(extra, initial[1], reverse) if len(initial) == 2 else h_prev
+    d_rh, d_apart, carry = pointwise.factors(gates, extra, h_prev, c_prev, h_rows)
+    # The gradient of the projected h of every row, for the gradient of the projection.
+    d_projected = empty if w.w_hr is None else torch.empty_like(h_rows)
+    dh, dc = d_state[0], d_state[-1]
+    every_dy = empty if dy is None else dy
+    buffers = (part.split(rows.sizes) for part in (d_rh, d_apart, carry, every_dy, d_projected))
+    steps = list(zip(*buffers, rows.sizes, strict=True))
+    for d_rh_t, d_apart_t, carry_t, dy_t, d_projected_t, n in steps if reverse else reversed(steps):
+        dh_t = dh[:n]
+        if dy is not None:
+            dh_t.add_(dy_t)
+        d_hidden = dh_t
+        if w.w_hr is not None:
+            d_hidden = d_projected_t.copy_(dh_t) @ w.w_hr
+        dh_t.copy_(pointwise.backward(d_rh_t, d_apart_t, carry_t, d_hidden, dc[:n], w.w_hh))
+    if w.w_hr is None:
+        return d_rh, d_apart, None
+    h_full = gates[:, -w.w_hr.shape[1] :] * extra.tanh()
+    return d_rh, d_apart, d_projected.t() @ h_full

@@ -1,0 +1,153 @@
+"""One direction of a layer by the compiled kernels: the functions of ``loop.py`` once more.
+
+Tensors are float32 on the CPU; there is no projection. Everything that a kernel takes by address
+is allocated, checked and kept alive here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..reference import Weights
+from . import engine, machine
+from .cells import CELLS
+from .kernels import Backward, Forward
+from .rows import Rows
+
+# Floats of projected input that a thread keeps, about half of a second-level cache.
+_CHUNK = 65536
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _check(x_size: int, count: int, w: Weights, rows: Rows, hidden: int) -> None:
+    """Raise unless the weights and the rows are of the sizes that a kernel will assume."""
+    width = w.w_ih.shape[0]
+    fits = w.w_ih.shape == (width, x_size) and w.w_hh.shape == (width, hidden)
+    for bias in (w.b_ih, w.b_hh):
+        fits = fits and (bias is None or bias.shape == (width,))
+    sizes = rows.batch_sizes
+    if sizes is None:
+        fits = fits and rows.steps * rows.batch == count
+    else:
+        shrinking = bool((sizes[1:] <= sizes[:-1]).all())
+        fits = fits and shrinking and int(sizes[-1]) > 0 and int(sizes.sum()) == count
+    if not fits:
+        raise RuntimeError("the sizes of input, weights and batch_sizes do not fit each other")
+
+
+def _layout(hidden: int, gates: int, batch: int) -> tuple[int, int, int]:
+    """Hidden units of a slice, columns of all gates with the padding, and threads to use."""
+    target = machine.target()
+    assert target is not None
+    width = -(-hidden // target.units) * target.units * gates
+    return target.units, width, engine.threads(2 * batch * width * hidden)
+
+
+def forward(
+    cell: str,
+    x: Tensor,
+    w: Weights,
+    rows: Rows,
+    reverse: bool,
+    state: Sequence[Tensor],
+    h_rows: Tensor,
+    save: bool,
+) -> list[Tensor]:
+    """Run one direction; see ``loop.forward``."""
+    facts, hidden = CELLS[cell], w.w_hh.shape[1]
+    gates, (count, inputs) = facts.n_gates, x.shape
+    _check(inputs, count, w, rows, hidden)
+    x, weights = x.contiguous(), [None if t is None else t.contiguous() for t in w[:4]]
+    h_0 = state[0].clone()
+    saved = []
+    if save and facts.n_saved:
+        saved = [x.new_empty(count, gates * hidden), x.new_empty(count, hidden)]
+    units, width, threads = _layout(hidden, gates, rows.batch)
+    chunk = rows.batch * max(1, _CHUNK * threads // max(1, width * rows.batch))
+    packed = x.new_empty(width * (inputs + hidden + 2))
+    projected = x.new_empty(width * chunk)
+    scratch = x.new_empty(threads * rows.batch * gates * units)
+    w_ih, w_hh, b_ih, b_hh = map(_address, weights)
+    gates_at, extra_at = map(_address, saved or (None, None))
+    arguments = Forward(
+        steps=rows.steps,
+        rows=count,
+        batch=rows.batch,
+        inputs=inputs,
+        hidden=hidden,
+        reverse=reverse,
+        pitch=h_rows.stride(0),
+        chunk=chunk,
+        sizes=_address(rows.batch_sizes),
+        x=_address(x),
+        w_ih=w_ih,
+        w_hh=w_hh,
+        b_ih=b_ih,
+        b_hh=b_hh,
+        h_0=_address(h_0),
+        h_n=_address(state[0]),
+        c=_address(state[1]) if facts.n_states == 2 else None,
+        h=_address(h_rows),
+        gates=gates_at,
+        extra=extra_at,
+        packed=_address(packed),
+        projected=_address(projected),
+        scratch=_address(scratch),
+    )
+    engine.run(cell, "forward", arguments, threads)
+    return saved
+
+
+def backward(
+    cell: str,
+    dy: Tensor | None,
+    d_state: Sequence[Tensor],
+    w: Weights,
+    rows: Rows,
+    reverse: bool,
+    initial: Sequence[Tensor],
+    h_rows: Tensor,
+    saved: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, None]:
+    """Compute the gradients of the gates; see ``loop.backward``."""
+    facts, hidden, count = CELLS[cell], w.w_hh.shape[1], h_rows.shape[0]
+    gates = facts.n_gates
+    _check(w.w_ih.shape[1], count, w, rows, hidden)
+    w_hh, initial = w.w_hh.contiguous(), [part.contiguous() for part in initial]
+    pitch = h_rows.stride(0)
+    if dy is not None and dy.stride() != h_rows.stride():
+        dy = torch.empty_strided(dy.shape, h_rows.stride()).copy_(dy)
+    units, width, threads = _layout(hidden, gates, rows.batch)
+    d_gates = h_rows.new_empty(count, (gates + facts.n_apart) * hidden)
+    packed = h_rows.new_empty(width // gates * gates * hidden)
+    scratch = h_rows.new_empty(threads * rows.batch * units)
+    gates_at, extra_at = map(_address, saved or (None, None))
+    arguments = Backward(
+        steps=rows.steps,
+        rows=count,
+        batch=rows.batch,
+        hidden=hidden,
+        reverse=reverse,
+        pitch=pitch,
+        sizes=_address(rows.batch_sizes),
+        w_hh=_address(w_hh),
+        h_0=_address(initial[0]),
+        c_0=_address(initial[1]) if facts.n_states == 2 else None,
+        h=_address(h_rows),
+        gates=gates_at,
+        extra=extra_at,
+        dy=_address(dy),
+        d_h=_address(d_state[0]),
+        d_c=_address(d_state[1]) if facts.n_states == 2 else None,
+        d_gates=_address(d_gates),
+        packed=_address(packed),
+        scratch=_address(scratch),
+    )
+    engine.run(cell, "backward", arguments, threads)
+    return d_gates[:, : gates * hidden], d_gates[:, gates * hidden :], None

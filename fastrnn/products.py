@@ -1,0 +1,81 @@
+"""What is left of a backward pass once the gradients of all gates are known: products over all rows.
+
+The same for every path: `d_rh` (N, G * H) is the gradient of the recurrent parts; that of the input
+parts differs from it in the last gates only, whose gradient is `d_apart` (N, A * H), often with A = 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import Weights
+
+
+def add_d_x(dx: Tensor, d_rh: Tensor, d_apart: Tensor, w_ih: Tensor) -> None:
+    """Add the gradient of the input.
+
+    Parameters
+    ----------
+    dx : Tensor of shape (N, I)
+        In and out.
+    d_rh, d_apart : Tensor
+    w_ih : Tensor of shape (G * H, I)
+    """
+    shared = d_rh.shape[1] - d_apart.shape[1]
+    dx.addmm_(d_rh[:, :shared], w_ih[:shared])
+    if d_apart.shape[1]:
+        dx.addmm_(d_apart, w_ih[shared:])
+
+
+def d_weights(
+    d_rh: Tensor, d_apart: Tensor, x: Tensor, d_w_hh: Tensor, w: Weights
+) -> list[Tensor]:
+    """Compute the gradients of the weights of a direction, but for that of a projection.
+
+    Parameters
+    ----------
+    d_rh, d_apart : Tensor
+    x : Tensor of shape (N, I)
+    d_w_hh : Tensor of shape (G * H, P)
+        Is part of the result.
+    w : Weights
+
+    Returns
+    -------
+    list of Tensor
+        In the order of `w`.
+    """
+    shared = d_rh.shape[1] - d_apart.shape[1]
+    d_w_ih = d_rh.new_empty(w.w_ih.shape)
+    torch.mm(d_rh[:, :shared].t(), x, out=d_w_ih[:shared])
+    if d_apart.shape[1]:
+        torch.mm(d_apart.t(), x, out=d_w_ih[shared:])
+    if w.b_ih is None:
+        return [d_w_ih, d_w_hh]
+    d_b_hh = d_rh.sum(0)
+    d_b_ih = torch.cat([d_b_hh[:shared], d_apart.sum(0)])
+    return [d_w_ih, d_w_hh, d_b_ih, d_b_hh]
+
+
+def d_w_hh(d_rh: Tensor, h: Tensor, h_0: Tensor, reverse: bool) -> Tensor:
+    """Sum ``d_rh[t].T @ h[t - 1]`` over the steps of a padded batch.
+
+    Parameters
+    ----------
+    d_rh : Tensor of shape (N, G * H)
+    h : Tensor of shape (N, P)
+    h_0 : Tensor of shape (B, P)
+        The state before the first step, which is apart from those in `h`.
+    reverse : bool
+
+    Returns
+    -------
+    Tensor of shape (G * H, P)
+    """
+    rest = h.shape[0] - h_0.shape[0]
+    if reverse:
+        later, first, before = *d_rh.tensor_split([rest]), h[h.shape[0] - rest :]
+    else:
+        first, later, before = *d_rh.tensor_split([h_0.shape[0]]), h[:rest]
+    return torch.addmm(first.t() @ h_0, later.t(), before)
