@@ -71,6 +71,10 @@ _implement(cpu, "default")
 _implement(gpu, "CUDA")
 
 
+def _backend(x: Tensor) -> Any:
+    return gpu if x.is_cuda else cpu
+
+
 def _steps(state: Sequence[Tensor]) -> list[Tensor]:
     """A cell's (B, H) states as those of a layer with one direction."""
     return [part.unsqueeze(0) for part in state]
@@ -161,9 +165,15 @@ def _gradients(cell, dy, d_final, arguments, saved, needs_x, needs_weights):
         with torch.no_grad():
             y, _, saved = torch.ops.fastrnn.layer(cell, *arguments, cpu.ALL)
         saved = _with_output(y, saved)
-    dx, d_state, d_weights = torch.ops.fastrnn.layer_backward(
+    x, state, weights, *_ = arguments
+    if not torch.is_grad_enabled() and is_plain(x, *state, *weights, *d_final, dy, *saved):
+        layer_backward = _backend(x).layer_backward
+    else:
+        layer_backward = torch.ops.fastrnn.layer_backward
+    dx, d_state, d_weights = layer_backward(
         cell, dy, d_final, *arguments, saved, needs_x, needs_weights
     )
+    d_state = d_state if state else []
     n_weights = len(arguments[2])
     return dx if needs_x else None, d_state, d_weights or [None] * n_weights
 
@@ -228,20 +238,38 @@ def _layer_setup(ctx, inputs, output):
     ctx.final = [part.new_zeros(()).expand(part.shape) for part in final]
 
 
-def _layer_autograd(ctx, dy, d_final, _d_saved):
+def _layer_gradients(ctx, dy, d_final, needs_x, needs_weights):
     (x,), state, weights, (batch_sizes,), saved = _load(ctx)
-    _, needs_x, _, needs_weights, *_ = ctx.needs_input_grad
     arguments = (x, state, weights, batch_sizes, ctx.bidirectional)
-    dx, d_state, d_weights = _gradients(
-        ctx.cell,
-        dy,
-        _or_zeros(d_final, ctx.final),
-        arguments,
-        saved,
-        needs_x,
-        any(needs_weights),
-    )
-    return None, dx, d_state, d_weights, None, None, None
+    d_final = _or_zeros(d_final, ctx.final)
+    return _gradients(ctx.cell, dy, d_final, arguments, saved, needs_x, needs_weights)
+
+
+def _layer_autograd(ctx, dy, d_final, _d_saved):
+    _, needs_x, _, needs_weights, *_ = ctx.needs_input_grad
+    gradients = _layer_gradients(ctx, dy, d_final, needs_x, any(needs_weights))
+    return None, *gradients, None, None, None
+
+
+class _Layer(torch.autograd.Function):
+    """``fastrnn::layer`` as autograd has it without torch.library, which takes its time."""
+
+    @staticmethod
+    def forward(ctx, cell, n_states, batch_sizes, bidirectional, save, x, *tensors):
+        state, weights = list(tensors[:n_states]), list(tensors[n_states:])
+        arguments = (cell, x, state, weights, batch_sizes, bidirectional, save)
+        output = _backend(x).layer_forward(*arguments)
+        _layer_setup(ctx, arguments, output)
+        ctx.n_states = n_states
+        y, final, _ = output
+        return y, *final
+
+    @staticmethod
+    def backward(ctx, dy, *d_final):
+        needs_x, *needs = ctx.needs_input_grad[5:]
+        needs_weights = any(needs[ctx.n_states :])
+        dx, d_state, d_weights = _layer_gradients(ctx, dy, d_final, needs_x, needs_weights)
+        return None, None, None, None, None, dx, *d_state, *d_weights
 
 
 def _cell_setup(ctx, inputs, output):
@@ -413,7 +441,15 @@ def layer(
     save = cpu.NOTHING
     if differentiated(x, *state, *weights):
         save = cpu.STATES if recompute else cpu.ALL
-    y, final, _ = torch.ops.fastrnn.layer(cell, x, state, weights, batch_sizes, bidirectional, save)
+    arguments = (cell, x, state, weights, batch_sizes, bidirectional, save)
+    if not is_plain(x, *state, *weights):
+        y, final, _ = torch.ops.fastrnn.layer(*arguments)
+    elif save == cpu.NOTHING:
+        y, final, _ = _backend(x).layer_forward(*arguments)
+    else:
+        y, *final = _Layer.apply(
+            cell, len(state), batch_sizes, bidirectional, save, x, *state, *weights
+        )
     return y, final
 
 
@@ -423,6 +459,21 @@ def cell_step(
     """``reference.cell_step`` through the operator."""
     save = cpu.ALL if differentiated(x, *state, *weights) else cpu.NOTHING
     return torch.ops.fastrnn.cell(cell, x, state, weights, save)[0]
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd wants to know of an operation on these.
+
+    Operators are for what looks at them: compilers, modes, subclasses of Tensor, transforms.
+    """
+    return (
+        all(type(t) in (Tensor, torch.nn.Parameter) or t is None for t in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not transformed()
+        and not autocasts("cpu")
+        and not autocasts("cuda")
+    )
 
 
 def transformed() -> bool:

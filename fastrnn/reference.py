@@ -263,6 +263,8 @@ def stack(
     final : list of Tensor
         Shaped as `state`.
     """
+    if num_layers == 1:
+        return layer(cell, x, state, weights, batch_sizes, bidirectional)
     directions = 2 if bidirectional else 1
     per_layer = len(weights) // num_layers
     finals = []

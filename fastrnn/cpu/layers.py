@@ -77,13 +77,18 @@ def _directions(
     directions = 2 if bidirectional else 1
     per_direction = len(weights) // directions
     dtype = compute_dtype(x.dtype)
-    flat = [w.to(dtype) for w in weights]
+    flat = _as(weights, dtype)
     by_direction = [
         Weights.unpack(flat[d * per_direction : (d + 1) * per_direction]) for d in range(directions)
     ]
     initial = state or zero_state(cell, x, batch, weights, directions)
     check_batch(initial, batch)
-    return by_direction, [part.to(dtype) for part in initial]
+    return by_direction, _as(initial, dtype)
+
+
+def _as(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """The tensors in a dtype that all of them have, or none."""
+    return tensors if tensors[0].dtype == dtype else [t.to(dtype) for t in tensors]
 
 
 def layer_forward(
@@ -131,7 +136,7 @@ def layer_forward(
         )
     if h_rows is not y_rows:
         y_rows.copy_(h_rows)
-    return y, [part.to(x.dtype) for part in final], saved
+    return y, list(_as(final, x.dtype)), saved
 
 
 def layer_backward(
@@ -202,6 +207,6 @@ def layer_backward(
                 d_weights.append(d_w_hr)
     return (
         None if dx is None else dx.to(x.dtype),
-        [part.to(x.dtype) for part in d_state],
-        [part.to(x.dtype) for part in d_weights],
+        list(_as(d_state, x.dtype)),
+        list(_as(d_weights, x.dtype)) if d_weights else [],
     )
