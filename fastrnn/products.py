@@ -1,7 +1,7 @@
-"""What is left of a backward pass once the gradients of all gates are known: products over all rows.
+"""What follows once the gradients of all gates are known: products over all rows.
 
-The same for every path: `d_rh` (N, G * H) is the gradient of the recurrent parts; that of the input
-parts differs from it in the last gates only, whose gradient is `d_apart` (N, A * H), often with A = 0.
+The same for every path: `d_rh` (N, G * H) is the gradient of the recurrent parts; that of the
+input parts differs in the last gates only, where it is `d_apart` (N, A * H), often with A = 0.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ def add_d_x(dx: Tensor, d_rh: Tensor, d_apart: Tensor, w_ih: Tensor) -> None:
         dx.addmm_(d_apart, w_ih[shared:])
 
 
-def d_weights(
-    d_rh: Tensor, d_apart: Tensor, x: Tensor, d_w_hh: Tensor, w: Weights
-) -> list[Tensor]:
+def d_weights(d_rh: Tensor, d_apart: Tensor, x: Tensor, d_w_hh: Tensor, w: Weights) -> list[Tensor]:
     """Compute the gradients of the weights of a direction, but for that of a projection.
 
     Parameters

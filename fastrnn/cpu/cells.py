@@ -42,7 +42,9 @@ class Cell(NamedTuple):
     n_saved: int
     n_apart: int
     forward: Callable[[Values, Values, Values], tuple[Values, Values]]
-    backward: Callable[[Values, Values, Values, Values], tuple[Values, Values, Sequence[Value | None]]]
+    backward: Callable[
+        [Values, Values, Values, Values], tuple[Values, Values, Sequence[Value | None]]
+    ]
 
 
 def _lstm_forward(wx: Values, rh: Values, state: Values) -> tuple[Values, Values]:
@@ -83,9 +85,7 @@ def _gru_backward(saved, state, previous, d_state):
     return d_rh, (d_wx_n,), (dh * z,)
 
 
-def _elman(
-    phi: Callable[[Value], Value], backward: Callable[[Value, Value], Value]
-) -> Cell:
+def _elman(phi: Callable[[Value], Value], backward: Callable[[Value, Value], Value]) -> Cell:
     """A cell h' = phi(wx + rh); `backward` takes h' and dh'."""
     return Cell(
         1, 1, 0, 0,

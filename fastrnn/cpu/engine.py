@@ -10,7 +10,6 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ _log = logging.getLogger("fastrnn")
 
 _RUNTIME = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
 _HERE = Path(__file__).parent
+_WRITERS = ("vector", "cells", "tiles", "sequence", "engine")
 
 
 # Threads. The parallel regions are those of the OpenMP runtime that torch uses, whichever it is:
@@ -121,7 +121,10 @@ def _load(cell: str, target: Target) -> Kernels:
 def _target_machine() -> Any:
     of = llvm.Target.from_triple(llvm.get_process_triple())
     return of.create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, jit=True
+        cpu=llvm.get_host_cpu_name(),
+        features=llvm.get_host_cpu_features().flatten(),
+        opt=3,
+        jit=True,
     )
 
 
@@ -135,10 +138,10 @@ def compile_cell(cell: str, target: Target, for_: Any = None) -> bytes:
     for_ : llvmlite.binding.TargetMachine, optional
         By default this machine.
     """
-    from . import kernels as source
+    from . import sequence  # with what writes code, only where code is written
 
     for_ = for_ or _target_machine()
-    module = llvm.parse_assembly(str(source.module(cell, target, f"fastrnn_{cell}")))
+    module = llvm.parse_assembly(str(sequence.module(cell, target)))
     module.triple = for_.triple
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     # Everything is in vectors already.
@@ -161,7 +164,7 @@ def cache_folder() -> Path:
 
 @functools.cache
 def _sources() -> bytes:
-    return b"".join((_HERE / f"{name}.py").read_bytes() for name in ("vector", "cells", "kernels", "engine"))
+    return b"".join((_HERE / f"{name}.py").read_bytes() for name in _WRITERS)
 
 
 def _cached(cell: str, target: Target) -> Path:

@@ -131,9 +131,7 @@ def layer_forward(
     for d, w in enumerate(by_direction):
         of_d = slice(d * size_h, (d + 1) * size_h)
         state_d = [part[d] for part in final]
-        saved += backend.forward(
-            cell, flat, w, rows, d == 1, state_d, h_rows[:, of_d], save == ALL
-        )
+        saved += backend.forward(cell, flat, w, rows, d == 1, state_d, h_rows[:, of_d], save == ALL)
     if h_rows is not y_rows:
         y_rows.copy_(h_rows)
     return y, list(_as(final, x.dtype)), saved

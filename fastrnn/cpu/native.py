@@ -14,8 +14,8 @@ from torch import Tensor
 from ..reference import Weights
 from . import engine, machine
 from .cells import CELLS
-from .kernels import Backward, Forward
 from .rows import Rows
+from .sequence import Backward, Forward
 
 # Floats of projected input that a thread keeps, about half of a second-level cache.
 _CHUNK = 65536
@@ -70,9 +70,8 @@ def forward(
         saved = [x.new_empty(count, gates * hidden), x.new_empty(count, hidden)]
     units, width, threads = _layout(hidden, gates, rows.batch)
     chunk = rows.batch * max(1, _CHUNK * threads // max(1, width * rows.batch))
-    packed = x.new_empty(width * (inputs + hidden + 2))
-    projected = x.new_empty(width * chunk)
-    scratch = x.new_empty(threads * rows.batch * gates * units)
+    sizes = (width * (inputs + hidden + 2), width * chunk, threads * rows.batch * gates * units)
+    packed, projected, scratch = x.new_empty(sum(sizes)).split(sizes)
     w_ih, w_hh, b_ih, b_hh = map(_address, weights)
     gates_at, extra_at = map(_address, saved or (None, None))
     arguments = Forward(
@@ -125,8 +124,10 @@ def backward(
         dy = torch.empty_strided(dy.shape, h_rows.stride()).copy_(dy)
     units, width, threads = _layout(hidden, gates, rows.batch)
     d_gates = h_rows.new_empty(count, (gates + facts.n_apart) * hidden)
-    packed = h_rows.new_empty(width // gates * gates * hidden)
-    scratch = h_rows.new_empty(threads * rows.batch * units)
+    packed, scratch = (
+        h_rows.new_empty(width * hidden),
+        h_rows.new_empty(threads * rows.batch * units),
+    )
     gates_at, extra_at = map(_address, saved or (None, None))
     arguments = Backward(
         steps=rows.steps,

@@ -21,14 +21,14 @@ from typing import Any
 
 from llvmlite import ir
 
-INT, INT32, FLOAT, BIT = ir.IntType(64), ir.IntType(32), ir.FloatType(), ir.IntType(1)
+INT, INT32, FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
 ADDRESS = ir.PointerType()
 
 
 class Value:
     """Something that a kernel computes.
 
-    Arithmetic takes Python numbers too, which for a vector stand for all of its lanes. Adding
+    Arithmetic takes Python's numbers too, which for a vector stand for all of its lanes. Adding
     to an address counts in elements of float32.
     """
 
@@ -39,57 +39,55 @@ class Value:
     def is_float(self) -> bool:
         return self.type == FLOAT or isinstance(self.type, ir.VectorType)
 
-    def _like(self, other: Any) -> Any:
+    def same(self, other: Any) -> Value:
+        """A number as a value of this type; a value as it is."""
         if isinstance(other, Value):
-            return other.value
-        if isinstance(self.type, ir.VectorType):
-            return ir.Constant(self.type, [float(other)] * self.type.count)
-        return ir.Constant(self.type, float(other) if self.is_float else int(other))
+            return other
+        number = float(other) if self.is_float else int(other)
+        lanes = isinstance(self.type, ir.VectorType)
+        constant = ir.Constant(self.type, [number] * self.type.count if lanes else number)
+        return Value(self.code, constant)
 
-    def _new(self, value: Any) -> Value:
-        return Value(self.code, value)
-
-    def same(self, number: float) -> Value:
-        """A number as a value of this type."""
-        return self._new(self._like(number))
+    def _combine(self, operation: str, other: Any) -> Value:
+        operation = f"f{operation}" if self.is_float else operation
+        build = getattr(self.code.build, operation)
+        return Value(self.code, build(self.value, self.same(other).value))
 
     def __add__(self, other: Any) -> Value:
-        build = self.code.build
-        if self.type == ADDRESS:
-            index = other.value if isinstance(other, Value) else INT(other)
-            return self._new(build.gep(self.value, [index], source_etype=FLOAT))
-        return self._new((build.fadd if self.is_float else build.add)(self.value, self._like(other)))
+        if self.type != ADDRESS:
+            return self._combine("add", other)
+        index = other.value if isinstance(other, Value) else INT(other)
+        return Value(self.code, self.code.build.gep(self.value, [index], source_etype=FLOAT))
 
     def __sub__(self, other: Any) -> Value:
-        build = self.code.build
-        return self._new((build.fsub if self.is_float else build.sub)(self.value, self._like(other)))
-
-    def __rsub__(self, other: Any) -> Value:
-        return self.same(other) - self
+        return self._combine("sub", other)
 
     def __mul__(self, other: Any) -> Value:
-        build = self.code.build
-        return self._new((build.fmul if self.is_float else build.mul)(self.value, self._like(other)))
+        return self._combine("mul", other)
 
     def __truediv__(self, other: Any) -> Value:
-        return self._new(self.code.build.fdiv(self.value, self._like(other)))
+        return self._combine("div", other)
 
     def __floordiv__(self, other: Any) -> Value:
         """Quotient of integers that are not negative."""
-        return self._new(self.code.build.udiv(self.value, self._like(other)))
+        return self._combine("udiv", other)
+
+    def __rsub__(self, other: Any) -> Value:
+        return self.same(other) - self
 
     def __rtruediv__(self, other: Any) -> Value:
         return self.same(other) / self
 
     __radd__, __rmul__ = __add__, __mul__
 
+    def __and__(self, other: Value) -> Value:
+        return Value(self.code, self.code.build.and_(self.value, other.value))
+
     def _compare(self, operator: str, other: Any) -> Value:
         """Of floats, false where one is not a number."""
         build = self.code.build
         compare = build.fcmp_ordered if self.is_float else build.icmp_signed
-        if self.type == ADDRESS:
-            compare, other = build.icmp_unsigned, Value(self.code, ir.Constant(ADDRESS, None))
-        return self._new(compare(operator, self.value, self._like(other)))
+        return Value(self.code, compare(operator, self.value, self.same(other).value))
 
     def __lt__(self, other: Any) -> Value:
         return self._compare("<", other)
@@ -109,15 +107,17 @@ class Value:
     @property
     def is_given(self) -> Value:
         """Whether an address is not null."""
-        return self._compare("!=", None)
+        null = ir.Constant(ADDRESS, None)
+        return Value(self.code, self.code.build.icmp_unsigned("!=", self.value, null))
 
     def where(self, other: Any, condition: Value) -> Value:
         """This value where `condition` holds, else `other`."""
-        return self._new(self.code.build.select(condition.value, self.value, self._like(other)))
+        select = self.code.build.select
+        return Value(self.code, select(condition.value, self.value, self.same(other).value))
 
     def at_most(self, limit: Any) -> Value:
         """The smaller of this and a limit; where this is not a number, this."""
-        return self.same(limit).where(self, self > limit) if not isinstance(limit, Value) else limit.where(self, self > limit)
+        return self.same(limit).where(self, self > limit)
 
 
 class Variable:
@@ -157,6 +157,9 @@ class Code:
 
     def integer(self, number: int) -> Value:
         return Value(self, INT(number))
+
+    def number(self, number: float) -> Value:
+        return Value(self, FLOAT(number))
 
     def zeros(self) -> Value:
         return Value(self, ir.Constant(self.vector, [0.0] * self.lanes))
@@ -232,7 +235,8 @@ class Code:
 
     def splat(self, scalar: Value) -> Value:
         """A vector with one number in all lanes."""
-        undefined = ir.Constant(self.vector, ir.Undefined)
+        of = ir.VectorType(scalar.type, self.lanes)
+        undefined = ir.Constant(of, ir.Undefined)
         first = self.build.insert_element(undefined, scalar.value, INT32(0))
         zeros = ir.Constant(ir.VectorType(INT32, self.lanes), [0] * self.lanes)
         return Value(self, self.build.shuffle_vector(first, undefined, zeros))
@@ -268,18 +272,13 @@ class Code:
                 self.store(address, value)
 
     def _mask(self, valid: Value) -> Any:
-        of = ir.VectorType(INT, self.lanes)
-        undefined = ir.Constant(of, ir.Undefined)
-        first = self.build.insert_element(undefined, valid.value, INT32(0))
-        zeros = ir.Constant(ir.VectorType(INT32, self.lanes), [0] * self.lanes)
-        counts = self.build.shuffle_vector(first, undefined, zeros)
-        lane = ir.Constant(of, list(range(self.lanes)))
-        return self.build.icmp_signed("<", lane, counts)
+        lane = ir.Constant(ir.VectorType(INT, self.lanes), list(range(self.lanes)))
+        return self.build.icmp_signed("<", lane, self.splat(valid).value)
 
 
 def fma(a: Value, b: Value, c: Any) -> Value:
     """``a * b + c``, rounded once."""
-    return a.code.intrinsic("fma", a, b if isinstance(b, Value) else a.same(b), c if isinstance(c, Value) else a.same(c))
+    return a.code.intrinsic("fma", a, a.same(b), a.same(c))
 
 
 # Both activations are made from exp(y) = 2**n * (1 + p) with p = exp(r) - 1, y = n * ln 2 + r and
@@ -301,7 +300,9 @@ def _exp_parts(y: Value) -> tuple[Value, Value]:
         series = fma(series, r, coefficient)
     p = fma(r * r, series, r)
     integers = ir.VectorType(INT32, code.lanes)
-    exponent = build.shl(build.bitcast(shifted.value, integers), ir.Constant(integers, [23] * code.lanes))
+    exponent = build.shl(
+        build.bitcast(shifted.value, integers), ir.Constant(integers, [23] * code.lanes)
+    )
     bits = build.add(exponent, ir.Constant(integers, [127 << 23] * code.lanes))
     return Value(code, build.bitcast(bits, code.vector)), p
 

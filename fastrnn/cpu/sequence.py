@@ -1,0 +1,380 @@
+"""Whole sequences on a CPU: the kernels, as code for LLVM.
+
+One parallel region runs all steps of one direction of a layer. Hidden units fall into slices of two
+vectors, and a thread owns whole slices: it packs their weights, which then stay in its cache, and
+computes their gates and states. Only h (in backward: the gradient of the gates) crosses between
+threads, at one barrier a step.
+
+Arrays have torch's layouts; packed weights are padded with zeros.
+
+A packed sequence differs from a padded batch in the number of rows of a step alone: `sizes`. Rows
+that join late (in the order of the pass) start from the initial state, rows that leave early keep
+theirs, so that one rule for "rows which the step before had, and those it had not" is enough.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+
+from .cells import CELLS, Cell
+from .machine import Target
+from .tiles import Writer
+from .vector import ADDRESS, INT, Code, Value, Variable
+
+_INT, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
+
+
+class Forward(ctypes.Structure):
+    """Arguments of the forward kernel; addresses that may be null are marked."""
+
+    _fields_ = [
+        ("steps", _INT),
+        ("rows", _INT),  # of all steps
+        ("batch", _INT),
+        ("inputs", _INT),
+        ("hidden", _INT),
+        ("reverse", _INT),
+        ("pitch", _INT),  # from row to row of h
+        ("chunk", _INT),  # rows, at least a batch, whose input projection is kept
+        ("sizes", _ADDRESS),  # rows of each step, int64; null: all have `batch`
+        ("x", _ADDRESS),
+        ("w_ih", _ADDRESS),
+        ("w_hh", _ADDRESS),
+        ("b_ih", _ADDRESS),  # may be null, like b_hh
+        ("b_hh", _ADDRESS),
+        ("h_0", _ADDRESS),
+        ("h_n", _ADDRESS),  # in: h_0
+        ("c", _ADDRESS),  # in: c_0, out: c_n; null unless the cell has one
+        ("h", _ADDRESS),
+        ("gates", _ADDRESS),  # to be saved; may be null
+        ("extra", _ADDRESS),  # what is saved beyond the gates
+        ("packed", _ADDRESS),  # work space
+        ("projected", _ADDRESS),
+        ("scratch", _ADDRESS),
+    ]
+
+
+class Backward(ctypes.Structure):
+    """Arguments of the backward kernel."""
+
+    _fields_ = [
+        ("steps", _INT),
+        ("rows", _INT),
+        ("batch", _INT),
+        ("hidden", _INT),
+        ("reverse", _INT),
+        ("pitch", _INT),  # from row to row of h, dy
+        ("sizes", _ADDRESS),
+        ("w_hh", _ADDRESS),
+        ("h_0", _ADDRESS),
+        ("c_0", _ADDRESS),
+        ("h", _ADDRESS),
+        ("gates", _ADDRESS),
+        ("extra", _ADDRESS),
+        ("dy", _ADDRESS),  # may be null
+        ("d_h", _ADDRESS),  # in: of h_n, out: of h_0
+        ("d_c", _ADDRESS),
+        ("d_gates", _ADDRESS),  # (N, (G + n_apart) * H): d_rh, then d_wx of the gates apart
+        ("packed", _ADDRESS),
+        ("scratch", _ADDRESS),
+    ]
+
+
+def module(cell: str, target: Target) -> Any:
+    """Write the kernels ``forward`` and ``backward`` of a cell.
+
+    Parameters
+    ----------
+    cell : str
+        Key of ``cells.CELLS``.
+    target : Target
+
+    Returns
+    -------
+    llvmlite.ir.Module
+    """
+    result = ir.Module(f"fastrnn_{cell}")
+    writer = _Writer(result, CELLS[cell], target)
+    writer.kernel("forward", Forward, writer.forward)
+    writer.kernel("backward", Backward, writer.backward)
+    return result
+
+
+class _Step(NamedTuple):
+    """A step of a walk: its rows and those of the step before it in the order of the walk."""
+
+    count: Value
+    row: Value  # the first
+    rows: Value  # how many
+    before: Value
+    rows_before: Value
+
+
+class _Writer(Writer):
+    """Writes the kernels of one cell."""
+
+    def __init__(self, module: Any, cell: Cell, target: Target) -> None:
+        super().__init__(module, target)
+        self.cell = cell
+        self.width = cell.n_gates * self.units  # columns of a slice
+        self.multiply = self.tile()
+        self.transpose = self._transpose()
+
+    def _transpose(self) -> Any:
+        """``transpose(w, k, units, panel)``: panel[i, u] = w[u, i], zero from `units` on."""
+        code = self.function("transpose", [ADDRESS, INT, INT, ADDRESS])
+        w, k, units, panel = code.parameters
+        block = 16  # floats in a cache line
+        with (
+            code.loop(k, step=block) as first,
+            code.loop(self.units) as u,
+            code.loop((first + block).at_most(k), start=first) as i,
+        ):
+            value = Variable(code.number(0.0))
+            with code.when(u < units):
+                value.set(code.load_float(w + (u * k + i)))
+            code.store_float(panel + (i * self.units + u), value.get())
+        return code.finish()
+
+    def _product(
+        self, code: Code, rows: Value, a: Value, pitch: Value, panels: Sequence[Value], k: Value,
+        c: Value,
+    ) -> None:  # fmt: skip
+        """c = a @ panel for any number of rows, the results of the panels side by side in c."""
+        width = code.integer(len(panels) * self.units)
+        for n, panel in enumerate(panels):
+            with code.loop(rows, step=self.tile_rows) as row:
+                height = (rows - row).at_most(self.tile_rows)
+                to = c + (row * width + n * self.units)
+                code.call(self.multiply, height, a + row * pitch, pitch, panel, k, to, width)
+
+    # The walk over the steps.
+
+    def _rows(self, code: Code, a: Any, count: Value, descending: Value) -> Value:
+        """How many rows the step has that comes after `count` others; none beyond the last."""
+        rows = Variable(code.integer(0))
+        with code.when(count < a.steps):
+            rows.set(a.batch)
+            with code.when(a.sizes.is_given):
+                step = (a.steps - 1 - count).where(count, descending)
+                rows.set(code.load_int(a.sizes, step))
+        return rows.get()
+
+    @contextlib.contextmanager
+    def _walk(self, code: Code, a: Any, descending: Value, beyond: int = 0) -> Iterator[_Step]:
+        """Repeat the block for every step, up or down the rows, then for `beyond` empty ones."""
+        zero = code.integer(0)
+        row = Variable(a.rows.where(zero, descending))
+        before, rows_before = Variable(zero), Variable(zero)
+        with code.loop(a.steps + beyond) as count:
+            rows = self._rows(code, a, count, descending)
+            row.set(row.get() - rows.where(zero, descending))
+            yield _Step(count, row.get(), rows, before.get(), rows_before.get())
+            before.set(row.get())
+            rows_before.set(rows)
+            row.set(row.get() + zero.where(rows, descending))
+
+    def _slices(self, a: Any, thread: Value, threads: Value) -> tuple[Value, Value]:
+        """The slices of a thread."""
+        return self.share((a.hidden + (self.units - 1)) // self.units, thread, threads)
+
+    def _saved(self, a: Any, row: Value, column: Value) -> list[Value]:
+        """Where the saved vectors of a row are."""
+        if not self.cell.n_saved:
+            return []
+        gates = a.gates + (row * (a.hidden * self.cell.n_gates) + column)
+        blocks = [gates + a.hidden * g for g in range(self.cell.n_gates)]
+        return [*blocks, a.extra + (row * a.hidden + column)]
+
+    # Forward.
+
+    def forward(self, code: Code, a: Any, thread: Value, threads: Value) -> None:
+        """Write the body of the forward kernel."""
+        first, last = self._slices(a, thread, threads)
+        scratch = a.scratch + thread * a.batch * self.width
+        descending = a.reverse.differs(0)
+        with code.loop(last, start=first) as j:
+            self._pack(code, a, j)
+        left = Variable(code.integer(0))  # steps whose input is projected
+        base = Variable(code.integer(0))  # the first row of those
+        with self._walk(code, a, descending) as step:
+            with code.when(left.get().equals(0)):
+                steps, rows = self._chunk(code, a, step, descending)
+                left.set(steps)
+                base.set((step.row + step.rows - rows).where(step.row, descending))
+                with code.loop(last, start=first) as j:
+                    self._project(code, a, j, base.get(), rows)
+            left.set(left.get() - 1)
+            with code.loop(last, start=first) as j:
+                self._recur(code, a, j, step, scratch)
+                with code.loop(step.rows) as b:
+                    self._forward_row(code, a, j, b, step.row + b, base.get(), scratch)
+            self.wait(code, threads)
+
+    def _panels(self, a: Any, j: Value) -> tuple[list[Value], list[Value], Value]:
+        """Addresses of the panels of W_ih and W_hh by gate, and of the biases of a slice."""
+        biases = self.width + self.cell.n_apart * self.units
+        w_ih = a.packed + j * ((a.inputs + a.hidden) * self.width + biases)
+        w_hh = w_ih + a.inputs * self.width
+        gates = [g * self.units for g in range(self.cell.n_gates)]
+        return (
+            [w_ih + a.inputs * g for g in gates],
+            [w_hh + a.hidden * g for g in gates],
+            w_hh + a.hidden * self.width,
+        )
+
+    def _pack(self, code: Code, a: Any, j: Value) -> None:
+        """Pack the weights of a slice. Biases that may be added up are."""
+        w_ih, w_hh, bias = self._panels(a, j)
+        units = (a.hidden - j * self.units).at_most(self.units)
+        shared = self.cell.n_gates - self.cell.n_apart
+        for g in range(self.cell.n_gates):
+            unit = a.hidden * g + j * self.units
+            code.call(self.transpose, a.w_ih + unit * a.inputs, a.inputs, units, w_ih[g])
+            code.call(self.transpose, a.w_hh + unit * a.hidden, a.hidden, units, w_hh[g])
+            for v, column, valid in self.vectors(code, a.hidden, j):
+                b_ih, b_hh = (
+                    code.load(b + (a.hidden * g + column), valid.where(0, b.is_given))
+                    for b in (a.b_ih, a.b_hh)
+                )
+                at = bias + (g * self.units + v * self.lanes)
+                code.store(at, b_ih + b_hh if g < shared else b_ih)
+                if g >= shared:
+                    code.store(at + self.cell.n_apart * self.units, b_hh)
+
+    def _chunk(self, code: Code, a: Any, step: _Step, descending: Value) -> tuple[Value, Value]:
+        """How many steps from this one on fit into a chunk, and how many rows they have."""
+        steps, rows = Variable(code.integer(1)), Variable(step.rows)
+        following = Variable(self._rows(code, a, step.count + 1, descending))
+        with code.repeat(
+            lambda: (step.count + steps.get() < a.steps) & (rows.get() + following.get() <= a.chunk)
+        ):
+            rows.set(rows.get() + following.get())
+            steps.set(steps.get() + 1)
+            following.set(self._rows(code, a, step.count + steps.get(), descending))
+        return steps.get(), rows.get()
+
+    def _project(self, code: Code, a: Any, j: Value, row: Value, rows: Value) -> None:
+        """Multiply rows of the input with the weights of a slice and add the biases."""
+        w_ih, _, bias = self._panels(a, j)
+        to = a.projected + j * a.chunk * self.width
+        self._product(code, rows, a.x + row * a.inputs, a.inputs, w_ih, a.inputs, to)
+        with code.loop(rows) as i, code.loop(self.width, step=self.lanes) as k:
+            at = to + (i * self.width + k)
+            code.store(at, code.load(at) + code.load(bias + k))
+
+    def _recur(self, code: Code, a: Any, j: Value, step: _Step, scratch: Value) -> None:
+        """Multiply h of the step before, or h_0 of rows that it had not."""
+        _, w_hh, _ = self._panels(a, j)
+        known = step.rows.at_most(step.rows_before)
+        with code.loop(2) as part:
+            joins = part.differs(0)
+            start = known.where(code.integer(0), joins)
+            stop = step.rows.where(known, joins)
+            h = a.h_0.where(a.h + step.before * a.pitch, joins)
+            pitch = a.hidden.where(a.pitch, joins)
+            to = scratch + start * self.width
+            self._product(code, stop - start, h + start * pitch, pitch, w_hh, a.hidden, to)
+
+    def _forward_row(
+        self, code: Code, a: Any, j: Value, b: Value, at: Value, base: Value, scratch: Value
+    ) -> None:
+        """The pointwise part for row b of a step, row `at` of all."""
+        cell = self.cell
+        _, _, bias = self._panels(a, j)
+        wx_row = a.projected + (j * a.chunk + (at - base)) * self.width
+        rh_row = scratch + b * self.width
+        for v, column, valid in self.vectors(code, a.hidden, j):
+            with code.when(valid > 0):
+                of_gate = [g * self.units + v * self.lanes for g in range(cell.n_gates)]
+                wx = [code.load(wx_row + k) for k in of_gate]
+                rh = [code.load(rh_row + k) for k in of_gate]
+                for g in range(cell.n_gates - cell.n_apart, cell.n_gates):
+                    rh[g] = rh[g] + code.load(bias + (of_gate[g] + cell.n_apart * self.units))
+                own = b * a.hidden + column
+                states = [address + own for address in (a.h_n, a.c)[: cell.n_states]]
+                new, saved = cell.forward(wx, rh, [code.load(s, valid) for s in states])
+                for address, value in zip(states, new, strict=True):
+                    code.store(address, value, valid)
+                code.store(a.h + (at * a.pitch + column), new[0], valid)
+                if saved:
+                    with code.when(a.gates.is_given):
+                        for address, value in zip(self._saved(a, at, column), saved, strict=True):
+                            code.store(address, value, valid)
+
+    # Backward.
+
+    def backward(self, code: Code, a: Any, thread: Value, threads: Value) -> None:
+        """Write the body of the backward kernel.
+
+        It walks the other way, and one step further, in which all rows receive their d_h_0.
+        """
+        first, last = self._slices(a, thread, threads)
+        depth = a.hidden * self.cell.n_gates
+        scratch = a.scratch + thread * a.batch * self.units
+        descending = a.reverse.equals(0)
+        with code.loop(last, start=first) as j:
+            panel = a.packed + j * (depth * self.units)
+            self.copy_panel(code, a.w_hh, a.hidden, depth, a.hidden, j, panel)
+        with self._walk(code, a, descending, beyond=1) as step:
+            # The step before this one in time; rows that it has not begin here.
+            earlier_rows = self._rows(code, a, step.count + 1, descending)
+            earlier = (step.row - earlier_rows).where(step.row + step.rows, descending)
+            self.wait(code, threads)
+            with code.loop(last, start=first) as j, code.loop(3) as part:
+                # Rows that both steps have, rows that begin in this walk, rows that end in it.
+                known = step.rows.at_most(step.rows_before)
+                begins, ends = part.equals(1), part.equals(2)
+                start = step.rows.where(known.where(code.integer(0), begins), ends)
+                stop = step.rows_before.where(step.rows.where(known, begins), ends)
+                panel = a.packed + j * (depth * self.units)
+                pitch = a.hidden * (self.cell.n_gates + self.cell.n_apart)
+                to = scratch + start * self.units
+                with code.when(begins), code.loop((stop - start) * self.units) as k:
+                    code.store_float(to + k, code.number(0.0))
+                with code.when(part.differs(1)):
+                    d_rh = a.d_gates + (step.before + start) * pitch
+                    self._product(code, stop - start, d_rh, pitch, [panel], depth, to)
+                with code.loop(stop, start=start) as b:
+                    self._backward_row(code, a, j, b, step, scratch, ends, earlier, earlier_rows)
+
+    def _backward_row(
+        self, code: Code, a: Any, j: Value, b: Value, step: _Step, scratch: Value, ends: Value,
+        earlier: Value, earlier_rows: Value,
+    ) -> None:  # fmt: skip
+        """The pointwise part for row b of a step, or the end of a sequence that lacks it."""
+        for v, column, valid in self.vectors(code, a.hidden, j):
+            with code.when(valid > 0):
+                own = b * a.hidden + column
+                d_state = [address + own for address in (a.d_h, a.d_c)[: self.cell.n_states]]
+                d = [code.load(address, valid) for address in d_state]
+                d[0] = d[0] + code.load(scratch + (b * self.units + v * self.lanes))
+                with code.when(ends):
+                    code.store(d_state[0], d[0], valid)
+                with code.when(ends.equals(0)):
+                    at = step.row + b
+                    dy = a.dy + (at * a.pitch + column)
+                    d[0] = d[0] + code.load(dy, valid.where(0, a.dy.is_given))
+                    inside = b < earlier_rows
+                    h_before = a.h + ((earlier + b) * a.pitch + column)
+                    previous = [h_before.where(a.h_0 + own, inside)]
+                    if self.cell.n_states == 2:
+                        c_before = a.extra + ((earlier + b) * a.hidden + column)
+                        previous.append(c_before.where(a.c_0 + own, inside))
+                    d_rh, d_apart, d_previous = self.cell.backward(
+                        [code.load(address, valid) for address in self._saved(a, at, column)],
+                        [code.load(a.h + (at * a.pitch + column), valid)],
+                        [code.load(address, valid) for address in previous],
+                        d,
+                    )
+                    d_gates = (*d_rh, *d_apart)
+                    to = a.d_gates + (at * (a.hidden * len(d_gates)) + column)
+                    for k, value in enumerate(d_gates):
+                        code.store(to + a.hidden * k, value, valid)
+                    for address, value in zip(d_state, d_previous, strict=True):
+                        code.store(address, code.zeros() if value is None else value, valid)
