@@ -18,13 +18,13 @@ from torch import _VF, Tensor
 from . import ops, planner, reference
 from .reference import CELLS
 
-_LAYERS: dict[str, Callable[..., Any]] = {
+ATEN_LAYERS: dict[str, Callable[..., Any]] = {
     "lstm": _VF.lstm,
     "gru": _VF.gru,
     "rnn_tanh": _VF.rnn_tanh,
     "rnn_relu": _VF.rnn_relu,
 }
-_CELL_STEPS: dict[str, Callable[..., Any]] = {
+ATEN_STEPS: dict[str, Callable[..., Any]] = {
     "lstm": _VF.lstm_cell,
     "gru": _VF.gru_cell,
     "rnn_tanh": _VF.rnn_tanh_cell,
@@ -431,22 +431,74 @@ def _sequence(
     )
     if recompute and path == "torch" and ops.differentiated(input, *weights, *(state or ())):
         path = "loop"  # torch's kernels keep everything
-    initial = state or []
-    if not initial and (path == "torch" or batch_sizes is not None):
-        initial = [input.new_zeros(shape) for shape in shapes]
+    if path != "torch":
+        _check_alike(input, state or (), weights)
+    return run_layers(
+        path,
+        cell,
+        input,
+        state or [],
+        weights,
+        per_direction > 3,
+        num_layers,
+        dropout,
+        training,
+        bidirectional,
+        batch_first,
+        batch_sizes,
+        recompute,
+    )
+
+
+def run_layers(
+    path: str,
+    cell: str,
+    input: Tensor,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None = None,
+    recompute: bool = False,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Run all layers on a path, without checking the arguments.
+
+    Parameters
+    ----------
+    path : str
+        One of ``fastrnn.planner.PATHS``.
+    cell : str
+        Key of ``fastrnn.reference.CELLS``.
+    input, state, weights, has_biases, num_layers, dropout, training, bidirectional, batch_first
+        As torch's own functions have them; `state` is a sequence, empty for zeros.
+    batch_sizes, recompute
+        As for `lstm`.
+
+    Returns
+    -------
+    output : Tensor
+    final : sequence of Tensor
+    """
+    if not state and (path == "torch" or batch_sizes is not None):
+        batch = input.shape[0 if batch_first else 1] if batch_sizes is None else batch_sizes[0]
+        directions = 2 if bidirectional else 1
+        state = reference.zero_state(cell, input, int(batch), weights, num_layers * directions)
     if path == "torch":
-        hx = initial if cell == "lstm" else initial[0]
-        options = (per_direction > 3, num_layers, dropout, training, bidirectional)
+        hx = state if cell == "lstm" else state[0]
+        options = (has_biases, num_layers, dropout, training, bidirectional)
         if batch_sizes is None:
-            output, *final = _LAYERS[cell](input, hx, weights, *options, batch_first)
+            output, *final = ATEN_LAYERS[cell](input, hx, weights, *options, batch_first)
         else:
-            output, *final = _LAYERS[cell](input, batch_sizes, hx, weights, *options)
+            output, *final = ATEN_LAYERS[cell](input, batch_sizes, hx, weights, *options)
         return output, final
-    _check_alike(input, initial, weights)
     output, final = reference.stack(
         cell,
         input.transpose(0, 1) if batch_first else input,
-        initial,
+        state,
         weights,
         num_layers,
         batch_sizes=batch_sizes,
@@ -483,7 +535,7 @@ def _step(
     sizes = (batch, hidden, w_ih.shape[-1])
     if any((*part.shape, input.shape[1]) != sizes for part in state):
         # Refused in ATen's words.
-        _aten_step(cell if cell in _CELL_STEPS else "rnn_tanh", input, state, weights)
+        _aten_step(cell if cell in ATEN_STEPS else "rnn_tanh", input, state, weights)
         raise RuntimeError(f"hidden states must be of shape {(batch, hidden)}")
 
     step = ops.cell_step if path == "loop" else reference.cell_step
@@ -502,8 +554,8 @@ def _aten_step(
 ) -> Sequence[Tensor]:
     """One step by ATen, which checks the arguments itself and knows autocast."""
     if cell == "lstm":
-        return _CELL_STEPS[cell](input, state, *weights)
-    return [_CELL_STEPS[cell](input, state[0], *weights)]
+        return ATEN_STEPS[cell](input, state, *weights)
+    return [ATEN_STEPS[cell](input, state[0], *weights)]
 
 
 def choose_path(
@@ -539,7 +591,7 @@ def choose_path(
     if torch.compiler.is_compiling():
         return planner.compiled_path(cell, input.dtype, is_step, ops.transformed())
     if torch._C._is_tracing():  # by torch.jit: sizes are tensors then
-        return "torch" if cell in _LAYERS else "reference"
+        return "torch" if cell in ATEN_LAYERS else "reference"
     return planner.path(
         cell,
         *sizes,

@@ -225,7 +225,7 @@ def layer_backward(
                 products.add_d_x(dx, d_rh, d_apart, w.w_ih)
             if needs_weights:
                 h = y[..., d * problem.hidden_size : (d + 1) * problem.hidden_size].flatten(0, 1)
-                d_w_hh = products.d_w_hh(d_rh, h, initial[0][d], d == 1)
+                d_w_hh = products.d_w_hh(d_rh, h, problem.batch, initial[0][d], d == 1)
                 d_weights += products.d_weights(d_rh, d_apart, flat, d_w_hh, w)
     return None if dx is None else dx.view(x.shape), d_initial, d_weights
 

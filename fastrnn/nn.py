@@ -8,6 +8,7 @@ inherited. Nothing here is numeric.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -155,8 +156,12 @@ class _Layers(_Convertible, _torch.RNNBase):
         """
         if _is_leaf(self, input):
             return _leaf_call(self, input, hx)
-        if self._is_handed_over(input, hx):
-            return super().forward(input, hx)
+        if not torch.compiler.is_compiling():
+            path = self._path(input, hx)
+            if self._fits(input, hx):
+                return self._run_fitting(path, input, hx)
+            if path == "torch":
+                return super().forward(input, hx)
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             if hx is not None:
@@ -178,16 +183,14 @@ class _Layers(_Convertible, _torch.RNNBase):
             hidden = _map(lambda part: part.squeeze(1), hidden)
         return output, hidden
 
-    def _is_handed_over(self, input: Any, hx: Any) -> bool:
-        """Whether torch.nn's own forward runs the call, checks of the arguments included.
+    def _path(self, input: Any, hx: Any) -> str:
+        """Choose the path; what torch.nn will refuse, with its checks of the arguments, is its.
 
         Reads the weights of the last call: computing parametrizations twice a call would
         not be harmless, and only whether they need gradients matters here. If that differs
         (parametrized weights, the last call without gradients), the path may be the slower
         one; the weights that are computed with are always this call's.
         """
-        if torch.compiler.is_compiling():
-            return False
         packed = isinstance(input, PackedSequence)
         x = input.data if packed else input
         if packed:
@@ -197,18 +200,19 @@ class _Layers(_Convertible, _torch.RNNBase):
         elif x.dim() == 2:
             steps, batch = x.shape[0], 1
         else:
-            return True  # to be refused
+            return "torch"  # to be refused
         if x.is_cpu and F.ops.autocasts("cpu"):
-            return False  # torch.nn.LSTM fails on some CPUs
+            return "loop"  # torch.nn.LSTM fails on some CPUs
         state: Sequence[Tensor] = ()
         if hx is not None:
             single = isinstance(hx, Tensor)
             state = (hx,) if single else hx
             if single is isinstance(self, LSTM) or not all(isinstance(s, Tensor) for s in state):
-                return True  # to be refused
+                return "torch"  # to be refused
             if any(part.dtype != x.dtype for part in state):
-                return self.mode != "RNN_IDENTITY"  # torch promotes some and refuses the others
-        path = F.choose_path(
+                # torch promotes some and refuses the others
+                return "loop" if self.mode == "RNN_IDENTITY" else "torch"
+        return F.choose_path(
             self.mode.lower(),
             (steps, batch, self.input_size, self.hidden_size),
             x,
@@ -218,7 +222,46 @@ class _Layers(_Convertible, _torch.RNNBase):
             layers=self.num_layers,
             directions=2 if self.bidirectional else 1,
         )
-        return path == "torch"
+
+    def _fits(self, input: Any, hx: Any) -> bool:
+        """Whether torch.nn's checks of the arguments would find nothing, for an ordinary call."""
+        if hx is not None and isinstance(hx, Tensor) is isinstance(self, LSTM):
+            return False
+        weights, state = self._flat_weights, _states(hx)
+        tensors = (*weights, *state)
+        if not (
+            type(input) is Tensor
+            and input.dim() == 3
+            and input.shape[2] == self.input_size
+            and input.shape[0] * input.shape[1] > 0
+            and len(weights) == len(self._parameters)
+            and all(map(operator.is_, weights, self._parameters.values()))
+            and all(t.dtype == input.dtype and t.device == input.device for t in tensors)
+            and not torch._C._is_any_autocast_enabled()
+        ):
+            return False
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        batch = input.shape[0 if self.batch_first else 1]
+        widths = (self.proj_size or self.hidden_size, self.hidden_size)
+        return hx is None or [part.shape for part in state] == [
+            (count, batch, width) for width in widths[: 2 if isinstance(self, LSTM) else 1]
+        ]
+
+    def _run_fitting(self, path: str, input: Tensor, hx: Any) -> Any:
+        output, final = F.run_layers(
+            path,
+            self.mode.lower(),
+            input,
+            _states(hx),
+            self._flat_weights,  # type: ignore[arg-type]
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            self.batch_first,
+        )
+        return output, tuple(final) if isinstance(self, LSTM) else final[0]
 
     _stateless: Any  # the function of fastrnn.functional
 
@@ -245,6 +288,11 @@ def _run(module: Any, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> tup
         training=module.training,
         batch_sizes=batch_sizes,
     )
+
+
+def _states(hx: Any) -> Sequence[Any]:
+    """The states that were given, as a sequence."""
+    return () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
 
 
 def _check_state_dims(hx: Any, batched: bool) -> None:
@@ -413,6 +461,9 @@ def _without_identity(
     return args, kwargs, False
 
 
+_STEP_WEIGHTS = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}
+
+
 class _Cell(_Convertible, _torch.RNNCellBase):
     """The forward of all three cells."""
 
@@ -436,6 +487,16 @@ class _Cell(_Convertible, _torch.RNNCellBase):
             If the arguments do not fit the module or each other; texts as in torch.nn.
         """
         name = self._stock.__name__
+        if self._is_ordinary(input, hx):
+            weights = self._parameters
+            return self._aten(
+                input,
+                hx,
+                weights["weight_ih"],
+                weights["weight_hh"],
+                weights["bias_ih"],
+                weights["bias_hh"],
+            )
         if _is_leaf(self, input):
             return _leaf_call(self, input, hx)
         if self._is_handed_over(input):
@@ -460,6 +521,22 @@ class _Cell(_Convertible, _torch.RNNCellBase):
             return new
         return tuple(part.squeeze(0) for part in new) if paired else new.squeeze(0)
 
+    def _is_ordinary(self, input: Any, hx: Any) -> bool:
+        """Whether torch's kernel may be called without ado: a batch, a state, plain weights.
+
+        Such a step is torch's, whatever the planner would look at, unless another path is forced.
+        """
+        state = hx if isinstance(self, LSTMCell) and type(hx) is tuple else (hx,)
+        return (
+            type(input) is Tensor
+            and input.dim() == 2
+            and len(state) == self._n_states
+            and all(type(part) is Tensor and part.dim() == 2 for part in state)
+            and self._parameters.keys() == _STEP_WEIGHTS
+            and self._aten is not None
+            and F.planner.forced_path() is None
+        )
+
     def _is_handed_over(self, input: Tensor) -> bool:
         """Whether torch.nn's own forward runs the call, checks of the arguments included."""
         if not isinstance(input, Tensor):
@@ -470,6 +547,8 @@ class _Cell(_Convertible, _torch.RNNCellBase):
 
     _cell_name: Any  # key of ``reference.CELLS``
     _stateless: Any
+    _aten: Any  # torch's function of one step, None for what torch has not
+    _n_states = 1
 
 
 class LSTMCell(_Cell, torch.nn.LSTMCell):
@@ -493,7 +572,8 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
     """
 
     _stock, _cell_name = torch.nn.LSTMCell, "lstm"
-    _stateless = staticmethod(F.lstm_cell)
+    _stateless, _aten = staticmethod(F.lstm_cell), staticmethod(F.ATEN_STEPS["lstm"])
+    _n_states = 2
 
 
 class GRUCell(_Cell, torch.nn.GRUCell):
@@ -513,7 +593,7 @@ class GRUCell(_Cell, torch.nn.GRUCell):
     """
 
     _stock, _cell_name = torch.nn.GRUCell, "gru"
-    _stateless = staticmethod(F.gru_cell)
+    _stateless, _aten = staticmethod(F.gru_cell), staticmethod(F.ATEN_STEPS["gru"])
 
 
 class RNNCell(_Cell, torch.nn.RNNCell):
@@ -543,6 +623,10 @@ class RNNCell(_Cell, torch.nn.RNNCell):
     @property
     def _cell_name(self) -> str:
         return f"rnn_{self.nonlinearity}"
+
+    @property
+    def _aten(self) -> Any:
+        return F.ATEN_STEPS.get(self._cell_name)
 
     def _stateless(self, *args: Any) -> Tensor:
         if self.nonlinearity not in F.NONLINEARITIES:

@@ -6,9 +6,9 @@
 ``torch``
     torch's own kernels: oneDNN and ATen on a CPU, cuDNN on an NVIDIA GPU.
 ``loop``
-    ``fastrnn::layer`` with a hand-written forward and backward: on a CPU the loop of ``cpu.py``,
-    on a GPU the Triton kernels, by one of three schedules (``resident``, ``persistent`` and
-    ``stepwise``, see ``fastrnn.kernels``).
+    ``fastrnn::layer`` with a hand-written forward and backward: on a CPU compiled kernels or, where
+    there are none, a loop of torch operators (``fastrnn.cpu``), on a GPU the Triton kernels, by one
+    of three schedules (``resident``, ``persistent`` and ``stepwise``, see ``fastrnn.kernels``).
 ``reference``
     the differentiable loop of ``reference.py``: for what torch does not have under a
     ``torch.func`` transform or forward-mode AD, and whenever asked for.
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import cpu
 from .kernels import configs
 from .kernels.configs import SCHEDULES, Choice, Device, Shape
 from .reference import CELLS
@@ -145,6 +146,16 @@ def use_path(path: str | None) -> Iterator[None]:
         _forced.path, _forced.schedule = before
 
 
+def forced_path() -> str | None:
+    """Name the path that an enclosing `use_path` asks for.
+
+    Returns
+    -------
+    str or None
+    """
+    return _forced.path
+
+
 def forced_schedule() -> str | None:
     """Name the schedule that an enclosing `use_path` asks for.
 
@@ -243,61 +254,55 @@ def _choose_path(
     if problem.device != "cpu":
         return ("torch", str(gap)) if kernels is None else _on_gpu(problem, *kernels)
     if problem.is_step:
-        return "torch", "one step is one fused ATen call; our loop would add dispatch"
-    if problem.dtype in (torch.bfloat16, torch.float16):
-        return _half_on_cpu(problem)
-    if not problem.training:
-        return "torch", "in inference torch's kernels were faster or equal at every size"
-    return _training_on_cpu(problem)
+        return "torch", "one step is one fused ATen call; ours would have to pack the weights"
+    if problem.dtype in (torch.bfloat16, torch.float16) and _multiplies(problem.dtype):
+        return "torch", f"this CPU multiplies {problem.dtype}; we would use float32"
+    gap = cpu.kernel_gap(problem.dtype, problem.projected)
+    return _kernels_on_cpu(problem) if gap is None else _loop_on_cpu(problem, gap)
 
 
-# Where the loop wins on a CPU. Measured with torch 2.13 on a 2-core x86-64 machine with AVX2,
-# 2 threads, I = H; numbers are time of torch.nn / time of the loop, forward+backward unless said.
-#
-# float32, T=64: (B, H) = (1, 64), (8, 64), (8, 512), (32, 512), (64, 512)
-#         GRU 1.5, 1.4, 1.3, 1.0, 0.8-1.0; RNN 1.2, 1.2, 1.3, 1.1, 1.0
-#         (1, 64): GRU T=24 0.8, T=48 1.4; RNN T=24 0.9, T=32 0.9, T=48 1.1
-# float64, T=64: (8, 64) 1.2-1.3, (8, 256) 1.2-1.3, (64, 256) 0.9-1.2
-# projected to H/2, T=64: (1, 64), (8, 64), (8, 256), (32, 256) 1.3, 1.3, 1.2, 1.1; T=48: (8, 256),
-#         (32, 256) 1.1, 0.96; (64, 256) 0.9-1.0
-# packed, T=64, ragged, (1, 64) to (64, 512): LSTM 1.4-2.2, GRU 1.5-2.1, RNN 1.2-1.8; where all
-#         lengths are equal LSTM 0.2-0.6, because ATen then runs oneDNN
-# inference: 0.5-1.0 everywhere but in half precision
-_MIN_STEPS = 48
+# Where our kernels win on a CPU. Below so many steps the fixed costs of a call, 0.1 ms and in
+# training 0.5 ms, are more than the steps save. Measured with torch 2.13 on a 2-core x86-64 machine
+# with AVX2, 2 threads, (B, I = H) = (1, 64), (1, 256), (16, 64), (16, 256); time of torch.nn / ours:
+#   RNN  inference T=4 0.8, 0.8, 1.1, 1.1; T=8 1.1, 1.0, 1.7, 1.4
+#        training  T=4 0.8, 0.9, 1.0, 1.0; T=8 1.1, 1.6, 1.4, 1.6
+#   GRU  inference T=2 0.9, 0.8, 1.0, 1.1; T=4 1.1, 0.9, 1.4, 1.3
+#        training  T=2 0.9, 0.9, 1.0, 1.0; T=4 1.4, 1.3, 1.5, 1.3
+#   LSTM inference T=2 1.2, 1.0, 1.2, 0.9; T=16 1.3, 0.9, 1.3, 1.1
+#        training  T=4 0.8, 1.3, 0.9, 1.8; T=32 0.9, 1.4, 1.2, 1.0
+_KERNEL_MIN_STEPS = {"rnn": (8, 8), "gru": (4, 4), "lstm": (2, 4)}
+_SMALL_LSTM = 128  # hidden units below which training needs more steps
+_SMALL_LSTM_MIN_STEPS = 48
+
+# Where the loop of torch operators wins, T=64, in training:
+#   float64 (B, H) = (8, 64), (8, 256), (64, 256): 1.2-1.3, 1.2-1.3, 0.9-1.2
+#   projected to H/2: (1, 64), (8, 64), (8, 256), (32, 256): 1.3, 1.3, 1.2, 1.1; T=48: (8, 256),
+#   (32, 256): 1.1, 0.96; (64, 256): 0.9-1.0
+#   inference: 0.5-1.0
+_LOOP_MIN_STEPS = 48
 _MAX_BATCH_TIMES_HIDDEN = 8192
 
-# bfloat16 and float16 on a CPU that does not multiply them, T=64, all cells:
-#   training   (1, 64) 1.3-1.7, (16, 64) 2.1-3.5, (16, 256) 9-18, (64, 256) 15-22
-#   inference  (1, 64) 0.6-0.8, (1, 1024) 0.7-1.2, (4, 256) 1.5-1.9, (16, 64) 1.6-2.2
-#   (16, 64), T=16: training 1.3-2.3, inference 1.2-2.0; T=4: 0.7-1.2
-_HALF_MIN_STEPS = 16
-_HALF_MIN_BATCH = 4
-_HALF_MIN_BATCH_TIMES_HIDDEN = 1024
+
+def _kernels_on_cpu(problem: Problem) -> tuple[str, str]:
+    if problem.dtype == torch.float32 and not problem.packed:
+        minimum = _KERNEL_MIN_STEPS[problem.cell.partition("_")[0]][problem.training]
+        if problem.cell == "lstm" and problem.training and problem.hidden_size < _SMALL_LSTM:
+            minimum = _SMALL_LSTM_MIN_STEPS
+        if problem.steps < minimum:
+            return "torch", f"below {minimum} steps our call costs what the steps save"
+    return "loop", f"compiled kernels, {cpu.describe()}"
 
 
-def _training_on_cpu(problem: Problem) -> tuple[str, str]:
-    unfused = problem.packed or problem.projected or problem.dtype == torch.float64
-    if problem.cell == "lstm" and not unfused:
-        return "torch", "oneDNN runs the whole LSTM layer fused"
-    if problem.steps < _MIN_STEPS:
-        return "torch", f"below {_MIN_STEPS} steps our operator costs what it saves"
+def _loop_on_cpu(problem: Problem, gap: str) -> tuple[str, str]:
+    if not problem.training:
+        return "torch", f"{gap}; in inference torch's were faster than our loop"
+    if problem.cell == "lstm" and problem.dtype == torch.float32 and not problem.projected:
+        return "torch", f"{gap}; oneDNN runs the whole LSTM layer fused"
+    if problem.steps < _LOOP_MIN_STEPS:
+        return "torch", f"{gap}; below {_LOOP_MIN_STEPS} steps our loop costs what it saves"
     if not problem.packed and problem.batch * problem.hidden_size > _MAX_BATCH_TIMES_HIDDEN:
-        return "torch", f"B * H > {_MAX_BATCH_TIMES_HIDDEN}: bound by the same GEMMs"
-    return "loop", "one GEMM for each weight gradient instead of one a step"
-
-
-def _half_on_cpu(problem: Problem) -> tuple[str, str]:
-    if _multiplies(problem.dtype):
-        return "torch", f"this CPU multiplies {problem.dtype}; the loop would use float32"
-    large = (
-        problem.batch >= _HALF_MIN_BATCH
-        and problem.batch * problem.hidden_size >= _HALF_MIN_BATCH_TIMES_HIDDEN
-    )
-    if (large and problem.steps >= _HALF_MIN_STEPS) or (
-        problem.training and problem.steps >= _MIN_STEPS
-    ):
-        return "loop", f"this CPU does not multiply {problem.dtype}; the loop uses float32"
-    return "torch", "too small to gain from computing in float32"
+        return "torch", f"{gap}; B * H > {_MAX_BATCH_TIMES_HIDDEN}: bound by the same GEMMs"
+    return "loop", f"{gap}; one GEMM for each weight gradient instead of one a step"
 
 
 @functools.cache

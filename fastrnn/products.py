@@ -56,24 +56,26 @@ def d_weights(d_rh: Tensor, d_apart: Tensor, x: Tensor, d_w_hh: Tensor, w: Weigh
     return [d_w_ih, d_w_hh, d_b_ih, d_b_hh]
 
 
-def d_w_hh(d_rh: Tensor, h: Tensor, h_0: Tensor, reverse: bool) -> Tensor:
+def d_w_hh(d_rh: Tensor, h: Tensor, batch: int, h_0: Tensor | None, reverse: bool) -> Tensor:
     """Sum ``d_rh[t].T @ h[t - 1]`` over the steps of a padded batch.
 
     Parameters
     ----------
     d_rh : Tensor of shape (N, G * H)
     h : Tensor of shape (N, P)
-    h_0 : Tensor of shape (B, P)
-        The state before the first step, which is apart from those in `h`.
+    batch : int
+    h_0 : Tensor of shape (B, P), optional
+        The state before the first step, which is apart from those in `h`; by default zeros.
     reverse : bool
 
     Returns
     -------
     Tensor of shape (G * H, P)
     """
-    rest = h.shape[0] - h_0.shape[0]
+    rest = h.shape[0] - batch
     if reverse:
-        later, first, before = *d_rh.tensor_split([rest]), h[h.shape[0] - rest :]
+        later, first, before = *d_rh.tensor_split([rest]), h[batch:]
     else:
-        first, later, before = *d_rh.tensor_split([h_0.shape[0]]), h[:rest]
-    return torch.addmm(first.t() @ h_0, later.t(), before)
+        first, later, before = *d_rh.tensor_split([batch]), h[:rest]
+    product = later.t() @ before
+    return product if h_0 is None else product.addmm_(first.t(), h_0)

@@ -99,7 +99,7 @@ def test_verify_reports_a_wrong_gradient_and_how_to_reproduce_it(capsys, monkeyp
         return d_rh * (1 + 1e-5), d_wx_n, carry
 
     monkeypatch.setitem(fastrnn.cpu.CPU_CELLS, "gru", gru._replace(factors=factors))
-    assert main(["verify", "--cells", "gru", "--cases", "10", "--dtype", "float32"]) == 1
+    assert main(["verify", "--cells", "gru", "--cases", "10", "--dtype", "float64"]) == 1
     out = capsys.readouterr().out
     command = next(line for line in out.splitlines() if "python -m fastrnn" in line).split()
     assert main(command[3:]) == 1, "the command reproduces the failure"

@@ -14,6 +14,8 @@ import pytest
 
 import fastrnn
 import fastrnn.compile
+import fastrnn.cpu.engine
+import fastrnn.cpu.native
 import fastrnn.kernels.configs
 import fastrnn.patch
 import fastrnn.planner
@@ -28,6 +30,7 @@ ALLOWED = {
         "__version__",
         "_arguments",
         "bench",
+        "cpu",
         "kernels",
         "planner",
         "reference",
@@ -36,16 +39,32 @@ ALLOWED = {
     "_arguments": set(),
     "_version": set(),
     "compile": {"nn"},
-    "cpu": {"reference"},
     "functional": {"ops", "planner", "reference"},
     "nn": {"functional"},
-    "gpu": {"cpu", "kernels", "planner", "reference"},
+    "gpu": {"cpu", "kernels", "planner", "products", "reference"},
     "ops": {"cpu", "gpu", "reference"},
     "patch": {"nn"},
-    "planner": {"kernels", "reference"},
+    "planner": {"cpu", "kernels", "reference"},
+    "products": {"reference"},
     "reference": set(),
     "testing": {"nn", "planner", "reference"},
 }
+
+# Within fastrnn.cpu; of the package, only these two beyond it.
+ALLOWED_IN_CPU = {
+    "__init__": {"layers", "loop", "machine"},
+    "cells": {"vector"},
+    "engine": {"machine", "sequence"},
+    "layers": {"loop", "machine", "native", "rows"},
+    "loop": {"rows"},
+    "machine": set(),
+    "native": {"cells", "engine", "machine", "rows", "sequence"},
+    "rows": set(),
+    "sequence": {"cells", "machine", "tiles", "vector"},
+    "tiles": {"machine", "vector"},
+    "vector": set(),
+}
+BEYOND_CPU = {"products", "reference"}
 
 
 def imports(path: Path) -> set[str]:
@@ -69,6 +88,17 @@ def test_import_direction():
         ours = {module.lstrip(".") for module in imports(path) if module.startswith(".")}
         assert ours <= ALLOWED[name], f"{name} imports {ours - ALLOWED[name]}"
         assert "fastrnn" not in imports(path), f"{name} imports the package by its full name"
+
+
+def test_import_direction_of_the_cpu_backend():
+    modules = {path.stem: path for path in (ROOT / "fastrnn" / "cpu").glob("*.py")}
+    assert modules.keys() == ALLOWED_IN_CPU.keys()
+    for name, path in modules.items():
+        relative = {module for module in imports(path) if module.startswith(".")}
+        beyond = {module.lstrip(".") for module in relative if module.startswith("..")}
+        inside = {module.lstrip(".") for module in relative if not module.startswith("..")}
+        assert inside <= ALLOWED_IN_CPU[name], f"{name} imports {inside - ALLOWED_IN_CPU[name]}"
+        assert beyond <= BEYOND_CPU, f"{name} imports {beyond - BEYOND_CPU}"
 
 
 def test_kernels_import_nothing_of_the_package():
@@ -108,7 +138,7 @@ def modules_after_importing_fastrnn(prelude: str = "") -> set[str]:
 
 def test_import_is_light():
     new = {module.split(".")[0] for module in modules_after_importing_fastrnn()}
-    assert not new & {"triton", "matplotlib", "rich", "tqdm", "numba", "numpy"}
+    assert not new & {"triton", "llvmlite", "matplotlib", "rich", "tqdm", "numpy"}
     assert not any(module.startswith("torch._dynamo") for module in new)
 
 
@@ -130,10 +160,16 @@ def public_objects():
         fastrnn.functional,
         fastrnn.nn,
         fastrnn.compile,
+        fastrnn.cpu.engine,
+        fastrnn.cpu.layers,
+        fastrnn.cpu.loop,
+        fastrnn.cpu.machine,
+        fastrnn.cpu.native,
         fastrnn.gpu,
         fastrnn.kernels.configs,
         fastrnn.patch,
         fastrnn.planner,
+        fastrnn.products,
         fastrnn.reference,
         fastrnn.testing,
     ]

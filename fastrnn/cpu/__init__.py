@@ -2,7 +2,7 @@
 
 from .layers import ALL, NOTHING, STATES, check_batch, compute_dtype, layer_backward, layer_forward
 from .loop import CPU_CELLS
-from .machine import kernel_gap
+from .machine import describe, kernel_gap
 
 __all__ = [
     "ALL",
@@ -11,6 +11,7 @@ __all__ = [
     "STATES",
     "check_batch",
     "compute_dtype",
+    "describe",
     "kernel_gap",
     "layer_backward",
     "layer_forward",

@@ -72,8 +72,8 @@ def _directions(
     state: Sequence[Tensor],
     weights: Sequence[Tensor],
     bidirectional: bool,
-) -> tuple[list[Weights], list[Tensor]]:
-    """Weights by direction and the initial state (zeros if not given), in the compute dtype."""
+) -> tuple[list[Weights], Sequence[Tensor]]:
+    """Weights by direction and the initial state as it is given, in the compute dtype."""
     directions = 2 if bidirectional else 1
     per_direction = len(weights) // directions
     dtype = compute_dtype(x.dtype)
@@ -81,14 +81,13 @@ def _directions(
     by_direction = [
         Weights.unpack(flat[d * per_direction : (d + 1) * per_direction]) for d in range(directions)
     ]
-    initial = state or zero_state(cell, x, batch, weights, directions)
-    check_batch(initial, batch)
-    return by_direction, _as(initial, dtype)
+    check_batch(state, batch)
+    return by_direction, _as(state, dtype)
 
 
 def _as(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     """The tensors in a dtype that all of them have, or none."""
-    return tensors if tensors[0].dtype == dtype else [t.to(dtype) for t in tensors]
+    return tensors if all(t.dtype == dtype for t in tensors) else [t.to(dtype) for t in tensors]
 
 
 def layer_forward(
@@ -120,9 +119,12 @@ def layer_forward(
     """
     rows = Rows.of(x, batch_sizes)
     by_direction, initial = _directions(cell, x, rows.batch, state, weights, bidirectional)
-    dtype, size_h = initial[0].dtype, initial[0].shape[-1]
-    final = [part.clone(memory_format=torch.contiguous_format) for part in initial]
+    dtype, size_h = compute_dtype(x.dtype), weights[1].shape[1]
     flat = x.flatten(0, -2).to(dtype)
+    if state:
+        final = [part.clone(memory_format=torch.contiguous_format) for part in initial]
+    else:
+        final = zero_state(cell, flat, rows.batch, weights, len(by_direction))
     y = x.new_empty(*x.shape[:-1], len(by_direction) * size_h)
     y_rows = y.view(flat.shape[0], y.shape[-1])
     h_rows = torch.empty_like(y_rows, dtype=dtype) if save == ALL or dtype != x.dtype else y_rows
@@ -131,7 +133,9 @@ def layer_forward(
     for d, w in enumerate(by_direction):
         of_d = slice(d * size_h, (d + 1) * size_h)
         state_d = [part[d] for part in final]
-        saved += backend.forward(cell, flat, w, rows, d == 1, state_d, h_rows[:, of_d], save == ALL)
+        saved += backend.forward(
+            cell, flat, w, rows, d == 1, bool(state), state_d, h_rows[:, of_d], save == ALL
+        )
     if h_rows is not y_rows:
         y_rows.copy_(h_rows)
     return y, list(_as(final, x.dtype)), saved
@@ -170,11 +174,10 @@ def layer_backward(
     """
     rows = Rows.of(x, batch_sizes)
     by_direction, initial = _directions(cell, x, rows.batch, state, weights, bidirectional)
-    dtype = initial[0].dtype
+    dtype, size_h = compute_dtype(x.dtype), weights[1].shape[1]
     d_state = [part.to(dtype, copy=True).contiguous() for part in d_final]
     flat = x.flatten(0, -2).to(dtype)
     h_rows, *activations = saved
-    size_h = initial[0].shape[-1]
     dy = None if dy is None else dy.flatten(0, -2).to(dtype)
     dx = flat.new_zeros(x.shape) if needs_x else None
     d_weights: list[Tensor] = []
@@ -197,7 +200,8 @@ def layer_backward(
             products.add_d_x(dx.view(flat.shape), d_rh, d_apart, w.w_ih)
         if needs_weights:
             if batch_sizes is None:
-                d_w_hh = products.d_w_hh(d_rh, h, initial_d[0], d == 1)
+                h_0 = initial_d[0] if state else None
+                d_w_hh = products.d_w_hh(d_rh, h, rows.batch, h_0, d == 1)
             else:
                 d_w_hh = d_rh.t() @ rows.previous(h, initial_d[0], d == 1)
             d_weights += products.d_weights(d_rh, d_apart, flat, d_w_hh, w)

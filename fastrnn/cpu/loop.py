@@ -137,6 +137,7 @@ def forward(
     w: Weights,
     rows: Rows,
     reverse: bool,
+    is_given: bool,
     state: Sequence[Tensor],
     h_rows: Tensor,
     save: bool,
@@ -151,6 +152,8 @@ def forward(
     w : Weights
     rows : Rows
     reverse : bool
+    is_given : bool
+        Whether the initial state is other than zeros.
     state : sequence of Tensor of shape (B, P) and (B, H)
         Initial state; overwritten by the final state.
     h_rows : Tensor of shape (N, P)
@@ -212,7 +215,7 @@ def backward(
     d_state : sequence of Tensor
         Gradient of the final state; overwritten by that of the initial state.
     initial : sequence of Tensor
-        State before the first step.
+        State before the first step; empty for zeros.
     saved : sequence of Tensor
         What `forward` returned.
 
@@ -227,6 +230,7 @@ def backward(
     pointwise = CPU_CELLS[cell]
     empty = h_rows[:, :0]
     gates, extra = saved or (empty, empty)
+    initial = initial or [torch.zeros_like(part) for part in d_state]
     h_prev = rows.previous(h_rows, initial[0], reverse)
     c_prev = rows.previous(extra, initial[1], reverse) if len(initial) == 2 else h_prev
     d_rh, d_apart, carry = pointwise.factors(gates, extra, h_prev, c_prev, h_rows)

@@ -88,3 +88,16 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def describe() -> str:
+    """Describe how the kernels run here.
+
+    Returns
+    -------
+    str
+    """
+    found = target()
+    assert found is not None
+    count = min(torch.get_num_threads(), cores())
+    return f"{found.name}, {found.lanes} lanes, {count} thread{'s' if count > 1 else ''} at most"

@@ -55,6 +55,7 @@ def forward(
     w: Weights,
     rows: Rows,
     reverse: bool,
+    is_given: bool,
     state: Sequence[Tensor],
     h_rows: Tensor,
     save: bool,
@@ -64,7 +65,7 @@ def forward(
     gates, (count, inputs) = facts.n_gates, x.shape
     _check(inputs, count, w, rows, hidden)
     x, weights = x.contiguous(), [None if t is None else t.contiguous() for t in w[:4]]
-    h_0 = state[0].clone()
+    h_0 = state[0].clone() if is_given else None
     saved = []
     if save and facts.n_saved:
         saved = [x.new_empty(count, gates * hidden), x.new_empty(count, hidden)]
@@ -119,6 +120,7 @@ def backward(
     gates = facts.n_gates
     _check(w.w_ih.shape[1], count, w, rows, hidden)
     w_hh, initial = w.w_hh.contiguous(), [part.contiguous() for part in initial]
+    h_0, c_0 = [*initial, None, None][:2]
     pitch = h_rows.stride(0)
     if dy is not None and dy.stride() != h_rows.stride():
         dy = torch.empty_strided(dy.shape, h_rows.stride()).copy_(dy)
@@ -138,8 +140,8 @@ def backward(
         pitch=pitch,
         sizes=_address(rows.batch_sizes),
         w_hh=_address(w_hh),
-        h_0=_address(initial[0]),
-        c_0=_address(initial[1]) if facts.n_states == 2 else None,
+        h_0=_address(h_0),
+        c_0=_address(c_0),
         h=_address(h_rows),
         gates=gates_at,
         extra=extra_at,

@@ -47,7 +47,7 @@ class Forward(ctypes.Structure):
         ("w_hh", _ADDRESS),
         ("b_ih", _ADDRESS),  # may be null, like b_hh
         ("b_hh", _ADDRESS),
-        ("h_0", _ADDRESS),
+        ("h_0", _ADDRESS),  # null: zeros
         ("h_n", _ADDRESS),  # in: h_0
         ("c", _ADDRESS),  # in: c_0, out: c_n; null unless the cell has one
         ("h", _ADDRESS),
@@ -71,7 +71,7 @@ class Backward(ctypes.Structure):
         ("pitch", _INT),  # from row to row of h, dy
         ("sizes", _ADDRESS),
         ("w_hh", _ADDRESS),
-        ("h_0", _ADDRESS),
+        ("h_0", _ADDRESS),  # null, like c_0: zeros
         ("c_0", _ADDRESS),
         ("h", _ADDRESS),
         ("gates", _ADDRESS),
@@ -108,7 +108,7 @@ def module(cell: str, target: Target) -> Any:
 class _Step(NamedTuple):
     """A step of a walk: its rows and those of the step before it in the order of the walk."""
 
-    count: Value
+    number: Value  # in the order of the walk
     row: Value  # the first
     rows: Value  # how many
     before: Value
@@ -152,6 +152,11 @@ class _Writer(Writer):
                 height = (rows - row).at_most(self.tile_rows)
                 to = c + (row * width + n * self.units)
                 code.call(self.multiply, height, a + row * pitch, pitch, panel, k, to, width)
+
+    def _clear(self, code: Code, to: Value, count: Value) -> None:
+        """Store zeros, a multiple of a vector."""
+        with code.loop(count, step=self.lanes) as k:
+            code.store(to + k, code.zeros())
 
     # The walk over the steps.
 
@@ -250,13 +255,15 @@ class _Writer(Writer):
     def _chunk(self, code: Code, a: Any, step: _Step, descending: Value) -> tuple[Value, Value]:
         """How many steps from this one on fit into a chunk, and how many rows they have."""
         steps, rows = Variable(code.integer(1)), Variable(step.rows)
-        following = Variable(self._rows(code, a, step.count + 1, descending))
+        following = Variable(self._rows(code, a, step.number + 1, descending))
         with code.repeat(
-            lambda: (step.count + steps.get() < a.steps) & (rows.get() + following.get() <= a.chunk)
+            lambda: (
+                (step.number + steps.get() < a.steps) & (rows.get() + following.get() <= a.chunk)
+            )
         ):
             rows.set(rows.get() + following.get())
             steps.set(steps.get() + 1)
-            following.set(self._rows(code, a, step.count + steps.get(), descending))
+            following.set(self._rows(code, a, step.number + steps.get(), descending))
         return steps.get(), rows.get()
 
     def _project(self, code: Code, a: Any, j: Value, row: Value, rows: Value) -> None:
@@ -279,7 +286,11 @@ class _Writer(Writer):
             h = a.h_0.where(a.h + step.before * a.pitch, joins)
             pitch = a.hidden.where(a.pitch, joins)
             to = scratch + start * self.width
-            self._product(code, stop - start, h + start * pitch, pitch, w_hh, a.hidden, to)
+            is_zero = joins & a.h_0.equals(None)
+            with code.when(is_zero):
+                self._clear(code, to, (stop - start) * self.width)
+            with code.when(is_zero.equals(0)):
+                self._product(code, stop - start, h + start * pitch, pitch, w_hh, a.hidden, to)
 
     def _forward_row(
         self, code: Code, a: Any, j: Value, b: Value, at: Value, base: Value, scratch: Value
@@ -323,7 +334,7 @@ class _Writer(Writer):
             self.copy_panel(code, a.w_hh, a.hidden, depth, a.hidden, j, panel)
         with self._walk(code, a, descending, beyond=1) as step:
             # The step before this one in time; rows that it has not begin here.
-            earlier_rows = self._rows(code, a, step.count + 1, descending)
+            earlier_rows = self._rows(code, a, step.number + 1, descending)
             earlier = (step.row - earlier_rows).where(step.row + step.rows, descending)
             self.wait(code, threads)
             with code.loop(last, start=first) as j, code.loop(3) as part:
@@ -335,8 +346,8 @@ class _Writer(Writer):
                 panel = a.packed + j * (depth * self.units)
                 pitch = a.hidden * (self.cell.n_gates + self.cell.n_apart)
                 to = scratch + start * self.units
-                with code.when(begins), code.loop((stop - start) * self.units) as k:
-                    code.store_float(to + k, code.number(0.0))
+                with code.when(begins):
+                    self._clear(code, to, (stop - start) * self.units)
                 with code.when(part.differs(1)):
                     d_rh = a.d_gates + (step.before + start) * pitch
                     self._product(code, stop - start, d_rh, pitch, [panel], depth, to)
@@ -361,6 +372,7 @@ class _Writer(Writer):
                     dy = a.dy + (at * a.pitch + column)
                     d[0] = d[0] + code.load(dy, valid.where(0, a.dy.is_given))
                     inside = b < earlier_rows
+                    known = valid.where(0, inside | a.h_0.is_given)
                     h_before = a.h + ((earlier + b) * a.pitch + column)
                     previous = [h_before.where(a.h_0 + own, inside)]
                     if self.cell.n_states == 2:
@@ -369,12 +381,12 @@ class _Writer(Writer):
                     d_rh, d_apart, d_previous = self.cell.backward(
                         [code.load(address, valid) for address in self._saved(a, at, column)],
                         [code.load(a.h + (at * a.pitch + column), valid)],
-                        [code.load(address, valid) for address in previous],
+                        [code.load(address, known) for address in previous],
                         d,
                     )
                     d_gates = (*d_rh, *d_apart)
                     to = a.d_gates + (at * (a.hidden * len(d_gates)) + column)
                     for k, value in enumerate(d_gates):
                         code.store(to + a.hidden * k, value, valid)
-                    for address, value in zip(d_state, d_previous, strict=True):
-                        code.store(address, code.zeros() if value is None else value, valid)
+                    for address, passed in zip(d_state, d_previous, strict=True):
+                        code.store(address, code.zeros() if passed is None else passed, valid)

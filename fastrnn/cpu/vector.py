@@ -40,9 +40,11 @@ class Value:
         return self.type == FLOAT or isinstance(self.type, ir.VectorType)
 
     def same(self, other: Any) -> Value:
-        """A number as a value of this type; a value as it is."""
+        """A number, or None for an address, as a value of this type; a value as it is."""
         if isinstance(other, Value):
             return other
+        if self.type == ADDRESS:
+            return Value(self.code, ir.Constant(ADDRESS, None))
         number = float(other) if self.is_float else int(other)
         lanes = isinstance(self.type, ir.VectorType)
         constant = ir.Constant(self.type, [number] * self.type.count if lanes else number)
@@ -83,6 +85,9 @@ class Value:
     def __and__(self, other: Value) -> Value:
         return Value(self.code, self.code.build.and_(self.value, other.value))
 
+    def __or__(self, other: Value) -> Value:
+        return Value(self.code, self.code.build.or_(self.value, other.value))
+
     def _compare(self, operator: str, other: Any) -> Value:
         """Of floats, false where one is not a number."""
         build = self.code.build
@@ -107,8 +112,7 @@ class Value:
     @property
     def is_given(self) -> Value:
         """Whether an address is not null."""
-        null = ir.Constant(ADDRESS, None)
-        return Value(self.code, self.code.build.icmp_unsigned("!=", self.value, null))
+        return self.differs(None)
 
     def where(self, other: Any, condition: Value) -> Value:
         """This value where `condition` holds, else `other`."""
@@ -184,11 +188,11 @@ class Code:
 
     def fields(self, address: Value, structure: type[ctypes.Structure]) -> SimpleNamespace:
         """Load the fields of a structure of 64-bit integers and addresses."""
-        types = [ADDRESS if kind is ctypes.c_void_p else INT for _, kind in structure._fields_]
         values = {}
-        for k, ((name, _), of) in enumerate(zip(structure._fields_, types, strict=True)):
+        for k, field in enumerate(structure._fields_):
             where = self.build.gep(address.value, [INT(k)], source_etype=INT)
-            values[name] = Value(self, self.build.load(where, typ=of))
+            of = ADDRESS if field[1] is ctypes.c_void_p else INT
+            values[field[0]] = Value(self, self.build.load(where, typ=of))
         return SimpleNamespace(**values)
 
     # Control.
@@ -206,7 +210,7 @@ class Code:
     @contextlib.contextmanager
     def repeat(self, condition: Any) -> Iterator[None]:
         """Repeat the block while what the function `condition` writes holds."""
-        test, body, end = (self.function.append_basic_block(n) for n in ("test", "body", "end"))
+        test, body, end = map(self.function.append_basic_block, ("test", "body", "end"))
         self.build.branch(test)
         self.build.position_at_end(test)
         self.build.cbranch(condition().value, body, end)
@@ -276,7 +280,7 @@ class Code:
         return self.build.icmp_signed("<", lane, self.splat(valid).value)
 
 
-def fma(a: Value, b: Value, c: Any) -> Value:
+def fma(a: Value, b: Any, c: Any) -> Value:
     """``a * b + c``, rounded once."""
     return a.code.intrinsic("fma", a, a.same(b), a.same(c))
 
