@@ -1,9 +1,10 @@
-"""The command line: ``fastrnn bench``, ``fastrnn verify``, ``fastrnn plan``."""
+"""The command line: ``fastrnn bench``, ``verify``, ``plan`` and ``warmup``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -158,6 +159,32 @@ def _verify(args: argparse.Namespace) -> int:
     return int(failed)
 
 
+def _add_warmup(parser: argparse.ArgumentParser) -> None:
+    from .reference import CELLS
+
+    parser.add_argument(
+        "--cells", nargs="+", choices=CELLS, default=list(CELLS), metavar="CELL",
+        help=f"any of {', '.join(CELLS)} (default all)",
+    )  # fmt: skip
+
+
+def _warmup(args: argparse.Namespace) -> int:
+    from .cpu import kernel_gap
+
+    gap = kernel_gap(torch.float32, False)
+    if gap is not None:
+        print(f"nothing to compile: {gap}")
+        return 1
+    from .cpu import engine
+
+    for cell in args.cells:
+        start = time.perf_counter()
+        engine.kernels(cell)
+        print(f"{cell:13}{time.perf_counter() - start:6.2f} s")
+    print(f"kept in {engine.cache_folder()}")
+    return 0
+
+
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     from .bench.cli import add_arguments
 
@@ -173,6 +200,7 @@ def _bench(args: argparse.Namespace) -> int:
 _COMMANDS: dict[str, tuple[str, Any, Any]] = {
     "bench": ("time our modules beside torch.nn's", _add_bench, _bench),
     "verify": ("check our modules against float64 and torch.nn", _add_verify, _verify),
+    "warmup": ("compile the kernels for this CPU ahead of their first use", _add_warmup, _warmup),
     "plan": ("show which path would run, and why", _add_plan, _plan),
 }
 
@@ -192,7 +220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _Parser(prog="fastrnn", description="Recurrent layers for PyTorch.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{bench,verify,plan}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar=f"{{{','.join(_COMMANDS)}}}"
+    )
     for name, (summary, add_arguments, _) in _COMMANDS.items():
         add_arguments(commands.add_parser(name, help=summary, description=summary))
     args = parser.parse_args(argv)

@@ -180,7 +180,7 @@ def plan(problem: Problem) -> Plan:
     Examples
     --------
     >>> from fastrnn.planner import Problem, plan
-    >>> plan(Problem("lstm", steps=128, batch=8, input_size=256, hidden_size=256)).path
+    >>> plan(Problem("lstm", steps=1, batch=8, input_size=256, hidden_size=256)).path
     'torch'
     """
     return _plan(_forced.path, problem)
@@ -262,8 +262,9 @@ def _choose_path(
 
 
 # Where our kernels win on a CPU. Below so many steps the fixed costs of a call, 0.1 ms and in
-# training 0.5 ms, are more than the steps save. Measured with torch 2.13 on a 2-core x86-64 machine
-# with AVX2, 2 threads, (B, I = H) = (1, 64), (1, 256), (16, 64), (16, 256); time of torch.nn / ours:
+# training 0.5 ms, are more than the steps save. Measured with torch 2.13 on a 2-core x86-64
+# machine with AVX2, float32, 2 threads; time of torch.nn / ours at (B, I = H) = (1, 64), (1, 256),
+# (16, 64), (16, 256):
 #   RNN  inference T=4 0.8, 0.8, 1.1, 1.1; T=8 1.1, 1.0, 1.7, 1.4
 #        training  T=4 0.8, 0.9, 1.0, 1.0; T=8 1.1, 1.6, 1.4, 1.6
 #   GRU  inference T=2 0.9, 0.8, 1.0, 1.1; T=4 1.1, 0.9, 1.4, 1.3
@@ -281,10 +282,17 @@ _SMALL_LSTM_MIN_STEPS = 48
 #   inference: 0.5-1.0
 _LOOP_MIN_STEPS = 48
 _MAX_BATCH_TIMES_HIDDEN = 8192
+# and in bfloat16 and float16, on a CPU that does not multiply them, T=64:
+#   training  (1, 64) 1.3-1.7, (16, 64) 2.1-3.5, (16, 256) 9-18, (64, 256) 15-22
+#   inference (1, 64) 0.6-0.8, (1, 1024) 0.7-1.2, (4, 256) 1.5-1.9, (16, 64) 1.6-2.2
+#   (16, 64), T=16: training 1.3-2.3, inference 1.2-2.0; T=4: 0.7-1.2
+_HALF_MIN_STEPS = 16
+_HALF_MIN_BATCH = 4
+_HALF_MIN_BATCH_TIMES_HIDDEN = 1024
 
 
 def _kernels_on_cpu(problem: Problem) -> tuple[str, str]:
-    if problem.dtype == torch.float32 and not problem.packed:
+    if not problem.packed:
         minimum = _KERNEL_MIN_STEPS[problem.cell.partition("_")[0]][problem.training]
         if problem.cell == "lstm" and problem.training and problem.hidden_size < _SMALL_LSTM:
             minimum = _SMALL_LSTM_MIN_STEPS
@@ -294,9 +302,18 @@ def _kernels_on_cpu(problem: Problem) -> tuple[str, str]:
 
 
 def _loop_on_cpu(problem: Problem, gap: str) -> tuple[str, str]:
+    if problem.dtype in (torch.bfloat16, torch.float16):
+        size = problem.batch * problem.hidden_size
+        large = problem.batch >= _HALF_MIN_BATCH and size >= _HALF_MIN_BATCH_TIMES_HIDDEN
+        if problem.steps >= (_HALF_MIN_STEPS if large else _LOOP_MIN_STEPS) and (
+            large or problem.training
+        ):
+            return "loop", f"{gap}; this CPU does not multiply {problem.dtype}, the loop need not"
+        return "torch", f"{gap}; too small to gain from computing in float32"
     if not problem.training:
         return "torch", f"{gap}; in inference torch's were faster than our loop"
-    if problem.cell == "lstm" and problem.dtype == torch.float32 and not problem.projected:
+    unfused = problem.packed or problem.projected or problem.dtype == torch.float64
+    if problem.cell == "lstm" and not unfused:
         return "torch", f"{gap}; oneDNN runs the whole LSTM layer fused"
     if problem.steps < _LOOP_MIN_STEPS:
         return "torch", f"{gap}; below {_LOOP_MIN_STEPS} steps our loop costs what it saves"

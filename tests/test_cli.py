@@ -46,8 +46,9 @@ def test_bad_arguments_give_one_line_and_status_2(capsys, argv, says):
 @pytest.mark.parametrize(
     ("argv", "path"),
     [
-        (["--cell", "lstm", "--T", "512", "--B", "64", "--H", "512"], "torch"),
-        (["--cell", "lstm", "--T", "512", "--B", "64", "--H", "512", "--packed"], "torch"),
+        (["--cell", "lstm", "--T", "1", "--B", "64", "--H", "512"], "torch"),
+        (["--cell", "lstm", "--T", "512", "--B", "64", "--H", "512", "--projected"], "torch"),
+        (["--cell", "lstm", "--T", "512", "--B", "64", "--H", "512", "--packed"], "loop"),
         (["--cell", "gru", "--H", "64", "--training"], "loop"),
         (["--cell", "gru", "--H", "64", "--training", "--step"], "torch"),
         (["--cell", "rnn_identity", "--H", "64"], "loop"),

@@ -10,44 +10,88 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
+from fastrnn.cpu import machine
 from fastrnn.kernels.configs import DEVICES, MAX_BATCH, PRECISIONS
 from fastrnn.planner import PATHS, Problem, path, plan, use_path
 from fastrnn.reference import CELLS
 
-GRU = Problem("gru", steps=48, batch=128, input_size=64, hidden_size=64, training=True)
-LSTM = GRU._replace(cell="lstm")
-HALF = GRU._replace(dtype=torch.float16, training=False, steps=16, batch=16)
+GRU = Problem("gru", steps=4, batch=128, input_size=64, hidden_size=64)
+RNN = GRU._replace(cell="rnn_tanh", steps=8)
+LSTM = GRU._replace(cell="lstm", steps=2)
+HALF = GRU._replace(dtype=torch.float16)
 
 
 @pytest.mark.parametrize(
     ("problem", "expected"),
     [
         (GRU, "loop"),
-        (GRU._replace(steps=47), "torch"),
-        (GRU._replace(batch=129), "torch"),
-        (GRU._replace(batch=129, packed=True), "loop"),
-        (GRU._replace(training=False), "torch"),
+        (GRU._replace(steps=3), "torch"),
+        (GRU._replace(steps=3, packed=True), "loop"),
+        (RNN, "loop"),
+        (RNN._replace(steps=7), "torch"),
+        (LSTM, "loop"),
+        (LSTM._replace(steps=1), "torch"),
+        (LSTM._replace(steps=47, training=True), "torch"),
+        (LSTM._replace(steps=48, training=True), "loop"),
+        (LSTM._replace(steps=4, hidden_size=128, training=True), "loop"),
+        (LSTM._replace(steps=3, hidden_size=128, training=True), "torch"),
+        (LSTM._replace(steps=1, packed=True), "loop"),
         (GRU._replace(device="cuda"), "torch"),
         (GRU._replace(is_step=True), "torch"),
         (GRU._replace(dtype=torch.complex64), "torch"),
-        (LSTM, "torch"),
-        (LSTM._replace(packed=True), "loop"),
-        (LSTM._replace(projected=True), "loop"),
-        (LSTM._replace(dtype=torch.float64), "loop"),
         (HALF, "loop"),
-        (HALF._replace(steps=15), "torch"),
-        (HALF._replace(batch=15), "torch"),
-        (HALF._replace(batch=3, hidden_size=1024), "torch"),
-        (HALF._replace(batch=1, steps=48, training=True), "loop"),
+        (HALF._replace(steps=3), "torch"),
         (GRU._replace(transformed=True), "torch"),
         (GRU._replace(cell="rnn_identity", transformed=True), "reference"),
         (GRU._replace(cell="rnn_identity", dtype=torch.complex64), "reference"),
         (GRU._replace(cell="rnn_identity", device="cuda"), "loop"),
     ],
 )
-def test_thresholds(monkeypatch, problem, expected):
+def test_thresholds_of_the_cpu_kernels(monkeypatch, problem, expected):
     monkeypatch.setattr(fastrnn.planner, "_multiplies", lambda dtype: False)
+    monkeypatch.setattr(fastrnn.cpu.machine, "target", lambda: machine.AVX2)
     assert plan(problem).path == expected
+
+
+LONG = GRU._replace(steps=48, training=True)
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
+        (LONG, "loop"),
+        (LONG._replace(steps=47), "torch"),
+        (LONG._replace(batch=129), "torch"),
+        (LONG._replace(batch=129, packed=True), "loop"),
+        (LONG._replace(training=False), "torch"),
+        (LONG._replace(dtype=torch.float64), "loop"),
+        (LONG._replace(cell="lstm"), "torch"),
+        (LONG._replace(cell="lstm", packed=True), "loop"),
+        (LONG._replace(dtype=torch.float16, batch=1), "loop"),
+        (LONG._replace(dtype=torch.float16, batch=1, training=False), "torch"),
+        (LONG._replace(dtype=torch.float16, batch=16, steps=16, training=False), "loop"),
+        (LONG._replace(dtype=torch.float16, batch=16, steps=15), "torch"),
+        (LONG._replace(cell="lstm", projected=True), "loop"),
+        (LONG._replace(cell="lstm", dtype=torch.float64), "loop"),
+        (LONG._replace(is_step=True), "torch"),
+    ],
+)
+@pytest.mark.parametrize("lacks", ["llvmlite", "instructions"])
+def test_thresholds_without_cpu_kernels(monkeypatch, problem, expected, lacks):
+    monkeypatch.setattr(fastrnn.planner, "_multiplies", lambda dtype: False)
+    if lacks == "llvmlite":
+        monkeypatch.setattr(machine, "_has_compiler", lambda: False)
+    else:
+        monkeypatch.setattr(machine, "target", lambda: None)
+    chosen = plan(problem)
+    assert chosen.path == expected
+    if not problem.is_step:
+        assert chosen.reason.startswith("no kernel")
+
+
+def test_half_precision_that_the_cpu_multiplies_is_torchs(monkeypatch):
+    monkeypatch.setattr(fastrnn.planner, "_multiplies", lambda dtype: True)
+    assert plan(HALF._replace(steps=100)).path == "torch"
 
 
 problems = st.builds(
@@ -113,12 +157,15 @@ def test_symbolic_sizes():
 
 def test_packed_sequences_of_one_length_are_a_padded_batch(monkeypatch):
     """torch's LSTM then runs oneDNN, which our loop does not beat."""
-    lstm, x = fastrnn.LSTM(3, 4), torch.randn(64, 2, 3)
+    monkeypatch.setattr(machine, "_has_compiler", lambda: False)
+    lstm, x = fastrnn.LSTM(3, 4), torch.randn(65, 2, 3)
     chosen = []
     monkeypatch.setattr(
-        fastrnn.planner, "path", lambda *fields: chosen.append(path(*fields)) or chosen[-1]
+        fastrnn.planner,
+        "path",
+        lambda *fields: chosen.append(plan(Problem(*fields)).path) or chosen[-1],
     )
-    for lengths in ([64, 64], [64, 63]):
+    for lengths in ([65, 65], [65, 64]):
         lstm(pack_padded_sequence(x, torch.tensor(lengths)))
     assert chosen[0] == "torch"
     assert set(chosen[1:]) == {"loop"}
@@ -138,7 +185,7 @@ def test_packed_sequences_of_one_length_are_a_padded_batch(monkeypatch):
     ],
 )
 def test_what_has_no_kernel_goes_to_torch(change, says):
-    problem = LSTM._replace(device="cuda", gpu=DEVICES["h100"])
+    problem = LSTM._replace(steps=48, device="cuda", gpu=DEVICES["h100"])
     assert plan(problem).path == "loop"
     changed = plan(problem._replace(**change))
     assert changed.path == "torch"
@@ -164,9 +211,8 @@ def test_every_size_has_kernels(hidden, batch, device, cell, dtype, directions):
 
 
 def test_cudnns_persistent_kernel_is_left_to_it():
-    problem = LSTM._replace(
-        device="cuda", gpu=DEVICES["h100"], dtype=torch.float16, hidden_size=512, input_size=512
-    )
+    fields = {"dtype": torch.float16, "hidden_size": 512, "input_size": 512, "steps": 48}
+    problem = LSTM._replace(device="cuda", gpu=DEVICES["h100"], **fields)
     assert plan(problem).path == "torch"
     for change in ({"layers": 2}, {"directions": 2}, {"batch": 12}, {"dtype": torch.bfloat16}):
         assert plan(problem._replace(**change)).path == "loop"

@@ -65,7 +65,17 @@ _MIN_FLOPS = 150_000
 
 
 def threads(flops: int) -> int:
-    """How many threads to use for steps of so many operations in the recurrent product."""
+    """Choose how many threads share the steps of a layer.
+
+    Parameters
+    ----------
+    flops : int
+        Operations in the recurrent product of a step.
+
+    Returns
+    -------
+    int
+    """
     if flops < _MIN_FLOPS or _is_forked or _openmp() is None:
         return 1
     return min(torch.get_num_threads(), machine.cores())
@@ -86,7 +96,16 @@ _loaded: dict[tuple[str, Target], Kernels] = {}
 
 
 def kernels(cell: str) -> Kernels:
-    """The kernels of a cell for this machine, compiled if they never were."""
+    """Get the kernels of a cell for this machine; compile them if they never were.
+
+    Parameters
+    ----------
+    cell : str
+
+    Returns
+    -------
+    Kernels
+    """
     target = machine.target()
     assert target is not None
     found = _loaded.get((cell, target))
@@ -104,58 +123,70 @@ def _load(cell: str, target: Target) -> Kernels:
     if code is None:
         _log.warning("compiling the %s kernels for this CPU, once", cell)
         start = time.perf_counter()
-        code = compile_cell(cell, target)
+        for_ = target_machine()
+        code = for_.emit_object(optimized(cell, target, for_))
         _log.warning("compiled the %s kernels in %.1f s", cell, time.perf_counter() - start)
         _to_cache(_cached(cell, target), code)
     library = _openmp()
     for name in _RUNTIME:
         at = ctypes.cast(getattr(library, name), ctypes.c_void_p).value if library else 0
         llvm.add_symbol(name, at)
-    owner = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
+    owner = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
     owner.add_object_file(llvm.ObjectFileRef.from_data(code))
     owner.finalize_object()
     names = (f"{name}{suffix}" for name in ("forward", "backward") for suffix in ("", "_region"))
     return Kernels({name: owner.get_function_address(name) for name in names}, owner)
 
 
-def _target_machine() -> Any:
+def target_machine() -> Any:
+    """Describe this machine to LLVM.
+
+    Returns
+    -------
+    llvmlite.binding.TargetMachine
+    """
     of = llvm.Target.from_triple(llvm.get_process_triple())
+    features = llvm.get_host_cpu_features().flatten()
     return of.create_target_machine(
-        cpu=llvm.get_host_cpu_name(),
-        features=llvm.get_host_cpu_features().flatten(),
-        opt=3,
-        jit=True,
+        cpu=llvm.get_host_cpu_name(), features=features, opt=3, jit=True
     )
 
 
-def compile_cell(cell: str, target: Target, for_: Any = None) -> bytes:
-    """Compile the kernels of a cell into an object file.
+def optimized(cell: str, target: Target, for_: Any) -> Any:
+    """Write the kernels of a cell and optimize them.
 
     Parameters
     ----------
     cell : str
     target : Target
-    for_ : llvmlite.binding.TargetMachine, optional
-        By default this machine.
+    for_ : llvmlite.binding.TargetMachine
+
+    Returns
+    -------
+    llvmlite.binding.ModuleRef
     """
     from . import sequence  # with what writes code, only where code is written
 
-    for_ = for_ or _target_machine()
     module = llvm.parse_assembly(str(sequence.module(cell, target)))
     module.triple = for_.triple
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     # Everything is in vectors already.
-    options.loop_vectorization = options.slp_vectorization = False
+    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
     builder = llvm.create_pass_builder(for_, options)
     builder.getModulePassManager().run(module, builder)
-    return for_.emit_object(module)
+    return module
 
 
 # The cache: a file for each cell, named by all that its code depends on.
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``$FASTRNN_CACHE_DIR``, else in the user's cache."""
+    """Say where compiled kernels are kept: ``$FASTRNN_CACHE_DIR``, else in the user's cache.
+
+    Returns
+    -------
+    pathlib.Path
+    """
     own = os.environ.get("FASTRNN_CACHE_DIR")
     if own:
         return Path(own)
@@ -203,7 +234,16 @@ _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64
 
 
 def run(cell: str, name: str, arguments: ctypes.Structure, threads: int) -> None:
-    """Run a kernel; the lock of the interpreter is free meanwhile."""
+    """Run a kernel; the lock of the interpreter is free meanwhile.
+
+    Parameters
+    ----------
+    cell : str
+    name : {'forward', 'backward'}
+    arguments : ctypes.Structure
+    threads : int
+        1 runs it in this thread, without the OpenMP runtime.
+    """
     addresses = kernels(cell).addresses
     at = ctypes.addressof(arguments)
     library = _openmp()

@@ -158,10 +158,12 @@ def layer_backward(
 
     Parameters
     ----------
-    cell, x, state, weights, batch_sizes, bidirectional
-        As for `layer_forward`.
+    cell : str
     dy : Tensor shaped as y, optional
-    d_final, saved : sequence of Tensor
+    d_final : sequence of Tensor
+    x, state, weights, batch_sizes, bidirectional
+        As for `layer_forward`.
+    saved : sequence of Tensor
     needs_x, needs_weights : bool
 
     Returns

@@ -208,14 +208,16 @@ def backward(
 
     Parameters
     ----------
-    cell, w, rows, reverse, h_rows
-        As for `forward`.
+    cell : str
     dy : Tensor of shape (N, P), optional
         Gradient of h at every row.
     d_state : sequence of Tensor
         Gradient of the final state; overwritten by that of the initial state.
+    w, rows, reverse
+        As for `forward`.
     initial : sequence of Tensor
         State before the first step; empty for zeros.
+    h_rows : Tensor of shape (N, P)
     saved : sequence of Tensor
         What `forward` returned.
 

@@ -84,7 +84,12 @@ def kernel_gap(dtype: torch.dtype, projected: bool) -> str | None:
 
 
 def cores() -> int:
-    """How many CPUs this process may use."""
+    """Count the CPUs that this process may use.
+
+    Returns
+    -------
+    int
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -17,7 +17,8 @@ from .cells import CELLS
 from .rows import Rows
 from .sequence import Backward, Forward
 
-# Floats of projected input that a thread keeps, about half of a second-level cache.
+# Floats of projected input that all threads keep, half of a second-level cache for one of them. Not
+# more for more threads, so that results do not depend on their number.
 _CHUNK = 65536
 
 
@@ -25,12 +26,16 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _check(x_size: int, count: int, w: Weights, rows: Rows, hidden: int) -> None:
-    """Raise unless the weights and the rows are of the sizes that a kernel will assume."""
+def _check(
+    inputs: int, count: int, w: Weights, rows: Rows, hidden: int, state: Sequence[Tensor]
+) -> None:
+    """Raise unless weights, states and rows are of the sizes that a kernel will assume."""
     width = w.w_ih.shape[0]
-    fits = w.w_ih.shape == (width, x_size) and w.w_hh.shape == (width, hidden)
+    fits = w.w_ih.shape == (width, inputs) and w.w_hh.shape == (width, hidden)
     for bias in (w.b_ih, w.b_hh):
         fits = fits and (bias is None or bias.shape == (width,))
+    for part in state:
+        fits = fits and part.shape == (rows.batch, hidden)
     sizes = rows.batch_sizes
     if sizes is None:
         fits = fits and rows.steps * rows.batch == count
@@ -38,7 +43,7 @@ def _check(x_size: int, count: int, w: Weights, rows: Rows, hidden: int) -> None
         shrinking = bool((sizes[1:] <= sizes[:-1]).all())
         fits = fits and shrinking and int(sizes[-1]) > 0 and int(sizes.sum()) == count
     if not fits:
-        raise RuntimeError("the sizes of input, weights and batch_sizes do not fit each other")
+        raise RuntimeError("sizes of input, state, weights and batch_sizes do not fit each other")
 
 
 def _layout(hidden: int, gates: int, batch: int) -> tuple[int, int, int]:
@@ -60,17 +65,32 @@ def forward(
     h_rows: Tensor,
     save: bool,
 ) -> list[Tensor]:
-    """Run one direction; see ``loop.forward``."""
+    """Run one direction; see ``loop.forward``.
+
+    Parameters
+    ----------
+    cell, x, w, rows, reverse, is_given, state, h_rows, save
+        As there.
+
+    Returns
+    -------
+    list of Tensor
+
+    Raises
+    ------
+    RuntimeError
+        If the sizes do not fit each other.
+    """
     facts, hidden = CELLS[cell], w.w_hh.shape[1]
     gates, (count, inputs) = facts.n_gates, x.shape
-    _check(inputs, count, w, rows, hidden)
+    _check(inputs, count, w, rows, hidden, state)
     x, weights = x.contiguous(), [None if t is None else t.contiguous() for t in w[:4]]
     h_0 = state[0].clone() if is_given else None
     saved = []
     if save and facts.n_saved:
         saved = [x.new_empty(count, gates * hidden), x.new_empty(count, hidden)]
     units, width, threads = _layout(hidden, gates, rows.batch)
-    chunk = rows.batch * max(1, _CHUNK * threads // max(1, width * rows.batch))
+    chunk = rows.batch * max(1, _CHUNK // max(1, width * rows.batch))
     sizes = (width * (inputs + hidden + 2), width * chunk, threads * rows.batch * gates * units)
     packed, projected, scratch = x.new_empty(sum(sizes)).split(sizes)
     w_ih, w_hh, b_ih, b_hh = map(_address, weights)
@@ -115,10 +135,28 @@ def backward(
     h_rows: Tensor,
     saved: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, None]:
-    """Compute the gradients of the gates; see ``loop.backward``."""
+    """Compute the gradients of the gates; see ``loop.backward``.
+
+    Parameters
+    ----------
+    cell, dy, d_state, w, rows, reverse, initial, h_rows, saved
+        As there.
+
+    Returns
+    -------
+    d_rh : Tensor
+    d_apart : Tensor
+    None
+        In place of the gradient of a projection.
+
+    Raises
+    ------
+    RuntimeError
+        If the sizes do not fit each other.
+    """
     facts, hidden, count = CELLS[cell], w.w_hh.shape[1], h_rows.shape[0]
     gates = facts.n_gates
-    _check(w.w_ih.shape[1], count, w, rows, hidden)
+    _check(w.w_ih.shape[1], count, w, rows, hidden, d_state)
     w_hh, initial = w.w_hh.contiguous(), [part.contiguous() for part in initial]
     h_0, c_0 = [*initial, None, None][:2]
     pitch = h_rows.stride(0)

@@ -11,6 +11,9 @@ from llvmlite import ir
 from .machine import Target
 from .vector import ADDRESS, INT, Code, Value, Variable
 
+# In one turn of the inner loop; more would not fit the registers of a large tile.
+_PRODUCTS = 24
+
 
 class Writer:
     """Writes kernels for a target into a module.
@@ -103,13 +106,13 @@ class Writer:
                 for column, total in zip(columns, sums[phase * rows + row], strict=True):
                     total.set(code.intrinsic("fma", factor, column, total.get()))
 
-        whole = k // phases * phases
-        with code.loop(whole, step=phases) as first:
-            for phase in range(phases):
-                multiply(first + phase, phase)
-        if phases > 1:
-            with code.loop(k, start=whole) as last:
-                multiply(last, 0)
+        turns = phases * max(1, _PRODUCTS // (2 * rows * phases))
+        whole = k // turns * turns
+        with code.loop(whole, step=turns) as first:
+            for turn in range(turns):
+                multiply(first + turn, turn % phases)
+        with code.loop(k, start=whole) as last:
+            multiply(last, 0)
         for row in range(rows):
             for v in range(2):
                 total = sums[row][v].get()

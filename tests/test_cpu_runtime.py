@@ -1,0 +1,283 @@
+"""The kernels of the CPU among threads, processes and files."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import fastrnn
+from fastrnn.__main__ import main
+from fastrnn.cpu import machine
+from fastrnn.planner import use_path
+
+pytest.importorskip("llvmlite")
+if machine.target() is None:
+    pytest.skip("no kernels for this CPU", allow_module_level=True)
+
+from fastrnn.cpu import engine
+
+ROOT = Path(__file__).resolve().parent.parent
+can_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+
+
+def module_and_input(hidden: int = 256) -> tuple[torch.nn.Module, torch.Tensor]:
+    torch.manual_seed(1)
+    return fastrnn.GRU(40, hidden), torch.randn(30, 4, 40)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        env={**os.environ, **environment},
+    )
+
+
+def test_number_of_threads(monkeypatch, two_threads):
+    monkeypatch.setattr(machine, "cores", lambda: 16)
+    assert engine.threads(10**9) == 2
+    assert engine.threads(10**3) == 1, "too little for a barrier after each step"
+    torch.set_num_threads(1)
+    assert engine.threads(10**9) == 1
+    torch.set_num_threads(2)
+    monkeypatch.setattr(machine, "cores", lambda: 1)
+    assert engine.threads(10**9) == 1, "more threads than CPUs would wait for each other"
+    monkeypatch.setattr(machine, "cores", lambda: 16)
+    monkeypatch.setattr(engine, "_openmp", lambda: None)
+    assert engine.threads(10**9) == 1
+
+
+def test_without_an_openmp_runtime(monkeypatch):
+    model, x = module_and_input()
+    with torch.no_grad():
+        expected, _ = model(x)
+        monkeypatch.setattr(engine, "_openmp", lambda: None)
+        monkeypatch.setattr(engine, "_loaded", {})
+        assert torch.equal(model(x)[0], expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_threads_may_call_the_same_module(two_threads, training):
+    model, x = module_and_input()
+
+    def call(_: int) -> list[torch.Tensor]:
+        with torch.set_grad_enabled(training):
+            mine = x.clone().requires_grad_(training)
+            y, h = model(mine)
+            if not training:
+                return [y, h]
+            return [y, *torch.autograd.grad(y.sum(), [mine, *model.parameters()])]
+
+    expected = call(0)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for results in pool.map(call, range(40)):
+            for a, b in zip(results, expected, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_more_threads_than_cores(monkeypatch, two_threads):
+    """Of OpenMP, in every one of several Python threads."""
+    monkeypatch.setattr(engine, "threads", lambda flops: 8)
+    model, x = module_and_input()
+    with torch.no_grad():
+        expected, _ = model(x)
+    failures = []
+
+    def work() -> None:
+        with torch.no_grad():
+            if not all(torch.equal(model(x)[0], expected) for _ in range(3)):
+                failures.append(threading.get_ident())
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=240)
+        assert not worker.is_alive(), "deadlock"
+    assert not failures
+
+
+@can_fork
+def test_forked_processes(two_threads):
+    """The threads of the pool do not survive a fork, which the OpenMP runtime does not notice."""
+    model, x = module_and_input()
+    y, _ = model(x)  # starts the pool
+    y.sum().backward()
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+
+    def child() -> None:
+        with torch.no_grad():
+            queue.put((engine.threads(10**9), model(x)[0].sum().item()))
+
+    children = [context.Process(target=child) for _ in range(3)]
+    for process in children:
+        process.start()
+    for process in children:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+    results = [queue.get() for _ in children]
+    assert all(count == 1 for count, _ in results)
+    assert {total for _, total in results} == {y.sum().item()}
+
+
+class Encoded(Dataset):
+    """Runs a layer for every item, as an encoder in front of a model would."""
+
+    def __init__(self) -> None:
+        self.model, self.x = module_and_input()
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        with torch.no_grad():
+            return self.model(self.x + index)[0]
+
+
+@can_fork
+def test_workers_of_a_data_loader(two_threads):
+    data = Encoded()
+    expected = torch.stack([data[k] for k in range(4)])
+    loaded = list(DataLoader(data, batch_size=None, num_workers=2, timeout=120))
+    torch.testing.assert_close(torch.stack(loaded), expected)
+
+
+# The cache of compiled kernels.
+
+RUN = """
+import sys, torch, fastrnn
+from fastrnn.planner import use_path
+torch.manual_seed(0)
+gru, x = fastrnn.GRU(5, 9), torch.randn(7, 3, 5)
+with use_path("loop"):
+    y, _ = gru(x)
+y.sum().backward()
+print(round(y.sum().item(), 4), round(gru.weight_hh_l0.grad.sum().item(), 4))
+"""
+
+
+def test_first_use_is_visible_and_later_uses_are_not(tmp_path):
+    first = python(RUN, FASTRNN_CACHE_DIR=str(tmp_path))
+    assert first.returncode == 0, first.stderr
+    assert "compiling the gru kernels" in first.stderr
+    assert "compiled the gru kernels in" in first.stderr
+    assert len(list(tmp_path.iterdir())) == 1
+    second = python(RUN, FASTRNN_CACHE_DIR=str(tmp_path))
+    assert second.stdout == first.stdout
+    assert "compil" not in second.stderr
+
+
+def test_many_processes_at_first_use(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        runs = list(pool.map(lambda _: python(RUN, FASTRNN_CACHE_DIR=str(tmp_path)), range(6)))
+    assert all(run.returncode == 0 for run in runs), runs[0].stderr
+    assert len({run.stdout for run in runs}) == 1
+    assert [path.suffix for path in tmp_path.iterdir()] == [".o"], "a file was left behind"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_file_is_compiled_again(tmp_path, damage):
+    first = python(RUN, FASTRNN_CACHE_DIR=str(tmp_path))
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    broken = {"cut": whole[:-100], "empty": b"", "flipped": whole[:-50] + b"\x90" + whole[-49:]}
+    path.write_bytes(broken[damage])
+    again = python(RUN, FASTRNN_CACHE_DIR=str(tmp_path))
+    assert (again.returncode, again.stdout) == (0, first.stdout)
+    assert "compiling" in again.stderr
+    assert path.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    done = python(RUN, FASTRNN_CACHE_DIR=str(file / "below"))
+    assert done.returncode == 0, done.stderr
+    assert "cannot keep compiled kernels" in done.stderr
+
+
+def test_warmup(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FASTRNN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(engine, "_loaded", {})
+    assert main(["warmup", "--cells", "gru", "lstm"]) == 0
+    out = capsys.readouterr().out
+    assert str(tmp_path) in out
+    assert "gru" in out and "lstm" in out and "rnn_tanh" not in out
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_warmup_where_there_is_nothing_to_compile(capsys, monkeypatch):
+    monkeypatch.setattr(machine, "target", lambda: None)
+    assert main(["warmup"]) == 1
+    assert "no kernel of ours for a CPU" in capsys.readouterr().out
+
+
+def test_without_llvmlite():
+    """torch's operators take over, and the planner says why."""
+    code = (
+        "import sys; sys.modules['llvmlite'] = None\n"
+        "from fastrnn.__main__ import main\n"
+        "main(['plan', '--cell', 'gru', '--H', '64'])\n" + RUN
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    plan, *results = done.stdout.splitlines()
+    assert plan.startswith("torch: no kernels without llvmlite")
+    assert results == python(RUN).stdout.splitlines()
+
+
+def test_compiling_logs_to_the_library_s_logger(tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("FASTRNN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(engine, "_loaded", {})
+    with caplog.at_level(logging.WARNING, logger="fastrnn"):
+        engine.kernels("rnn_relu")
+        engine.kernels("rnn_relu")
+    assert len(caplog.records) == 2
+
+
+# Weights are packed anew in every call.
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.weight_hh_l0.data.mul_(0.5),
+        lambda model: model.weight_ih_l0.detach().add_(0.25),
+        lambda model: model.bias_hh_l0.data.copy_(torch.ones_like(model.bias_hh_l0)),
+        lambda model: setattr(model.weight_hh_l0, "data", torch.zeros_like(model.weight_hh_l0)),
+        lambda model: model.weight_hh_l0.numpy(force=True).fill(0.125),
+    ],
+)
+def test_changes_that_no_version_counter_sees(name, change):
+    model = getattr(fastrnn, name)(6, 10)
+    x = torch.randn(12, 2, 6)
+    with torch.no_grad(), use_path("loop"):
+        before = model(x)[0]
+        change(model)
+        after = model(x)[0]
+        assert not torch.equal(before, after)
+        with use_path("torch"):
+            torch.testing.assert_close(after, model(x)[0])
