@@ -129,13 +129,17 @@ def _load(cell: str, target: Target) -> Kernels:
         _to_cache(_cached(cell, target), code)
     library = _openmp()
     for name in _RUNTIME:
-        at = ctypes.cast(getattr(library, name), ctypes.c_void_p).value if library else 0
-        llvm.add_symbol(name, at)
+        function = getattr(library, name) if library else _never_called
+        llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
     owner = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
     owner.add_object_file(llvm.ObjectFileRef.from_data(code))
     owner.finalize_object()
     names = (f"{name}{suffix}" for name in ("forward", "backward") for suffix in ("", "_region"))
     return Kernels({name: owner.get_function_address(name) for name in names}, owner)
+
+
+# In place of the OpenMP runtime, which one thread does not need: LLVM wants an address.
+_never_called = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
 
 
 def target_machine() -> Any:
