@@ -6,14 +6,19 @@ whose results were compared; a case whose results differ is not timed.
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
+import functools
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from .. import gpu, nn, planner
 from .registry import Case
@@ -70,7 +75,37 @@ def measure(case: Case, device: torch.device, seconds: float) -> Row:
         return Row(case, plan.path, first_line, "failed", tolerance)
     ours, theirs = (band([pair[side] * 1e3 for pair in pairs]) for side in (0, 1))
     times = Times(ours, theirs, ratio_band(pairs))
-    return Row(case, plan.path, plan.reason, "ok", tolerance, error, len(pairs), times, *peaks)
+    speed = case.flops / (ours.median * 1e-3)
+    share = speed / gemm_speed(device, getattr(torch, case.dtype))
+    found = Row(case, plan.path, plan.reason, "ok", tolerance, error, len(pairs), times, *peaks)
+    return dataclasses.replace(found, share=share)
+
+
+@functools.cache
+def gemm_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the operations a second of a large matrix product of torch.
+
+    Parameters
+    ----------
+    device : torch.device
+    dtype : torch.dtype
+        On a CPU float32 instead of half precision, which not all multiply.
+
+    Returns
+    -------
+    float
+        The best of several.
+    """
+    size = {"cpu": 1024, "cuda": 8192}[device.type]
+    if device.type == "cpu" and dtype != torch.float64:
+        dtype = torch.float32
+    a = torch.randn(size, size, device=device).to(dtype)
+
+    def call() -> list[Tensor]:
+        return [a @ a]
+
+    _warm_up(call, device)
+    return 2 * size**3 / min(_sample(call, 2, device) for _ in range(20))
 
 
 def problem_of(case: Case, device: torch.device) -> planner.Problem:
@@ -87,6 +122,7 @@ def problem_of(case: Case, device: torch.device) -> planner.Problem:
         dtype=dtype,
         device=device.type,
         training=case.mode == "training",
+        packed=case.ragged,
         is_step=case.is_step,
         layers=case.num_layers,
         directions=2 if case.bidirectional else 1,
@@ -110,7 +146,11 @@ def make_calls(case: Case, device: torch.device) -> dict[str, Call]:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    rows = (case.batch,) if case.is_step else (case.steps, case.batch)
+    rows: tuple[int, ...] = (case.batch,) if case.is_step else (case.steps, case.batch)
+    sizes = None
+    if case.ragged:
+        sizes = torch.tensor([sum(n > t for n in case.lengths) for t in range(case.steps)])
+        rows = (sum(case.lengths),)
     inputs = [random(*rows, case.input_size)]
     if case.is_step:
         # A loop over steps passes a state; a layer is most often called without one.
@@ -131,36 +171,44 @@ def make_calls(case: Case, device: torch.device) -> dict[str, Call]:
     for module in modules.values():
         module.load_state_dict(weights)
     if case.mode == "forward":
-        return {name: _forward_call(module, inputs) for name, module in modules.items()}
-    outputs = _forward_call(modules["torch.nn"], inputs)()
+        return {name: _forward_call(module, sizes, inputs) for name, module in modules.items()}
+    outputs = _forward_call(modules["torch.nn"], sizes, inputs)()
     cotangents = [random(*output.shape) for output in outputs]
     inputs = [tensor.requires_grad_() for tensor in inputs]
-    return {name: _training_call(module, inputs, cotangents) for name, module in modules.items()}
+    return {
+        name: _training_call(module, sizes, inputs, cotangents) for name, module in modules.items()
+    }
 
 
-def _forward_call(module: torch.nn.Module, inputs: Sequence[Tensor]) -> Call:
+def _forward_call(module: torch.nn.Module, sizes: Tensor | None, inputs: Sequence[Tensor]) -> Call:
     def call() -> list[Tensor]:
         with torch.no_grad():
-            return _run(module, inputs)
+            return _run(module, sizes, inputs)
 
     return call
 
 
 def _training_call(
-    module: torch.nn.Module, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+    module: torch.nn.Module,
+    sizes: Tensor | None,
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
 ) -> Call:
     leaves = [*inputs, *module.parameters()]
 
     def call() -> list[Tensor]:
-        outputs = _run(module, inputs)
+        outputs = _run(module, sizes, inputs)
         # Not .backward(): the gradients are new each time, nothing is added up.
         return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
 
     return call
 
 
-def _run(module: torch.nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
+def _run(module: torch.nn.Module, sizes: Tensor | None, inputs: Sequence[Tensor]) -> list[Tensor]:
     x, *state = inputs
+    if sizes is not None:
+        packed, final = module(PackedSequence(x, sizes))
+        return [packed.data, *_flat(final)]
     if len(state) > 1:
         return _flat(module(x, tuple(state)))
     return _flat(module(x, *state))
@@ -256,13 +304,26 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _peak_mib(call: Call, device: torch.device) -> float | None:
-    """What one call allocates at most on a GPU, beside weights and inputs; None on a CPU."""
-    if device.type != "cuda":
+    """What one call allocates at most, beside weights and inputs; None where nobody counts."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free but kept would not be counted
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    except (AttributeError, OSError):
         return None
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    resident = _resident_mib("VmRSS")
     call()
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    return max(0.0, _resident_mib("VmHWM") - resident)
+
+
+def _resident_mib(field: str) -> float:
+    """VmRSS, the resident set, or VmHWM, its peak."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) / 1024
 
 
 def band(values: Sequence[float]) -> Band:

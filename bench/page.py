@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from .environment import Environment
-from .report import MARKS, cell_name, milliseconds, ratio, totals
+from .report import MARKS, cell_name, milliseconds, ratio, share, totals
 from .results import Row, summarize
 
 _PAGE = """<!doctype html>
@@ -47,6 +47,8 @@ a tolerance that follows from the dtype and the number of sums. A case that diff
 time.</li>
 <li>The two are timed in pairs, one right after the other in alternating order, after a warm-up.
 A ratio is taken within each pair.</li>
+<li><i>of GEMM</i>: fastrnn's operations a second, divided by those of a large matrix product of
+torch in the same run.</li>
 <li><i>path</i> is what the planner chose. On the path <i>torch</i>, fastrnn calls the same
 kernels as torch.nn, so that only the difference in Python remains.</li>
 </ul>
@@ -92,8 +94,8 @@ pre { background: var(--panel); border: 1px solid var(--line); border-radius: 6p
   padding: 10px 14px; overflow-x: auto; }
 """
 
-_HEADERS = ("cell", "mode", "T", "B", "H", "dtype", "path", "fastrnn ms", "torch.nn ms")
-_NUMBERS = (2, 3, 4, 7, 8, 9)
+_HEADERS = ("cell", "mode", "T", "B", "H", "dtype", "path", "fastrnn ms", "torch.nn ms", "of GEMM")
+_NUMBERS = (2, 3, 4, 7, 8, 9, 10)
 
 
 def write_page(
@@ -168,7 +170,7 @@ def _table(rows: Sequence[Row]) -> str:
     for row in rows:
         case = row.case
         cells = [cell_name(row), case.mode, case.steps, case.batch, case.hidden_size, case.dtype]
-        cells += [row.path, *_times(row), ratio(row)]
+        cells += [row.path, *_times(row), share(row), ratio(row)]
         if has_memory:
             peaks = (row.fastrnn_peak_mib, row.torch_peak_mib)
             cells += ["-" if peak is None else f"{peak:.1f}" for peak in peaks]

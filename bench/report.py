@@ -24,7 +24,7 @@ _STYLES = {
     "failed": "bold red",
 }
 
-_NUMBERS = ("T", "B", "H", "fastrnn ms", "torch.nn ms", "ratio")
+_NUMBERS = ("T", "B", "H", "fastrnn ms", "torch.nn ms", "of GEMM", "ratio")
 
 
 def results_table(rows: Sequence[Row]) -> Table:
@@ -39,7 +39,8 @@ def results_table(rows: Sequence[Row]) -> Table:
     rich.table.Table
     """
     headers = ("cell", "mode", "T", "B", "H", "dtype", "path", "fastrnn ms", "torch.nn ms")
-    table = _table("torch.nn time / fastrnn time: median [20-80 %]", *headers, "ratio", "")
+    title = "torch.nn time / fastrnn time: median [20-80 %]; speed as a share of a large GEMM's"
+    table = _table(title, *headers, "of GEMM", "ratio", "")
     for row in rows:
         case = row.case
         table.add_row(
@@ -52,6 +53,7 @@ def results_table(rows: Sequence[Row]) -> Table:
             row.path,
             milliseconds(row.times and row.times.fastrnn_ms),
             milliseconds(row.times and row.times.torch_ms),
+            share(row),
             ratio(row),
             MARKS[row.verdict],
             style=_STYLES[row.verdict],
@@ -71,6 +73,11 @@ def milliseconds(band: Band | None) -> str:
 
 def _three_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
+
+
+def share(row: Row) -> str:
+    """Operations of fastrnn a second beside those of a large GEMM, or a dash."""
+    return "-" if row.share is None else f"{row.share:.0%}"
 
 
 def ratio(row: Row) -> str:

@@ -16,7 +16,7 @@ from .environment import Environment
 from .registry import Case
 
 #: Version of the files' layout: raised when a field changes its meaning or goes away.
-SCHEMA = 1
+SCHEMA = 2
 
 # A median ratio this far from 1 is called a difference.
 _MARGIN = 0.03
@@ -60,7 +60,10 @@ class Row:
         None unless the status is 'ok'. In files a band is three columns, such as
         ``ratio`` (the median), ``ratio_p20`` and ``ratio_p80``.
     fastrnn_peak_mib, torch_peak_mib : float, optional
-        Largest memory that one call allocates, on a GPU.
+        Largest memory that one call allocates; on a CPU by the resident set, on Linux only.
+    share : float, optional
+        Operations of fastrnn a second, divided by those of a large matrix product of torch on
+        the same device in the same run.
     """
 
     case: Case
@@ -73,6 +76,7 @@ class Row:
     times: Times | None = None
     fastrnn_peak_mib: float | None = None
     torch_peak_mib: float | None = None
+    share: float | None = None
 
     @property
     def verdict(self) -> str:

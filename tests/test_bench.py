@@ -27,6 +27,7 @@ CASES = [
     Case("lstm_cell", "training", "float32", 1, 2, 8, 8),
     Case("gru_cell", "forward", "float32", 1, 2, 8, 8),
     Case("rnn_cell", "training", "float64", 1, 2, 8, 8),
+    Case("gru", "training", "float32", 8, 3, 8, 8, ragged=True),
 ]
 
 
@@ -65,6 +66,19 @@ def test_size_of_the_suites():
     assert {16, 1024} < steps
     assert {1, 128} < batch
     assert {64, 1024} < hidden
+
+
+def test_lengths_and_operations_of_a_case():
+    padded = Case("gru", "forward", "float32", 8, 3, 5, 7)
+    ragged = dataclasses.replace(padded, ragged=True)
+    assert padded.lengths == [8, 8, 8]
+    assert ragged.lengths == [8, 5, 2]
+    assert padded.flops == 2 * 8 * 3 * 3 * 7 * (5 + 7)
+    assert ragged.flops == 2 * 15 * 3 * 7 * (5 + 7)
+    assert dataclasses.replace(padded, mode="training").flops == 3 * padded.flops
+    deep = dataclasses.replace(padded, num_layers=2, bidirectional=True)
+    first, second = 2 * (5 + 7), 2 * (2 * 7 + 7)
+    assert deep.flops == 2 * 8 * 3 * 3 * 7 * (first + second)
 
 
 def test_given_values_replace_the_suite():
