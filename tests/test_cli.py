@@ -35,7 +35,7 @@ def failure(capsys, *argv: str) -> str:
         (["verify", "--device", "nowhere"], "unknown device 'nowhere'"),
         (["bench", "--T", "x"], "x"),
         (["bench", "--compare", "missing.json"], "missing.json"),
-        ([], "required: {bench,verify,plan}"),
+        ([], "required: {bench,verify,warmup,plan}"),
         (["train"], "invalid choice: 'train'"),
     ],
 )

@@ -21,6 +21,10 @@ from .sequence import Backward, Forward
 # more for more threads, so that results do not depend on their number.
 _CHUNK = 65536
 
+# Rows whose distance is a multiple of so many floats compete for the same lines of a cache.
+_PAGE = 1024
+_PAD = 24
+
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
@@ -163,7 +167,8 @@ def backward(
     if dy is not None and dy.stride() != h_rows.stride():
         dy = torch.empty_strided(dy.shape, h_rows.stride()).copy_(dy)
     units, width, threads = _layout(hidden, gates, rows.batch)
-    d_gates = h_rows.new_empty(count, (gates + facts.n_apart) * hidden)
+    columns = (gates + facts.n_apart) * hidden
+    d_gates = h_rows.new_empty(count, columns + (_PAD if columns % _PAGE == 0 else 0))
     packed, scratch = (
         h_rows.new_empty(width * hidden),
         h_rows.new_empty(threads * rows.batch * units),
@@ -187,8 +192,9 @@ def backward(
         d_h=_address(d_state[0]),
         d_c=_address(d_state[1]) if facts.n_states == 2 else None,
         d_gates=_address(d_gates),
+        d_gates_pitch=d_gates.shape[1],
         packed=_address(packed),
         scratch=_address(scratch),
     )
     engine.run(cell, "backward", arguments, threads)
-    return d_gates[:, : gates * hidden], d_gates[:, gates * hidden :], None
+    return d_gates[:, : gates * hidden], d_gates[:, gates * hidden : columns], None

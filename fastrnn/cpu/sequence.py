@@ -79,7 +79,8 @@ class Backward(ctypes.Structure):
         ("dy", _ADDRESS),  # may be null
         ("d_h", _ADDRESS),  # in: of h_n, out: of h_0
         ("d_c", _ADDRESS),
-        ("d_gates", _ADDRESS),  # (N, (G + n_apart) * H): d_rh, then d_wx of the gates apart
+        ("d_gates", _ADDRESS),  # of a row: d_rh, then d_wx of the gates apart, (G + n_apart) * H
+        ("d_gates_pitch", _INT),
         ("packed", _ADDRESS),
         ("scratch", _ADDRESS),
     ]
@@ -344,11 +345,11 @@ class _Writer(Writer):
                 start = step.rows.where(known.where(code.integer(0), begins), ends)
                 stop = step.rows_before.where(step.rows.where(known, begins), ends)
                 panel = a.packed + j * (depth * self.units)
-                pitch = a.hidden * (self.cell.n_gates + self.cell.n_apart)
                 to = scratch + start * self.units
                 with code.when(begins):
                     self._clear(code, to, (stop - start) * self.units)
                 with code.when(part.differs(1)):
+                    pitch = a.d_gates_pitch
                     d_rh = a.d_gates + (step.before + start) * pitch
                     self._product(code, stop - start, d_rh, pitch, [panel], depth, to)
                 with code.loop(stop, start=start) as b:
@@ -384,9 +385,8 @@ class _Writer(Writer):
                         [code.load(address, known) for address in previous],
                         d,
                     )
-                    d_gates = (*d_rh, *d_apart)
-                    to = a.d_gates + (at * (a.hidden * len(d_gates)) + column)
-                    for k, value in enumerate(d_gates):
+                    to = a.d_gates + (at * a.d_gates_pitch + column)
+                    for k, value in enumerate((*d_rh, *d_apart)):
                         code.store(to + a.hidden * k, value, valid)
                     for address, passed in zip(d_state, d_previous, strict=True):
                         code.store(address, code.zeros() if passed is None else passed, valid)
