@@ -24,7 +24,7 @@ _log = logging.getLogger("fastrnn")
 
 _RUNTIME = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
 _HERE = Path(__file__).parent
-_WRITERS = ("vector", "cells", "tiles", "sequence", "engine")
+_WRITERS = ("arguments", "vector", "cells", "tiles", "sequence", "engine")
 
 
 # Threads. The parallel regions are those of the OpenMP runtime that torch uses, whichever it is:

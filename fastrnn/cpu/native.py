@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..reference import Weights
+from ..reference import CELLS, Weights
 from . import engine, machine
-from .cells import CELLS
+from .arguments import Backward, Forward
+from .loop import CPU_CELLS
 from .rows import Rows
-from .sequence import Backward, Forward
 
 # Floats of projected input that all threads keep, half of a second-level cache for one of them. Not
 # more for more threads, so that results do not depend on their number.
@@ -91,7 +91,7 @@ def forward(
     x, weights = x.contiguous(), [None if t is None else t.contiguous() for t in w[:4]]
     h_0 = state[0].clone() if is_given else None
     saved = []
-    if save and facts.n_saved:
+    if save and CPU_CELLS[cell].n_extra:
         saved = [x.new_empty(count, gates * hidden), x.new_empty(count, hidden)]
     units, width, threads = _layout(hidden, gates, rows.batch)
     chunk = rows.batch * max(1, _CHUNK // max(1, width * rows.batch))
@@ -167,7 +167,7 @@ def backward(
     if dy is not None and dy.stride() != h_rows.stride():
         dy = torch.empty_strided(dy.shape, h_rows.stride()).copy_(dy)
     units, width, threads = _layout(hidden, gates, rows.batch)
-    columns = (gates + facts.n_apart) * hidden
+    columns = (2 * gates - CPU_CELLS[cell].folds_b_hh) * hidden
     d_gates = h_rows.new_empty(count, columns + (_PAD if columns % _PAGE == 0 else 0))
     packed, scratch = (
         h_rows.new_empty(width * hidden),

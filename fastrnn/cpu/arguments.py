@@ -1,0 +1,64 @@
+"""What the kernels are called with, as both sides see it."""
+
+from __future__ import annotations
+
+import ctypes
+
+_INT, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
+
+
+class Forward(ctypes.Structure):
+    """Arguments of the forward kernel; addresses that may be null are marked."""
+
+    _fields_ = [
+        ("steps", _INT),
+        ("rows", _INT),  # of all steps
+        ("batch", _INT),
+        ("inputs", _INT),
+        ("hidden", _INT),
+        ("reverse", _INT),
+        ("pitch", _INT),  # from row to row of h
+        ("chunk", _INT),  # rows, at least a batch, whose input projection is kept
+        ("sizes", _ADDRESS),  # rows of each step, int64; null: all have `batch`
+        ("x", _ADDRESS),
+        ("w_ih", _ADDRESS),
+        ("w_hh", _ADDRESS),
+        ("b_ih", _ADDRESS),  # may be null, like b_hh
+        ("b_hh", _ADDRESS),
+        ("h_0", _ADDRESS),  # null: zeros
+        ("h_n", _ADDRESS),  # in: h_0
+        ("c", _ADDRESS),  # in: c_0, out: c_n; null unless the cell has one
+        ("h", _ADDRESS),
+        ("gates", _ADDRESS),  # to be saved; may be null
+        ("extra", _ADDRESS),  # what is saved beyond the gates
+        ("packed", _ADDRESS),  # work space
+        ("projected", _ADDRESS),
+        ("scratch", _ADDRESS),
+    ]
+
+
+class Backward(ctypes.Structure):
+    """Arguments of the backward kernel."""
+
+    _fields_ = [
+        ("steps", _INT),
+        ("rows", _INT),
+        ("batch", _INT),
+        ("hidden", _INT),
+        ("reverse", _INT),
+        ("pitch", _INT),  # from row to row of h, dy
+        ("sizes", _ADDRESS),
+        ("w_hh", _ADDRESS),
+        ("h_0", _ADDRESS),  # null, like c_0: zeros
+        ("c_0", _ADDRESS),
+        ("h", _ADDRESS),
+        ("gates", _ADDRESS),
+        ("extra", _ADDRESS),
+        ("dy", _ADDRESS),  # may be null
+        ("d_h", _ADDRESS),  # in: of h_n, out: of h_0
+        ("d_c", _ADDRESS),
+        ("d_gates", _ADDRESS),  # of a row: d_rh, then d_wx of the gates apart, (G + n_apart) * H
+        ("d_gates_pitch", _INT),
+        ("packed", _ADDRESS),
+        ("scratch", _ADDRESS),
+    ]
