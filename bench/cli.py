@@ -14,7 +14,7 @@ import torch
 from .. import _arguments
 from . import registry, results
 from .environment import Environment, environment
-from .measure import measure
+from .measure import measure, with_shares
 from .results import Row
 
 # A GPU repeats its times more closely than a CPU that other programs use too.
@@ -169,7 +169,7 @@ def _measure_all(cases: Sequence[registry.Case], device: torch.device, seconds: 
             progress.update(task, description=f"{case.cell} {case.mode} {case.shape}")
             rows.append(measure(case, device, seconds))
             progress.advance(task)
-    return rows
+    return with_shares(rows, device)
 
 
 def _write(folder: Path, env: Environment, rows: Sequence[Row]) -> list[Path]:

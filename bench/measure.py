@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import functools
 import math
 import statistics
 import time
@@ -75,37 +74,53 @@ def measure(case: Case, device: torch.device, seconds: float) -> Row:
         return Row(case, plan.path, first_line, "failed", tolerance)
     ours, theirs = (band([pair[side] * 1e3 for pair in pairs]) for side in (0, 1))
     times = Times(ours, theirs, ratio_band(pairs))
-    speed = case.flops / (ours.median * 1e-3)
-    share = speed / gemm_speed(device, getattr(torch, case.dtype))
-    found = Row(case, plan.path, plan.reason, "ok", tolerance, error, len(pairs), times, *peaks)
-    return dataclasses.replace(found, share=share)
+    _gemm_speed(device, case)
+    return Row(case, plan.path, plan.reason, "ok", tolerance, error, len(pairs), times, *peaks)
 
 
-@functools.cache
-def gemm_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the operations a second of a large matrix product of torch.
+def with_shares(rows: Sequence[Row], device: torch.device) -> list[Row]:
+    """Relate the speed of rows that were measured to that of a large matrix product of torch.
 
     Parameters
     ----------
+    rows : sequence of Row
     device : torch.device
-    dtype : torch.dtype
-        On a CPU float32 instead of half precision, which not all multiply.
+        The products are timed after every row, and the fastest counts.
 
     Returns
     -------
-    float
-        The best of several.
+    list of Row
+    """
+    return [
+        row
+        if row.times is None
+        else dataclasses.replace(
+            row,
+            share=row.case.flops
+            / (row.times.fastrnn_ms.median * 1e-3)
+            / _gemm_speed(device, row.case),
+        )
+        for row in rows
+    ]
+
+
+_gemm_speeds: dict[tuple[torch.device, torch.dtype], float] = {}
+
+
+def _gemm_speed(device: torch.device, case: Case) -> float:
+    """Operations a second of a large product in the dtype of a case, the best seen so far.
+
+    On a CPU float32 stands for half precision, which not all multiply.
     """
     size = {"cpu": 1024, "cuda": 8192}[device.type]
+    dtype = getattr(torch, case.dtype)
     if device.type == "cpu" and dtype != torch.float64:
         dtype = torch.float32
     a = torch.randn(size, size, device=device).to(dtype)
-
-    def call() -> list[Tensor]:
-        return [a @ a]
-
-    _warm_up(call, device)
-    return 2 * size**3 / min(_sample(call, 2, device) for _ in range(20))
+    fastest = min(_sample(lambda: [a @ a], 1, device) for _ in range(5))
+    best = max(_gemm_speeds.get((device, dtype), 0.0), 2 * size**3 / fastest)
+    _gemm_speeds[device, dtype] = best
+    return best
 
 
 def problem_of(case: Case, device: torch.device) -> planner.Problem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -181,7 +182,8 @@ def _warmup(args: argparse.Namespace) -> int:
         start = time.perf_counter()
         engine.kernels(cell)
         print(f"{cell:13}{time.perf_counter() - start:6.2f} s")
-    print(f"kept in {engine.cache_folder()}")
+    with contextlib.suppress(OSError):  # which was logged
+        print(f"kept in {engine.cache_folder()}")
     return 0
 
 

@@ -69,9 +69,9 @@ def lstm(
     batch_sizes : int64 Tensor of shape (T,) on the CPU, optional
         Rows at each step, never increasing, as in ``PackedSequence``.
     recompute : bool, default False
-        Whether to keep less memory between forward and backward: of each layer its output and
-        cell states, without the gates. Backward computes these again: on a GPU with one more
-        product over all steps, on a CPU with another forward.
+        Whether to keep less memory between forward and backward: on a GPU of each layer its
+        output and cell states, without the gates, on a CPU nothing. Backward computes these again:
+        on a GPU with one more product over all steps, on a CPU with another forward.
 
     Returns
     -------
@@ -484,9 +484,9 @@ def run_layers(
     final : sequence of Tensor
     """
     if not state and (path == "torch" or batch_sizes is not None):
-        batch = input.shape[0 if batch_first else 1] if batch_sizes is None else batch_sizes[0]
+        batch = input.shape[0 if batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
         directions = 2 if bidirectional else 1
-        state = reference.zero_state(cell, input, int(batch), weights, num_layers * directions)
+        state = reference.zero_state(cell, input, batch, weights, num_layers * directions)
     if path == "torch":
         hx = state if cell == "lstm" else state[0]
         options = (has_biases, num_layers, dropout, training, bidirectional)

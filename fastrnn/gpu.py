@@ -1,8 +1,8 @@
 """Layers on a GPU: GEMMs over all steps around the Triton kernels that walk through time.
 
-The same functions as in ``cpu.py``, which also runs here what has no kernel: float64, sequences
-of different lengths, projections. The input projection is one GEMM per direction before the
-kernel; the gradients of weights and input are GEMMs and reductions over the gate gradients that
+The same functions as in ``cpu/layers.py``, which also runs here what has no kernel: float64,
+sequences of different lengths, projections. The input projection is one GEMM per direction before
+the kernel; the gradients of weights and input are GEMMs and reductions over the gate gradients that
 the backward kernel wrote. Nothing here waits for the device.
 """
 

@@ -229,18 +229,21 @@ class _Layers(_Convertible, _torch.RNNBase):
             return False
         weights, state = self._flat_weights, _states(hx)
         tensors = (*weights, *state)
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        per_direction = (4 if self.bias else 2) + (self.proj_size > 0)
         if not (
             type(input) is Tensor
             and input.dim() == 3
             and input.shape[2] == self.input_size
             and input.shape[0] * input.shape[1] > 0
-            and len(weights) == len(self._parameters)
+            and all(isinstance(part, Tensor) for part in state)
+            and len(weights) == len(self._parameters) == count * per_direction
             and all(map(operator.is_, weights, self._parameters.values()))
             and all(t.dtype == input.dtype and t.device == input.device for t in tensors)
             and not torch._C._is_any_autocast_enabled()
+            and not torch._C._is_tracing()
         ):
             return False
-        count = self.num_layers * (2 if self.bidirectional else 1)
         batch = input.shape[0 if self.batch_first else 1]
         widths = (self.proj_size or self.hidden_size, self.hidden_size)
         return hx is None or [part.shape for part in state] == [

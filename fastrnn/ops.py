@@ -40,8 +40,8 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"fastrnn::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
 
 
-# Kernels. cpu.py is made of torch operators only, so it serves every device but those for which
-# gpu.py has Triton kernels.
+# Kernels. The CPU backend has a loop of torch operators, so it serves every device but those for
+# which gpu.py has Triton kernels.
 
 
 def _implement(backend: Any, key: str) -> None:
@@ -162,7 +162,7 @@ def _gradients(cell, dy, d_final, arguments, saved, needs_x, needs_weights):
         return _traceable_gradients(cell, dy, d_final, arguments)
     if not saved:
         # The operator was called as if for inference.
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(arguments[0].device.type, enabled=False):
             y, _, saved = torch.ops.fastrnn.layer(cell, *arguments, cpu.ALL)
         saved = _with_output(y, saved)
     x, state, weights, *_ = arguments
@@ -436,7 +436,8 @@ def layer(
 ) -> tuple[Tensor, list[Tensor]]:
     """``reference.layer`` through the operator; `state` may be empty for a padded batch.
 
-    `recompute` saves memory between forward and backward: only h and c are kept.
+    `recompute` saves memory between forward and backward: on a GPU only h and c are kept, on a CPU
+    nothing.
     """
     save = cpu.NOTHING
     if differentiated(x, *state, *weights):
@@ -461,14 +462,17 @@ def cell_step(
     return torch.ops.fastrnn.cell(cell, x, state, weights, save)[0]
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether nothing but autograd wants to know of an operation on these.
 
     Operators are for what looks at them: compilers, modes, subclasses of Tensor, transforms.
     """
     return (
-        all(type(t) in (Tensor, torch.nn.Parameter) or t is None for t in tensors)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and all(t is None or (type(t) in _PLAIN and not t.is_neg()) for t in tensors)
         and not torch._C._len_torch_dispatch_stack()
         and not transformed()
         and not autocasts("cpu")

@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -270,19 +271,131 @@ def test_nothing_beyond_the_columns_is_written(with_threads):
         assert torch.equal(h[-3:], state[0])
 
 
-def test_sizes_that_do_not_fit_are_refused():
-    arguments, _ = draw("gru", 3)
-    x, sizes = torch.randn(5, 4), torch.tensor([2, 2])
-    arguments.update(x=x, batch_sizes=sizes, bidirectional=False, state=[torch.randn(1, 2, 3)])
-    arguments["weights"] = [torch.randn(9, 4), torch.randn(9, 3)]
+def small_arguments() -> dict:
+    return {
+        "cell": "gru",
+        "x": torch.randn(5, 4),
+        "state": [torch.randn(1, 3, 3)],
+        "weights": [torch.randn(9, 4), torch.randn(9, 3)],
+        "batch_sizes": torch.tensor([3, 2]),
+        "bidirectional": False,
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch_sizes": torch.tensor([3, 1])},
+        {"batch_sizes": torch.tensor([3, 3])},
+        {"batch_sizes": torch.tensor([3, 2, 0])},
+        {"batch_sizes": torch.tensor([2, 3]), "state": [torch.randn(1, 2, 3)]},
+        {"state": [torch.randn(1, 3, 5)]},
+        {"weights": [torch.randn(6, 4), torch.randn(6, 3)]},
+        {"weights": [torch.randn(9, 4), torch.randn(9, 3), torch.randn(9), torch.randn(8)]},
+        {"weights": [torch.randn(9, 5), torch.randn(9, 3)]},
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(change):
     with pytest.raises(RuntimeError, match="do not fit"):
-        torch.ops.fastrnn.layer(*arguments.values(), ALL)
-    arguments["batch_sizes"] = torch.tensor([2, 3])
-    with pytest.raises(RuntimeError, match="do not fit"):
-        torch.ops.fastrnn.layer(*arguments.values(), ALL)
-    arguments.update(batch_sizes=torch.tensor([3, 2]), state=[torch.randn(1, 3, 5)])
-    with pytest.raises(RuntimeError, match="do not fit"):
-        torch.ops.fastrnn.layer(*arguments.values(), ALL)
+        torch.ops.fastrnn.layer(*{**small_arguments(), **change}.values(), ALL)
+
+
+def test_saved_tensors_that_do_not_fit_are_refused():
+    arguments = small_arguments()
+    y, final, saved = torch.ops.fastrnn.layer(*arguments.values(), ALL)
+    cell, *inputs = arguments.values()
+    for broken in (saved[:-1], [saved[0], saved[1][:-1], saved[2]], [t[:, :-1] for t in saved]):
+        with pytest.raises(RuntimeError):
+            torch.ops.fastrnn.layer_backward(cell, y, final, *inputs, broken, True, True)
+
+
+@pytest.mark.parametrize("sizes", [torch.full((1,), 3).expand(5), torch.full((5, 2), 3)[:, 1]])
+def test_batch_sizes_of_any_layout(sizes):
+    weights = [torch.randn(27, 4), torch.randn(27, 9)]
+    x = torch.randn(15, 4)
+    with use_path("loop"):
+        ours, _ = fastrnn.functional.gru(x, None, weights, batch_sizes=sizes)
+        right, _ = fastrnn.functional.gru(x, None, weights, batch_sizes=sizes.contiguous())
+    assert torch.equal(ours, right)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_saved_tensors_of_any_layout(name):
+    """As hooks that move them elsewhere may bring them back."""
+    module = getattr(fastrnn, name)(8, 16, bidirectional=True)
+    x = torch.randn(9, 3, 8)
+
+    def gradients() -> tuple[Tensor, ...]:
+        with use_path("loop"):
+            y, _ = module(x)
+        return torch.autograd.grad(y.square().sum(), list(module.parameters()))
+
+    def pack(t: Tensor) -> Tensor:
+        return t.t().contiguous() if t.dim() == 2 else t
+
+    def unpack(t: Tensor) -> Tensor:
+        return t.t() if t.dim() == 2 else t
+
+    expected = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        moved = gradients()
+    torch.testing.assert_close(moved, expected)
+
+
+def test_the_default_dtype_does_not_matter():
+    gru, x = fastrnn.GRU(8, 16), torch.randn(9, 3, 8)
+    with use_path("loop"):
+        expected = torch.autograd.grad(gru(x)[0].sum(), gru.weight_hh_l0)
+        y, _ = gru(x)
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert torch.equal(*torch.autograd.grad(y.sum(), gru.weight_hh_l0), *expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_negated_views():
+    gru, x = fastrnn.GRU(8, 16), torch.randn(9, 3, 8)
+    with torch.no_grad(), use_path("loop"):
+        assert torch.equal(gru(torch._neg_view(x))[0], gru(-x)[0])
+
+
+def test_gradients_under_compiled_autograd():
+    """Dynamo then traces Python that hands out addresses, and frees what it thinks is not used."""
+    gru, x = fastrnn.GRU(8, 16), torch.randn(20, 3, 8)
+    expected = torch.autograd.grad(gru(x)[0].square().sum(), list(gru.parameters()))
+    compiler = torch.compile(backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch._dynamo.compiled_autograd._enable(compiler):
+            gru(x)[0].square().sum().backward()
+    torch.testing.assert_close(tuple(p.grad for p in gru.parameters()), expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_a_trace_takes_other_batches(name):
+    module = getattr(fastrnn, name)(8, 16).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(module, torch.randn(20, 2, 8))
+        x = torch.randn(11, 3, 8)
+        torch.testing.assert_close(traced(x)[0], module(x)[0])
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_recompute_in_another_autocast_region(name):
+    function = getattr(fastrnn.functional, name.lower())
+    module, x = getattr(fastrnn, name)(8, 16), torch.randn(9, 3, 8)
+    weights = list(module.parameters())
+
+    def gradients(recompute: bool) -> tuple[Tensor, ...]:
+        with use_path("loop"):
+            y, _ = function(x, None, weights, recompute=recompute)
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.autograd.grad(y.sum(), weights)
+
+    torch.testing.assert_close(gradients(True), gradients(False))
 
 
 # What other CPUs would run.

@@ -24,7 +24,7 @@ pytest.importorskip("llvmlite")
 if machine.target() is None:
     pytest.skip("no kernels for this CPU", allow_module_level=True)
 
-from fastrnn.cpu import engine
+from fastrnn.cpu import engine, native
 
 ROOT = Path(__file__).resolve().parent.parent
 can_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
@@ -96,6 +96,24 @@ def test_threads_may_call_the_same_module(two_threads, training):
                 torch.testing.assert_close(a, b)
 
 
+def test_work_space_is_kept_within_limits(monkeypatch):
+    torch.use_deterministic_algorithms(False)
+    model, x = module_and_input(64)
+    with torch.inference_mode():
+        expected = model(x)[0].clone()
+        kept = native._kept.floats
+        assert 0 < kept.numel() <= native._MAX_KEPT
+        assert torch.equal(model(x)[0], expected)
+    y, _ = model(x)  # what was kept in inference mode serves outside of it
+    y.sum().backward()
+    assert native._kept.floats is kept
+    assert torch.equal(y, expected)
+    monkeypatch.setattr(native, "_MAX_KEPT", 0)
+    large, x = module_and_input(256)
+    large(x)
+    assert native._kept.floats is kept
+
+
 def test_more_threads_than_cores(monkeypatch, two_threads):
     """Of OpenMP, in every one of several Python threads."""
     monkeypatch.setattr(engine, "threads", lambda flops: 8)
@@ -142,6 +160,22 @@ def test_forked_processes(two_threads):
     results = [queue.get() for _ in children]
     assert all(count == 1 for count, _ in results)
     assert {total for _, total in results} == {y.sum().item()}
+
+
+@can_fork
+def test_forked_before_our_first_call(two_threads):
+    """torch alone may have started the pool."""
+    code = (
+        "import os, torch, fastrnn\n"
+        "torch.set_num_threads(2)\n"
+        "torch.randn(500, 500) @ torch.randn(500, 500)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    with torch.no_grad(): fastrnn.GRU(40, 256)(torch.randn(30, 4, 40))\n"
+        "    os._exit(0)\n"
+        "print(os.waitpid(child, 0)[1])"
+    )
+    assert python(code).stdout == "0\n"
 
 
 class Encoded(Dataset):
@@ -220,6 +254,36 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     assert "cannot keep compiled kernels" in done.stderr
 
 
+def test_a_user_without_a_home(monkeypatch, caplog):
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    for name in ("FASTRNN_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(engine, "_loaded", {})
+    model, x = module_and_input(16)
+    model(x)
+    assert "Could not determine home directory" in caplog.text
+
+
+def test_the_name_of_a_file_depends_on_all_sources(monkeypatch):
+    """Or another version would call code that expects other arguments."""
+    target = machine.target()
+    before = engine._cached("gru", target)
+    assert engine._cached("lstm", target) != before
+    assert engine._cached("gru", machine.NEON) != before
+    read = Path.read_bytes
+    sources = {path.stem for path in Path(engine.__file__).parent.glob("*.py")}
+    for name in sources - {"__init__", "layers", "loop", "rows"}:
+        changed = f"{name}.py"
+        monkeypatch.setattr(
+            Path, "read_bytes", lambda p, changed=changed: read(p) + b"#" * (p.name == changed)
+        )
+        assert engine._cached("gru", target) != before, name
+        monkeypatch.undo()
+
+
 def test_warmup(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FASTRNN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(engine, "_loaded", {})
@@ -237,10 +301,11 @@ def test_warmup_where_there_is_nothing_to_compile(capsys, monkeypatch):
     assert "no kernel of ours for a CPU" in capsys.readouterr().out
 
 
-def test_without_llvmlite():
+@pytest.mark.parametrize("module", ["llvmlite", "llvmlite.binding"])
+def test_without_llvmlite(module):
     """torch's operators take over, and the planner says why."""
     code = (
-        "import sys; sys.modules['llvmlite'] = None\n"
+        f"import sys; sys.modules[{module!r}] = None\n"
         "from fastrnn.__main__ import main\n"
         "main(['plan', '--cell', 'gru', '--H', '64'])\n" + RUN
     )

@@ -687,3 +687,18 @@ def test_identity_is_not_flattened_for_cudnn(monkeypatch: pytest.MonkeyPatch) ->
     for nonlinearity in ("tanh", "identity"):
         fastrnn.RNN(3, 4, nonlinearity=nonlinearity).double()
     assert set(called) == {"RNN_TANH"}
+
+
+def test_attributes_that_were_changed_afterwards():
+    """torch.nn computes with what the attributes say, and so do we, or refuses."""
+    lstm, gru = fastrnn.LSTM(4, 6, 2, bidirectional=True), fastrnn.GRU(4, 6)
+    x = torch.randn(40, 3, 4)
+    for module in (lstm, lstm.to_torch()):
+        module.num_layers = 1
+    stock = lstm.to_torch()
+    torch.testing.assert_close(lstm(x)[0], stock(x)[0])
+    gru.bias = False
+    with pytest.raises(RuntimeError):
+        gru.to_torch()(x)
+    with pytest.raises((RuntimeError, ValueError)):
+        gru(x)

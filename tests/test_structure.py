@@ -55,7 +55,7 @@ ALLOWED_IN_CPU = {
     "__init__": {"layers", "loop", "machine"},
     "arguments": set(),
     "cells": {"vector"},
-    "engine": {"machine", "sequence"},
+    "engine": {"arguments", "machine", "sequence"},
     "layers": {"loop", "machine", "native", "rows"},
     "loop": {"rows"},
     "machine": set(),

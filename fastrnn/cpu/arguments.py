@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
+
+from torch import Tensor
 
 _INT, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
 
 
-class Forward(ctypes.Structure):
+class Arguments(ctypes.Structure):
+    """Numbers, and addresses of tensors that live as long as this does."""
+
+    tensors: list[Tensor]
+
+    @classmethod
+    def of(cls, **fields: Any) -> Any:
+        """Make the arguments from numbers and from tensors, of which None is the null address."""
+        tensors = {name: part for name, part in fields.items() if isinstance(part, Tensor)}
+        fields.update((name, part.data_ptr()) for name, part in tensors.items())
+        made = cls(**fields)
+        made.tensors = list(tensors.values())
+        return made
+
+
+class Forward(Arguments):
     """Arguments of the forward kernel; addresses that may be null are marked."""
 
     _fields_ = [
@@ -37,7 +55,7 @@ class Forward(ctypes.Structure):
     ]
 
 
-class Backward(ctypes.Structure):
+class Backward(Arguments):
     """Arguments of the backward kernel."""
 
     _fields_ = [

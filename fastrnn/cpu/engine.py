@@ -18,13 +18,14 @@ import llvmlite.binding as llvm
 import torch
 
 from . import machine
+from .arguments import Arguments
 from .machine import Target
 
 _log = logging.getLogger("fastrnn")
 
 _RUNTIME = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
 _HERE = Path(__file__).parent
-_WRITERS = ("arguments", "vector", "cells", "tiles", "sequence", "engine")
+_WRITERS = ("machine", "arguments", "vector", "cells", "tiles", "sequence", "native", "engine")
 
 
 # Threads. The parallel regions are those of the OpenMP runtime that torch uses, whichever it is:
@@ -47,19 +48,6 @@ def _openmp() -> ctypes.CDLL | None:
     return None
 
 
-_is_forked = False
-
-
-def _after_fork() -> None:
-    # The threads of the pool are gone, which the runtime does not notice: it would wait for them.
-    global _is_forked, _compiling
-    _is_forked = True
-    _compiling = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
 # Below this, a second thread saves less than the barrier after each step costs, 0.3 us and more.
 _MIN_FLOPS = 150_000
 
@@ -76,7 +64,7 @@ def threads(flops: int) -> int:
     -------
     int
     """
-    if flops < _MIN_FLOPS or _is_forked or _openmp() is None:
+    if flops < _MIN_FLOPS or machine.is_forked() or _openmp() is None:
         return 1
     return min(torch.get_num_threads(), machine.cores())
 
@@ -92,6 +80,16 @@ class Kernels(NamedTuple):
 
 
 _compiling = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _compiling
+    _compiling = threading.Lock()  # another thread of the parent may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
 _loaded: dict[tuple[str, Target], Kernels] = {}
 
 
@@ -119,14 +117,14 @@ def kernels(cell: str) -> Kernels:
 def _load(cell: str, target: Target) -> Kernels:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    code = _from_cache(_cached(cell, target))
+    code = _from_cache(cell, target)
     if code is None:
         _log.warning("compiling the %s kernels for this CPU, once", cell)
         start = time.perf_counter()
         for_ = target_machine()
         code = for_.emit_object(optimized(cell, target, for_))
         _log.warning("compiled the %s kernels in %.1f s", cell, time.perf_counter() - start)
-        _to_cache(_cached(cell, target), code)
+        _to_cache(cell, target, code)
     library = _openmp()
     for name in _RUNTIME:
         function = getattr(library, name) if library else _never_called
@@ -190,16 +188,19 @@ def cache_folder() -> Path:
     Returns
     -------
     pathlib.Path
+
+    Raises
+    ------
+    OSError
+        If the user has no home.
     """
     own = os.environ.get("FASTRNN_CACHE_DIR")
     if own:
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrnn"
-
-
-@functools.cache
-def _sources() -> bytes:
-    return b"".join((_HERE / f"{name}.py").read_bytes() for name in _WRITERS)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrnn"
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 def _cached(cell: str, target: Target) -> Path:
@@ -207,29 +208,36 @@ def _cached(cell: str, target: Target) -> Path:
         llvmlite.__version__, llvm.get_process_triple(), llvm.get_host_cpu_name(),
         llvm.get_host_cpu_features().flatten(), target,
     )  # fmt: skip
-    digest = hashlib.sha256(_sources() + repr(facts).encode()).hexdigest()[:32]
-    return cache_folder() / f"{cell}-{digest}.o"
+    digest = hashlib.sha256(repr(facts).encode())
+    for name in _WRITERS:
+        digest.update((_HERE / f"{name}.py").read_bytes())
+    return cache_folder() / f"{cell}-{digest.hexdigest()[:32]}.o"
 
 
-def _from_cache(path: Path) -> bytes | None:
+def _from_cache(cell: str, target: Target) -> bytes | None:
     """The code in a file of the cache; None if it is not there or not whole."""
     try:
-        content = path.read_bytes()
+        content = _cached(cell, target).read_bytes()
     except OSError:
         return None
     digest, code = content[:32], content[32:]
     return code if hashlib.sha256(code).digest() == digest else None
 
 
-def _to_cache(path: Path, code: bytes) -> None:
+def _to_cache(cell: str, target: Target, code: bytes) -> None:
     """Write a file of the cache; other processes see all of it or nothing."""
+    part = None
     try:
+        path = _cached(cell, target)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            part = Path(file.name)
             file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, path)
+        os.replace(part, path)
     except OSError as error:
-        _log.warning("cannot keep compiled kernels in %s: %s", path.parent, error)
+        _log.warning("cannot keep compiled kernels: %s", error)
+        if part is not None:
+            part.unlink(missing_ok=True)
 
 
 # Calls.
@@ -237,21 +245,23 @@ def _to_cache(path: Path, code: bytes) -> None:
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
 
-def run(cell: str, name: str, arguments: ctypes.Structure, threads: int) -> None:
+def run(cell: str, name: str, arguments: Arguments, threads: int) -> None:
     """Run a kernel; the lock of the interpreter is free meanwhile.
 
     Parameters
     ----------
     cell : str
     name : {'forward', 'backward'}
-    arguments : ctypes.Structure
+    arguments : Arguments
     threads : int
         1 runs it in this thread, without the OpenMP runtime.
     """
     addresses = kernels(cell).addresses
-    at = ctypes.addressof(arguments)
+    # By reference, so that the call holds the arguments, and they hold the tensors: a compiler that
+    # traces Python would otherwise free what is known by address only.
+    reference = ctypes.byref(arguments)
     library = _openmp()
     if threads > 1 and library is not None:
-        library.GOMP_parallel(addresses[f"{name}_region"], at, threads, 0)
+        library.GOMP_parallel(addresses[f"{name}_region"], reference, threads, 0)
     else:
-        _KERNEL(addresses[name])(at, 0, 1)
+        _KERNEL(addresses[name])(reference, 0, 1)

@@ -179,7 +179,8 @@ def layer_backward(
     dtype, size_h = compute_dtype(x.dtype), weights[1].shape[1]
     d_state = [part.to(dtype, copy=True).contiguous() for part in d_final]
     flat = x.flatten(0, -2).to(dtype)
-    h_rows, *activations = saved
+    # What unpacks saved tensors may bring them back in another layout.
+    h_rows, *activations = (part.to(dtype).contiguous() for part in saved)
     dy = None if dy is None else dy.flatten(0, -2).to(dtype)
     dx = flat.new_zeros(x.shape) if needs_x else None
     d_weights: list[Tensor] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import os
 import platform
 from typing import NamedTuple
@@ -57,7 +57,11 @@ def target() -> Target | None:
 
 @functools.cache
 def _has_compiler() -> bool:
-    return importlib.util.find_spec("llvmlite") is not None
+    try:
+        importlib.import_module("llvmlite.binding")
+    except (ImportError, OSError):  # not there, or not for this system
+        return False
+    return True
 
 
 def kernel_gap(dtype: torch.dtype, projected: bool) -> str | None:
@@ -83,6 +87,31 @@ def kernel_gap(dtype: torch.dtype, projected: bool) -> str | None:
     return "no kernel of ours for projections" if projected else None
 
 
+_is_forked = False
+
+
+def _after_fork() -> None:
+    global _is_forked
+    _is_forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def is_forked() -> bool:
+    """Tell whether this process was forked from one that had imported fastrnn.
+
+    The threads of the parent's OpenMP pool are gone then, which the runtime does not notice: it
+    would wait for them.
+
+    Returns
+    -------
+    bool
+    """
+    return _is_forked
+
+
 def cores() -> int:
     """Count the CPUs that this process may use.
 
@@ -104,5 +133,5 @@ def describe() -> str:
     """
     found = target()
     assert found is not None
-    count = min(torch.get_num_threads(), cores())
+    count = 1 if _is_forked else min(torch.get_num_threads(), cores())
     return f"{found.name}, {found.lanes} lanes, {count} thread{'s' if count > 1 else ''} at most"

@@ -6,6 +6,7 @@ is allocated, checked and kept alive here.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -26,19 +27,15 @@ _PAGE = 1024
 _PAD = 24
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _check(
-    inputs: int, count: int, w: Weights, rows: Rows, hidden: int, state: Sequence[Tensor]
+    width: int, inputs: int, count: int, w: Weights, rows: Rows, states: Sequence[Tensor]
 ) -> None:
     """Raise unless weights, states and rows are of the sizes that a kernel will assume."""
-    width = w.w_ih.shape[0]
+    hidden = w.w_hh.shape[1]
     fits = w.w_ih.shape == (width, inputs) and w.w_hh.shape == (width, hidden)
     for bias in (w.b_ih, w.b_hh):
         fits = fits and (bias is None or bias.shape == (width,))
-    for part in state:
+    for part in states:
         fits = fits and part.shape == (rows.batch, hidden)
     sizes = rows.batch_sizes
     if sizes is None:
@@ -48,6 +45,28 @@ def _check(
         fits = fits and shrinking and int(sizes[-1]) > 0 and int(sizes.sum()) == count
     if not fits:
         raise RuntimeError("sizes of input, state, weights and batch_sizes do not fit each other")
+
+
+class _Kept(threading.local):
+    """The work space of a thread's last calls: new pages cost more than packing weights there."""
+
+    floats = torch.empty(0, dtype=torch.float32, device="cpu")
+
+
+_kept = _Kept()
+_MAX_KEPT = 1 << 24  # floats, 64 MiB
+
+
+def _work_space(sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Memory that nobody needs after the call, in parts of so many floats."""
+    total, kept = sum(sizes), _kept.floats
+    # In deterministic mode torch fills what it allocates, so that the use of old values shows.
+    if kept.numel() < total or torch.are_deterministic_algorithms_enabled():
+        with torch.inference_mode(False):
+            kept = torch.empty(total, dtype=torch.float32, device="cpu")
+        if total <= _MAX_KEPT:
+            _kept.floats = kept
+    return kept[:total].split(list(sizes))
 
 
 def _layout(hidden: int, gates: int, batch: int) -> tuple[int, int, int]:
@@ -87,7 +106,7 @@ def forward(
     """
     facts, hidden = CELLS[cell], w.w_hh.shape[1]
     gates, (count, inputs) = facts.n_gates, x.shape
-    _check(inputs, count, w, rows, hidden, state)
+    _check(gates * hidden, inputs, count, w, rows, state)
     x, weights = x.contiguous(), [None if t is None else t.contiguous() for t in w[:4]]
     h_0 = state[0].clone() if is_given else None
     saved = []
@@ -96,10 +115,9 @@ def forward(
     units, width, threads = _layout(hidden, gates, rows.batch)
     chunk = rows.batch * max(1, _CHUNK // max(1, width * rows.batch))
     sizes = (width * (inputs + hidden + 2), width * chunk, threads * rows.batch * gates * units)
-    packed, projected, scratch = x.new_empty(sum(sizes)).split(sizes)
-    w_ih, w_hh, b_ih, b_hh = map(_address, weights)
-    gates_at, extra_at = map(_address, saved or (None, None))
-    arguments = Forward(
+    packed, projected, scratch = _work_space(sizes)
+    w_ih, w_hh, b_ih, b_hh = weights
+    arguments = Forward.of(
         steps=rows.steps,
         rows=count,
         batch=rows.batch,
@@ -108,21 +126,21 @@ def forward(
         reverse=reverse,
         pitch=h_rows.stride(0),
         chunk=chunk,
-        sizes=_address(rows.batch_sizes),
-        x=_address(x),
+        sizes=rows.batch_sizes,
+        x=x,
         w_ih=w_ih,
         w_hh=w_hh,
         b_ih=b_ih,
         b_hh=b_hh,
-        h_0=_address(h_0),
-        h_n=_address(state[0]),
-        c=_address(state[1]) if facts.n_states == 2 else None,
-        h=_address(h_rows),
-        gates=gates_at,
-        extra=extra_at,
-        packed=_address(packed),
-        projected=_address(projected),
-        scratch=_address(scratch),
+        h_0=h_0,
+        h_n=state[0],
+        c=state[1] if facts.n_states == 2 else None,
+        h=h_rows,
+        gates=saved[0] if saved else None,
+        extra=saved[1] if saved else None,
+        packed=packed,
+        projected=projected,
+        scratch=scratch,
     )
     engine.run(cell, "forward", arguments, threads)
     return saved
@@ -160,41 +178,42 @@ def backward(
     """
     facts, hidden, count = CELLS[cell], w.w_hh.shape[1], h_rows.shape[0]
     gates = facts.n_gates
-    _check(w.w_ih.shape[1], count, w, rows, hidden, d_state)
+    _check(gates * hidden, w.w_ih.shape[1], count, w, rows, [*d_state, *initial])
+    extras = CPU_CELLS[cell].n_extra
+    if [part.shape[1] for part in saved] != [gates * hidden, hidden][: 2 * extras] or any(
+        part.shape[0] != count for part in saved
+    ):
+        raise RuntimeError("what was saved in forward is not of the sizes that backward needs")
     w_hh, initial = w.w_hh.contiguous(), [part.contiguous() for part in initial]
     h_0, c_0 = [*initial, None, None][:2]
     pitch = h_rows.stride(0)
     if dy is not None and dy.stride() != h_rows.stride():
-        dy = torch.empty_strided(dy.shape, h_rows.stride()).copy_(dy)
+        dy = h_rows.new_empty_strided(dy.shape, h_rows.stride()).copy_(dy)
     units, width, threads = _layout(hidden, gates, rows.batch)
     columns = (2 * gates - CPU_CELLS[cell].folds_b_hh) * hidden
     d_gates = h_rows.new_empty(count, columns + (_PAD if columns % _PAGE == 0 else 0))
-    packed, scratch = (
-        h_rows.new_empty(width * hidden),
-        h_rows.new_empty(threads * rows.batch * units),
-    )
-    gates_at, extra_at = map(_address, saved or (None, None))
-    arguments = Backward(
+    packed, scratch = _work_space((width * hidden, threads * rows.batch * units))
+    arguments = Backward.of(
         steps=rows.steps,
         rows=count,
         batch=rows.batch,
         hidden=hidden,
         reverse=reverse,
         pitch=pitch,
-        sizes=_address(rows.batch_sizes),
-        w_hh=_address(w_hh),
-        h_0=_address(h_0),
-        c_0=_address(c_0),
-        h=_address(h_rows),
-        gates=gates_at,
-        extra=extra_at,
-        dy=_address(dy),
-        d_h=_address(d_state[0]),
-        d_c=_address(d_state[1]) if facts.n_states == 2 else None,
-        d_gates=_address(d_gates),
+        sizes=rows.batch_sizes,
+        w_hh=w_hh,
+        h_0=h_0,
+        c_0=c_0,
+        h=h_rows,
+        gates=saved[0] if saved else None,
+        extra=saved[1] if saved else None,
+        dy=dy,
+        d_h=d_state[0],
+        d_c=d_state[1] if facts.n_states == 2 else None,
+        d_gates=d_gates,
         d_gates_pitch=d_gates.shape[1],
-        packed=_address(packed),
-        scratch=_address(scratch),
+        packed=packed,
+        scratch=scratch,
     )
     engine.run(cell, "backward", arguments, threads)
     return d_gates[:, : gates * hidden], d_gates[:, gates * hidden : columns], None

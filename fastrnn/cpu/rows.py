@@ -23,7 +23,8 @@ class Rows(NamedTuple):
         """Of the input of a layer, as in ``reference.layer``."""
         if batch_sizes is None:
             return cls(x.shape[0], x.shape[1], None)
-        return cls(len(batch_sizes), int(batch_sizes[0]), batch_sizes)
+        sizes = batch_sizes.to(torch.int64).contiguous()
+        return cls(len(sizes), int(sizes[0]), sizes)
 
     @property
     def sizes(self) -> list[int]:
