@@ -274,6 +274,12 @@ def _choose_path(
 _KERNEL_MIN_STEPS = {"rnn": (8, 8), "gru": (4, 4), "lstm": (2, 4)}
 _SMALL_LSTM = 128  # hidden units below which training needs more steps
 _SMALL_LSTM_MIN_STEPS = 48
+# Where oneDNN's LSTM is as fast or faster, (T, B, H): training (128, 64, 512) 0.91, (128, 64, 1024)
+# 0.96, (128, 64, 256) 1.28; inference (32, 1, 512) 0.83, (128, 1, 512) 0.99, (128, 1, 256) 1.21,
+# because packing the weights takes as long as using them.
+_LARGE_LSTM = 64 * 512  # B * H
+_WIDE_LSTM = 512
+_WIDE_LSTM_MIN_STEPS = 128
 
 # Where the loop of torch operators wins, T=64, in training:
 #   float64 (B, H) = (8, 64), (8, 256), (64, 256): 1.2-1.3, 1.2-1.3, 0.9-1.2
@@ -296,8 +302,13 @@ def _kernels_on_cpu(problem: Problem) -> tuple[str, str]:
         minimum = _KERNEL_MIN_STEPS[problem.cell.partition("_")[0]][problem.training]
         if problem.cell == "lstm" and problem.training and problem.hidden_size < _SMALL_LSTM:
             minimum = _SMALL_LSTM_MIN_STEPS
+        if problem.cell == "lstm" and problem.batch == 1 and problem.hidden_size >= _WIDE_LSTM:
+            minimum = minimum if problem.training else _WIDE_LSTM_MIN_STEPS
         if problem.steps < minimum:
             return "torch", f"below {minimum} steps our call costs what the steps save"
+        large = problem.batch * problem.hidden_size >= _LARGE_LSTM
+        if large and problem.training and problem.cell == "lstm" and problem.dtype == torch.float32:
+            return "torch", f"B * H >= {_LARGE_LSTM}: bound by the same products as oneDNN's LSTM"
     return "loop", f"compiled kernels, {cpu.describe()}"
 
 
