@@ -299,17 +299,22 @@ _HALF_MIN_BATCH_TIMES_HIDDEN = 1024
 
 def _kernels_on_cpu(problem: Problem) -> tuple[str, str]:
     if not problem.packed:
-        minimum = _KERNEL_MIN_STEPS[problem.cell.partition("_")[0]][problem.training]
-        if problem.cell == "lstm" and problem.training and problem.hidden_size < _SMALL_LSTM:
-            minimum = _SMALL_LSTM_MIN_STEPS
-        if problem.cell == "lstm" and problem.batch == 1 and problem.hidden_size >= _WIDE_LSTM:
-            minimum = minimum if problem.training else _WIDE_LSTM_MIN_STEPS
+        minimum = _kernel_min_steps(problem)
         if problem.steps < minimum:
             return "torch", f"below {minimum} steps our call costs what the steps save"
         large = problem.batch * problem.hidden_size >= _LARGE_LSTM
         if large and problem.training and problem.cell == "lstm" and problem.dtype == torch.float32:
             return "torch", f"B * H >= {_LARGE_LSTM}: bound by the same products as oneDNN's LSTM"
     return "loop", f"compiled kernels, {cpu.describe()}"
+
+
+def _kernel_min_steps(problem: Problem) -> int:
+    if problem.cell == "lstm":
+        if problem.training and problem.hidden_size < _SMALL_LSTM:
+            return _SMALL_LSTM_MIN_STEPS
+        if not problem.training and problem.batch == 1 and problem.hidden_size >= _WIDE_LSTM:
+            return _WIDE_LSTM_MIN_STEPS
+    return _KERNEL_MIN_STEPS[problem.cell.partition("_")[0]][problem.training]
 
 
 def _loop_on_cpu(problem: Problem, gap: str) -> tuple[str, str]:

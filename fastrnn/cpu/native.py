@@ -179,18 +179,16 @@ def backward(
     facts, hidden, count = CELLS[cell], w.w_hh.shape[1], h_rows.shape[0]
     gates = facts.n_gates
     _check(gates * hidden, w.w_ih.shape[1], count, w, rows, [*d_state, *initial])
-    extras = CPU_CELLS[cell].n_extra
-    if [part.shape[1] for part in saved] != [gates * hidden, hidden][: 2 * extras] or any(
-        part.shape[0] != count for part in saved
-    ):
+    shapes = [(count, gates * hidden), (count, hidden)][: 2 * CPU_CELLS[cell].n_extra]
+    if [part.shape for part in saved] != shapes:
         raise RuntimeError("what was saved in forward is not of the sizes that backward needs")
     w_hh, initial = w.w_hh.contiguous(), [part.contiguous() for part in initial]
     h_0, c_0 = [*initial, None, None][:2]
-    pitch = h_rows.stride(0)
     if dy is not None and dy.stride() != h_rows.stride():
         dy = h_rows.new_empty_strided(dy.shape, h_rows.stride()).copy_(dy)
     units, width, threads = _layout(hidden, gates, rows.batch)
-    columns = (2 * gates - CPU_CELLS[cell].folds_b_hh) * hidden
+    # d_rh of all gates, then d_wx of those whose two parts are not added up.
+    columns = (gates + gates - CPU_CELLS[cell].folds_b_hh) * hidden
     d_gates = h_rows.new_empty(count, columns + (_PAD if columns % _PAGE == 0 else 0))
     packed, scratch = _work_space((width * hidden, threads * rows.batch * units))
     arguments = Backward.of(
@@ -199,7 +197,7 @@ def backward(
         batch=rows.batch,
         hidden=hidden,
         reverse=reverse,
-        pitch=pitch,
+        pitch=h_rows.stride(0),
         sizes=rows.batch_sizes,
         w_hh=w_hh,
         h_0=h_0,

@@ -23,7 +23,7 @@ class Writer:
     """
 
     def __init__(self, module: Any, target: Target) -> None:
-        self.module, self.target = module, target
+        self.module = module
         self.lanes, self.units, self.tile_rows = target.lanes, target.units, target.tile_rows
 
     def function(self, name: str, parameters: Sequence[Any]) -> Code:
