@@ -7,18 +7,21 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from .. import _arguments
 from . import registry, results
-from .environment import Environment, environment
-from .measure import measure, with_shares
-from .results import Row
+from .environment import environment
+from .limits import Limits
+from .measure import measure, with_limits
+from .providers import BASELINE, PROVIDERS, default_providers
+from .results import Results
 
 # A GPU repeats its times more closely than a CPU that other programs use too.
 _SECONDS = {"cpu": 3.0, "cuda": 1.0}
+_ALL = "all"
 
 T = TypeVar("T")
 
@@ -33,30 +36,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     suite = parser.add_mutually_exclusive_group()
     for name, help in (
         ("quick", "some 35 cases in about two minutes (default)"),
-        ("full", "hundreds of cases"),
+        ("full", "hundreds of cases over T, B, H and dtypes"),
+        ("published", "sizes that others published figures for, everybody side by side"),
     ):
         suite.add_argument(f"--{name}", dest="suite", action="store_const", const=name, help=help)
-    parser.set_defaults(suite="quick")
-    grid = parser.add_argument_group(
-        "grid", "if any of these is given, their product is measured instead of the suite"
-    )
-    for flag, parse, metavar in (
-        ("--cells", _cell, "CELL"),
-        ("--T", _arguments.positive, "STEPS"),
-        ("--B", _arguments.positive, "BATCH"),
-        ("--H", _arguments.positive, "HIDDEN"),
-        ("--dtype", _dtype, "DTYPE"),
+    only = parser.add_argument_group("cases", "only these of the suite, or of the grid")
+    _add_list(only, "--cells", _one_of("cell", registry.CELLS), "CELL", ", ".join(registry.CELLS))
+    _add_list(only, "--mode", _one_of("mode", registry.MODES), "MODE", ", ".join(registry.MODES))
+    _add_list(only, "--dtype", _dtype, "DTYPE", ", ".join(_arguments.DTYPES))
+    grid = parser.add_argument_group("grid", "the product of these is measured instead of a suite")
+    for flag, metavar, help in (
+        ("--T", "STEPS", "numbers of time steps (default 128)"),
+        ("--B", "BATCH", "batch sizes (default 1 8 64)"),
+        ("--H", "HIDDEN", "hidden sizes (default 64 256)"),
+        ("--I", "INPUT", "sizes of the input (default as hidden)"),
     ):
-        grid.add_argument(
-            flag, type=_comma_separated(parse), nargs="+", metavar=metavar, help=_GRID_HELP[flag]
-        )
+        _add_list(grid, flag, _arguments.positive, metavar, help)
+    grid.add_argument("--layers", type=_arguments.positive, metavar="N", help="default 1")
+    grid.add_argument("--bidirectional", action="store_true")
+    grid.add_argument("--ragged", action="store_true", help="sequences of lengths from T/4 to T")
+    names = [name for name in PROVIDERS if name != BASELINE]
+    _add_list(
+        parser, "--providers", _one_of("provider", (*names, _ALL)), "NAME",
+        f"whom to measure beside torch.nn: {_ALL}, {', '.join(names)} (default: fastrnn; with "
+        "--published all; with --full on a GPU also its schedules)",
+    )  # fmt: skip
     parser.add_argument(
         "--device", type=_arguments.device, help="cpu, cuda or cuda:N (default: cuda if any)"
     )
     parser.add_argument(
         "--seconds",
         type=_positive_float,
-        help="time spent on each case (default: 3 on a CPU, 1 on a GPU)",
+        help="time spent on each case and provider (default: 3 on a CPU, 1 on a GPU)",
     )
     parser.add_argument(
         "--out",
@@ -75,15 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=10.0,
         help="drop of a case's ratio since OLD.json that is a regression (default: 10)",
     )
-
-
-_GRID_HELP = {
-    "--cells": ", ".join(registry.CELLS),
-    "--T": "numbers of time steps",
-    "--B": "batch sizes",
-    "--H": "hidden sizes, and as large inputs",
-    "--dtype": ", ".join(_arguments.DTYPES),
-}
+    parser.add_argument(
+        "--render", type=Path, metavar="RESULTS.json", help="measure nothing, show these results"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,14 +102,15 @@ def run(args: argparse.Namespace) -> int:
     Returns
     -------
     int
-        Exit status: 0, or 1 if a case was wrong, failed or became slower than in the old
-        benchmark.
+        Exit status: 0, or 1 if fastrnn was wrong or failed in a case, or became slower than in the
+        old benchmark.
 
     Raises
     ------
     UsageError
-        If rich or matplotlib is missing, the folder cannot be written to, or the old
-        benchmark cannot be read or has none of the cases; before anything is measured.
+        If rich or matplotlib is missing, options do not go together, no case is left, the folder
+        cannot be written to, or a file cannot be read or has none of the cases; before anything is
+        measured.
     """
     # Imported only now: matplotlib takes a second, and both may be missing.
     _arguments.require("bench", "rich", "matplotlib")
@@ -112,16 +118,10 @@ def run(args: argparse.Namespace) -> int:
 
     from . import report
 
+    shown = results.load(args.render) if args.render else None
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    grid = {
-        "cells": _joined(args.cells),
-        "steps": _joined(args.T),
-        "batch": _joined(args.B),
-        "hidden": _joined(args.H),
-        "dtype": _joined(args.dtype),
-    }
-    cases = registry.select(args.suite, device.type, **grid)
-    old = results.load(args.compare)[1] if args.compare else None
+    cases = _cases(args, device) if shown is None else [row.case for row in shown.rows]
+    old = results.load(args.compare).rows if args.compare else None
     if old is not None and not {row.case for row in old} & set(cases):
         raise _arguments.UsageError(f"{args.compare} has none of the {len(cases)} cases to measure")
     try:
@@ -131,26 +131,67 @@ def run(args: argparse.Namespace) -> int:
     if not os.access(args.out, os.W_OK):
         raise _arguments.UsageError(f"cannot write to {args.out}: Permission denied")
 
-    rows = _measure_all(cases, device, args.seconds or _SECONDS[device.type])
-    env = environment(device, _command(args, device))
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    console.print(report.results_table(rows))
-    console.print(report.summary_table(results.summarize(rows)))
-    console.print(report.totals(rows))
-    for path in _write(args.out, env, rows):
+    found = shown or _measure_all(args, cases, device)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    for table in (
+        report.results_table(found.rows),
+        report.providers_table(found.rows),
+        report.published_table(found.rows),
+        report.failures_table(found.rows),
+        report.summary_table(found.rows),
+    ):
+        if table is not None:
+            console.print(report.to_rich(table))
+    console.print(report.limits_line(found))
+    console.print(report.totals(found.rows))
+    for path in write(args.out, found):
         console.print(os.path.relpath(path), soft_wrap=True)
 
-    bad = any(row.status != "ok" for row in rows)
+    bad = any(row.status != "ok" for row in found.rows if row.provider.startswith("fastrnn"))
     if old is not None:
-        changes = results.compare(old, rows, args.threshold / 100)
-        console.print(report.changes_table(changes, args.threshold / 100))
+        changes = results.compare(old, found.rows, args.threshold / 100)
+        console.print(report.to_rich(report.changes_table(changes, args.threshold / 100)))
         regressions = sum(change.is_regression for change in changes)
         console.print(f"{len(changes)} cases in both, {regressions} regressions")
         bad = bad or regressions > 0
     return 1 if bad else 0
 
 
-def _measure_all(cases: Sequence[registry.Case], device: torch.device, seconds: float) -> list[Row]:
+def _cases(args: argparse.Namespace, device: torch.device) -> list[registry.Case]:
+    only: dict[str, Any] = {
+        "cells": _joined(args.cells),
+        "modes": _joined(args.mode),
+        "dtypes": _joined(args.dtype),
+    }
+    axes: dict[str, Any] = {
+        "steps": _joined(args.T),
+        "batches": _joined(args.B),
+        "hidden": _joined(args.H),
+        "inputs": _joined(args.I),
+        "num_layers": args.layers,
+        "bidirectional": args.bidirectional,
+        "ragged": args.ragged,
+    }
+    axes = {name: value for name, value in axes.items() if value}
+    if axes and args.suite:
+        raise _arguments.UsageError(
+            f"--{args.suite} is a suite, and --T, --B, --H, --I, --layers, --bidirectional and "
+            "--ragged make a grid instead of one"
+        )
+    if axes:
+        return registry.grid(**only, **axes)
+    suite = args.suite or "quick"
+    cases = registry.select(suite, device.type, **only)
+    if not cases:
+        raise _arguments.UsageError(
+            f"no case of --{suite} has such cells, modes and dtypes; --T, --B or --H make a grid"
+        )
+    return cases
+
+
+def _measure_all(
+    args: argparse.Namespace, cases: Sequence[registry.Case], device: torch.device
+) -> Results:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -160,39 +201,83 @@ def _measure_all(cases: Sequence[registry.Case], device: torch.device, seconds: 
         TimeRemainingColumn,
     )
 
+    asked = _joined(args.providers)
+    suite = None if args.suite is None and _makes_grid(args) else args.suite or "quick"
+    providers = asked or default_providers(suite, device.type)
+    if _ALL in providers:
+        providers = [name for name in PROVIDERS if name != BASELINE]
+    env = environment(device, _command(args, device))
+    limits = Limits(device)
     rows = []
-    case_name = TextColumn("{task.description}")
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), case_name)
+    columns = (
+        BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
+    )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=f"{case.cell} {case.mode} {case.shape}")
-            rows.append(measure(case, device, seconds))
+            seconds = args.seconds or _SECONDS[device.type]
+            rows += measure(case, device, seconds, providers)
+            limits.observe(case)
             progress.advance(task)
-    return with_shares(rows, device)
+    return Results(env, limits.record(), with_limits(rows, limits))
 
 
-def _write(folder: Path, env: Environment, rows: Sequence[Row]) -> list[Path]:
+def _makes_grid(args: argparse.Namespace) -> bool:
+    return any(getattr(args, name.lstrip("-")) for name in _GRID)
+
+
+def write(folder: Path, found: Results) -> list[Path]:
+    """Write the files of a benchmark.
+
+    Parameters
+    ----------
+    folder : Path
+        Which is there.
+    found : Results
+
+    Returns
+    -------
+    list of Path
+    """
     from . import page, plots
 
-    names = ("results.json", "results.csv", "speedup.png", "time.png", "report.html")
-    paths = [folder / name for name in names]
-    results.write_json(paths[0], env, rows)
-    results.write_csv(paths[1], env, rows)
-    plots.plot_speedup(paths[2], env, rows)
-    plots.plot_time(paths[3], env, rows)
-    page.write_page(paths[4], env, rows, paths[2], paths[3])
-    return paths
+    paths = [folder / "results.json", folder / "results.csv"]
+    results.write_json(paths[0], found)
+    results.write_csv(paths[1], found)
+    pictures = {}
+    for name in ("speedup", "heatmap", "steps", "memory"):
+        pictures[name] = folder / f"{name}.png"
+        getattr(plots, f"plot_{name}")(pictures[name], found.env, found.rows)
+    page.write_page(folder / "report.html", found, pictures)
+    return [*paths, *pictures.values(), folder / "report.html"]
+
+
+# Options of the cases and of the grid, as `_command` repeats them.
+_ONLY = ("--cells", "--mode", "--dtype")
+_GRID = ("--T", "--B", "--H", "--I", "--layers", "--bidirectional", "--ragged")
 
 
 def _command(args: argparse.Namespace, device: torch.device) -> str:
     """The command line without the options that name files of this machine."""
-    words = ["fastrnn bench", f"--{args.suite}"]
-    for flag in _GRID_HELP:
-        if values := _joined(getattr(args, flag.lstrip("-"))):
-            words += [flag, *map(str, values)]
+    words = ["fastrnn bench"]
+    if not _makes_grid(args):
+        words.append(f"--{args.suite or 'quick'}")
+    for flag in (*_ONLY, *_GRID, "--providers"):
+        value = getattr(args, flag.lstrip("-"))
+        if value is True:
+            words.append(flag)
+        elif value:
+            values = _joined(value) if isinstance(value, list) else [value]
+            words += [flag, *map(str, values or ())]
     words += ["--device", str(device)]
     return " ".join(words + ([f"--seconds {args.seconds:g}"] if args.seconds else []))
+
+
+def _add_list(
+    parser: Any, flag: str, parse: Callable[[str], object], metavar: str, help: str
+) -> None:
+    parser.add_argument(flag, type=_comma_separated(parse), nargs="+", metavar=metavar, help=help)
 
 
 def _joined(lists: Sequence[Sequence[T]] | None) -> list[T] | None:
@@ -203,12 +288,15 @@ def _comma_separated(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
     return lambda text: [parse(part) for part in text.split(",")]
 
 
-def _cell(text: str) -> str:
-    if text not in registry.CELLS:
-        raise argparse.ArgumentTypeError(
-            f"unknown cell {text!r}, expected one of {', '.join(registry.CELLS)}"
-        )
-    return text
+def _one_of(what: str, accepted: Sequence[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in accepted:
+            raise argparse.ArgumentTypeError(
+                f"unknown {what} {text!r}, expected one of {', '.join(accepted)}"
+            )
+        return text
+
+    return parse
 
 
 def _dtype(text: str) -> str:

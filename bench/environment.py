@@ -22,6 +22,8 @@ class Environment:
     ----------
     fastrnn, torch, triton, python : str
         Versions; 'none' if there is no triton.
+    cudnn, driver : str
+        Versions; 'none' on a CPU.
     device : str
         Name of the GPU or the CPU.
     device_type : {'cpu', 'cuda'}
@@ -40,6 +42,8 @@ class Environment:
     fastrnn: str
     torch: str
     triton: str
+    cudnn: str
+    driver: str
     python: str
     device: str
     device_type: str
@@ -67,6 +71,8 @@ def environment(device: torch.device, command: str) -> Environment:
         fastrnn=__version__,
         torch=torch.__version__,
         triton=_version("triton"),
+        cudnn=str(torch.backends.cudnn.version()) if device.type == "cuda" else "none",
+        driver=_driver() if device.type == "cuda" else "none",
         python=platform.python_version(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         device_type=device.type,
@@ -83,6 +89,15 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "none"
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        found = []
+    return found[0] if found else "unknown"
 
 
 def _cpu_name() -> str:

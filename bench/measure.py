@@ -1,49 +1,64 @@
-"""Check and time one case: fastrnn's public module beside torch.nn's.
+"""Check and time one case: every provider beside torch.nn's module.
 
-Both modules have the same weights and get the same input. What is timed is the very call
-whose results were compared; a case whose results differ is not timed.
+All have the same weights and get the same input. What is timed is the very call whose results were
+compared; a provider whose results differ is not timed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
-from .. import gpu, nn, planner
+from .. import planner
+from .limits import Limits, seconds_of
+from .providers import (
+    BASELINE,
+    OURS,
+    PROVIDERS,
+    Built,
+    is_repeated,
+    make_baseline,
+    plan_name,
+    problem_of,
+    torch_algorithm,
+)
 from .registry import Case
 from .results import Band, Row, Times
 
-#: The compared libraries: where each finds the module classes.
-PROVIDERS: dict[str, Any] = {"fastrnn": nn, "torch.nn": torch.nn}
-
-_CLASSES = {
-    "lstm": "LSTM",
-    "gru": "GRU",
-    "rnn": "RNN",
-    "lstm_cell": "LSTMCell",
-    "gru_cell": "GRUCell",
-    "rnn_cell": "RNNCell",
-}
 _MIN_PAIRS, _MAX_PAIRS = 7, 200
+# So many where the least number would take longer than this.
+_FEW_PAIRS, _LONG_SECONDS = 3, 20.0
 # A sample repeats the call for at least this long, so that reading the clock, and on CUDA
 # waiting for the device, are below one percent of it.
 _SAMPLE_SECONDS = {"cpu": 1e-3, "cuda": 2e-3}
 _WARM_UP_SECONDS = 0.02
 
-Call = Callable[[], list[Tensor]]
+Call = Callable[[], object]
 
 
-def measure(case: Case, device: torch.device, seconds: float) -> Row:
+class Ready(NamedTuple):
+    """What is timed, and the results by which it is judged, in torch.nn's layout."""
+
+    call: Callable[[], list[Tensor]]
+    in_torch_layout: Callable[[list[Tensor]], list[Tensor]]
+
+    def results(self) -> list[Tensor]:
+        return self.in_torch_layout(self.call())
+
+
+def measure(
+    case: Case, device: torch.device, seconds: float, providers: Sequence[str] = (OURS,)
+) -> list[Row]:
     """Check a case, then time it.
 
     Parameters
@@ -51,186 +66,140 @@ def measure(case: Case, device: torch.device, seconds: float) -> Row:
     case : Case
     device : torch.device
     seconds : float
-        To spend on timing, unless fewer than 7 pairs were measured by then.
+        To spend on timing each provider, unless fewer than 7 pairs (or 3 long ones) were measured
+        by then.
+    providers : sequence of str
+        Keys of ``PROVIDERS``, beside torch.nn. Those that cannot run the case, and paths that the
+        planner picks anyway, are left out.
 
     Returns
     -------
-    Row
-        Without times if fastrnn's results are wrong or the case could not be run.
+    list of Row
+        torch.nn's, then one of each provider; without times if the provider's results are wrong
+        or it could not be run.
     """
     plan = planner.plan(problem_of(case, device))
-    tolerance = tolerance_of(case, device)
+    wanted = [
+        name
+        for name in providers
+        if PROVIDERS[name].gap(case, device) is None
+        and (name == OURS or not is_repeated(name, plan, case))
+    ]
+    base = Row(case, BASELINE, torch_algorithm(case, device), "", "ok", tolerance_of(case, device))
+    rows = [
+        dataclasses.replace(base, provider=name, path=_path(name, plan, case), reason=plan.reason)
+        if name == OURS
+        else dataclasses.replace(base, provider=name, path=_path(name, plan, case))
+        for name in wanted
+    ]
     try:
-        calls = make_calls(case, device)
-        error = max_error(calls["fastrnn"](), calls["torch.nn"]())
-        # Written so that a NaN is wrong.
-        if not error <= tolerance:
-            return Row(case, plan.path, plan.reason, "wrong", tolerance, error)
-        peaks = [_peak_mib(calls[name], device) for name in ("fastrnn", "torch.nn")]
-        pairs = time_pairs(calls["fastrnn"], calls["torch.nn"], device, seconds)
+        module, inputs = make_baseline(case, device)
+        theirs = ready(case, PROVIDERS[BASELINE].build(case, module, inputs))
+        expected = theirs.results()
+        base = dataclasses.replace(base, error=0.0, peak_mib=_peak_mib(theirs.call, device))
     except RuntimeError as failure:
-        # Above all, too little memory: the other cases can still be measured.
-        first_line = str(failure).strip().partition("\n")[0]
-        return Row(case, plan.path, first_line, "failed", tolerance)
-    ours, theirs = (band([pair[side] * 1e3 for pair in pairs]) for side in (0, 1))
-    times = Times(ours, theirs, ratio_band(pairs))
-    _gemm_speed(device, case)
-    return Row(case, plan.path, plan.reason, "ok", tolerance, error, len(pairs), times, *peaks)
+        return [_failed(row, failure) for row in (base, *rows)]
+    graphed = _replay(theirs, expected, base.tolerance, device)
+    measured = []
+    for row in rows:
+        try:
+            ours = ready(case, PROVIDERS[row.provider].build(case, module, inputs))
+            error = max_error(ours.results(), expected)
+            # Written so that a NaN is wrong.
+            if not error <= row.tolerance:
+                measured.append(dataclasses.replace(row, status="wrong", error=error))
+                continue
+            peak = _peak_mib(ours.call, device)
+            pairs = time_pairs(ours.call, theirs.call, device, seconds)
+            row = dataclasses.replace(
+                row, error=error, pairs=len(pairs), times=_times(pairs, 0), peak_mib=peak
+            )
+            if base.times is None:
+                base = dataclasses.replace(base, pairs=len(pairs), times=_times(pairs, 1))
+            replay = _replay(ours, expected, row.tolerance, device) if graphed else None
+            if replay and graphed:
+                pairs = time_pairs(replay, graphed, device, seconds / 2)
+                row = dataclasses.replace(row, graph=_times(pairs, 0))
+                if base.graph is None:
+                    base = dataclasses.replace(base, graph=_times(pairs, 1))
+        except Exception as failure:  # of whatever kind, in code that is not ours too
+            row = _failed(row, failure)
+        measured.append(row)
+    if base.times is None:
+        pairs = time_pairs(theirs.call, theirs.call, device, seconds)
+        base = dataclasses.replace(base, pairs=len(pairs), times=_times(pairs, 1))
+    return [base, *measured]
 
 
-def with_shares(rows: Sequence[Row], device: torch.device) -> list[Row]:
-    """Relate the speed of rows that were measured to that of a large matrix product of torch.
+def _path(name: str, plan: planner.Plan, case: Case) -> str:
+    if name == OURS:
+        return plan_name(plan, case)
+    return name.partition(":")[2]
+
+
+def _failed(row: Row, failure: Exception) -> Row:
+    # Above all, too little memory: the other cases can still be measured.
+    lines = str(failure).strip().splitlines() or [type(failure).__name__]
+    return dataclasses.replace(row, status="failed", reason=lines[0])
+
+
+def _times(pairs: Sequence[tuple[float, float]], side: int) -> Times:
+    """Of one side of the pairs; torch.nn's is side 1."""
+    ratio = Band(1.0, 1.0, 1.0) if side else ratio_band(pairs)
+    return Times(band([pair[side] * 1e3 for pair in pairs]), ratio)
+
+
+def with_limits(rows: Sequence[Row], limits: Limits) -> list[Row]:
+    """Say how near to what the device can do the rows came.
 
     Parameters
     ----------
     rows : sequence of Row
-    device : torch.device
-        The products are timed after every row, and the fastest counts.
+    limits : Limits
+        That observed every case.
 
     Returns
     -------
     list of Row
     """
+    bounds = {row.case: limits.of(row.case) for row in rows if row.times is not None}
     return [
         row
         if row.times is None
-        else dataclasses.replace(
-            row,
-            share=row.case.flops
-            / (row.times.fastrnn_ms.median * 1e-3)
-            / _gemm_speed(device, row.case),
-        )
+        else dataclasses.replace(row, limit_ms=bounds[row.case].ms, bound=bounds[row.case].by)
         for row in rows
     ]
 
 
-_gemm_speeds: dict[tuple[torch.device, torch.dtype], float] = {}
-
-
-def _gemm_speed(device: torch.device, case: Case) -> float:
-    """Operations a second of a large product in the dtype of a case, the best seen so far.
-
-    On a CPU float32 stands for half precision, which not all multiply.
-    """
-    size = {"cpu": 1024, "cuda": 8192}[device.type]
-    dtype = getattr(torch, case.dtype)
-    if device.type == "cpu" and dtype != torch.float64:
-        dtype = torch.float32
-    a = torch.randn(size, size, device=device).to(dtype)
-    fastest = min(_sample(lambda: [a @ a], 1, device) for _ in range(5))
-    best = max(_gemm_speeds.get((device, dtype), 0.0), 2 * size**3 / fastest)
-    _gemm_speeds[device, dtype] = best
-    return best
-
-
-def problem_of(case: Case, device: torch.device) -> planner.Problem:
-    """Describe a case to the planner."""
-    cell = case.cell.removesuffix("_cell")
-    dtype = getattr(torch, case.dtype)
-    facts, precision = gpu.facts(torch.empty(0, dtype=dtype, device=device))
-    return planner.Problem(
-        "rnn_tanh" if cell == "rnn" else cell,
-        case.steps,
-        case.batch,
-        case.input_size,
-        case.hidden_size,
-        dtype=dtype,
-        device=device.type,
-        training=case.mode == "training",
-        packed=case.ragged,
-        is_step=case.is_step,
-        layers=case.num_layers,
-        directions=2 if case.bidirectional else 1,
-        gpu=facts,
-        precision=precision,
-    )
-
-
-def make_calls(case: Case, device: torch.device) -> dict[str, Call]:
-    """Build the case for each provider.
-
-    Returns
-    -------
-    dict of str to callable
-        For each of `PROVIDERS` a function that runs the case once and returns every
-        output, and in training the gradients of input, state and parameters after them.
-    """
-    dtype = getattr(torch, case.dtype)
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    rows: tuple[int, ...] = (case.batch,) if case.is_step else (case.steps, case.batch)
-    sizes = None
-    if case.ragged:
-        sizes = torch.tensor([sum(n > t for n in case.lengths) for t in range(case.steps)])
-        rows = (sum(case.lengths),)
-    inputs = [random(*rows, case.input_size)]
-    if case.is_step:
-        # A loop over steps passes a state; a layer is most often called without one.
-        n_states = 2 if case.cell == "lstm_cell" else 1
-        inputs += [random(case.batch, case.hidden_size) for _ in range(n_states)]
-
-    options = {} if case.is_step else {
-        "num_layers": case.num_layers,
-        "bidirectional": case.bidirectional,
-    }  # fmt: skip
-    modules = {
-        name: getattr(library, _CLASSES[case.cell])(
-            case.input_size, case.hidden_size, **options, device=device, dtype=dtype
-        )
-        for name, library in PROVIDERS.items()
-    }
-    weights = modules["torch.nn"].state_dict()
-    for module in modules.values():
-        module.load_state_dict(weights)
+def ready(case: Case, built: Built) -> Ready:
     if case.mode == "forward":
-        return {name: _forward_call(module, sizes, inputs) for name, module in modules.items()}
-    outputs = _forward_call(modules["torch.nn"], sizes, inputs)()
-    cotangents = [random(*output.shape) for output in outputs]
-    inputs = [tensor.requires_grad_() for tensor in inputs]
-    return {
-        name: _training_call(module, sizes, inputs, cotangents) for name, module in modules.items()
-    }
 
+        def infer() -> list[Tensor]:
+            with torch.no_grad():
+                return built.run(*built.inputs)
 
-def _forward_call(module: torch.nn.Module, sizes: Tensor | None, inputs: Sequence[Tensor]) -> Call:
-    def call() -> list[Tensor]:
-        with torch.no_grad():
-            return _run(module, sizes, inputs)
+        return Ready(infer, lambda outputs: outputs)
 
-    return call
+    with torch.no_grad():
+        outputs = built.run(*built.inputs)
+    generator = torch.Generator().manual_seed(1)
+    # Each in the memory layout of its output, which is the provider's own.
+    cotangents = [
+        torch.empty_like(output).copy_(torch.randn(output.shape, generator=generator))
+        for output in outputs
+    ]
+    inputs = [tensor.detach().requires_grad_() for tensor in built.inputs]
+    leaves = [*inputs, *built.parameters]
 
-
-def _training_call(
-    module: torch.nn.Module,
-    sizes: Tensor | None,
-    inputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-) -> Call:
-    leaves = [*inputs, *module.parameters()]
-
-    def call() -> list[Tensor]:
-        outputs = _run(module, sizes, inputs)
+    def train() -> list[Tensor]:
+        outputs = built.run(*inputs)
         # Not .backward(): the gradients are new each time, nothing is added up.
         return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
 
-    return call
+    def in_torch_layout(results: list[Tensor]) -> list[Tensor]:
+        return [*results[: len(outputs)], *built.to_torch(results[len(outputs) :])]
 
-
-def _run(module: torch.nn.Module, sizes: Tensor | None, inputs: Sequence[Tensor]) -> list[Tensor]:
-    x, *state = inputs
-    if sizes is not None:
-        packed, final = module(PackedSequence(x, sizes))
-        return [packed.data, *_flat(final)]
-    if len(state) > 1:
-        return _flat(module(x, tuple(state)))
-    return _flat(module(x, *state))
-
-
-def _flat(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else [t for part in result for t in _flat(part)]
+    return Ready(train, in_torch_layout)
 
 
 def tolerance_of(case: Case, device: torch.device) -> float:
@@ -243,6 +212,15 @@ def tolerance_of(case: Case, device: torch.device) -> float:
     cuDNN, multiply rounded numbers but sum up in float32, except that torch's loop
     over steps adds up weight gradients in half precision: n is the number of steps.
     Differences seen on a CPU are up to 40 % of eps * (4 + sqrt(n)), over all cells and dtypes.
+
+    Parameters
+    ----------
+    case : Case
+    device : torch.device
+
+    Returns
+    -------
+    float
     """
     eps = torch.finfo(getattr(torch, case.dtype)).eps
     n = case.steps * case.num_layers
@@ -283,14 +261,15 @@ def time_pairs(
         machine meets both alike.
     """
     calls = (ours, theirs)
-    fastest = min(_warm_up(call, device) for call in calls)
-    repeats = math.ceil(_SAMPLE_SECONDS[device.type] / fastest)
+    singles = [_warm_up(call, device) for call in calls]
+    repeats = math.ceil(_SAMPLE_SECONDS[device.type] / min(singles))
+    least = _MIN_PAIRS if _MIN_PAIRS * sum(singles) < _LONG_SECONDS else _FEW_PAIRS
     pairs: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
-    while len(pairs) < _MIN_PAIRS or (time.perf_counter() < end and len(pairs) < _MAX_PAIRS):
+    while len(pairs) < least or (time.perf_counter() < end and len(pairs) < _MAX_PAIRS):
         times = [0.0, 0.0]
         for side in (0, 1) if len(pairs) % 2 else (1, 0):
-            times[side] = _sample(calls[side], repeats, device)
+            times[side] = seconds_of(calls[side], repeats, device)
         pairs.append((times[0], times[1]))
     return pairs
 
@@ -299,23 +278,46 @@ def _warm_up(call: Call, device: torch.device) -> float:
     """Call for a while; returns the shortest time of one call."""
     best, end = math.inf, time.perf_counter() + _WARM_UP_SECONDS
     while best == math.inf or time.perf_counter() < end:
-        best = min(best, _sample(call, 1, device))
+        best = min(best, seconds_of(call, 1, device))
     return best
 
 
-def _sample(call: Call, repeats: int, device: torch.device) -> float:
-    """Seconds for one call, as the caller sees them, averaged over `repeats`."""
-    _synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    _synchronize(device)
-    return (time.perf_counter() - start) / repeats
+def _replay(
+    ready: Ready, expected: Sequence[Tensor], tolerance: float, device: torch.device
+) -> Call | None:
+    """Capture a call as a CUDA graph, which takes what the call costs in Python out of its time.
 
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
+    None on a CPU, and where the call cannot be captured or its replay gives other results.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        with _side_stream(device):
+            for _ in range(3):
+                ready.call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = ready.call()
+        for tensor in results:
+            tensor.detach().fill_(math.nan)
+        graph.replay()
         torch.cuda.synchronize(device)
+        is_right = max_error(ready.in_torch_layout(results), expected) <= tolerance
+    except RuntimeError:
+        torch.cuda.synchronize(device)
+        return None
+    return graph.replay if is_right else None
+
+
+@contextlib.contextmanager
+def _side_stream(device: torch.device) -> Iterator[None]:
+    """A stream of its own, as torch asks for before a capture."""
+    current = torch.cuda.current_stream(device)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
 
 
 def _peak_mib(call: Call, device: torch.device) -> float | None:

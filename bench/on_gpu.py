@@ -3,9 +3,10 @@
 In order: the GPU tests; compute-sanitizer's memcheck and racecheck on small layers; then the
 kernels beside torch.nn, most telling cases first, until the time is used up. It needs torch,
 triton, pytest and hypothesis, no network and no installation: run it in the root of a checkout.
-The evidence, ``gpu.json`` and pytest's ``tests.xml``, is left in the output folder, a table is
-printed last, and the exit status is 1 if a test or a sanitizer found something, one of them ran out
-of time, or a result was wrong.
+The evidence, ``gpu.json``, ``results.json`` and ``results.csv`` of the benchmark and pytest's
+``tests.xml``, is left in the output folder, a table is printed last, and the exit status is 1 if a
+test or a sanitizer found something, one of them ran out of time, or a result was wrong. ``fastrnn
+bench --render`` makes pictures and a page of the results, there or elsewhere.
 """
 
 from __future__ import annotations
@@ -30,10 +31,13 @@ from typing import Any
 import torch
 
 from .. import nn, planner
+from . import results
 from .environment import Environment, environment
-from .measure import measure, problem_of
+from .limits import Limits
+from .measure import measure, with_limits
+from .providers import OURS, default_providers, problem_of
 from .registry import Case
-from .results import Row
+from .results import Results, Row
 
 _ROOT = Path(__file__).resolve().parents[1]
 # Shares of the time: what the tests and each sanitizer may take at most.
@@ -77,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         env = dataclasses.replace(env, commit=args.commit)
     out = args.out or _ROOT / "bench" / "results" / _folder(env)
     out.mkdir(parents=True, exist_ok=True)
-    evidence: dict[str, Any] = {"environment": dataclasses.asdict(env), **_versions()}
+    evidence: dict[str, Any] = {"environment": dataclasses.asdict(env), "cuda": torch.version.cuda}
     failed = False
     if args.only in (None, "tests"):
         evidence["tests"] = _tests(out, remaining() if args.only else remaining() * _TESTS)
@@ -86,15 +90,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         for tool in ("memcheck", "racecheck"):
             evidence[tool] = _sanitize(tool, 60 * args.minutes * _SANITIZER)
             failed |= evidence[tool]["status"] not in (0, "not run")
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     if args.only in (None, "bench"):
+        device = torch.device("cuda")
+        limits, providers = Limits(device), default_providers("full", device.type)
         for case in dict.fromkeys(cases()):
             if remaining() < 5:
                 break
-            rows.append(_measure(case, torch.device("cuda")))
-            failed |= rows[-1]["status"] != "ok"
-            evidence["rows"] = rows
-            _write(out, evidence)  # so that what was measured survives being cut off
+            rows += measure(case, device, _SECONDS_PER_CASE, providers)
+            limits.observe(case)
+            found = Results(env, limits.record(), with_limits(rows, limits))
+            results.write_json(out / "results.json", found)  # to survive being cut off
+            results.write_csv(out / "results.csv", found)
+        rows = with_limits(rows, limits)
+        evidence["model"] = [_model(case, device) for case in dict.fromkeys(r.case for r in rows)]
+        failed |= any(row.status != "ok" for row in rows if row.provider.startswith(OURS))
     evidence["failed"] = failed
     _write(out, evidence)
     _report(evidence, rows)
@@ -108,13 +118,6 @@ def _write(out: Path, evidence: dict[str, Any]) -> None:
 def _folder(env: Environment) -> str:
     device = re.sub(r"[^a-z0-9]+", "-", env.device.lower()).strip("-")
     return f"{device}-{env.date[:10]}"
-
-
-def _versions() -> dict[str, Any]:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    found = shutil.which(query[0])
-    driver = subprocess.run(query, capture_output=True, text=True).stdout.strip() if found else None
-    return {"driver": driver, "cudnn": torch.backends.cudnn.version(), "cuda": torch.version.cuda}
 
 
 def _run(command: list[str], seconds: float) -> dict[str, Any]:
@@ -215,40 +218,38 @@ def cases() -> Iterator[Case]:
         yield Case("lstm", mode, "float32", 256, 16, hidden, hidden)
 
 
-def _measure(case: Case, device: torch.device) -> dict[str, Any]:
-    """One row: our kernels, whatever the planner would choose, beside torch.nn."""
-    planned = planner.plan(problem_of(case, device))
-    with planner.use_path("loop"):
-        row: Row = measure(case, device, _SECONDS_PER_CASE)
-    record = {**row.record(), "planned": planned.path}
-    for name, choice in zip(("forward", "backward"), planned.kernels or (), strict=False):
-        record |= {f"{name}_config": list(choice.config), f"{name}_model_us": choice.step_us}
-    if row.times is not None:
-        record["step_us"] = row.times.fastrnn_ms.median * 1e3 / case.steps / case.num_layers
+def _model(case: Case, device: torch.device) -> dict[str, Any]:
+    """What the planner expected of a case: its path, its kernels and the time of their steps."""
+    plan = planner.plan(problem_of(case, device))
+    record: dict[str, Any] = {**dataclasses.asdict(case), "planned": plan.path}
+    for name, choice in zip(("forward", "backward"), plan.kernels or (), strict=False):
+        record |= {f"{name}_config": list(choice.config), f"{name}_us": choice.step_us}
     return record
 
 
-def _report(evidence: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+def _report(evidence: dict[str, Any], rows: Sequence[Row]) -> None:
     for name in ("tests", "memcheck", "racecheck"):
         if name in evidence:
             part = evidence[name]
             print(f"== {name}: status {part['status']}, {part.get('seconds')} s")
             print("\n".join(part["output"].splitlines()[-12:]))
-    print(
-        f"{'case':44}{'ours ms':>9}{'torch ms':>9}{'ratio':>7}{'us/step':>9}{'model':>7}  planned"
-    )
+    models = {
+        tuple(m[f.name] for f in dataclasses.fields(Case)): m for m in evidence.get("model", ())
+    }
+    numbers = f"{'ms':>8}{'ratio':>7}{'graph':>7}{'us/step':>9}{'model':>7}"
+    print(f"{'case':40}{'provider':20}{numbers}  ran")
     for row in rows:
-        case = Case(**{field.name: row[field.name] for field in dataclasses.fields(Case)})
-        model = row.get("forward_model_us", 0.0)
-        if case.mode == "training":
-            model += row.get("backward_model_us", 0.0)
-        name = f"{case.cell} {case.mode} {case.shape} {case.stack}"
-        if row["status"] != "ok":
-            print(f"{name:44} {row['status']}: {row['reason']} error {row['error']}")
+        name = f"{row.case.cell} {row.case.mode} {row.case.shape}"
+        if row.times is None:
+            print(f"{name:40}{row.provider:20} {row.status}: {row.reason} error {row.error}")
             continue
+        graph = f"{row.graph.ratio.median:7.2f}" if row.graph else f"{'-':>7}"
+        model = models[dataclasses.astuple(row.case)]
+        passes = ("forward", "backward") if row.case.mode == "training" else ("forward",)
+        expected = sum(model.get(f"{name}_us", 0.0) for name in passes)
         print(
-            f"{name:44}{row['fastrnn_ms']:9.3f}{row['torch_ms']:9.3f}{row['ratio']:7.2f}"
-            f"{row['step_us']:9.2f}{model:7.2f}  {row['planned']}"
+            f"{name:40}{row.provider:20}{row.times.ms.median:8.3f}{row.times.ratio.median:7.2f}"
+            f"{graph}{row.step_us:9.2f}{expected:7.2f}  {row.path}"
         )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
-from .environment import Environment
-from .report import MARKS, cell_name, milliseconds, ratio, share, totals
-from .results import Row, summarize
+from . import report
+from .report import Table
+from .results import Results, summarize
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -28,34 +28,55 @@ _PAGE = """<!doctype html>
 <h2>Summary</h2>
 <p>Geometric mean of the ratio torch.nn time / fastrnn time; above 1 fastrnn is faster.</p>
 <div class="cards">{cards}</div>
+{failures}
 <h2>Speed-up</h2>
-<img src="data:image/png;base64,{speedup}" alt="Ratio of torch.nn's to fastrnn's time, by case">
+{speedup}
+<h2>Speed-up over T, B and H</h2>
+<p>Where nothing was measured the field is grey.</p>
+{heatmap}
 <h2>All cases</h2>
 <p>Times are medians. The band of the ratio is its 20th to 80th percentile. A case is
 <b class="slower">slower</b> if the whole band is below 1 or the median is below 0.97, and
 <b class="faster">faster</b> only if the whole band is above 1 and the median above 1.03.</p>
-<div class="wide">{table}</div>
-<h2>Time of one call</h2>
-<img src="data:image/png;base64,{time}" alt="Milliseconds of one call of both, by case">
+<p><label>Only lines that contain <input id="filter" placeholder="slower"></label></p>
+{results}
+{others}
+{published}
+<h2>Time of a step</h2>
+{steps}
+<h2>Memory</h2>
+{memory}
 <h2>How this was measured</h2>
 <ul>
-<li>Both sides are the public modules, with the same weights and the same input; input size is
-the hidden size. <i>forward</i> is inference without autograd, <i>training</i> is forward and
+<li>Everybody is called as users would, with the same weights and the same input, the product with
+the input included. <i>forward</i> is inference without autograd, <i>training</i> is forward and
 backward with the gradients of input, state and all parameters.</li>
 <li>Before a case is timed, all its results are compared with torch.nn's in the same dtype, with
 a tolerance that follows from the dtype and the number of sums. A case that differs gets no
 time.</li>
-<li>The two are timed in pairs, one right after the other in alternating order, after a warm-up.
-A ratio is taken within each pair.</li>
-<li><i>of GEMM</i>: fastrnn's operations a second, divided by those of a large matrix product of
-torch in the same run.</li>
+<li>Each provider is timed in pairs with torch.nn, one right after the other in alternating order,
+after a warm-up. A ratio is taken within each pair. On CUDA the clock is that of the device's
+events, and <i>as graph</i> is the ratio of the same calls replayed as CUDA graphs.</li>
+<li><i>of limit</i>: the least time that the device allows, divided by the time. The limit is the
+largest of: the products at the speed of a large matrix product; inputs, outputs and weights once
+at the speed of a copy of as many bytes; the recurrent weights once for each step at that speed,
+where they do not stay on chip; and, where the state has to cross between processors, an empty
+exchange for each step. {limits}</li>
 <li><i>path</i> is what the planner chose. On the path <i>torch</i>, fastrnn calls the same
-kernels as torch.nn, so that only the difference in Python remains.</li>
+kernels as torch.nn, so that only the difference in Python remains. <i>torch.nn runs</i> is what
+torch chooses by its own rules.</li>
 </ul>
 <h2>Environment</h2>
 {environment}
 <h2>Reproduce</h2>
 <pre>{command}</pre>
+<script>
+document.getElementById("filter").addEventListener("input", event => {{
+  const text = event.target.value.toLowerCase();
+  for (const line of document.querySelectorAll("tbody.filtered tr"))
+    line.hidden = !line.textContent.toLowerCase().includes(text);
+}});
+</script>
 </body>
 </html>
 """
@@ -86,6 +107,7 @@ th, td { padding: 4px 9px; text-align: left; white-space: nowrap;
 thead th { background: var(--panel); }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 tr.slower td, tr.wrong td, tr.failed td { background: var(--bad-bg); }
+input { font: inherit; }
 .slower td:last-child, .wrong td:last-child, .failed td:last-child, b.slower {
   color: var(--bad); font-weight: 600; }
 .faster td:last-child, b.faster { color: var(--good); font-weight: 600; }
@@ -94,24 +116,26 @@ pre { background: var(--panel); border: 1px solid var(--line); border-radius: 6p
   padding: 10px 14px; overflow-x: auto; }
 """
 
-_HEADERS = ("cell", "mode", "T", "B", "H", "dtype", "path", "fastrnn ms", "torch.nn ms", "of GEMM")
-_NUMBERS = (2, 3, 4, 7, 8, 9, 10)
+_ALT = {
+    "speedup": "Ratio of torch.nn's to fastrnn's time, by cell, mode and dtype",
+    "heatmap": "Ratio of torch.nn's to fastrnn's time, over T, B and H",
+    "steps": "Microseconds of a step over H, with the limit of the device",
+    "memory": "Peak memory of fastrnn over that of torch.nn",
+}
 
 
-def write_page(
-    path: Path, env: Environment, rows: Sequence[Row], speedup: Path, time: Path
-) -> None:
+def write_page(path: Path, results: Results, pictures: Mapping[str, Path]) -> None:
     """Write the report.
 
     Parameters
     ----------
     path : Path
         Of the HTML file to write.
-    env : Environment
-    rows : sequence of Row
-    speedup, time : Path
-        The pictures of ``plots``, which become part of the file.
+    results : Results
+    pictures : mapping of str to Path
+        Those of ``plots`` by name, which become part of the file.
     """
+    env, rows = results.env, results.rows
     commit = f"{env.commit}, with uncommitted changes" if env.dirty else env.commit
     facts = {
         "device": f"{env.device} ({env.device_type})",
@@ -119,6 +143,8 @@ def write_page(
         "fastrnn": f"{env.fastrnn} (commit {commit})",
         "torch": env.torch,
         "triton": env.triton,
+        "cuDNN": env.cudnn,
+        "driver": env.driver,
         "Python": env.python,
         "date": env.date,
     }
@@ -126,68 +152,61 @@ def write_page(
         css=_CSS,
         device=escape(env.device),
         date=escape(env.date.partition("T")[0]),
-        totals=escape(totals(rows)),
-        cards=_cards(rows),
-        table=_table(rows),
-        speedup=_base64(speedup),
-        time=_base64(time),
-        environment="".join(
-            [
-                '<table class="environment">',
-                *(
-                    f"<tr><th>{key}</th><td>{escape(str(fact))}</td></tr>"
-                    for key, fact in facts.items()
-                ),
-                "</table>",
-            ]
-        ),
+        totals=escape(report.totals(rows)),
+        cards=_cards(results),
+        results=_html(report.results_table(rows), "filtered"),
+        failures=_section("Not timed", report.failures_table(rows)),
+        others=_section("Everybody", report.providers_table(rows)),
+        published=_section("Published by others", report.published_table(rows)),
+        limits=escape(report.limits_line(results)),
+        environment=_environment(facts),
         command=escape(env.command),
+        **{name: _picture(pictures[name], alt) for name, alt in _ALT.items()},
     )
     path.write_text(text, encoding="utf-8")
 
 
-def _base64(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode("ascii")
+def _picture(path: Path, alt: str) -> str:
+    content = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<img src="data:image/png;base64,{content}" alt="{escape(alt)}">'
 
 
-def _cards(rows: Sequence[Row]) -> str:
+def _environment(facts: Mapping[str, object]) -> str:
+    lines = (f"<tr><th>{key}</th><td>{escape(str(fact))}</td></tr>" for key, fact in facts.items())
+    return f'<table class="environment">{"".join(lines)}</table>'
+
+
+def _cards(results: Results) -> str:
+    main = report.main_provider(results.rows)
     return "".join(
-        f'<div class="card">{s.cell} · {s.mode}<b>{s.mean_ratio:.2f}&times;</b>'
+        f'<div class="card">{s.cell} · {s.mode} · {s.dtype}<b>{s.mean_ratio:.2f}&times;</b>'
         f"<small>{s.faster} faster, {s.equal} equal, {s.slower} slower</small></div>"
-        for s in summarize(rows)
+        for s in summarize(results.rows)
+        if s.provider == main
     )
 
 
-def _table(rows: Sequence[Row]) -> str:
-    has_memory = any(row.torch_peak_mib is not None for row in rows)
-    headers = [*_HEADERS, "ratio [20-80 %]"]
-    numbers = [*_NUMBERS]
-    if has_memory:
-        numbers += [len(headers), len(headers) + 1]
-        headers += ["fastrnn MiB", "torch.nn MiB"]
-    lines = [_line("th", [*headers, ""], numbers)]
-    body = []
-    for row in rows:
-        case = row.case
-        cells = [cell_name(row), case.mode, case.steps, case.batch, case.hidden_size, case.dtype]
-        cells += [row.path, *_times(row), share(row), ratio(row)]
-        if has_memory:
-            peaks = (row.fastrnn_peak_mib, row.torch_peak_mib)
-            cells += ["-" if peak is None else f"{peak:.1f}" for peak in peaks]
-        line = _line("td", [*cells, MARKS[row.verdict]], numbers)
-        body.append(f'<tr class="{row.verdict}" title="{escape(row.reason)}">{line}</tr>')
-    return f"<table><thead><tr>{lines[0]}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+def _section(title: str, table: Table | None) -> str:
+    if table is None:
+        return ""
+    return f"<h2>{title}</h2><p>{escape(table.title)}</p>{_html(table)}"
 
 
-def _times(row: Row) -> list[str]:
-    times = row.times
-    return [milliseconds(times and times.fastrnn_ms), milliseconds(times and times.torch_ms)]
+def _html(table: Table, kind: str = "") -> str:
+    numbers = [header.startswith("#") for header in table.headers]
 
+    def line(tag: str, cells: tuple[str, ...]) -> str:
+        classes = (' class="number"' if is_number else "" for is_number in numbers)
+        return "".join(
+            f"<{tag}{css}>{escape(cell)}</{tag}>" for css, cell in zip(classes, cells, strict=True)
+        )
 
-def _line(tag: str, cells: Iterable[object], numbers: Sequence[int]) -> str:
-    return "".join(
-        f'<{tag} class="number">{escape(str(cell))}</{tag}>'
-        if k in numbers
-        else f"<{tag}>{escape(str(cell))}</{tag}>"
-        for k, cell in enumerate(cells)
+    head = line("th", tuple(header.removeprefix("#") for header in table.headers))
+    body = "".join(
+        f'<tr class="{verdict}" title="{escape(remark)}">{line("td", cells)}</tr>'
+        for cells, verdict, remark in table.lines
+    )
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
+        f'<tbody class="{kind}">{body}</tbody></table></div>'
     )

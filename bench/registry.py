@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any, NamedTuple
 
 LAYERS = ("lstm", "gru", "rnn")
 STEPS = ("lstm_cell", "gru_cell", "rnn_cell")
 CELLS = LAYERS + STEPS
 MODES = ("forward", "training")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-SUITES = ("quick", "full")
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,42 @@ class Case:
         return [self.steps - span * b // last for b in range(self.batch)]
 
     @property
+    def gates(self) -> int:
+        """How many times H columns the recurrent weights have."""
+        return {"lstm": 4, "gru": 3, "rnn": 1}[self.cell.removesuffix("_cell")]
+
+    @property
+    def directions(self) -> int:
+        """1 or 2."""
+        return 2 if self.bidirectional else 1
+
+    @property
+    def weights(self) -> int:
+        """Elements of all weight matrices."""
+        first = self.input_size + self.hidden_size
+        deeper = (self.num_layers - 1) * (self.directions + 1) * self.hidden_size
+        return self.directions * self.gates * self.hidden_size * (first + deeper)
+
+    @property
     def flops(self) -> float:
         """Operations in the products alone; in training three times those of inference."""
-        gates = {"lstm": 4, "gru": 3, "rnn": 1}[self.cell.removesuffix("_cell")]
-        directions = 2 if self.bidirectional else 1
-        deeper = (self.num_layers - 1) * directions * (directions + 1) * self.hidden_size
-        columns = directions * (self.input_size + self.hidden_size) + deeper
         passes = 3 if self.mode == "training" else 1
-        return 2.0 * passes * sum(self.lengths) * gates * self.hidden_size * columns
+        return 2.0 * passes * sum(self.lengths) * self.weights
+
+    @property
+    def min_bytes(self) -> float:
+        """Bytes that any implementation moves: input, output and weights, once in each pass.
+
+        In training forward reads x and the weights and writes y; backward reads all three and dy,
+        and writes the gradients of x and of the weights.
+        """
+        itemsize = {"float64": 8, "float32": 4}.get(self.dtype, 2)
+        rows = sum(self.lengths)
+        deeper = (self.num_layers - 1) * self.directions * self.hidden_size
+        inputs = rows * (self.input_size + deeper)
+        outputs = rows * self.num_layers * self.directions * self.hidden_size
+        once = inputs + outputs + self.weights
+        return float(itemsize * (3 * once if self.mode == "training" else once))
 
     @property
     def is_step(self) -> bool:
@@ -78,13 +106,19 @@ class Case:
     @property
     def shape(self) -> str:
         """Everything but the cell and the mode, for the axis of a plot."""
-        sizes = f"T{self.steps} B{self.batch} H{self.hidden_size}"
+        inputs = f"I{self.input_size} " if self.input_size != self.hidden_size else ""
+        sizes = f"T{self.steps} B{self.batch} {inputs}H{self.hidden_size}"
         dtype = {"float32": "", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}[
             self.dtype
         ]
         stack = f"{self.num_layers}L" * (self.num_layers > 1) + " bi" * self.bidirectional
         stack += " ragged" * self.ragged
         return " ".join(part for part in (sizes, dtype, stack) if part)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether T, B and H, with cell, mode and dtype, say it all: a point of a heat map."""
+        return not self.is_step and not self.stack and self.input_size == self.hidden_size
 
 
 # (T, B, H) from the latency of a single short sequence to what only GEMMs bound. The GPU's
@@ -104,27 +138,31 @@ _QUICK_SHAPES = {
 _QUICK_PICKS = {"lstm": range(6), "gru": (0, 1, 3, 4), "rnn": (0, 3, 4)}
 # On a CPU without half-precision units torch takes 20 times longer than in float32.
 _QUICK_HALF_SHAPE = {"cpu": (32, 8, 64), "cuda": (128, 64, 256)}
-_QUICK_STACK_SHAPE = (64, 8, 128)
+_STACK_SHAPE = {"cpu": (64, 8, 128), "cuda": (256, 16, 512)}
 _QUICK_STEPS = [("forward", 1, 128), ("training", 32, 256)]
 
-_FULL_STEPS = (16, 64, 256, 1024)
-_FULL_BATCHES = (1, 8, 32, 128)
-_FULL_HIDDEN = (64, 128, 256, 512, 1024)
-# On a CPU, where the largest of these take seconds a call: (T, B, H) in float32, and in bfloat16.
-_FULL_CPU_SHAPES = [
-    *product((128,), (1, 8, 64), (64, 256, 512, 1024)),
-    *product((32,), (1, 8, 64), (64, 512)),
-    *product((512,), (1, 8), (64, 512)),
-    (512, 64, 64),
-]
-_FULL_CPU_HALF_SHAPES = [(128, 1, 256), (128, 8, 64), (32, 8, 256)]
-_FULL_RAGGED_SHAPES = [(128, 8, 64), (128, 8, 256), (128, 64, 256)]
-
-# What the axes that were not asked for are, when others were.
-_AXES: dict[str, dict[str, Sequence[int]]] = {
-    "quick": {"steps": (128,), "batch": (1, 8, 64), "hidden": (64, 256)},
-    "full": {"steps": _FULL_STEPS, "batch": _FULL_BATCHES, "hidden": _FULL_HIDDEN},
+_FULL_STEPS = (16, 64, 256, 1024, 4096)
+_FULL_BATCHES = (1, 8, 16, 32, 64, 128, 256)
+_FULL_HIDDEN = (64, 128, 192, 256, 384, 512, 768, 1024, 1408, 2048)
+# What a call of a case may cost: on a CPU time, operations of an LSTM's inference, some 0.1 s; on a
+# GPU memory, elements of the output, of which training keeps up to ten times as many.
+_FULL_FLOPS = 1e10
+_FULL_OUTPUT = 2**28
+_FULL_DTYPES: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {"lstm": ("float32",), "gru": ("float32",), "rnn": ("float32",)},
+    "cuda": {
+        "lstm": ("float32", "bfloat16", "float16"),
+        "gru": ("float32", "bfloat16"),
+        "rnn": ("bfloat16",),
+    },
 }
+_FULL_CPU_HALF_SHAPES = [(128, 1, 256), (128, 8, 64), (32, 8, 256)]
+_FULL_RAGGED_SHAPES = {
+    "cpu": [(128, 8, 64), (128, 8, 256), (128, 64, 256)],
+    "cuda": [(256, 16, 256), (256, 64, 512), (1024, 16, 512)],
+}
+_STEP_BATCHES = (1, 8, 32, 128)
+_STEP_HIDDEN = (64, 128, 256, 512, 1024)
 
 
 def quick(device: str) -> list[Case]:
@@ -147,7 +185,7 @@ def quick(device: str) -> list[Case]:
     ]
     cases += [_case("lstm", mode, "bfloat16", *_QUICK_HALF_SHAPE[device]) for mode in MODES]
     cases += [
-        _case(cell, "training", "float32", *_QUICK_STACK_SHAPE, num_layers=2, bidirectional=True)
+        _case(cell, "training", "float32", *_STACK_SHAPE[device], num_layers=2, bidirectional=True)
         for cell in ("lstm", "gru")
     ]
     cases += [
@@ -169,41 +207,133 @@ def full(device: str) -> list[Case]:
     -------
     list of Case
     """
-    # Half of the grid, as the squares of one colour of a chessboard: every value of an axis
-    # still meets every value of each other axis.
     shapes = [
         (steps, batch, hidden)
         for (i, steps), (j, batch), (k, hidden) in product(
             enumerate(_FULL_STEPS), enumerate(_FULL_BATCHES), enumerate(_FULL_HIDDEN)
         )
-        if (i + j + k) % 2 == 0
+        # A fifth of the grid: every value of an axis still meets every value of each other axis.
+        if (i + 2 * j + 3 * k) % 5 == 0 and _is_affordable(steps, batch, hidden, device)
     ]
-    # The dtype changes the speed of the GEMMs, hardly how it depends on T: one T is enough.
-    half_shapes = [shape for shape in shapes if shape[0] == 64]
-    half = ("bfloat16",) if device == "cpu" else ("bfloat16", "float16")
-    if device == "cpu":
-        shapes, half_shapes = _FULL_CPU_SHAPES, _FULL_CPU_HALF_SHAPES
+    dtypes = _FULL_DTYPES[device]
     cases = [
         _case(cell, mode, dtype, *shape)
-        for dtype in ("float32", *half)
-        for cell, shape, mode in product(
-            LAYERS, shapes if dtype == "float32" else half_shapes, MODES
-        )
+        for cell in LAYERS
+        for dtype, shape, mode in product(dtypes[cell], shapes, MODES)
+    ]
+    if device == "cpu":
+        cases += [
+            _case(cell, mode, "bfloat16", *shape)
+            for cell, shape, mode in product(LAYERS, _FULL_CPU_HALF_SHAPES, MODES)
+        ]
+    main = "float32" if device == "cpu" else "bfloat16"
+    cases += [
+        _case(cell, mode, main, *shape, ragged=True)
+        for cell, shape, mode in product(LAYERS, _FULL_RAGGED_SHAPES[device], MODES)
     ]
     cases += [
-        dataclasses.replace(_case(cell, mode, "float32", *shape), ragged=True)
-        for cell, shape, mode in product(LAYERS, _FULL_RAGGED_SHAPES, MODES)
-    ]
-    cases += [
-        _case(cell, mode, "float32", *_QUICK_STACK_SHAPE, num_layers=2, bidirectional=both)
-        for cell, mode, both in product(LAYERS, MODES, (False, True))
+        _case(cell, mode, main, *_STACK_SHAPE[device], num_layers=layers, bidirectional=both)
+        for cell, mode, (layers, both) in product(LAYERS, MODES, ((2, False), (1, True), (2, True)))
     ]
     cases += [
         _case(cell, mode, "float32", 1, batch, hidden)
-        for cell, mode, batch, hidden in product(STEPS, MODES, _FULL_BATCHES, _FULL_HIDDEN)
+        for cell, mode, batch, hidden in product(STEPS, MODES, _STEP_BATCHES, _STEP_HIDDEN)
         if (batch in (1, 32)) == (hidden in (64, 256, 1024)) and batch * hidden < 2**16
     ]
     return cases
+
+
+def _is_affordable(steps: int, batch: int, hidden: int, device: str) -> bool:
+    if device == "cpu":
+        return _case("lstm", "forward", "float32", steps, batch, hidden).flops <= _FULL_FLOPS
+    return steps * batch * hidden <= _FULL_OUTPUT
+
+
+class Published(NamedTuple):
+    """A figure that others published.
+
+    Attributes
+    ----------
+    case : Case
+    who : str
+        Whose implementation.
+    ms : float
+    device : str
+    source : str
+    """
+
+    case: Case
+    who: str
+    ms: float
+    device: str
+    source: str
+
+
+_FLASHRNN = "FlashRNN, figure head_dim--lstm.svg of its repository"
+_GRU_QAT = "gru-qat, README"
+_TORCHRL = "torchrl, pull request 3725"
+_FLASHRNN_CASE = Case("lstm", "forward", "float16", 1024, 16, 768, 768)
+_FLASHRNN_TRAINING = dataclasses.replace(_FLASHRNN_CASE, mode="training")
+_GRU_QAT_CASE = Case("gru", "training", "float32", 64, 32, 512, 512)
+# H is not stated there; 256 is that of torchrl's own benchmark.
+_TORCHRL_CASE = Case("gru", "forward", "float32", 64, 128, 256, 256)
+
+#: What others published about the cases of `published`. FlashRNN's own times are without the
+#: product with the input, which every other time has.
+PUBLISHED = (
+    Published(_FLASHRNN_CASE, "cuDNN", 2.01, "H100", _FLASHRNN),
+    Published(_FLASHRNN_TRAINING, "cuDNN", 5.19, "H100", _FLASHRNN),
+    *(
+        Published(dataclasses.replace(case, dtype=dtype), who, ms, "H100", _FLASHRNN)
+        for case, who, dtype, ms in (
+            (_FLASHRNN_CASE, "FlashRNN, fused CUDA", "bfloat16", 4.87),
+            (_FLASHRNN_TRAINING, "FlashRNN, fused CUDA", "bfloat16", 13.61),
+            (_FLASHRNN_CASE, "haste", "float32", 18.41),
+            (_FLASHRNN_TRAINING, "haste", "float32", 43.86),
+        )
+    ),
+    Published(_GRU_QAT_CASE, "cuDNN", 4.4, "RTX 2000 Ada", _GRU_QAT),
+    Published(_GRU_QAT_CASE, "gru-qat, persistent Triton", 8.8, "RTX 2000 Ada", _GRU_QAT),
+    Published(_GRU_QAT_CASE, "torch.compile of a loop", 38.7, "RTX 2000 Ada", _GRU_QAT),
+    Published(_TORCHRL_CASE, "cuDNN", 1.07, "not stated", _TORCHRL),
+    Published(_TORCHRL_CASE, "torch.compile of a scan", 2.95, "not stated", _TORCHRL),
+)
+
+
+def published(device: str) -> list[Case]:
+    """The sizes at which others published figures, and a few that they use as a yardstick.
+
+    Parameters
+    ----------
+    device : {'cpu', 'cuda'}
+        On a CPU half precision becomes float32, and what would take minutes there is left out.
+
+    Returns
+    -------
+    list of Case
+    """
+    cases = [figure.case for figure in PUBLISHED]
+    for mode in MODES:
+        # The default of pytorch/benchmarks/fastrnns; two of torchrl's (a batch of 2048 in its pull
+        # request 4174 and, as large, a long one), and one of a persistent LSTM on AMD's DCU.
+        cases += [
+            _case("lstm", mode, "float32", 100, 64, 512),
+            _case("gru", mode, "float32", 64, 128, 256),
+            _case("gru", mode, "float32", 512, 2048, 128),
+            _case("gru", mode, "float32", 2048, 512, 128),
+            _case("lstm", mode, "float16", 1000, 512, 128, num_layers=4),
+        ]
+    if device == "cpu":
+        cases = [dataclasses.replace(case, dtype="float32") for case in cases]
+        cases = [case for case in cases if case.steps * case.batch <= 2**14]
+    return list(dict.fromkeys(cases))
+
+
+SUITES: dict[str, Callable[[str], list[Case]]] = {
+    "quick": quick,
+    "full": full,
+    "published": published,
+}
 
 
 def select(
@@ -211,58 +341,98 @@ def select(
     device: str,
     *,
     cells: Sequence[str] | None = None,
-    steps: Sequence[int] | None = None,
-    batch: Sequence[int] | None = None,
-    hidden: Sequence[int] | None = None,
-    dtype: Sequence[str] | None = None,
+    modes: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
 ) -> list[Case]:
-    """Choose the cases to measure.
+    """Choose cases of a suite.
 
     Parameters
     ----------
-    suite : {'quick', 'full'}
+    suite : str
+        Key of ``SUITES``.
     device : {'cpu', 'cuda'}
-    cells, steps, batch, hidden, dtype : sequence, optional
-        If any is given, the cases are the product of the given values in both modes
-        instead of the suite; the suite then gives the values of the other axes.
+    cells, modes, dtypes : sequence of str, optional
+        If given, only the cases of these.
 
     Returns
     -------
     list of Case
-        Without duplicates, in the order of ``CELLS``.
+        In the order of ``CELLS``.
 
     Examples
     --------
     >>> from fastrnn.bench.registry import select
-    >>> [case.shape for case in select("quick", "cpu", cells=["gru"], steps=[16], batch=[2])]
-    ['T16 B2 H64', 'T16 B2 H64', 'T16 B2 H256', 'T16 B2 H256']
+    >>> {case.dtype for case in select("quick", "cpu", cells=["lstm"], modes=["forward"])} == {
+    ...     "float32", "bfloat16"}
+    True
     """
-    if not any((cells, steps, batch, hidden, dtype)):
-        return _grouped({"quick": quick, "full": full}[suite](device))
-    axes = _AXES[suite]
     return _grouped(
-        _case(cell, mode, of, *shape)
-        for of in dtype or ("float32",)
-        for cell in cells or LAYERS
-        for shape in product(
-            steps or axes["steps"], batch or axes["batch"], hidden or axes["hidden"]
-        )
-        for mode in MODES
+        case
+        for case in SUITES[suite](device)
+        if (not cells or case.cell in cells)
+        and (not modes or case.mode in modes)
+        and (not dtypes or case.dtype in dtypes)
     )
 
 
+def grid(
+    *,
+    cells: Sequence[str] | None = None,
+    modes: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    steps: Sequence[int] | None = None,
+    batches: Sequence[int] | None = None,
+    hidden: Sequence[int] | None = None,
+    inputs: Sequence[int] | None = None,
+    **stack: Any,
+) -> list[Case]:
+    """Make the product of the given values.
+
+    Parameters
+    ----------
+    cells, modes, dtypes : sequence of str, optional
+        By default the three layers, both modes and float32.
+    steps, batches, hidden : sequence of int, optional
+        By default (128,), (1, 8, 64) and (64, 256).
+    inputs : sequence of int, optional
+        By default each hidden size is also that of its input.
+    **stack
+        `num_layers`, `bidirectional` and `ragged` of `Case`, for all; cell modules, which have none
+        of these, are left as they are.
+
+    Returns
+    -------
+    list of Case
+        In the order of ``CELLS``.
+
+    Examples
+    --------
+    >>> from fastrnn.bench.registry import grid
+    >>> [case.shape for case in grid(cells=["gru"], modes=["forward"], steps=[16], batches=[2])]
+    ['T16 B2 H64', 'T16 B2 H256']
+    """
+    cases = []
+    for cell, mode, dtype, t, b, h in product(
+        cells or LAYERS,
+        modes or MODES,
+        dtypes or ("float32",),
+        steps or (128,),
+        batches or (1, 8, 64),
+        hidden or (64, 256),
+    ):
+        options = {} if cell in STEPS else stack
+        cases += [
+            dataclasses.replace(_case(cell, mode, dtype, t, b, h), input_size=i, **options)
+            for i in inputs or (h,)
+        ]
+    return _grouped(cases)
+
+
 def _case(
-    cell: str,
-    mode: str,
-    dtype: str,
-    steps: int,
-    batch: int,
-    hidden: int,
-    num_layers: int = 1,
-    bidirectional: bool = False,
+    cell: str, mode: str, dtype: str, steps: int, batch: int, hidden: int, **stack: Any
 ) -> Case:
     steps = 1 if cell in STEPS else steps
-    return Case(cell, mode, dtype, steps, batch, hidden, hidden, num_layers, bidirectional)
+    return Case(cell, mode, dtype, steps, batch, hidden, hidden, **stack)
 
 
 def _grouped(cases: Iterable[Case]) -> list[Case]:

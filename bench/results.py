@@ -16,7 +16,7 @@ from .environment import Environment
 from .registry import Case
 
 #: Version of the files' layout: raised when a field changes its meaning or goes away.
-SCHEMA = 2
+SCHEMA = 3
 
 # A median ratio this far from 1 is called a difference.
 _MARGIN = 0.03
@@ -31,42 +31,49 @@ class Band(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Milliseconds of one call of each side, and torch.nn time / fastrnn time of the pairs."""
+    """Milliseconds of one call, and torch.nn time / this time of the pairs."""
 
-    fastrnn_ms: Band
-    torch_ms: Band
+    ms: Band
     ratio: Band
 
 
 @dataclass(frozen=True)
 class Row:
-    """The result of one case.
+    """What one provider did in one case.
 
     Attributes
     ----------
     case : Case
-    path, reason : str
-        The planner's choice; for a failed case the reason is the error.
+    provider : str
+        Key of ``providers.PROVIDERS``.
+    path : str
+        What ran: for fastrnn the planner's path or the schedules of its kernels, for torch.nn
+        the library's algorithm; '' for others.
+    reason : str
+        The planner's, or for what failed the error.
     status : {'ok', 'wrong', 'failed'}
-        'wrong' if fastrnn's results differ from torch.nn's, 'failed' if the case could not
-        be run.
+        'wrong' if the results differ from torch.nn's, 'failed' if the case could not be run.
     tolerance : float
         Allowed difference of an output or gradient, relative to its largest element.
     error : float, optional
         The largest difference; None for a failed case.
     pairs : int
-        How often both sides were timed.
+        How often the provider and torch.nn were timed one after the other.
     times : Times, optional
-        None unless the status is 'ok'. In files a band is three columns, such as
-        ``ratio`` (the median), ``ratio_p20`` and ``ratio_p80``.
-    fastrnn_peak_mib, torch_peak_mib : float, optional
+        As users call it; None unless the status is 'ok'. In files a band is three columns, such
+        as ``ratio`` (the median), ``ratio_p20`` and ``ratio_p80``.
+    graph : Times, optional
+        As a CUDA graph that is replayed; None on a CPU and where it cannot be captured.
+    peak_mib : float, optional
         Largest memory that one call allocates; on a CPU by the resident set, on Linux only.
-    share : float, optional
-        Operations of fastrnn a second, divided by those of a large matrix product of torch on
-        the same device in the same run.
+    limit_ms : float, optional
+        What the case takes at least on this device; see ``limits``.
+    bound : str, optional
+        What that limit is made of.
     """
 
     case: Case
+    provider: str
     path: str
     reason: str
     status: str
@@ -74,9 +81,22 @@ class Row:
     error: float | None = None
     pairs: int = 0
     times: Times | None = None
-    fastrnn_peak_mib: float | None = None
-    torch_peak_mib: float | None = None
-    share: float | None = None
+    graph: Times | None = None
+    peak_mib: float | None = None
+    limit_ms: float | None = None
+    bound: str | None = None
+
+    @property
+    def step_us(self) -> float | None:
+        """Microseconds for each of the T steps, all layers and directions together."""
+        return self.times and self.times.ms.median * 1e3 / self.case.steps
+
+    @property
+    def share(self) -> float | None:
+        """The limit divided by the time: 1 is as fast as the device can be."""
+        if self.times is None or self.limit_ms is None:
+            return None
+        return self.limit_ms / self.times.ms.median
 
     @property
     def verdict(self) -> str:
@@ -96,58 +116,87 @@ class Row:
     def record(self) -> dict[str, Any]:
         """The row as flat fields, as files have it."""
         fields = dataclasses.asdict(self)
-        times = fields.pop("times")
+        for name in _TIMES:
+            del fields[name]
         return {
             **fields.pop("case"),
             **fields,
             **{
-                column: times and getattr(getattr(times, name), statistic)
-                for name, statistic, column in _band_columns()
+                column: (times := getattr(self, name)) and getattr(getattr(times, part), statistic)
+                for name, part, statistic, column in _band_columns()
             },
+            **{name: getattr(self, name) for name in _DERIVED},
         }
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Row:
         """The inverse of `record`; KeyError, TypeError or ValueError if fields do not fit."""
         rest = dict(record)
+        for name in _DERIVED:
+            del rest[name]
         case = Case(**{field.name: rest.pop(field.name) for field in dataclasses.fields(Case)})
-        numbers = [rest.pop(column) for _, _, column in _band_columns()]
-        times = None
-        if numbers[0] is not None:
-            values = map(float, numbers)
-            times = Times(*(Band(*triple) for triple in zip(values, values, values, strict=True)))
-        return cls(case=case, times=times, **rest)
+        numbers = [rest.pop(column) for *_, column in _band_columns()]
+        size = len(numbers) // len(_TIMES)
+        times: dict[str, Any] = {
+            name: _times_of(numbers[k * size : (k + 1) * size]) for k, name in enumerate(_TIMES)
+        }
+        return cls(case=case, **times, **rest)
 
 
-def _band_columns() -> list[tuple[str, str, str]]:
-    """Name, statistic and column of every number in a `Times`."""
-    return [
-        (name, statistic, name if statistic == "median" else f"{name}_{statistic}")
-        for name in Times._fields
-        for statistic in Band._fields
-    ]
+# Fields that are several columns, and columns that follow from others.
+_TIMES = ("times", "graph")
+_DERIVED = ("step_us", "share")
 
 
-def write_json(path: Path, env: Environment, rows: Sequence[Row]) -> None:
+def _band_columns() -> list[tuple[str, str, str, str]]:
+    """Field, part, statistic and column of every number in the `Times` of a row."""
+    columns = []
+    for name in _TIMES:
+        prefix = "graph_" if name == "graph" else ""
+        for part in Times._fields:
+            for statistic in Band._fields:
+                suffix = "" if statistic == "median" else f"_{statistic}"
+                columns.append((name, part, statistic, f"{prefix}{part}{suffix}"))
+    return columns
+
+
+def _times_of(numbers: Sequence[Any]) -> Times | None:
+    if numbers[0] is None:
+        return None
+    values = map(float, numbers)
+    return Times(*(Band(*triple) for triple in zip(values, values, values, strict=True)))
+
+
+class Results(NamedTuple):
+    """A benchmark: where it ran, what the device can do (see ``limits``), and the rows."""
+
+    env: Environment
+    limits: dict[str, Any]
+    rows: list[Row]
+
+
+def write_json(path: Path, results: Results) -> None:
     """Write everything; `load` reads it."""
     content = {
         "schema": SCHEMA,
-        "environment": dataclasses.asdict(env),
-        "rows": [row.record() for row in rows],
+        "environment": dataclasses.asdict(results.env),
+        "limits": results.limits,
+        "rows": [row.record() for row in results.rows],
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def write_csv(path: Path, env: Environment, rows: Sequence[Row]) -> None:
+def write_csv(path: Path, results: Results) -> None:
     """Write a table whose rows each carry the environment; for other programs."""
-    records = [{**row.record(), **dataclasses.asdict(env)} for row in rows]
+    environment = dataclasses.asdict(results.env)
+    records = [{**row.record(), **environment} for row in results.rows]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(records[0]))
         writer.writeheader()
         writer.writerows(records)
 
 
-def load(path: Path) -> tuple[Environment, list[Row]]:
+def load(path: Path) -> Results:
     """Read a results.json.
 
     Parameters
@@ -156,7 +205,7 @@ def load(path: Path) -> tuple[Environment, list[Row]]:
 
     Returns
     -------
-    tuple of Environment and list of Row
+    Results
 
     Raises
     ------
@@ -174,15 +223,38 @@ def load(path: Path) -> tuple[Environment, list[Row]]:
     try:
         rows = [Row.from_record(record) for record in content["rows"]]
         hash(tuple(row.case for row in rows))  # TypeError if a field of a case is a list
-        return Environment(**content["environment"]), rows
+        return Results(Environment(**content["environment"]), dict(content["limits"]), rows)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path} has missing, unknown or wrong fields: {error}") from error
 
 
+def by_case(rows: Sequence[Row]) -> dict[Case, dict[str, Row]]:
+    """Group rows: for each case its providers, in the order in which these occur.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+
+    Returns
+    -------
+    dict of Case to dict of str to Row
+    """
+    groups: dict[Case, dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault(row.case, {})[row.provider] = row
+    return groups
+
+
+def of_provider(rows: Sequence[Row], provider: str) -> list[Row]:
+    """Choose the rows of one provider."""
+    return [row for row in rows if row.provider == provider]
+
+
 class Change(NamedTuple):
-    """One case in an old and a new benchmark."""
+    """One case of one provider in an old and a new benchmark."""
 
     case: Case
+    provider: str
     old_ms: float
     new_ms: float
     old_ratio: float
@@ -191,7 +263,7 @@ class Change(NamedTuple):
 
 
 def compare(old: Sequence[Row], new: Sequence[Row], threshold: float = 0.1) -> list[Change]:
-    """Compare the cases that were timed in both benchmarks.
+    """Compare what was timed of ours in both benchmarks.
 
     Parameters
     ----------
@@ -205,18 +277,19 @@ def compare(old: Sequence[Row], new: Sequence[Row], threshold: float = 0.1) -> l
     list of Change
         In the order of `new`.
     """
-    before = {row.case: row.times for row in old}
+    before = {(row.case, row.provider): row.times for row in old}
     changes = []
     for row in new:
-        past = before.get(row.case)
-        if past is None or row.times is None:
+        past = before.get((row.case, row.provider))
+        if past is None or row.times is None or not row.provider.startswith("fastrnn"):
             continue
         old_ratio, new_ratio = past.ratio.median, row.times.ratio.median
         changes.append(
             Change(
                 row.case,
-                past.fastrnn_ms.median,
-                row.times.fastrnn_ms.median,
+                row.provider,
+                past.ms.median,
+                row.times.ms.median,
                 old_ratio,
                 new_ratio,
                 is_regression=new_ratio < old_ratio * (1 - threshold),
@@ -226,30 +299,39 @@ def compare(old: Sequence[Row], new: Sequence[Row], threshold: float = 0.1) -> l
 
 
 class Summary(NamedTuple):
-    """The timed rows of one cell and mode: geometric mean of the ratio, and verdicts."""
+    """Timed rows of one provider, cell, mode and dtype: geometric mean of the ratio, verdicts."""
 
+    provider: str
     cell: str
     mode: str
+    dtype: str
     mean_ratio: float
+    worst_ratio: float
     faster: int
     equal: int
     slower: int
 
 
 def summarize(rows: Sequence[Row]) -> list[Summary]:
-    """Group rows by cell and mode, in the order in which these occur."""
-    groups: dict[tuple[str, str], tuple[list[float], list[str]]] = {}
+    """Group rows by provider, cell, mode and dtype, in the order in which these occur.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+        Those of torch.nn, whose ratio is 1, are left out.
+
+    Returns
+    -------
+    list of Summary
+    """
+    groups: dict[tuple[str, str, str, str], list[tuple[float, str]]] = {}
     for row in rows:
-        if row.times is not None:
-            ratios, verdicts = groups.setdefault((row.case.cell, row.case.mode), ([], []))
-            ratios.append(row.times.ratio.median)
-            verdicts.append(row.verdict)
-    return [
-        Summary(
-            cell,
-            mode,
-            statistics.geometric_mean(ratios),
-            *(verdicts.count(verdict) for verdict in ("faster", "equal", "slower")),
-        )
-        for (cell, mode), (ratios, verdicts) in groups.items()
-    ]
+        if row.times is not None and row.provider != "torch.nn":
+            key = row.provider, row.case.cell, row.case.mode, row.case.dtype
+            groups.setdefault(key, []).append((row.times.ratio.median, row.verdict))
+    summaries = []
+    for key, found in groups.items():
+        ratios, verdicts = zip(*found, strict=True)
+        counts = (verdicts.count(verdict) for verdict in ("faster", "equal", "slower"))
+        summaries.append(Summary(*key, statistics.geometric_mean(ratios), min(ratios), *counts))
+    return summaries

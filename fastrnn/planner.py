@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -255,7 +256,7 @@ def _choose_path(
         return ("torch", str(gap)) if kernels is None else _on_gpu(problem, *kernels)
     if problem.is_step:
         return "torch", "one step is one fused ATen call; ours would have to pack the weights"
-    if problem.dtype in (torch.bfloat16, torch.float16) and _multiplies(problem.dtype):
+    if problem.dtype in (torch.bfloat16, torch.float16) and multiplies(problem.dtype):
         return "torch", f"this CPU multiplies {problem.dtype}; we would use float32"
     gap = cpu.kernel_gap(problem.dtype, problem.projected)
     return _kernels_on_cpu(problem) if gap is None else _loop_on_cpu(problem, gap)
@@ -275,11 +276,16 @@ _KERNEL_MIN_STEPS = {"rnn": (8, 8), "gru": (4, 4), "lstm": (2, 4)}
 _SMALL_LSTM = 128  # hidden units below which training needs more steps
 _SMALL_LSTM_MIN_STEPS = 48
 # Where oneDNN's LSTM is as fast or faster, (T, B, H): training (128, 64, 512) 0.91, (128, 64, 1024)
-# 0.96, (128, 64, 256) 1.28; inference (32, 1, 512) 0.83, (128, 1, 512) 0.99, (128, 1, 256) 1.21,
-# because packing the weights takes as long as using them.
+# 0.96, (128, 64, 256) 1.28.
 _LARGE_LSTM = 64 * 512  # B * H
-_WIDE_LSTM = 512
-_WIDE_LSTM_MIN_STEPS = 128
+# Inference, where packing the weights takes as long as using them in a few steps:
+#   B=1   H=64 T=8 0.94, 32 1.05; H=128 T=32 0.83, 64 1.14; H=256 T=32 0.90, 64 1.10
+#         H=512 T=64 0.98, 128 1.00
+#   B=4   H=64 T=8 1.11; H=128 T=8 0.98, 16 1.09; H=256 T=32 0.92, 64 1.19; H=512 T=32 0.90, 64 1.02
+#   B=16  H=64 T=8 1.07; H=128 T=8 1.03; H=256 T=16 0.90, 32 1.02; H=512 T=32 0.96, 64 1.06
+# Up to so many hidden units, steps with a batch below 4 and with a larger one.
+_LSTM_MIN_STEPS = ((127, 32, 2), (255, 64, 16), (511, 64, 64), (math.inf, 128, 64))
+_MANY_ROWS = 1024  # T * B from which packing does not matter
 
 # Where the loop of torch operators wins, T=64, in training:
 #   float64 (B, H) = (8, 64), (8, 256), (64, 256): 1.2-1.3, 1.2-1.3, 0.9-1.2
@@ -309,11 +315,13 @@ def _kernels_on_cpu(problem: Problem) -> tuple[str, str]:
 
 
 def _kernel_min_steps(problem: Problem) -> int:
-    if problem.cell == "lstm":
+    if problem.cell == "lstm" and problem.dtype == torch.float32:  # oneDNN's is slow in halves
         if problem.training and problem.hidden_size < _SMALL_LSTM:
             return _SMALL_LSTM_MIN_STEPS
-        if not problem.training and problem.batch == 1 and problem.hidden_size >= _WIDE_LSTM:
-            return _WIDE_LSTM_MIN_STEPS
+        if not problem.training and problem.steps * problem.batch < _MANY_ROWS:
+            for hidden, *minima in _LSTM_MIN_STEPS:
+                if problem.hidden_size <= hidden:
+                    return minima[problem.batch >= 4]
     return _KERNEL_MIN_STEPS[problem.cell.partition("_")[0]][problem.training]
 
 
@@ -339,8 +347,17 @@ def _loop_on_cpu(problem: Problem, gap: str) -> tuple[str, str]:
 
 
 @functools.cache
-def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has fast products of a half-precision dtype on this CPU."""
+def multiplies(dtype: torch.dtype) -> bool:
+    """Tell whether oneDNN has fast products of a half-precision dtype on this CPU.
+
+    Parameters
+    ----------
+    dtype : {torch.bfloat16, torch.float16}
+
+    Returns
+    -------
+    bool
+    """
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
@@ -360,7 +377,7 @@ def _on_gpu(problem: Problem, forward: Choice, backward: Choice) -> tuple[str, s
         return "torch", "one step is one fused ATen call; ours was not measured against it"
     if problem.steps < _GPU_MIN_STEPS:
         return "torch", f"below {_GPU_MIN_STEPS} steps launching our kernels costs what they save"
-    if _is_persistent_in_cudnn(problem):
+    if "persistent" in cudnn_algorithm(problem).split(", "):
         return "torch", "cuDNN has a persistent kernel for this shape, ours was not measured"
     choices = (forward, backward) if problem.training else (forward,)
     if any(choice.config.schedule == "stepwise" for choice in choices):
@@ -369,24 +386,45 @@ def _on_gpu(problem: Problem, forward: Choice, backward: Choice) -> tuple[str, s
     return "loop", f"recurrent weights on chip; by the model {times} us a step"
 
 
-def _is_persistent_in_cudnn(problem: Problem) -> bool:
-    """Whether torch picks cuDNN's PERSIST_STATIC, for at least 98 SMs (ATen/native/cudnn/RNN.cpp).
+def cudnn_algorithm(problem: Problem) -> str:
+    """Name the algorithm that torch asks cuDNN for (ATen/native/cudnn/RNN.cpp, Ampere and later).
 
-    Its best known time is 1.96 us a step, LSTM with T=1024, B=16, I=H=768 on an H100 (published
-    by the authors of FlashRNN).
+    Parameters
+    ----------
+    problem : Problem
+        On a CUDA device.
+
+    Returns
+    -------
+    {'standard', 'small persistent', 'persistent'}
+        'standard' is launches for each step, the others keep the recurrent weights on chip. If
+        forward and backward differ, 'forward, backward'.
     """
-    return (
-        problem.gpu is not None
-        and problem.gpu.target == "cuda"
-        and problem.dtype == torch.float16
+    if problem.packed or problem.projected:
+        return "standard"
+    gpu, hidden = problem.gpu, problem.hidden_size
+    if (
+        problem.dtype == torch.float16
         and problem.layers == problem.directions == 1
         and problem.cell != "gru"
-        and problem.hidden_size <= 1024
-        and problem.hidden_size % 128 == 0
+        and hidden <= 1024
+        and hidden % 128 == 0
         and problem.input_size % 128 == 0
+        and gpu is not None
+        and gpu.processors >= 98
+        and gpu.capability % 10 != 6
         and problem.batch % 8 == 0
         and problem.batch <= 128
-    )
+    ):
+        large = "persistent"
+    else:
+        large = "standard"
+    small = {"rnn": (384, 256)}.get(problem.cell.partition("_")[0], (192, 128))
+    names = [
+        "small persistent" if hidden <= most and problem.dtype != torch.float64 else large
+        for most in small[: 2 if problem.training else 1]
+    ]
+    return ", ".join(dict.fromkeys(names))
 
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -126,6 +126,6 @@ def test_cases_cover_every_argument():
 
 @pytest.mark.parametrize("native", [False, True])
 def test_plan_of_half_precision_depends_on_the_cpu(capsys, monkeypatch, native):
-    monkeypatch.setattr(fastrnn.planner, "_multiplies", lambda dtype: native)
+    monkeypatch.setattr(fastrnn.planner, "multiplies", lambda dtype: native)
     main(["plan", "--cell", "lstm", "--B", "16", "--H", "64", "--dtype", "bf16"])
     assert capsys.readouterr().out.startswith("torch: " if native else "loop: ")

@@ -64,7 +64,7 @@ def test_number_of_threads(monkeypatch, two_threads):
     monkeypatch.setattr(machine, "cores", lambda: 1)
     assert engine.threads(10**9) == 1, "more threads than CPUs would wait for each other"
     monkeypatch.setattr(machine, "cores", lambda: 16)
-    monkeypatch.setattr(engine, "_openmp", lambda: None)
+    monkeypatch.setattr(engine, "openmp", lambda: None)
     assert engine.threads(10**9) == 1
 
 
@@ -72,7 +72,7 @@ def test_without_an_openmp_runtime(monkeypatch):
     model, x = module_and_input()
     with torch.no_grad():
         expected, _ = model(x)
-        monkeypatch.setattr(engine, "_openmp", lambda: None)
+        monkeypatch.setattr(engine, "openmp", lambda: None)
         monkeypatch.setattr(engine, "_loaded", {})
         assert torch.equal(model(x)[0], expected)
 

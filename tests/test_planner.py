@@ -53,7 +53,7 @@ HALF = GRU._replace(dtype=torch.float16)
     ],
 )
 def test_thresholds_of_the_cpu_kernels(monkeypatch, problem, expected):
-    monkeypatch.setattr(fastrnn.planner, "_multiplies", lambda dtype: False)
+    monkeypatch.setattr(fastrnn.planner, "multiplies", lambda dtype: False)
     monkeypatch.setattr(fastrnn.cpu.machine, "target", lambda: machine.AVX2)
     assert plan(problem).path == expected
 
@@ -83,7 +83,7 @@ LONG = GRU._replace(steps=48, training=True)
 )
 @pytest.mark.parametrize("lacks", ["llvmlite", "instructions"])
 def test_thresholds_without_cpu_kernels(monkeypatch, problem, expected, lacks):
-    monkeypatch.setattr(fastrnn.planner, "_multiplies", lambda dtype: False)
+    monkeypatch.setattr(fastrnn.planner, "multiplies", lambda dtype: False)
     if lacks == "llvmlite":
         monkeypatch.setattr(machine, "_has_compiler", lambda: False)
     else:
@@ -95,7 +95,7 @@ def test_thresholds_without_cpu_kernels(monkeypatch, problem, expected, lacks):
 
 
 def test_half_precision_that_the_cpu_multiplies_is_torchs(monkeypatch):
-    monkeypatch.setattr(fastrnn.planner, "_multiplies", lambda dtype: True)
+    monkeypatch.setattr(fastrnn.planner, "multiplies", lambda dtype: True)
     assert plan(HALF._replace(steps=100)).path == "torch"
 
 

@@ -33,8 +33,13 @@ _WRITERS = ("machine", "arguments", "vector", "cells", "tiles", "sequence", "nat
 
 
 @functools.cache
-def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP runtime in this process; libgomp, or another one with its interface."""
+def openmp() -> ctypes.CDLL | None:
+    """Find the OpenMP runtime in this process: libgomp, or another one with its interface.
+
+    Returns
+    -------
+    ctypes.CDLL or None
+    """
     folder = Path(torch.__file__).parent / "lib"
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         if (folder / name).exists():
@@ -64,7 +69,7 @@ def threads(flops: int) -> int:
     -------
     int
     """
-    if flops < _MIN_FLOPS or machine.is_forked() or _openmp() is None:
+    if flops < _MIN_FLOPS or machine.is_forked() or openmp() is None:
         return 1
     return min(torch.get_num_threads(), machine.cores())
 
@@ -125,7 +130,7 @@ def _load(cell: str, target: Target) -> Kernels:
         code = for_.emit_object(optimized(cell, target, for_))
         _log.warning("compiled the %s kernels in %.1f s", cell, time.perf_counter() - start)
         _to_cache(cell, target, code)
-    library = _openmp()
+    library = openmp()
     for name in _RUNTIME:
         function = getattr(library, name) if library else _never_called
         llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
@@ -260,7 +265,7 @@ def run(cell: str, name: str, arguments: Arguments, threads: int) -> None:
     # By reference, so that the call holds the arguments, and they hold the tensors: a compiler that
     # traces Python would otherwise free what is known by address only.
     reference = ctypes.byref(arguments)
-    library = _openmp()
+    library = openmp()
     if threads > 1 and library is not None:
         library.GOMP_parallel(addresses[f"{name}_region"], reference, threads, 0)
     else:

@@ -1,0 +1,226 @@
+"""What a device can do at most, measured, and the time below which a case cannot come.
+
+Whatever the implementation, a case needs its products, has to move its inputs, outputs and weights,
+and has to hand h from step to step. `Limits` measures how fast the device multiplies, copies and
+hands over in the same run, and turns that into the least time of a case and what bounds it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import planner
+from .providers import problem_of
+from .registry import Case
+
+_GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+# Working sets of these bytes are copied, half of them to the other half: as near to the processor
+# as they may lie in caches.
+_COPY_BYTES = [2**k for k in range(20, 28)]
+_REPEATS = 5
+
+
+class Bound(NamedTuple):
+    """The least time of a case in milliseconds, and what it is that takes it.
+
+    'products', 'memory' (inputs, outputs and weights, once), 'weights' (the recurrent ones, read at
+    every step where they cannot be kept on chip), or 'exchange' (of h, at every step).
+    """
+
+    ms: float
+    by: str
+
+
+class Limits:
+    """The speed of a device, as far as seen.
+
+    Parameters
+    ----------
+    device : torch.device
+
+    Attributes
+    ----------
+    gemm : dict of str to float
+        Operations a second of a large matrix product, by dtype. On a CPU half precision counts as
+        float32, which not all multiply faster.
+    copy : dict of int to float
+        Bytes read and written a second by a copy, by bytes of both buffers.
+    exchange_us : float, optional
+        Of one step of a loop in which every program (on a CPU thread) waits for all others and
+        does nothing else; None where there is nothing to measure it with.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.gemm: dict[str, float] = {}
+        self.copy: dict[int, float] = {}
+        self.exchange_us: float | None = None
+
+    def observe(self, case: Case) -> None:
+        """Measure what bounds a case once more; the best that was ever seen counts."""
+        self._observe_gemm(self._dtype(case))
+        for size in {self._copy_size(case.min_bytes), self._copy_size(_recurrent_bytes(case))}:
+            self._observe_copy(size)
+        found = exchange_us(self.device)
+        if found is not None:
+            self.exchange_us = min(found, self.exchange_us or found)
+
+    def of(self, case: Case) -> Bound:
+        """Bound a case that was observed.
+
+        Parameters
+        ----------
+        case : Case
+
+        Returns
+        -------
+        Bound
+        """
+        passes = 2 if case.mode == "training" else 1
+        steps = case.steps * case.num_layers * passes
+        recurrent = _recurrent_bytes(case)
+        seconds = {
+            "products": case.flops / self.gemm[self._dtype(case)],
+            "memory": case.min_bytes / self.copy[self._copy_size(case.min_bytes)],
+        }
+        if recurrent > self._on_chip_bytes(case):
+            # Not in the first step, whose weights are part of 'memory'.
+            read = (steps - passes * case.num_layers) * recurrent
+            seconds["weights"] = read / self.copy[self._copy_size(recurrent)]
+        if self.exchange_us is not None and self._exchanges(case):
+            seconds["exchange"] = steps * self.exchange_us * 1e-6
+        by = max(seconds, key=lambda name: seconds[name])
+        return Bound(seconds[by] * 1e3, by)
+
+    def record(self) -> dict[str, Any]:
+        """What was measured, as files have it."""
+        return {
+            "gemm_tflops": {dtype: speed / 1e12 for dtype, speed in self.gemm.items()},
+            "copy_gb_s": {str(size): self.copy[size] / 1e9 for size in sorted(self.copy)},
+            "exchange_us": self.exchange_us,
+        }
+
+    def _dtype(self, case: Case) -> str:
+        is_half = case.dtype in ("bfloat16", "float16")
+        return "float32" if is_half and self.device.type == "cpu" else case.dtype
+
+    def _observe_gemm(self, dtype: str) -> None:
+        size = _GEMM_SIZE[self.device.type]
+        a = torch.randn(size, size, device=self.device).to(getattr(torch, dtype))
+        out = torch.empty_like(a)
+        matmul = torch.backends.cuda.matmul
+        before = matmul.allow_tf32
+        # As cuDNN and our kernels multiply float32, which has a switch of its own in torch.
+        matmul.allow_tf32 = planner.float32_precision() == "tf32"
+        try:
+            seconds = self._fastest(lambda: torch.mm(a, a, out=out))
+        finally:
+            matmul.allow_tf32 = before
+        self.gemm[dtype] = max(self.gemm.get(dtype, 0.0), 2 * size**3 / seconds)
+
+    def _observe_copy(self, size: int) -> None:
+        source = torch.zeros(size // 2, dtype=torch.uint8, device=self.device)
+        target = torch.zeros_like(source)
+        seconds = self._fastest(lambda: target.copy_(source))
+        self.copy[size] = max(self.copy.get(size, 0.0), size / seconds)
+
+    @staticmethod
+    def _copy_size(size: float) -> int:
+        """The working set whose speed stands for one of so many bytes."""
+        return next((bytes for bytes in _COPY_BYTES if bytes >= size), _COPY_BYTES[-1])
+
+    def _fastest(self, call: Callable[[], Tensor]) -> float:
+        call()
+        return min(seconds_of(call, 1, self.device) for _ in range(_REPEATS))
+
+    def _on_chip_bytes(self, case: Case) -> int:
+        """Of the weights that need not be read again: a GPU's shared memory, all of it."""
+        facts = problem_of(case, self.device).gpu
+        return 0 if facts is None else facts.processors * facts.shared_memory
+
+    def _exchanges(self, case: Case) -> bool:
+        """Whether the state has to cross between processors at each step."""
+        if case.is_step:
+            return False
+        problem = problem_of(case, self.device)
+        if self.device.type == "cpu":
+            return uses_threads(case)
+        if planner.kernel_gap(problem) is not None:
+            return True
+        forward, _ = planner.choose_kernels(problem)
+        return forward.config.schedule != "resident"
+
+
+def _recurrent_bytes(case: Case) -> int:
+    elements = case.directions * case.gates * case.hidden_size**2
+    return elements * getattr(torch, case.dtype).itemsize
+
+
+def uses_threads(case: Case) -> bool:
+    """Whether our kernels for a CPU share the steps of a case among threads."""
+    if torch.get_num_threads() == 1:
+        return False
+    try:
+        from ..cpu import engine
+    except ImportError:  # no llvmlite
+        return True
+    return engine.threads(2 * case.batch * case.gates * case.hidden_size**2) > 1
+
+
+def exchange_us(device: torch.device) -> float | None:
+    """Measure one step of a loop in which all wait for all and nothing else is done.
+
+    Parameters
+    ----------
+    device : torch.device
+
+    Returns
+    -------
+    float or None
+        Microseconds; None where there is nothing to measure it with.
+    """
+    if device.type == "cuda":
+        from .empty_gpu import loop
+    else:
+        from .empty_cpu import loop
+    steps = 1000
+    call = loop(device, steps)
+    if call is None:
+        return None
+    call()
+    return min(seconds_of(call, 1, device) for _ in range(_REPEATS)) / steps * 1e6
+
+
+def seconds_of(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Time calls as the caller sees them: on CUDA by events around them, so with gaps between.
+
+    Parameters
+    ----------
+    call : callable
+    repeats : int
+    device : torch.device
+
+    Returns
+    -------
+    float
+        Seconds of one of them.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / repeats
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        before.record()
+        for _ in range(repeats):
+            call()
+        after.record()
+        after.synchronize()
+    return before.elapsed_time(after) * 1e-3 / repeats

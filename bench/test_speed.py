@@ -1,0 +1,36 @@
+"""The quick suite for pytest-benchmark: ``pytest bench``.
+
+Each case is a group with fastrnn and torch.nn in it. Results are compared before anything is
+timed. pytest-benchmark times one after the other; ``fastrnn bench`` alternates between them, which
+a noisy machine disturbs less.
+"""
+
+import pytest
+import torch
+
+from fastrnn.bench.measure import max_error, ready, tolerance_of
+from fastrnn.bench.providers import BASELINE, OURS, PROVIDERS, make_baseline
+from fastrnn.bench.registry import quick
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _name(case):
+    return f"{case.cell}-{case.mode}-{case.shape.replace(' ', '-')}"
+
+
+@pytest.mark.parametrize("provider", [OURS, BASELINE])
+@pytest.mark.parametrize("case", quick(DEVICE.type), ids=_name)
+def test_speed(benchmark, case, provider):
+    module, inputs = make_baseline(case, DEVICE)
+    built = {name: PROVIDERS[name].build(case, module, inputs) for name in (BASELINE, provider)}
+    timed, expected = (ready(case, built[name]) for name in (provider, BASELINE))
+    assert max_error(timed.results(), expected.results()) <= tolerance_of(case, DEVICE)
+
+    def call():
+        timed.call()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = _name(case)
+    benchmark(call)
