@@ -35,6 +35,9 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 
+_MAP_POINTS = 6
+_MANY_STEPS = 64
+
 Draw = Callable[[Any, Any], None]
 
 
@@ -111,9 +114,14 @@ def plot_heatmap(path: Path, env: Environment, rows: Sequence[Row]) -> None:
         for row in of_provider(rows, main)
         if row.times is not None and row.case.is_plain
     }
-    groups = sorted(
-        {(CELLS.index(c.cell), DTYPES.index(c.dtype), c.cell, c.dtype, c.mode) for c in ratios}
-    )
+    kinds = [(CELLS.index(c.cell), DTYPES.index(c.dtype), c.cell, c.dtype, c.mode) for c in ratios]
+    # A few points are not a map, unless there is nothing else.
+    least = min(_MAP_POINTS, max(map(kinds.count, kinds), default=0))
+    groups = sorted({kind for kind in kinds if kinds.count(kind) >= least})
+    ratios = {
+        case: found for case, found in ratios.items()
+        if (case.cell, case.dtype, case.mode) in {group[2:] for group in groups}
+    }  # fmt: skip
     steps, batches, hidden = (
         sorted({getattr(case, axis) for case in ratios})
         for axis in ("steps", "batch", "hidden_size")
@@ -146,8 +154,8 @@ def plot_heatmap(path: Path, env: Environment, rows: Sequence[Row]) -> None:
                         image[y][x] = math.log(ratio)
                         is_bad = verdict == "slower"
                         axes.text(
-                            x, y, f"{ratio:.1f}" if ratio < 9.95 else f"{ratio:.0f}",
-                            ha="center", va="center", fontsize=7,
+                            x, y, _short(ratio),
+                            ha="center", va="center", fontsize=7.5,
                             color=_BAD if is_bad else "white" if ratio > 2.2 else _INK,
                             fontweight="bold" if is_bad else "normal",
                         )  # fmt: skip
@@ -162,6 +170,11 @@ def plot_heatmap(path: Path, env: Environment, rows: Sequence[Row]) -> None:
             axes.set_xlabel("H", fontsize=8)
         title = f"torch.nn time / {main} time on {env.device}"
         _finish(figure, path, f"{title}\nblue: {main} is faster; red figures: slower")
+
+
+def _short(ratio: float) -> str:
+    digits = 2 if ratio < 1.995 else 1 if ratio < 9.95 else 0
+    return f"{ratio:.{digits}f}"
 
 
 def plot_steps(path: Path, env: Environment, rows: Sequence[Row]) -> None:
@@ -182,17 +195,19 @@ def plot_steps(path: Path, env: Environment, rows: Sequence[Row]) -> None:
         if case.is_plain and main in providers and providers[main].times is not None
     }
     dtypes = [case.dtype for case in plain]
+    # In fewer steps the fixed costs of a call would be what is seen.
+    least = min(_MANY_STEPS, max((case.steps for case in plain), default=0))
     plain = {
         case: found
         for case, found in plain.items()
-        if case.dtype == max(dtypes, key=dtypes.count) and case.steps > 1
+        if case.dtype == max(dtypes, key=dtypes.count) and case.steps >= least
     }
 
     def draw(axes: Any, cases: list[Case]) -> None:
         batches = sorted({case.batch for case in cases})
         for k, batch in enumerate(batches):
             color = plt.get_cmap("viridis")(0.9 * k / max(1, len(batches) - 1))
-            # Of several T the longest, in which the fixed costs of a call matter least.
+            # Of several T the longest.
             chosen = {
                 case.hidden_size: case
                 for case in sorted(cases, key=lambda case: case.steps)

@@ -276,16 +276,22 @@ _KERNEL_MIN_STEPS = {"rnn": (8, 8), "gru": (4, 4), "lstm": (2, 4)}
 _SMALL_LSTM = 128  # hidden units below which training needs more steps
 _SMALL_LSTM_MIN_STEPS = 48
 # Where oneDNN's LSTM is as fast or faster, (T, B, H): training (128, 64, 512) 0.91, (128, 64, 1024)
-# 0.96, (128, 64, 256) 1.28.
-_LARGE_LSTM = 64 * 512  # B * H
+# 0.96, (64, 32, 576) 0.94, (64, 32, 512) 1.06, (128, 64, 256) 1.28.
+_LARGE_LSTM = 32 * 576  # B * H
 # Inference, where packing the weights takes as long as using them in a few steps:
 #   B=1   H=64 T=8 0.94, 32 1.05; H=128 T=32 0.83, 64 1.14; H=256 T=32 0.90, 64 1.10
-#         H=512 T=64 0.98, 128 1.00
+#         H=512 T=64 0.98, 128 1.15; H=768 T=256 0.91; H=1024 T=128 0.75, 512 0.87
 #   B=4   H=64 T=8 1.11; H=128 T=8 0.98, 16 1.09; H=256 T=32 0.92, 64 1.19; H=512 T=32 0.90, 64 1.02
 #   B=16  H=64 T=8 1.07; H=128 T=8 1.03; H=256 T=16 0.90, 32 1.02; H=512 T=32 0.96, 64 1.06
-# Up to so many hidden units, steps with a batch below 4 and with a larger one.
-_LSTM_MIN_STEPS = ((127, 32, 2), (255, 64, 16), (511, 64, 64), (math.inf, 128, 64))
-_MANY_ROWS = 1024  # T * B from which packing does not matter
+# Up to so many hidden units: the steps it takes with a batch below 4, and with a larger one.
+_LSTM_MIN_STEPS = (
+    (127, 32, 2),
+    (255, 64, 16),
+    (511, 64, 64),
+    (512, 128, 64),
+    (math.inf, math.inf, 64),
+)
+_MANY_ROWS = 1024  # T * B from which packing does not matter to a larger batch
 
 # Where the loop of torch operators wins, T=64, in training:
 #   float64 (B, H) = (8, 64), (8, 256), (64, 256): 1.2-1.3, 1.2-1.3, 0.9-1.2
@@ -307,6 +313,8 @@ def _kernels_on_cpu(problem: Problem) -> tuple[str, str]:
     if not problem.packed:
         minimum = _kernel_min_steps(problem)
         if problem.steps < minimum:
+            if minimum == math.inf:
+                return "torch", "a step is bound by reading the weights, which oneDNN does as fast"
             return "torch", f"below {minimum} steps our call costs what the steps save"
         large = problem.batch * problem.hidden_size >= _LARGE_LSTM
         if large and problem.training and problem.cell == "lstm" and problem.dtype == torch.float32:
@@ -314,14 +322,15 @@ def _kernels_on_cpu(problem: Problem) -> tuple[str, str]:
     return "loop", f"compiled kernels, {cpu.describe()}"
 
 
-def _kernel_min_steps(problem: Problem) -> int:
+def _kernel_min_steps(problem: Problem) -> float:
     if problem.cell == "lstm" and problem.dtype == torch.float32:  # oneDNN's is slow in halves
         if problem.training and problem.hidden_size < _SMALL_LSTM:
             return _SMALL_LSTM_MIN_STEPS
-        if not problem.training and problem.steps * problem.batch < _MANY_ROWS:
-            for hidden, *minima in _LSTM_MIN_STEPS:
+        is_small = problem.batch < 4
+        if not problem.training and (is_small or problem.steps * problem.batch < _MANY_ROWS):
+            for hidden, small, other in _LSTM_MIN_STEPS:
                 if problem.hidden_size <= hidden:
-                    return minima[problem.batch >= 4]
+                    return small if is_small else other
     return _KERNEL_MIN_STEPS[problem.cell.partition("_")[0]][problem.training]
 
 

@@ -1,40 +1,45 @@
-"""The benchmark: what it measures, what it refuses to time, what it writes."""
+"""The benchmark: its cases, what it concludes, what it writes, its command line."""
 
 import argparse
 import csv
 import dataclasses
 import importlib.util
+import itertools
 import json
-import math
 import re
 import subprocess
 import sys
-import types
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastrnn.bench import cli, measure, page, plots, registry, results
+from fastrnn.bench import cli, measure, on_gpu, page, plots, providers, readme, registry, results
+from fastrnn.bench import report as report_
 from fastrnn.bench.environment import environment
+from fastrnn.bench.limits import Bound
 from fastrnn.bench.registry import Case
-from fastrnn.bench.results import Band, Row, Times
+from fastrnn.bench.results import Band, Results, Row, Times
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 CASES = [
     Case("lstm", "training", "float32", 3, 2, 8, 8),
     Case("gru", "forward", "float64", 3, 2, 8, 8, num_layers=2, bidirectional=True),
     Case("rnn", "training", "bfloat16", 3, 2, 8, 8),
     Case("lstm_cell", "training", "float32", 1, 2, 8, 8),
-    Case("gru_cell", "forward", "float32", 1, 2, 8, 8),
-    Case("rnn_cell", "training", "float64", 1, 2, 8, 8),
-    Case("gru", "training", "float32", 8, 3, 8, 8, ragged=True),
 ]
+LIMITS = {"gemm_tflops": {"float32": 0.1}, "copy_gb_s": {"1048576": 50.0}, "exchange_us": None}
 
 
-def make_row(case: Case, ratio: float, spread: float = 0.01) -> Row:
-    ours, theirs = Band(2.0, 1.9, 2.1), Band(2 * ratio, 1.9 * ratio, 2.1 * ratio)
-    times = Times(ours, theirs, Band(ratio, ratio - spread, ratio + spread))
-    return Row(case, "loop", 'because of "<b>"', "ok", 1e-6, 1e-7, 9, times)
+def make_row(case: Case, ratio: float, spread: float = 0.01, provider: str = "fastrnn") -> Row:
+    times = Times(Band(2.0, 1.9, 2.1), Band(ratio, ratio - spread, ratio + spread))
+    row = Row(case, provider, "loop", 'because of "<b>"', "ok", 1e-6, 1e-7, 9, times)
+    return dataclasses.replace(row, peak_mib=3.0, limit_ms=0.5, bound="products")
+
+
+def make_baseline(case: Case) -> Row:
+    return dataclasses.replace(make_row(case, 1.0, 0.0, "torch.nn"), path="ATen", reason="")
 
 
 def parse(*argv: str) -> argparse.Namespace:
@@ -46,10 +51,10 @@ def parse(*argv: str) -> argparse.Namespace:
 # Suites.
 
 
-@pytest.mark.parametrize("suite", registry.SUITES)
+@pytest.mark.parametrize("suite", ["quick", "full"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_suites_have_every_cell_in_both_modes_and_no_case_twice(suite, device):
-    cases = {"quick": registry.quick, "full": registry.full}[suite](device)
+    cases = registry.SUITES[suite](device)
     assert len(cases) == len(set(cases))
     assert {(c.cell, c.mode) for c in cases} == {
         (cell, mode) for cell in registry.CELLS for mode in registry.MODES
@@ -59,128 +64,84 @@ def test_suites_have_every_cell_in_both_modes_and_no_case_twice(suite, device):
 
 def test_size_of_the_suites():
     assert 30 <= len(registry.quick("cpu")) <= 36
-    assert 200 <= len(registry.full("cuda")) <= 600
-    full = registry.full("cuda")
-    axes = ((c.steps, c.batch, c.hidden_size) for c in full if not c.is_step)
-    steps, batch, hidden = (set(axis) for axis in zip(*axes, strict=True))
-    assert {16, 1024} < steps
-    assert {1, 128} < batch
-    assert {64, 1024} < hidden
+    assert 200 <= len(registry.full("cpu")) <= 300
+    assert 500 <= len(registry.full("cuda")) <= 1000
 
 
-def test_lengths_and_operations_of_a_case():
+def test_the_full_suite_covers_the_axes():
+    plain = [case for case in registry.full("cuda") if case.is_plain]
+    for cell, dtype in itertools.product(("lstm", "gru"), ("float32", "bfloat16")):
+        cases = [case for case in plain if (case.cell, case.dtype) == (cell, dtype)]
+        assert {case.steps for case in cases} == {16, 64, 256, 1024, 4096}
+        assert {case.batch for case in cases} == {1, 8, 16, 32, 64, 128, 256}
+        assert {case.hidden_size for case in cases} == {
+            64, 128, 192, 256, 384, 512, 768, 1024, 1408, 2048,
+        }  # fmt: skip
+    on_cpu = [case for case in registry.full("cpu") if case.is_plain and case.mode == "forward"]
+    assert max(case.flops for case in on_cpu) < 2e10
+    assert {case.steps for case in on_cpu} >= {16, 64, 256, 1024, 4096}
+
+
+def test_published_cases_are_in_the_suite():
+    cases = registry.published("cuda")
+    assert len(cases) == len(set(cases))
+    assert {figure.case for figure in registry.PUBLISHED} <= set(cases)
+    assert {case.dtype for case in registry.published("cpu")} == {"float32"}
+
+
+def test_lengths_operations_and_bytes_of_a_case():
     padded = Case("gru", "forward", "float32", 8, 3, 5, 7)
     ragged = dataclasses.replace(padded, ragged=True)
     assert padded.lengths == [8, 8, 8]
     assert ragged.lengths == [8, 5, 2]
     assert padded.flops == 2 * 8 * 3 * 3 * 7 * (5 + 7)
     assert ragged.flops == 2 * 15 * 3 * 7 * (5 + 7)
-    assert dataclasses.replace(padded, mode="training").flops == 3 * padded.flops
+    assert padded.min_bytes == 4 * (8 * 3 * (5 + 7) + 3 * 7 * (5 + 7))
+    training = dataclasses.replace(padded, mode="training", dtype="bfloat16")
+    assert training.flops == 3 * padded.flops
+    assert training.min_bytes == 3 / 2 * padded.min_bytes
     deep = dataclasses.replace(padded, num_layers=2, bidirectional=True)
     first, second = 2 * (5 + 7), 2 * (2 * 7 + 7)
     assert deep.flops == 2 * 8 * 3 * 3 * 7 * (first + second)
+    rows = 8 * 3 * (5 + 2 * 7 + 2 * 2 * 7)
+    assert deep.min_bytes == 4 * (rows + 3 * 7 * (first + second))
 
 
-def test_given_values_replace_the_suite():
-    cases = registry.select(
-        "quick", "cpu", cells=["lstm", "lstm_cell"], steps=[5, 7], batch=[2, 2], dtype=["float64"]
-    )
+def test_weights_are_those_of_torch():
+    for case in (*CASES, *registry.quick("cpu"), Case("gru", "forward", "float32", 1, 1, 5, 7, 3)):
+        module, _ = providers.make_baseline(case, CPU)
+        assert case.weights == sum(p.numel() for p in module.parameters() if p.dim() == 2)
+
+
+def test_a_grid_is_the_product_of_its_values():
+    cases = registry.grid(
+        cells=["lstm", "lstm_cell"], dtypes=["float64"], steps=[5, 7], batches=[2, 2], inputs=[3],
+        num_layers=2, ragged=True,
+    )  # fmt: skip
     assert len(cases) == len(set(cases))
-    assert {c.steps for c in cases if c.cell == "lstm"} == {5, 7}
-    assert {c.steps for c in cases if c.cell == "lstm_cell"} == {1}
-    assert {(c.batch, c.dtype) for c in cases} == {(2, "float64")}
+    assert {(c.steps, c.num_layers, c.ragged) for c in cases if c.cell == "lstm"} == {
+        (5, 2, True),
+        (7, 2, True),
+    }
+    assert {(c.steps, c.num_layers, c.ragged) for c in cases if c.is_step} == {(1, 1, False)}
+    assert {(c.batch, c.dtype, c.input_size) for c in cases} == {(2, "float64", 3)}
     assert {c.mode for c in cases} == set(registry.MODES)
 
 
-def test_shapes_on_an_axis_are_unambiguous():
-    cases = registry.full("cpu")
+def test_a_suite_is_narrowed():
+    cases = registry.select("full", "cuda", cells=["gru"], modes=["forward"], dtypes=["bfloat16"])
+    assert {(c.cell, c.mode, c.dtype) for c in cases} == {("gru", "forward", "bfloat16")}
+    assert set(cases) < set(registry.full("cuda"))
+
+
+@pytest.mark.parametrize("suite", registry.SUITES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_shapes_are_unambiguous(suite, device):
+    cases = registry.SUITES[suite](device)
     assert len({(c.cell, c.mode, c.shape) for c in cases}) == len(cases)
 
 
-# Gate.
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.cell}-{case.dtype}-{case.mode}")
-def test_right_results_are_timed(case):
-    row = measure.measure(case, CPU, seconds=0)
-    assert row.status == "ok"
-    assert row.error <= row.tolerance < 0.1
-    assert row.pairs == 7
-    assert row.times.fastrnn_ms.p20 > 0
-    assert row.times.ratio.p20 <= row.times.ratio.median <= row.times.ratio.p80
-
-
-class SkewedGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 1.001
-
-
-def wrong_module(change):
-    class Wrong(torch.nn.LSTM):
-        def forward(self, x, hx=None):
-            y, state = super().forward(SkewedGradient.apply(x) if change == "gradient" else x, hx)
-            return {
-                "value": lambda: y * 1.001,
-                "nan": lambda: y * torch.tensor([math.nan] + [1.0] * (y.shape[-1] - 1)),
-                "shape": lambda: y[:-1],
-                "gradient": lambda: y,
-            }[change](), state
-
-    return Wrong
-
-
-@pytest.mark.parametrize("change", ["value", "nan", "shape", "gradient"])
-def test_wrong_results_are_not_timed(monkeypatch, change):
-    module = types.SimpleNamespace(LSTM=wrong_module(change))
-    monkeypatch.setitem(measure.PROVIDERS, "fastrnn", module)
-    monkeypatch.setattr(measure, "time_pairs", lambda *_: pytest.fail("timed a wrong result"))
-    row = measure.measure(CASES[0], CPU, seconds=0)
-    # torch itself refuses the gradient of an output whose shape is wrong.
-    assert row.status == ("failed" if change == "shape" else "wrong")
-    assert row.times is None
-    assert row.verdict == row.status
-
-
-def test_a_case_that_cannot_run_is_reported(monkeypatch):
-    class Failing(torch.nn.LSTM):
-        def forward(self, *_):
-            raise RuntimeError("out of memory\nstack")
-
-    monkeypatch.setitem(measure.PROVIDERS, "fastrnn", types.SimpleNamespace(LSTM=Failing))
-    row = measure.measure(CASES[0], CPU, seconds=0)
-    assert (row.status, row.reason) == ("failed", "out of memory")
-
-
-def test_error_is_that_of_the_worst_tensor_relative_to_its_largest_element():
-    theirs = [torch.tensor([1.0, -4.0]), torch.tensor([100.0])]
-    ours = [torch.tensor([1.0, -3.0]), torch.tensor([101.0])]
-    assert measure.max_error(ours, theirs) == 0.25
-    assert measure.max_error(ours[:1], theirs) == math.inf
-    assert math.isnan(measure.max_error([torch.tensor([math.nan])], [torch.tensor([1.0])]))
-
-
-# Statistics.
-
-
-def test_ratio_is_the_median_over_pairs_not_the_ratio_of_medians():
-    pairs = [(1.0, 2.0), (10.0, 20.0), (100.0, 200.0), (1.0, 8.0), (4.0, 4.0)]
-    assert measure.ratio_band(pairs) == Band(2.0, pytest.approx(1.8), pytest.approx(3.2))
-
-
-def test_pairs_alternate_and_keep_their_sides(monkeypatch):
-    monkeypatch.setattr(measure, "_MAX_PAIRS", 8)
-    monkeypatch.setattr(measure, "_warm_up", lambda *_: 1.0)
-    order = []
-    monkeypatch.setattr(
-        measure, "_sample", lambda call, *_: order.append(call) or {"us": 1.0, "them": 3.0}[call]
-    )
-    assert measure.time_pairs("us", "them", CPU, seconds=60) == [(1.0, 3.0)] * 8
-    assert {tuple(order[:2]), tuple(order[2:4])} == {("us", "them"), ("them", "us")}
+# Conclusions.
 
 
 @pytest.mark.parametrize(
@@ -198,41 +159,79 @@ def test_verdict(ratio, spread, verdict):
     assert make_row(CASES[0], ratio, spread).verdict == verdict
 
 
-def test_summary_is_the_geometric_mean_by_cell_and_mode():
+def test_summary_is_the_geometric_mean_of_a_group():
     a, b = CASES[0], dataclasses.replace(CASES[0], batch=4)
-    wrong = Row(dataclasses.replace(a, batch=5), "torch", "", "wrong", 1e-6, 1.0)
-    summary, other = results.summarize(
-        [make_row(a, 4.0), make_row(b, 0.25), wrong, make_row(CASES[1], 1.0)]
+    wrong = Row(dataclasses.replace(a, batch=5), "fastrnn", "torch", "", "wrong", 1e-6, 1.0)
+    summary, other, third = results.summarize(
+        [
+            make_row(a, 4.0),
+            make_baseline(a),
+            make_row(b, 0.25),
+            wrong,
+            make_row(CASES[1], 1.0),
+            make_row(a, 3.0, provider="haste"),
+        ]
     )
-    assert summary == ("lstm", "training", pytest.approx(1.0), 1, 0, 1)
-    assert other[:2] == ("gru", "forward")
+    assert summary[:4] == ("fastrnn", "lstm", "training", "float32")
+    assert summary[4:] == (pytest.approx(1.0), 0.25, 1, 0, 1)
+    assert other[:4] == ("fastrnn", "gru", "forward", "float64")
+    assert third[:5] == ("haste", "lstm", "training", "float32", pytest.approx(3.0))
+
+
+def test_numbers_that_follow_from_a_row():
+    row = make_row(CASES[0], 1.0)
+    assert row.step_us == pytest.approx(2000 / 3)
+    assert row.share == 0.25
+    assert dataclasses.replace(row, times=None).share is None
+
+
+def test_compare_finds_the_regression_only(found):
+    assert not any(change.is_regression for change in results.compare(found.rows, found.rows))
+    new = [
+        make_row(CASES[0], 0.8 * 0.89),
+        make_row(CASES[0], 0.1, provider="torch.compile"),
+        make_row(CASES[1], 1.5 * 0.91),
+        make_row(CASES[3], 1),
+    ]
+    changes = results.compare(found.rows, new)
+    assert [(change.case, change.is_regression) for change in changes] == [
+        (CASES[0], True),
+        (CASES[1], False),
+    ]
+    changes = results.compare(found.rows, new, threshold=0.2)
+    assert not any(change.is_regression for change in changes)
 
 
 # Files.
 
 
 @pytest.fixture
-def rows():
-    rows = [make_row(CASES[0], 0.8), make_row(CASES[1], 1.5), make_row(CASES[2], 1.0)]
-    return [*rows, Row(CASES[3], "torch", "reason", "wrong", 1e-6, 0.5)]
+def found():
+    rows = [
+        row
+        for case, ratio in zip(CASES, (0.8, 1.5, 1.0), strict=False)
+        for row in (make_baseline(case), make_row(case, ratio))
+    ]
+    rows.append(make_row(CASES[0], 0.5, provider="torch.compile"))
+    rows.append(Row(CASES[3], "fastrnn", "torch", "reason", "wrong", 1e-6, 0.5))
+    return Results(environment(CPU, "fastrnn bench --quick"), LIMITS, rows)
 
 
-@pytest.fixture
-def env():
-    return environment(CPU, "fastrnn bench --quick")
+def test_json_round_trip(tmp_path, found):
+    graph = Times(Band(1.0, 0.9, 1.1), Band(2.0, 1.9, 2.1))
+    rows = [dataclasses.replace(found.rows[0], graph=graph), *found.rows[1:]]
+    results.write_json(tmp_path / "results.json", found._replace(rows=rows))
+    assert results.load(tmp_path / "results.json") == found._replace(rows=rows)
 
 
-def test_json_round_trip(tmp_path, env, rows):
-    results.write_json(tmp_path / "results.json", env, rows)
-    assert results.load(tmp_path / "results.json") == (env, rows)
-
-
-def test_csv_rows_carry_the_environment(tmp_path, env, rows):
-    results.write_csv(tmp_path / "results.csv", env, rows)
+def test_csv_rows_carry_the_environment(tmp_path, found):
+    results.write_csv(tmp_path / "results.csv", found)
     with (tmp_path / "results.csv").open(newline="") as file:
-        records = list(csv.DictReader(file))
+        records = [r for r in csv.DictReader(file) if r["provider"] == "fastrnn"]
     assert [record["ratio"] for record in records] == ["0.8", "1.5", "1.0", ""]
-    assert [float(record["torch_ms_p80"] or 0) for record in records[:2]] == [2.1 * 0.8, 2.1 * 1.5]
+    assert [record["ms_p80"] for record in records] == ["2.1", "2.1", "2.1", ""]
+    assert [record["share"] for record in records] == ["0.25", "0.25", "0.25", ""]
+    env = found.env
     assert {(record["device"], record["torch"]) for record in records} == {(env.device, env.torch)}
 
 
@@ -243,7 +242,7 @@ def test_csv_rows_carry_the_environment(tmp_path, env, rows):
         ("[]", "is not a results.json"),
         ('{"schema": 0}', "is not a results.json"),
         (f'{{"schema": {results.SCHEMA}}}', "missing, unknown or wrong fields: 'rows'"),
-        (f'{{"schema": {results.SCHEMA}, "rows": [{{"cell": "gru"}}]}}', "fields: 'mode'"),
+        (f'{{"schema": {results.SCHEMA}, "rows": [{{"cell": "gru"}}]}}', "fields: 'step_us'"),
     ],
 )
 def test_load_says_what_is_wrong(tmp_path, text, message):
@@ -256,9 +255,9 @@ def test_load_says_what_is_wrong(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(("field", "value"), [("ratio", "x"), ("ratio", None), ("steps", [1])])
-def test_load_refuses_wrong_values(tmp_path, env, rows, field, value):
+def test_load_refuses_wrong_values(tmp_path, found, field, value):
     path = tmp_path / "old.json"
-    results.write_json(path, env, rows)
+    results.write_json(path, found)
     content = json.loads(path.read_text())
     content["rows"][0][field] = value
     path.write_text(json.dumps(content))
@@ -266,35 +265,107 @@ def test_load_refuses_wrong_values(tmp_path, env, rows, field, value):
         results.load(path)
 
 
-def test_compare_finds_the_regression_only(rows):
-    assert not any(change.is_regression for change in results.compare(rows, rows))
-    new = [make_row(CASES[0], 0.8 * 0.89), make_row(CASES[1], 1.5 * 0.91), make_row(CASES[3], 1)]
-    changes = results.compare(rows, new)
-    assert [(change.case, change.is_regression) for change in changes] == [
-        (CASES[0], True),
-        (CASES[1], False),
-    ]
-    assert not any(change.is_regression for change in results.compare(rows, new, threshold=0.2))
+# Tables, pictures and the page.
 
 
-def test_page_needs_nothing_beside_it_and_marks_what_is_slower(tmp_path, env, rows):
-    pictures = tmp_path / "speedup.png", tmp_path / "time.png"
-    plots.plot_speedup(pictures[0], env, rows)
-    plots.plot_time(pictures[1], env, rows)
-    page.write_page(tmp_path / "report.html", env, rows, *pictures)
+def test_tables(found):
+    lines = report_.results_table(found.rows).lines
+    assert [line.verdict for line in lines] == ["slower", "faster", "equal"]
+    assert "ATen" in lines[0].cells
+    assert "products  25%" in lines[0].cells
+    everybody = report_.providers_table(found.rows)
+    assert everybody.headers[3:] == ("#torch.nn", "#fastrnn", "#torch.compile")
+    assert everybody.lines[0].cells[3:] == ("2.00 (1.00)", "2.00 (0.80)", "2.00 (0.50)")
+    assert everybody.lines[3].cells[3:] == ("-", "wrong", "-")
+    two = [row for row in found.rows if row.provider != "torch.compile"]
+    assert report_.providers_table(two) is None
+    assert report_.failures_table(two).lines[0].cells[0] == "fastrnn"
+    assert report_.failures_table(two[:6]) is None
+    assert report_.totals(found.rows) == "4 cases: 1 faster, 1 equal, 1 slower, 1 wrong"
+
+
+def test_published_figures_stand_beside_ours():
+    figure = registry.PUBLISHED[0]
+    rows = [make_baseline(figure.case), make_row(figure.case, 1.2)]
+    (line, *_) = report_.published_table(rows).lines
+    assert line.cells[1:4] == (figure.who, figure.device, "2.01")
+    assert report_.published_table([make_row(CASES[0], 1.0)]) is None
+
+
+def test_a_run_without_the_planners_choice():
+    rows = [make_baseline(CASES[0]), make_row(CASES[0], 1.5, provider="fastrnn:loop")]
+    assert report_.main_provider(rows) == "fastrnn:loop"
+    assert report_.results_table(rows).lines[0].verdict == "faster"
+
+
+PICTURES = ("speedup", "heatmap", "steps", "memory")
+
+
+def draw(folder: Path, found: Results) -> dict[str, Path]:
+    paths = {name: folder / f"{name}.png" for name in PICTURES}
+    for name, path in paths.items():
+        getattr(plots, f"plot_{name}")(path, found.env, found.rows)
+        assert path.read_bytes().startswith(b"\x89PNG")
+    return paths
+
+
+def test_page_needs_nothing_beside_it_and_marks_what_is_slower(tmp_path, found):
+    page.write_page(tmp_path / "report.html", found, draw(tmp_path, found))
     text = (tmp_path / "report.html").read_text()
     sources = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')> ]{1,30})", text)
-    assert sources == ["data:image/png;base64,iVBORw0K"[:30]] * 2
-    assert re.findall(r'<tr class="(\w+)"', text) == ["slower", "faster", "equal", "wrong"]
-    assert text.count("▼ slower") == 1
-    assert env.command in text
-    assert env.device in text
+    assert sources == ["data:image/png;base64,iVBORw0K"[:30]] * len(PICTURES)
+    table = text.partition('<tbody class="filtered">')[2].partition("</tbody>")[0]
+    assert re.findall(r'<tr class="(\w+)"', table) == ["slower", "faster", "equal"]
+    assert table.count("▼ slower") == 1
+    assert found.env.command in text
+    assert found.env.device in text
     assert 'because of "<b>"' not in text
 
 
-def test_plots_of_no_timed_row(tmp_path, env, rows):
-    plots.plot_speedup(tmp_path / "empty.png", env, rows[3:])
-    assert (tmp_path / "empty.png").stat().st_size > 0
+def test_pictures_of_little(tmp_path, found):
+    draw(tmp_path, found._replace(rows=found.rows[-1:]))  # no timed row
+    draw(tmp_path, found._replace(rows=[make_row(registry.quick("cpu")[0], 1.0)][:0]))
+
+
+def test_pictures_of_a_grid(tmp_path, found):
+    rows = [
+        row
+        for k, case in enumerate(registry.select("full", "cuda", cells=["lstm", "gru"]))
+        for row in (make_baseline(case), make_row(case, 0.4 + k % 20 / 4))
+    ]
+    draw(tmp_path, found._replace(rows=rows))
+
+
+# The table of README.md.
+
+
+def test_the_table_of_speeds_is_that_of_a_file(tmp_path, found):
+    path = tmp_path / "README.md"
+    other = "\n<!-- /speed -->\nb\n<!-- speed: cuda -->\nc\n<!-- /speed -->\n"
+    path.write_text(f"a\n<!-- speed: cpu -->\nold{other}")
+    results.write_json(tmp_path / "results.json", found)
+    assert readme.main([str(tmp_path / "results.json"), "--readme", str(path)]) == 0
+    text = path.read_text()
+    assert "old" not in text
+    assert text.startswith("a\n<!-- speed: cpu -->\n")
+    assert text.endswith(other)
+    assert "| LSTM training, float32, B = 8 to 16 | 1 | 0.80 | 0.80 | 0.80 | 1 |" in text
+    assert found.env.command in text
+    path.write_text("nothing")
+    with pytest.raises(SystemExit):
+        readme.main([str(tmp_path / "results.json"), "--readme", str(path)])
+
+
+def test_readme_says_what_the_committed_results_say():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"<!-- speed: (\w+) -->\n(.*?)<!-- /speed -->", text, re.DOTALL)
+    assert blocks
+    for device, block in blocks:
+        name = re.search(r"`bench/results/([^/`]+)/`", block)[1]
+        committed = results.load(ROOT / "bench" / "results" / name / "results.json")
+        assert committed.env.device_type == device
+        assert not committed.env.dirty
+        assert block == readme.section(committed, name)
 
 
 # Command line.
@@ -311,9 +382,12 @@ def test_values_may_be_separated_by_commas_or_spaces():
     ("option", "text", "message"),
     [
         ("--cells", "lstn", "unknown cell 'lstn', expected one of lstm, gru"),
+        ("--mode", "infer", "unknown mode 'infer', expected one of forward, training"),
+        ("--providers", "cudnn", "unknown provider 'cudnn', expected one of fastrnn, "),
         ("--T", "0", "'0' is not a positive integer"),
         ("--B", "1.5", "'1.5' is not a positive integer"),
         ("--H", "8,", "'' is not a positive integer"),
+        ("--layers", "-1", "'-1' is not a positive integer"),
         ("--dtype", "int8", "unknown dtype 'int8', expected one of float16"),
         ("--device", "tpu", "unknown device 'tpu', expected cpu"),
         ("--device", "cuda:99", "no device 'cuda:99'"),
@@ -323,7 +397,7 @@ def test_values_may_be_separated_by_commas_or_spaces():
 )
 def test_bad_values_are_named(option, text, message):
     with pytest.raises(argparse.ArgumentError, match=re.escape(message)):
-        parse(option, text)
+        parse(f"{option}={text}")
 
 
 TINY = ["--cells=gru", "--T=3", "--B=2", "--H=8", "--device=cpu", "--seconds=1e-3"]
@@ -331,58 +405,170 @@ TINY = ["--cells=gru", "--T=3", "--B=2", "--H=8", "--device=cpu", "--seconds=1e-
 
 def test_run_writes_all_files(tmp_path, capsys):
     out = tmp_path / "new" / "folder"
-    assert cli.run(parse(*TINY, "--out", str(out))) == 0
-    names = ["report.html", "results.csv", "results.json", "speedup.png", "time.png"]
-    assert sorted(path.name for path in out.iterdir()) == names
+    assert cli.run(parse(*TINY, "--out", str(out), "--providers", "fastrnn,fastrnn:torch")) == 0
+    names = [f"{name}.png" for name in PICTURES] + ["report.html", "results.csv", "results.json"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
     printed = capsys.readouterr().out
     assert all(name in printed for name in names)
-    env, rows = results.load(out / "results.json")
-    assert [row.case.mode for row in rows] == list(registry.MODES)
-    assert str(tmp_path) not in env.command
-    # The command must give the same cases again.
-    assert cli._command(parse(*env.command.split()[2:]), CPU) == env.command
+    found = results.load(out / "results.json")
+    assert [(row.case.mode, row.provider) for row in found.rows] == [
+        (mode, name)
+        for mode in registry.MODES
+        for name in ("torch.nn", "fastrnn")  # which is fastrnn:torch here
+    ]
+    assert all(row.bound and row.share > 0 for row in found.rows)
+    assert found.limits["gemm_tflops"]["float32"] > 0
+    assert str(tmp_path) not in found.env.command
+    # Shown again, without measuring.
+    again = tmp_path / "again"
+    assert cli.run(parse("--render", str(out / "results.json"), "--out", str(again))) == 0
+    assert capsys.readouterr().out.splitlines()[:8] == printed.splitlines()[:8]
+    assert results.load(again / "results.json") == found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--full", "--cells", "lstm", "gru", "--dtype", "float32"],
+        ["--T", "3", "--H", "8", "9", "--layers", "2", "--bidirectional", "--mode", "forward"],
+        ["--published", "--providers", "fastrnn", "torch.compile", "--seconds", "0.5"],
+    ],
+)
+def test_the_recorded_command_gives_the_same_cases(options):
+    args = parse(*options)
+    command = cli._command(args, CPU)
+    again = parse(*command.split()[2:])
+    assert cli._cases(again, CPU) == cli._cases(args, CPU)
+    assert cli._command(again, CPU) == command
+
+
+def test_who_is_measured_if_nobody_is_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        cli, "measure", lambda case, device, seconds, names: asked.append(names) or []
+    )
+    monkeypatch.setattr(cli, "Limits", FakeLimits)
+    for options in (["--quick"], ["--T=3"], ["--published"], ["--T=3", "--providers=all"]):
+        args = parse(*options, "--cells=gru", "--mode=forward")
+        cli._measure_all(args, cli._cases(args, CPU)[:1], CPU)
+    everybody = [name for name in providers.PROVIDERS if name != "torch.nn"]
+    published = [name for name in everybody if name != "fastrnn:reference"]
+    assert asked == [["fastrnn"], ["fastrnn"], published, everybody]
+    assert providers.default_providers("full", "cuda") == [
+        "fastrnn", "fastrnn:resident", "fastrnn:persistent", "fastrnn:stepwise",
+    ]  # fmt: skip
+
+
+class FakeLimits:
+    def __init__(self, device):
+        self.observed = []
+
+    def observe(self, case):
+        self.observed.append(case)
+
+    def of(self, case):
+        assert case in self.observed
+        return Bound(0.5, "products")
+
+    def record(self):
+        return LIMITS
 
 
 def test_run_compares(tmp_path, capsys):
     args = parse(*TINY, "--out", str(tmp_path), "--compare", str(tmp_path / "old.json"))
-    cases = registry.select("quick", "cpu", cells=["gru"], steps=[3], batch=[2], hidden=[8])
+    cases = registry.grid(cells=["gru"], steps=[3], batches=[2], hidden=[8])
     env = environment(CPU, "")
     for ratio, status in ((1000.0, 1), (0.001, 0)):
         old = [make_row(case, ratio, ratio / 10) for case in cases]
-        results.write_json(tmp_path / "old.json", env, old)
+        results.write_json(tmp_path / "old.json", Results(env, LIMITS, old))
         assert cli.run(args) == status
     assert "2 regressions" in capsys.readouterr().out
 
 
-def test_run_refuses_before_measuring(tmp_path, env, rows, monkeypatch):
+def test_run_refuses_before_measuring(tmp_path, found, monkeypatch):
     monkeypatch.setattr(cli, "measure", lambda *_: pytest.fail("measured"))
     args = parse(*TINY, "--compare", str(tmp_path / "old.json"))
     with pytest.raises(ValueError, match="cannot read"):
         cli.run(args)
-    results.write_json(tmp_path / "old.json", env, rows)
+    results.write_json(tmp_path / "old.json", found)
     with pytest.raises(ValueError, match="has none of the 2 cases"):
         cli.run(args)
     with pytest.raises(ValueError, match=r"cannot write to .*old.json: File exists"):
         cli.run(parse(*TINY, "--out", str(tmp_path / "old.json")))
+    with pytest.raises(ValueError, match="--full is a suite"):
+        cli.run(parse("--full", "--T=3"))
+    with pytest.raises(ValueError, match="no case of --quick has such"):
+        cli.run(parse("--cells=rnn", "--dtype=float16", "--device=cpu"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=re.escape("install fastrnn[bench]")):
         cli.run(args)
 
 
 def test_run_fails_on_a_wrong_result(tmp_path, monkeypatch, capsys):
-    wrong = types.SimpleNamespace(GRU=type("Wrong", (torch.nn.GRU,), {"forward": _shifted}))
-    monkeypatch.setitem(measure.PROVIDERS, "fastrnn", wrong)
+    def wrong(case, device, seconds, names):
+        rows = measure.measure(case, device, seconds, names)
+        return [rows[0], dataclasses.replace(rows[1], status="wrong", times=None)]
+
+    monkeypatch.setattr(cli, "measure", wrong)
     assert cli.run(parse(*TINY, "--out", str(tmp_path))) == 1
-    assert "wrong" in capsys.readouterr().out
-    _, rows = results.load(tmp_path / "results.json")
-    assert {row.status for row in rows} == {"wrong"}
-
-
-def _shifted(self, x, hx=None):
-    y, h = torch.nn.GRU.forward(self, x, hx)
-    return y + 1e-3, h
+    assert "2 wrong" in capsys.readouterr().out
 
 
 def test_options_do_not_import_matplotlib():
     code = "import sys, fastrnn.bench.cli; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_pytest_runs_the_suite():
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", "-p",
+               "no:xdist", "-k", "rnn_cell or rnn-forward-T32", "--benchmark-disable"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert re.search(r"^\d+ passed, \d+ deselected", done.stdout.splitlines()[-1]), done.stdout
+
+
+# The program for a GPU, with everything replaced that needs one.
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    env = dataclasses.replace(environment(CPU, "x"), device="NVIDIA H100", device_type="cuda")
+    monkeypatch.setattr(on_gpu, "environment", lambda device, command: env)
+    monkeypatch.setattr(on_gpu, "Limits", FakeLimits)
+    monkeypatch.setattr(on_gpu, "problem_of", lambda case, device: providers.problem_of(case, CPU))
+    monkeypatch.setattr(on_gpu, "cases", lambda: iter([*CASES[:2], CASES[0]]))
+
+
+@pytest.mark.parametrize("status", ["ok", "wrong"])
+def test_on_gpu_leaves_its_evidence(fake_gpu, monkeypatch, tmp_path, capsys, status):
+    def fake_measure(case, device, seconds, names):
+        assert names[0] == "fastrnn"
+        row = make_row(case, 2.0)
+        if status == "wrong":
+            row = dataclasses.replace(row, status="wrong", times=None)
+        return [make_baseline(case), row]
+
+    monkeypatch.setattr(on_gpu, "measure", fake_measure)
+    arguments = ["--only", "bench", "--out", str(tmp_path), "--commit", "abc"]
+    assert on_gpu.main(arguments) == (status == "wrong")
+    found = results.load(tmp_path / "results.json")
+    assert [row.case for row in found.rows] == [CASES[0], CASES[0], CASES[1], CASES[1]]
+    assert found.env.commit == "abc"
+    evidence = json.loads((tmp_path / "gpu.json").read_text())
+    assert evidence["failed"] == (status == "wrong")
+    assert [model["planned"] for model in evidence["model"]] == ["torch", "torch"]
+    printed = capsys.readouterr().out
+    assert ("666.67" if status == "ok" else "wrong: because") in printed
+
+
+def test_on_gpu_stops_in_time(fake_gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(on_gpu, "measure", lambda *_: pytest.fail("measured"))
+    assert on_gpu.main(["--only", "bench", "--out", str(tmp_path), "--minutes", "0.01"]) == 0
+    assert "rows" not in json.loads((tmp_path / "gpu.json").read_text())
+
+
+def test_on_gpu_has_each_case_for_its_schedules():
+    cases = list(dict.fromkeys(on_gpu.cases()))
+    assert cases[0] == Case("lstm", "forward", "float16", 1024, 16, 768, 768)
+    assert {case.dtype for case in cases} == {"float16", "bfloat16", "float32"}

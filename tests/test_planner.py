@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fastrnn
 from fastrnn.cpu import machine
 from fastrnn.kernels.configs import DEVICES, MAX_BATCH, PRECISIONS
-from fastrnn.planner import PATHS, Problem, path, plan, use_path
+from fastrnn.planner import PATHS, Problem, cudnn_algorithm, path, plan, use_path
 from fastrnn.reference import CELLS
 
 GRU = Problem("gru", steps=4, batch=128, input_size=64, hidden_size=64)
@@ -38,9 +38,21 @@ HALF = GRU._replace(dtype=torch.float16)
         (LSTM._replace(steps=1, packed=True), "loop"),
         (LSTM._replace(steps=127, batch=1, hidden_size=512), "torch"),
         (LSTM._replace(steps=128, batch=1, hidden_size=512), "loop"),
-        (LSTM._replace(steps=99, batch=64, hidden_size=512, training=True), "torch"),
-        (LSTM._replace(steps=99, batch=64, hidden_size=511, training=True), "loop"),
+        (LSTM._replace(steps=9999, batch=1, hidden_size=513), "torch"),
+        (LSTM._replace(steps=99, batch=4, hidden_size=513), "loop"),
+        (LSTM._replace(steps=99, batch=32, hidden_size=576, training=True), "torch"),
+        (LSTM._replace(steps=99, batch=32, hidden_size=575, training=True), "loop"),
         (LSTM._replace(steps=99, batch=64, hidden_size=512), "loop"),
+        (LSTM._replace(steps=31, batch=3, hidden_size=127), "torch"),
+        (LSTM._replace(steps=32, batch=3, hidden_size=127), "loop"),
+        (LSTM._replace(steps=2, batch=4, hidden_size=127), "loop"),
+        (LSTM._replace(steps=15, batch=4, hidden_size=128), "torch"),
+        (LSTM._replace(steps=16, batch=4, hidden_size=128), "loop"),
+        (LSTM._replace(steps=63, batch=16, hidden_size=256), "torch"),
+        (LSTM._replace(steps=64, batch=4, hidden_size=256), "loop"),
+        (LSTM._replace(steps=32, batch=32, hidden_size=256), "loop"),
+        (LSTM._replace(steps=2, batch=1, hidden_size=512, dtype=torch.float16), "loop"),
+        (LSTM._replace(steps=4, training=True, dtype=torch.float16), "loop"),
         (GRU._replace(device="cuda"), "torch"),
         (GRU._replace(is_step=True), "torch"),
         (GRU._replace(dtype=torch.complex64), "torch"),
@@ -221,6 +233,32 @@ def test_cudnns_persistent_kernel_is_left_to_it():
     assert plan(problem).path == "torch"
     for change in ({"layers": 2}, {"directions": 2}, {"batch": 12}, {"dtype": torch.bfloat16}):
         assert plan(problem._replace(**change)).path == "loop"
+
+
+@pytest.mark.parametrize(
+    ("change", "algorithm"),
+    [
+        ({}, "persistent"),
+        ({"packed": True}, "standard"),
+        ({"projected": True}, "standard"),
+        ({"input_size": 500}, "standard"),
+        ({"hidden_size": 1152}, "standard"),
+        ({"cell": "gru"}, "standard"),
+        ({"cell": "rnn_relu"}, "persistent"),
+        ({"gpu": DEVICES["a10"]}, "standard"),
+        ({"gpu": None}, "standard"),
+        ({"hidden_size": 128}, "small persistent"),
+        ({"hidden_size": 192, "training": True}, "small persistent, standard"),
+        ({"hidden_size": 192, "dtype": torch.float64}, "standard"),
+        (
+            {"cell": "rnn_tanh", "hidden_size": 384, "training": True},
+            "small persistent, persistent",
+        ),
+    ],
+)
+def test_cudnns_algorithm(change, algorithm):
+    problem = Problem("lstm", 64, 16, 512, 512, torch.float16, "cuda", gpu=DEVICES["h100"])
+    assert cudnn_algorithm(problem._replace(**change)) == algorithm
 
 
 def test_numbers_of_amds_architectures():

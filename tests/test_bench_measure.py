@@ -1,0 +1,510 @@
+"""What the benchmark refuses to time, how it times, and what bounds a case."""
+
+import dataclasses
+import functools
+import importlib
+import math
+import sys
+import types
+
+import pytest
+import torch
+from cooperative import cooperative
+
+from fastrnn import planner
+from fastrnn.bench import empty_cpu, limits, measure, providers
+from fastrnn.bench.limits import Bound, Limits
+from fastrnn.bench.providers import PROVIDERS, Built, Provider
+from fastrnn.bench.registry import Case
+from fastrnn.bench.results import Band
+from fastrnn.kernels.configs import DEVICES
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CASES = [
+    Case("lstm", "training", "float32", 3, 2, 8, 8),
+    Case("gru", "forward", "float64", 3, 2, 8, 8, num_layers=2, bidirectional=True),
+    Case("rnn", "training", "bfloat16", 3, 2, 8, 8),
+    Case("lstm_cell", "training", "float32", 1, 2, 8, 8),
+    Case("gru_cell", "forward", "float32", 1, 2, 8, 8),
+    Case("rnn_cell", "training", "float64", 1, 2, 8, 8),
+    Case("gru", "training", "float32", 8, 3, 8, 8, ragged=True),
+    Case("lstm", "training", "float32", 4, 2, 5, 8),
+]
+NAMES = [f"{case.cell}-{case.mode}-{case.shape.replace(' ', '-')}" for case in CASES]
+
+
+# Gate.
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_right_results_are_timed(case):
+    base, row = measure.measure(case, CPU, seconds=0)
+    assert (base.provider, row.provider) == ("torch.nn", "fastrnn")
+    assert base.path in ("ATen", "oneDNN")
+    assert row.status == base.status == "ok"
+    assert row.error <= row.tolerance < 0.1
+    assert row.pairs == base.pairs == 7
+    assert row.times.ms.p20 > 0
+    assert row.times.ratio.p20 <= row.times.ratio.median <= row.times.ratio.p80
+    assert base.times.ratio == Band(1.0, 1.0, 1.0)
+
+
+def test_inputs_and_weights_are_the_same_each_time():
+    for case in CASES:
+        (a, x), (b, y) = (providers.make_baseline(case, CPU) for _ in range(2))
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+        assert all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
+
+
+class SkewedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.001
+
+
+def wrong_build(change):
+    def build(case, baseline, inputs):
+        right = PROVIDERS["torch.nn"].build(case, baseline, inputs)
+
+        def run(x):
+            y, *state = right.run(SkewedGradient.apply(x) if change == "gradient" else x)
+            return {
+                "value": lambda: [y * 1.001, *state],
+                "nan": lambda: [y * torch.tensor([math.nan] + [1.0] * 7), *state],
+                "shape": lambda: [y[:-1], *state],
+                "dtype": lambda: [y.double(), *state],
+                "missing": lambda: [y],
+                "gradient": lambda: [y, *state],
+            }[change]()
+
+        return right._replace(run=run)
+
+    return Provider(lambda case, device: None, build)
+
+
+@pytest.mark.parametrize("change", ["value", "nan", "shape", "dtype", "missing", "gradient"])
+def test_wrong_results_are_not_timed(monkeypatch, change):
+    monkeypatch.setitem(PROVIDERS, "fastrnn", wrong_build(change))
+    base, row = measure.measure(CASES[0], CPU, seconds=0)
+    assert row.status == row.verdict == "wrong"
+    assert row.times is None
+    assert row.pairs == 0
+    assert base.times.ms.median > 0  # torch.nn's time is known all the same
+
+
+def failing(case, baseline, inputs):
+    raise NotImplementedError("out of memory\nstack")
+
+
+def test_who_cannot_run_a_case_does_not_stop_the_others(monkeypatch):
+    monkeypatch.setitem(PROVIDERS, "other", Provider(lambda case, device: None, failing))
+    monkeypatch.setitem(PROVIDERS, "never", Provider(lambda case, device: "a reason", failing))
+    rows = measure.measure(CASES[0], CPU, 0, ["other", "never", "fastrnn"])
+    assert [(row.provider, row.status) for row in rows] == [
+        ("torch.nn", "ok"),
+        ("other", "failed"),
+        ("fastrnn", "ok"),
+    ]
+    assert rows[1].reason == "out of memory"
+
+
+def test_a_case_that_torch_cannot_run_is_reported(monkeypatch):
+    def failing(case, device):
+        raise RuntimeError("out of memory\nstack")
+
+    monkeypatch.setattr(measure, "make_baseline", failing)
+    rows = measure.measure(CASES[0], CPU, seconds=0)
+    assert [(row.status, row.reason) for row in rows] == [("failed", "out of memory")] * 2
+
+
+def test_error_is_that_of_the_worst_tensor_relative_to_its_largest_element():
+    theirs = [torch.tensor([1.0, -4.0]), torch.tensor([100.0])]
+    ours = [torch.tensor([1.0, -3.0]), torch.tensor([101.0])]
+    assert measure.max_error(ours, theirs) == 0.25
+    assert measure.max_error(ours[:1], theirs) == math.inf
+    assert math.isnan(measure.max_error([torch.tensor([math.nan])], [torch.tensor([1.0])]))
+
+
+# Providers.
+
+
+def test_a_forced_path_is_measured_unless_the_planner_picks_it():
+    case = dataclasses.replace(CASES[0], steps=64, hidden_size=128, input_size=128)
+    picked = planner.plan(providers.problem_of(case, CPU)).path
+    forced = [name for name in PROVIDERS if name.startswith("fastrnn:")]
+    rows = measure.measure(case, CPU, 0, ["fastrnn", *forced])
+    paths = {"loop", "torch", "reference"} - {picked}
+    # Schedules are for GPUs.
+    assert {row.provider for row in rows[2:]} == {f"fastrnn:{path}" for path in paths}
+    assert {row.path for row in rows[2:]} == paths
+    assert {row.status for row in rows} == {"ok"}
+
+
+def test_schedules_on_a_gpu(monkeypatch):
+    case = Case("gru", "training", "bfloat16", 64, 16, 512, 512)
+    problem = providers.problem_of(case, CPU)._replace(device="cuda", gpu=DEVICES["h100"])
+    monkeypatch.setattr(providers, "problem_of", lambda case, device: problem)
+    plan = planner.plan(problem)
+    assert providers.plan_name(plan, case) == "persistent"
+    assert providers.is_repeated("fastrnn:persistent", plan, case)
+    assert not providers.is_repeated("fastrnn:stepwise", plan, case)
+    assert PROVIDERS["fastrnn:stepwise"].gap(case, CUDA) is None
+    assert "no resident schedule" in PROVIDERS["fastrnn:resident"].gap(case, CUDA)
+    packed = problem._replace(packed=True)
+    monkeypatch.setattr(providers, "problem_of", lambda case, device: packed)
+    assert "different lengths" in PROVIDERS["fastrnn:stepwise"].gap(case, CUDA)
+
+
+@pytest.mark.parametrize(
+    ("cell", "dtype", "sizes", "version", "algorithm"),
+    [
+        ("lstm", "float16", (16, 768), 91000, "cuDNN persistent"),
+        ("lstm", "float16", (12, 768), 91000, "cuDNN standard"),
+        ("lstm", "bfloat16", (16, 768), 91300, "cuDNN standard"),
+        ("lstm", "bfloat16", (16, 768), 91200, "ATen"),
+        ("gru", "float16", (16, 768), 91300, "cuDNN standard"),
+        ("gru", "float32", (16, 128), 91300, "cuDNN small persistent"),
+        ("gru", "float32", (16, 192), 91300, "cuDNN small persistent, standard"),
+        ("rnn", "float32", (16, 384), 91300, "cuDNN small persistent, standard"),
+        ("gru", "float32", (16, 192), None, "ATen"),
+    ],
+)
+def test_what_torch_runs_on_a_gpu(monkeypatch, cell, dtype, sizes, version, algorithm):
+    batch, hidden = sizes
+    case = Case(cell, "training", dtype, 64, batch, hidden, hidden)
+    problem = providers.problem_of(case, CPU)._replace(device="cuda", gpu=DEVICES["h100"])
+    monkeypatch.setattr(providers, "problem_of", lambda case, device: problem)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    assert providers.torch_algorithm(case, CUDA) == algorithm
+
+
+def test_a_compiled_loop(monkeypatch):
+    # Without inductor, which takes half a minute.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for case in (
+        dataclasses.replace(CASES[0], steps=24),  # two parts of 12
+        dataclasses.replace(CASES[0], cell="rnn", steps=7),
+        CASES[3],
+        CASES[4],
+    ):
+        torch._dynamo.reset()
+        _, row = measure.measure(case, CPU, 0, ["torch.compile"])
+        assert row.status == "ok", row
+    assert "plain layer" in PROVIDERS["torch.compile"].gap(CASES[1], CPU)
+
+
+# Other libraries, replaced by what their documentation says where they are not installed. Only the
+# interfaces that need no GPU are called of those that are.
+
+
+def fake_flashrnn(monkeypatch):
+    def flashrnn(wx, r, b, states, function, backend, dtype):
+        assert (function, str(wx.dtype)) == ("lstm", f"torch.{dtype}")
+        batch, steps, gates, heads, hidden = wx.shape
+        assert (gates, heads) == (4, 1)
+        assert r.shape == (4, 1, hidden, hidden)
+        h, c = states.view(2, batch, hidden)
+        hs, cs = [], []
+        for t in range(steps):
+            # R[gate, head, out, in], gates i, f, z, o
+            raw = wx[:, t, :, 0] + torch.einsum("gok,bk->bgo", r[:, 0], h) + b[:, 0]
+            i, f, z, o = raw.unbind(1)
+            c = f.sigmoid() * c + i.sigmoid() * z.tanh()
+            h = o.sigmoid() * c.tanh()
+            hs.append(h)
+            cs.append(c)
+        every = torch.stack([torch.stack(hs, 1), torch.stack(cs, 1)])
+        return every.unsqueeze(-2), torch.stack([h, c])[:, :, None, None]
+
+    module = types.ModuleType("flashrnn")
+    module.flashrnn = flashrnn
+    monkeypatch.setitem(sys.modules, "flashrnn", module)
+
+
+def fake_torchrl(monkeypatch):
+    class TensorDict(dict):
+        def __init__(self, source, batch_size, device):
+            super().__init__(source)
+
+    class Module(torch.nn.Module):
+        def __init__(self, inputs, hidden, in_keys, out_keys, device, **options):
+            super().__init__()
+            assert options["default_recurrent_mode"]
+            kind = torch.nn.LSTM if self.name == "lstm" else torch.nn.GRU
+            setattr(self, self.name, kind(inputs, hidden, batch_first=True, device=device))
+            self.in_keys, self.out_keys = in_keys, out_keys
+
+        def forward(self, data):
+            assert data["is_init"].shape == (*data["x"].shape[:2], 1)
+            y, final = getattr(self, self.name)(data[self.in_keys[0]])
+            final = final if isinstance(final, tuple) else (final,)
+            steps = y.shape[1]
+            # (B, T, layers, H), zero but at the last step
+            data[self.out_keys[0]] = y
+            for key, part in zip(self.out_keys[1:], final, strict=True):
+                last = part.transpose(0, 1)[:, None]
+                zeros = torch.zeros_like(last).expand(-1, steps - 1, -1, -1)
+                data[key] = torch.cat([zeros, last], 1)
+            return data
+
+    rl, modules, td = map(types.ModuleType, ("torchrl", "torchrl.modules", "tensordict"))
+    modules.LSTMModule = type("LSTMModule", (Module,), {"name": "lstm"})
+    modules.GRUModule = type("GRUModule", (Module,), {"name": "gru"})
+    td.TensorDict = TensorDict
+    for module in (rl, modules, td):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def fake_haste(monkeypatch):
+    class Layer(torch.nn.Module):
+        def __init__(self, inputs, hidden):
+            super().__init__()
+            self.kernel = torch.nn.Parameter(torch.zeros(inputs, self.gates * hidden))
+            self.recurrent_kernel = torch.nn.Parameter(torch.zeros(hidden, self.gates * hidden))
+            self.bias = torch.nn.Parameter(torch.zeros(self.gates * hidden))
+            if self.gates == 3:
+                self.recurrent_bias = torch.nn.Parameter(torch.zeros(3 * hidden))
+
+        def forward(self, x):
+            hidden = self.recurrent_kernel.shape[0]
+            h = c = x.new_zeros(x.shape[1], hidden)
+            ys = []
+            for x_t in x:
+                wx, rh = x_t @ self.kernel + self.bias, h @ self.recurrent_kernel
+                if self.gates == 4:
+                    i, g, f, o = (wx + rh).chunk(4, -1)
+                    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+                    h = o.sigmoid() * c.tanh()
+                else:
+                    z, r, n = wx.chunk(3, -1)
+                    r_z, r_r, r_n = (rh + self.recurrent_bias).chunk(3, -1)
+                    z = (z + r_z).sigmoid()
+                    h = z * h + (1 - z) * (n + (r + r_r).sigmoid() * r_n).tanh()
+                ys.append(h)
+            return torch.stack(ys), (h[None], c[None]) if self.gates == 4 else h[None]
+
+    module = types.ModuleType("haste_pytorch")
+    module.LSTM = type("LSTM", (Layer,), {"gates": 4})
+    module.GRU = type("GRU", (Layer,), {"gates": 3})
+    monkeypatch.setitem(sys.modules, "haste_pytorch", module)
+
+
+OTHERS = {
+    "flashrnn": (("flashrnn",), fake_flashrnn, {"backend": "vanilla"}, ("lstm",)),
+    "torchrl": (("tensordict", "torchrl"), fake_torchrl, {"backend": "pad"}, ("lstm", "gru")),
+    "haste": (("haste_pytorch",), fake_haste, {}, ("lstm", "gru")),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "cell"), [(name, cell) for name, facts in OTHERS.items() for cell in facts[3]]
+)
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.filterwarnings("ignore")
+def test_another_library(monkeypatch, name, cell, mode):
+    packages, fake, options, _ = OTHERS[name]
+    if name == "haste" or any(importlib.util.find_spec(package) is None for package in packages):
+        fake(monkeypatch)
+    build = functools.partial(PROVIDERS[name].build, **options)
+    monkeypatch.setitem(PROVIDERS, name, Provider(lambda case, device: None, build))
+    case = Case(cell, mode, "float32", 6, 3, 5, 8)
+    base, row = measure.measure(case, CPU, 0, [name])
+    assert row.status == "ok", row
+    assert base.times is not None
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_why_another_library_is_not_measured(monkeypatch, name):
+    gap = PROVIDERS[name].gap
+    found = {"spec": object()}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: found["spec"])
+    assert gap(CASES[0], CPU) == "on CUDA devices only"
+    assert gap(CASES[0], CUDA) is None
+    assert "float32 only" in gap(dataclasses.replace(CASES[0], dtype="float64"), CUDA)
+    assert "one plain layer of lstm" in gap(dataclasses.replace(CASES[0], num_layers=2), CUDA)
+    found["spec"] = None
+    assert gap(CASES[0], CUDA).endswith("is not installed")
+
+
+# Time.
+
+
+def test_ratio_is_the_median_over_pairs_not_the_ratio_of_medians():
+    pairs = [(1.0, 2.0), (10.0, 20.0), (100.0, 200.0), (1.0, 8.0), (4.0, 4.0)]
+    assert measure.ratio_band(pairs) == Band(2.0, pytest.approx(1.8), pytest.approx(3.2))
+
+
+def test_pairs_alternate_and_keep_their_sides(monkeypatch):
+    monkeypatch.setattr(measure, "_MAX_PAIRS", 8)
+    monkeypatch.setattr(measure, "_warm_up", lambda *_: 1.0)
+    order = []
+    monkeypatch.setattr(
+        measure, "seconds_of", lambda call, *_: order.append(call) or {"us": 1.0, "them": 3.0}[call]
+    )
+    assert measure.time_pairs("us", "them", CPU, seconds=60) == [(1.0, 3.0)] * 8
+    assert {tuple(order[:2]), tuple(order[2:4])} == {("us", "them"), ("them", "us")}
+
+
+@pytest.mark.parametrize(("single", "pairs"), [(1e-3, 7), (1.0, 7), (2.0, 3)])
+def test_long_calls_are_timed_less_often(monkeypatch, single, pairs):
+    monkeypatch.setattr(measure, "_warm_up", lambda *_: single)
+    monkeypatch.setattr(measure, "seconds_of", lambda *_: single)
+    assert len(measure.time_pairs("us", "them", CPU, seconds=0)) == pairs
+
+
+class FakeEvent:
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeEvent.now
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    import contextlib
+
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+
+
+def test_the_clock_of_a_gpu_is_that_of_its_events(fake_cuda):
+    def call():
+        FakeEvent.now += 3.0  # milliseconds
+
+    assert limits.seconds_of(call, 5, CUDA) == pytest.approx(3e-3)
+
+
+@pytest.mark.parametrize("fault", [None, "replay", "capture"])
+def test_a_graph_is_timed_if_its_replay_is_right(fake_cuda, monkeypatch, fault):
+    results = [torch.zeros(3), torch.zeros(2)]
+
+    def call():
+        if fault == "capture":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        results[0].fill_(1.0)
+        results[1].fill_(2.0)
+        return results
+
+    replay = call if fault is None else lambda: None
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=replay))
+    ready = measure.Ready(call, lambda results: results)
+    expected = [torch.ones(3), torch.full((2,), 2.0)]
+    found = measure._replay(ready, expected, 1e-6, CUDA)
+    assert found is (replay if fault is None else None)
+    assert measure._replay(ready, expected, 1e-6, CPU) is None
+
+
+def test_graphs_are_timed_beside_each_other(monkeypatch):
+    monkeypatch.setattr(measure, "_replay", lambda ready, *_: ready.call)
+    base, row = measure.measure(CASES[0], CPU, seconds=0)
+    assert row.graph.ms.median > 0
+    assert base.graph.ratio == Band(1.0, 1.0, 1.0)
+
+
+# Limits.
+
+
+def limits_with(device=CPU, exchange=2.0):
+    found = Limits(device)
+    found.gemm = {"float32": 1e11, "bfloat16": 1e15}
+    found.copy = dict.fromkeys(limits._COPY_BYTES, 1e10 if device == CPU else 1e12)
+    found.exchange_us = exchange
+    return found
+
+
+def test_what_bounds_a_case_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(limits, "uses_threads", lambda case: True)
+    large = Case("gru", "training", "float32", 10, 512, 256, 256)
+    assert limits_with().of(large) == Bound(pytest.approx(large.flops / 1e11 * 1e3), "products")
+    single = Case("gru", "forward", "float32", 11, 1, 256, 256)
+    read = 10 * 3 * 256 * 256 * 4 / 1e10
+    assert limits_with().of(single) == Bound(pytest.approx(read * 1e3), "weights")
+    tiny = Case("gru", "training", "float32", 11, 1, 8, 8)
+    assert limits_with().of(tiny) == Bound(pytest.approx(2 * 11 * 2e-3), "exchange")
+    assert limits_with(exchange=None).of(tiny).by == "weights"
+    step = Case("gru_cell", "forward", "float32", 1, 1, 64, 64)
+    assert limits_with().of(step) == Bound(pytest.approx(step.min_bytes / 1e10 * 1e3), "memory")
+    half = dataclasses.replace(large, dtype="bfloat16")  # multiplied as float32
+    assert limits_with().of(half).ms == limits_with().of(large).ms
+
+
+@pytest.mark.parametrize(
+    ("hidden", "batch", "by"), [(512, 16, "exchange"), (64, 16, "memory"), (4096, 1, "weights")]
+)
+def test_what_bounds_a_case_on_a_gpu(monkeypatch, hidden, batch, by):
+    case = Case("gru", "forward", "bfloat16", 100, batch, hidden, hidden)
+    problem = providers.problem_of(case, CPU)._replace(device="cuda", gpu=DEVICES["h100"])
+    monkeypatch.setattr(limits, "problem_of", lambda case, device: problem)
+    assert limits_with(CUDA).of(case).by == by
+
+
+def test_limits_are_measured():
+    found = Limits(CPU)
+    case = Case("gru", "training", "bfloat16", 16, 4, 64, 64)
+    found.observe(case)
+    first = found.record()
+    found.observe(case)
+    second = found.record()
+    assert first["gemm_tflops"].keys() == {"float32"}
+    assert 0 < first["gemm_tflops"]["float32"] <= second["gemm_tflops"]["float32"]
+    assert 0 < found.of(case).ms < 1000
+    assert second["exchange_us"] is None or 0 < second["exchange_us"] < 1e4
+
+
+def test_no_exchange_without_a_runtime(monkeypatch):
+    monkeypatch.setattr(empty_cpu, "_region", lambda: None)
+    found = Limits(CPU)
+    found.observe(CASES[0])
+    assert found.record()["exchange_us"] is None
+    assert found.of(CASES[0]).ms > 0
+
+
+@pytest.mark.parametrize("protocol", ["flag", "counter"])
+def test_the_empty_exchange_of_a_gpu(monkeypatch, protocol):
+    empty_gpu = pytest.importorskip("fastrnn.bench.empty_gpu")
+    if torch.cuda.is_available():
+        pytest.skip("for the interpreter")
+    facts = DEVICES["h100"]._replace(protocol=protocol)
+    monkeypatch.setattr(planner, "gpu", lambda index: facts)
+    monkeypatch.setattr(empty_gpu, "_HIDDEN", 64)
+    states = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: states.append(empty(*a, **k)) or states[-1])
+    call = empty_gpu.loop(CPU, 5)
+    for seed in range(3):
+        with cooperative(seed):
+            call()
+        (state,) = states
+        assert state.shape == (5, 16, 64)
+        # Every step was handed on to the end: the sum of zeros.
+        assert torch.equal(state, torch.zeros_like(state))
+
+
+def test_no_empty_exchange_where_programs_may_not_wait(monkeypatch):
+    empty_gpu = pytest.importorskip("fastrnn.bench.empty_gpu")
+    monkeypatch.setattr(planner, "gpu", lambda index: DEVICES["mi300x"])
+    assert empty_gpu.loop(CUDA, 5) is None
+
+
+def test_a_built_case_is_a_plain_record():
+    built = PROVIDERS["torch.nn"].build(CASES[0], *providers.make_baseline(CASES[0], CPU))
+    assert isinstance(built, Built)
+    assert built.to_torch(["a"]) == ["a"]
