@@ -62,6 +62,8 @@ largest of: the products at the speed of a large matrix product; inputs, outputs
 at the speed of a copy of as many bytes; the recurrent weights once for each step at that speed,
 where they do not stay on chip; and, where the state has to cross between processors, an empty
 exchange for each step. {limits}</li>
+<li><i>MiB</i> is the most that one call allocates, beside weights, inputs and what a provider keeps
+between calls.</li>
 <li><i>path</i> is what the planner chose. On the path <i>torch</i>, fastrnn calls the same
 kernels as torch.nn, so that only the difference in Python remains. <i>torch.nn runs</i> is what
 torch chooses by its own rules.</li>

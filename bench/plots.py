@@ -203,10 +203,15 @@ def plot_steps(path: Path, env: Environment, rows: Sequence[Row]) -> None:
         if case.dtype == max(dtypes, key=dtypes.count) and case.steps >= least
     }
 
+    batches = sorted({case.batch for case in plain})
+    colors = {
+        batch: plt.get_cmap("viridis")(0.9 * k / max(1, len(batches) - 1))
+        for k, batch in enumerate(batches)
+    }
+
     def draw(axes: Any, cases: list[Case]) -> None:
-        batches = sorted({case.batch for case in cases})
-        for k, batch in enumerate(batches):
-            color = plt.get_cmap("viridis")(0.9 * k / max(1, len(batches) - 1))
+        for batch in sorted({case.batch for case in cases}):
+            color = colors[batch]
             # Of several T the longest.
             chosen = {
                 case.hidden_size: case
@@ -220,18 +225,21 @@ def plot_steps(path: Path, env: Environment, rows: Sequence[Row]) -> None:
             limits = [(plain[chosen[h]][main].limit_ms or math.nan) for h in hidden]
             times = [limit * 1e3 / chosen[h].steps for limit, h in zip(limits, hidden, strict=True)]
             axes.plot(hidden, times, ":", color=color, lw=1.5)
-            axes.plot([], [], "s", color=color, label=f"B = {batch}")
         axes.set_yscale("log")
         _label_log_axis(axes.yaxis, axes.get_ylim())
-        axes.legend(fontsize=7, loc="upper left")
         axes.set_ylabel("µs per step")
 
-    _panels(path, plain, draw, f"Time of a step on {env.device}, {_first(plain).dtype}" if plain
-            else "Time of a step", [
+    dtype = next(iter(plain)).dtype if plain else ""
+    legend = [
         plt.Line2D([], [], color=_INK, marker="o", label=main),
         plt.Line2D([], [], color=_INK, marker="x", ls="--", label=BASELINE),
         plt.Line2D([], [], color=_INK, ls=":", label="limit of the device"),
-    ])  # fmt: skip
+    ]
+    legend += [
+        plt.Line2D([], [], color=color, marker="s", ls="", label=f"B = {batch}")
+        for batch, color in colors.items()
+    ]
+    _panels(path, plain, draw, f"Time of a step on {env.device} {dtype}", legend)
 
 
 def plot_memory(path: Path, env: Environment, rows: Sequence[Row]) -> None:
@@ -270,10 +278,6 @@ def plot_memory(path: Path, env: Environment, rows: Sequence[Row]) -> None:
     ], xlabel=None)  # fmt: skip
 
 
-def _first(cases: Any) -> Case:
-    return next(iter(cases))
-
-
 def _panels(
     path: Path, cases: Any, draw: Draw, title: str, legend: list[Any], xlabel: str | None = "H"
 ) -> None:
@@ -299,7 +303,7 @@ def _panels(
                     axes.set_xticks(hidden, hidden, fontsize=7)
                     axes.xaxis.set_minor_locator(NullLocator())
                     axes.set_xlabel(xlabel)
-        figure.legend(handles=legend, loc="outside lower center", ncols=3)
+        figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 10))
         _finish(figure, path, title)
 
 

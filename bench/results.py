@@ -65,7 +65,8 @@ class Row:
     graph : Times, optional
         As a CUDA graph that is replayed; None on a CPU and where it cannot be captured.
     peak_mib : float, optional
-        Largest memory that one call allocates; on a CPU by the resident set, on Linux only.
+        Largest memory that one call allocates, beside what the provider keeps between calls; on a
+        CPU by the resident set, on Linux only.
     limit_ms : float, optional
         What the case takes at least on this device; see ``limits``.
     bound : str, optional
