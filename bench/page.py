@@ -28,6 +28,7 @@ _PAGE = """<!doctype html>
 <h2>Summary</h2>
 <p>Geometric mean of the ratio torch.nn time / fastrnn time; above 1 fastrnn is faster.</p>
 <div class="cards">{cards}</div>
+{slower}
 {failures}
 <h2>Speed-up</h2>
 {speedup}
@@ -90,12 +91,12 @@ _CSS = """
   :root { --ink: #e6edf3; --soft: #9aa4ae; --line: #343b43; --paper: #0f1318; --panel: #181e25;
     --bad: #ff8a80; --bad-bg: #3b1a1a; --good: #5fd07a; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 1080px; margin: 0 auto; padding: 24px; }
+  max-width: 1280px; margin: 0 auto; padding: 24px; }
 h1 { margin: 0; font-size: 26px; }
 h2 { margin: 36px 0 8px; font-size: 19px; border-bottom: 1px solid var(--line); }
 header p { margin: 4px 0; color: var(--soft); }
 header p.totals { color: var(--ink); font-weight: 600; }
-img { display: block; width: 100%; max-width: 940px; margin: 12px auto; background: #fff;
+img { display: block; margin: 12px auto; background: #fff; zoom: 0.75;
   border: 1px solid var(--line); border-radius: 6px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 10px; }
 .card { background: var(--panel); border: 1px solid var(--line); border-radius: 6px;
@@ -150,13 +151,16 @@ def write_page(path: Path, results: Results, pictures: Mapping[str, Path]) -> No
         "Python": env.python,
         "date": env.date,
     }
+    table = report.results_table(rows)
+    slower = [line for line in table.lines if line.verdict == "slower"]
     text = _PAGE.format(
         css=_CSS,
         device=escape(env.device),
         date=escape(env.date.partition("T")[0]),
         totals=escape(report.totals(rows)),
         cards=_cards(results),
-        results=_html(report.results_table(rows), "filtered"),
+        slower=_section("Where it is slower", table._replace(lines=slower) if slower else None),
+        results=_html(table, "filtered"),
         failures=_section("Not timed", report.failures_table(rows)),
         others=_section("Everybody", report.providers_table(rows)),
         published=_section("Published by others", report.published_table(rows)),
@@ -170,7 +174,8 @@ def write_page(path: Path, results: Results, pictures: Mapping[str, Path]) -> No
 
 def _picture(path: Path, alt: str) -> str:
     content = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<img src="data:image/png;base64,{content}" alt="{escape(alt)}">'
+    image = f'<img src="data:image/png;base64,{content}" alt="{escape(alt)}">'
+    return f'<div class="wide">{image}</div>'
 
 
 def _environment(facts: Mapping[str, object]) -> str:
