@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,10 +15,9 @@ import torch
 from .. import _arguments
 from . import registry, results
 from .environment import environment
-from .limits import Limits
-from .measure import measure, with_limits
-from .providers import BASELINE, PROVIDERS, default_providers
-from .results import Results
+from .measure import measure_all
+from .providers import BASELINE, OURS, PROVIDERS, default_providers
+from .results import Results, Row
 
 # A GPU repeats its times more closely than a CPU that other programs use too.
 _SECONDS = {"cpu": 3.0, "cuda": 1.0}
@@ -73,8 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        default=Path("bench/results/latest"),
-        help="folder for the files (default: %(default)s)",
+        help="folder for the files (default: bench/results/latest, or that of --render)",
     )
     parser.add_argument(
         "--compare", type=Path, metavar="OLD.json", help="a results.json to compare with"
@@ -103,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     -------
     int
         Exit status: 0, or 1 if fastrnn was wrong or failed in a case, or became slower than in the
-        old benchmark.
+        old benchmark, or has no time in common with it.
 
     Raises
     ------
@@ -112,18 +111,25 @@ def run(args: argparse.Namespace) -> int:
         cannot be written to, or a file cannot be read or has none of the cases; before anything is
         measured.
     """
-    # Imported only now: matplotlib takes a second, and both may be missing.
+    # Imported only where used: matplotlib takes a second, and both may be missing.
     _arguments.require("bench", "rich", "matplotlib")
-    from rich.console import Console
-
-    from . import report
-
-    shown = results.load(args.render) if args.render else None
-    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = _cases(args, device) if shown is None else [row.case for row in shown.rows]
     old = results.load(args.compare).rows if args.compare else None
-    if old is not None and not {row.case for row in old} & set(cases):
+    if args.render:
+        for flag in ("--suite", *_ONLY, *_GRID, "--providers", "--device", "--seconds"):
+            if value := getattr(args, flag.lstrip("-")):
+                flag = f"--{value}" if flag == "--suite" else flag
+                raise _arguments.UsageError(f"{flag} has no meaning with --render")
+        shown = results.load(args.render)
+        return _show(shown, args.out or args.render.parent, old, args.threshold / 100)
+    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cases, providers = _cases(args, device), _providers(args, device)
+    if not any(PROVIDERS[name].gap(case, device) is None for case in cases for name in providers):
+        raise _arguments.UsageError("\n".join(_gaps(cases, providers, device)))
+    if old is not None and not {(row.case, row.provider) for row in old} & {
+        (case, name) for case in cases for name in providers
+    }:
         raise _arguments.UsageError(f"{args.compare} has none of the {len(cases)} cases to measure")
+    args.out = args.out or Path("bench/results/latest")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -131,7 +137,18 @@ def run(args: argparse.Namespace) -> int:
     if not os.access(args.out, os.W_OK):
         raise _arguments.UsageError(f"cannot write to {args.out}: Permission denied")
 
-    found = shown or _measure_all(args, cases, device)
+    found = _measure_all(args, cases, providers, device)
+    for gap in _gaps(cases, providers, device):
+        print(gap)
+    return _show(found, args.out, old, args.threshold / 100)
+
+
+def _show(found: Results, folder: Path, old: Sequence[Row] | None, threshold: float) -> int:
+    """Print and write everything; the exit status."""
+    from rich.console import Console
+
+    from . import report
+
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     for table in (
         report.results_table(found.rows),
@@ -144,17 +161,35 @@ def run(args: argparse.Namespace) -> int:
             console.print(report.to_rich(table))
     console.print(report.limits_line(found))
     console.print(report.totals(found.rows))
-    for path in write(args.out, found):
+    for path in write(folder, found):
         console.print(os.path.relpath(path), soft_wrap=True)
-
-    bad = any(row.status != "ok" for row in found.rows if row.provider.startswith("fastrnn"))
+    bad = any(row.status != "ok" for row in found.rows if row.provider.startswith(OURS))
     if old is not None:
-        changes = results.compare(old, found.rows, args.threshold / 100)
-        console.print(report.to_rich(report.changes_table(changes, args.threshold / 100)))
+        changes = results.compare(old, found.rows, threshold)
+        console.print(report.to_rich(report.changes_table(changes, threshold)))
         regressions = sum(change.is_regression for change in changes)
         console.print(f"{len(changes)} cases in both, {regressions} regressions")
-        bad = bad or regressions > 0
+        bad = bad or regressions > 0 or not changes
     return 1 if bad else 0
+
+
+def _providers(args: argparse.Namespace, device: torch.device) -> list[str]:
+    suite = None if _makes_grid(args) else args.suite or "quick"
+    names = _joined(args.providers) or default_providers(suite, device.type)
+    return [name for name in PROVIDERS if name != BASELINE] if _ALL in names else names
+
+
+def _gaps(
+    cases: Sequence[registry.Case], providers: Sequence[str], device: torch.device
+) -> list[str]:
+    """A line for each reason why a provider was not measured."""
+    reasons = Counter(
+        (name, gap)
+        for case in cases
+        for name in providers
+        if (gap := PROVIDERS[name].gap(case, device)) is not None
+    )
+    return [f"not run, {count} cases: {name}, {gap}" for (name, gap), count in reasons.items()]
 
 
 def _cases(args: argparse.Namespace, device: torch.device) -> list[registry.Case]:
@@ -190,8 +225,12 @@ def _cases(args: argparse.Namespace, device: torch.device) -> list[registry.Case
 
 
 def _measure_all(
-    args: argparse.Namespace, cases: Sequence[registry.Case], device: torch.device
+    args: argparse.Namespace,
+    cases: Sequence[registry.Case],
+    providers: Sequence[str],
+    device: torch.device,
 ) -> Results:
+    """Measure with a progress bar; when it is interrupted, what there is by then."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -201,26 +240,31 @@ def _measure_all(
         TimeRemainingColumn,
     )
 
-    asked = _joined(args.providers)
-    suite = None if args.suite is None and _makes_grid(args) else args.suite or "quick"
-    providers = asked or default_providers(suite, device.type)
-    if _ALL in providers:
-        providers = [name for name in PROVIDERS if name != BASELINE]
     env = environment(device, _command(args, device))
-    limits = Limits(device)
-    rows = []
+    found = Results(env, {}, [])
     columns = (
         BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
     )  # fmt: skip
+    seconds = args.seconds or _SECONDS[device.type]
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(cases))
-        for case in cases:
-            progress.update(task, description=f"{case.cell} {case.mode} {case.shape}")
-            seconds = args.seconds or _SECONDS[device.type]
-            rows += measure(case, device, seconds, providers)
-            limits.observe(case)
-            progress.advance(task)
-    return Results(env, limits.record(), with_limits(rows, limits))
+        task = progress.add_task(_name(cases[0]), total=len(cases))
+        following = [_name(case) for case in cases[1:]] + [""]
+        try:
+            for so_far, name in zip(
+                measure_all(cases, device, seconds, providers, env, args.out / "results.json"),
+                following,
+                strict=True,
+            ):
+                found = so_far
+                progress.update(task, advance=1, description=name)
+        except KeyboardInterrupt:
+            if not found.rows:
+                raise
+    return found
+
+
+def _name(case: registry.Case) -> str:
+    return f"{case.cell} {case.mode} {case.shape}"
 
 
 def _makes_grid(args: argparse.Namespace) -> bool:

@@ -1,14 +1,17 @@
-"""What a device can do at most, measured, and the time below which a case cannot come.
+"""What a device can do, measured, as a yardstick for the time of a case.
 
 Whatever the implementation, a case needs its products, has to move its inputs, outputs and weights,
 and has to hand h from step to step. `Limits` measures how fast the device multiplies, copies and
-hands over in the same run, and turns that into the least time of a case and what bounds it.
+hands over in the same run, and turns that into the time that the slowest of these takes alone. It
+is a yardstick, not a proof: caches may be faster than the copy that stands for them, and fewer
+programs hand over faster than those of the empty exchange.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +26,12 @@ _GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 # as they may lie in caches.
 _COPY_BYTES = [2**k for k in range(20, 28)]
 _REPEATS = 5
+# In one measurement; on a GPU so many that launching the first does not matter.
+_COPIES = {"cpu": 1, "cuda": 20}
 
 
 class Bound(NamedTuple):
-    """The least time of a case in milliseconds, and what it is that takes it.
+    """The limit of a case in milliseconds, and what it is that takes so long.
 
     'products', 'memory' (inputs, outputs and weights, once), 'weights' (the recurrent ones, read at
     every step where they cannot be kept on chip), or 'exchange' (of h, at every step).
@@ -63,10 +68,11 @@ class Limits:
 
     def observe(self, case: Case) -> None:
         """Measure what bounds a case once more; the best that was ever seen counts."""
-        self._observe_gemm(self._dtype(case))
-        for size in {self._copy_size(case.min_bytes), self._copy_size(_recurrent_bytes(case))}:
-            self._observe_copy(size)
-        found = exchange_us(self.device)
+        with on_equal_terms(self.device):
+            self._observe_gemm(self._dtype(case))
+            for size in {self._copy_size(case.min_bytes), self._copy_size(_recurrent_bytes(case))}:
+                self._observe_copy(size)
+            found = exchange_us(self.device)
         if found is not None:
             self.exchange_us = min(found, self.exchange_us or found)
 
@@ -113,14 +119,7 @@ class Limits:
         size = _GEMM_SIZE[self.device.type]
         a = torch.randn(size, size, device=self.device).to(getattr(torch, dtype))
         out = torch.empty_like(a)
-        matmul = torch.backends.cuda.matmul
-        before = matmul.allow_tf32
-        # As cuDNN and our kernels multiply float32, which has a switch of its own in torch.
-        matmul.allow_tf32 = planner.float32_precision() == "tf32"
-        try:
-            seconds = self._fastest(lambda: torch.mm(a, a, out=out))
-        finally:
-            matmul.allow_tf32 = before
+        seconds = self._fastest(lambda: torch.mm(a, a, out=out))
         self.gemm[dtype] = max(self.gemm.get(dtype, 0.0), 2 * size**3 / seconds)
 
     def _observe_copy(self, size: int) -> None:
@@ -136,7 +135,8 @@ class Limits:
 
     def _fastest(self, call: Callable[[], Tensor]) -> float:
         call()
-        return min(seconds_of(call, 1, self.device) for _ in range(_REPEATS))
+        repeats = _COPIES[self.device.type]
+        return min(seconds_of(call, repeats, self.device) for _ in range(_REPEATS))
 
     def _on_chip_bytes(self, case: Case) -> int:
         """Of the weights that need not be read again: a GPU's shared memory, all of it."""
@@ -154,6 +154,31 @@ class Limits:
             return True
         forward, _ = planner.choose_kernels(problem)
         return forward.config.schedule != "resident"
+
+
+@contextlib.contextmanager
+def on_equal_terms(device: torch.device) -> Iterator[None]:
+    """Make a device the current one, and let all multiply float32 as torch's recurrent layers do.
+
+    cuDNN has a switch of its own for TF32, on by default where that of matrix products is off: who
+    computes with matrix products would do other work.
+
+    Parameters
+    ----------
+    device : torch.device
+    """
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    with torch.cuda.device(device):
+        if planner.float32_precision() == "tf32":
+            matmul.fp32_precision = "tf32"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
 
 
 def _recurrent_bytes(case: Case) -> int:
@@ -204,6 +229,7 @@ def seconds_of(call: Callable[[], Any], repeats: int, device: torch.device) -> f
     call : callable
     repeats : int
     device : torch.device
+        The current one, if it is a GPU.
 
     Returns
     -------
@@ -216,11 +242,10 @@ def seconds_of(call: Callable[[], Any], repeats: int, device: torch.device) -> f
             call()
         return (time.perf_counter() - start) / repeats
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with torch.cuda.device(device):
-        torch.cuda.synchronize()
-        before.record()
-        for _ in range(repeats):
-            call()
-        after.record()
-        after.synchronize()
+    torch.cuda.synchronize()
+    before.record()
+    for _ in range(repeats):
+        call()
+    after.record()
+    after.synchronize()
     return before.elapsed_time(after) * 1e-3 / repeats

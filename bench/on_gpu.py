@@ -5,7 +5,8 @@ kernels beside torch.nn, most telling cases first, until the time is used up. It
 triton, pytest and hypothesis, no network and no installation: run it in the root of a checkout.
 The evidence, ``gpu.json``, ``results.json`` and ``results.csv`` of the benchmark and pytest's
 ``tests.xml``, is left in the output folder, a table is printed last, and the exit status is 1 if a
-test or a sanitizer found something, one of them ran out of time, or a result was wrong. ``fastrnn
+test or a sanitizer found something, one of them ran out of time, a result was wrong, or there was
+no time left for the benchmark. ``fastrnn
 bench --render`` makes pictures and a page of the results, there or elsewhere.
 """
 
@@ -33,8 +34,7 @@ import torch
 from .. import nn, planner
 from . import results
 from .environment import Environment, environment
-from .limits import Limits
-from .measure import measure, with_limits
+from .measure import measure_all
 from .providers import OURS, default_providers, problem_of
 from .registry import Case
 from .results import Results, Row
@@ -43,6 +43,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 # Shares of the time: what the tests and each sanitizer may take at most.
 _TESTS, _SANITIZER = 0.45, 0.12
 _SECONDS_PER_CASE = 0.3
+_RESERVE = 5.0  # seconds that are left for writing
 _TAIL = 4000  # characters of a program's output that are kept
 
 
@@ -82,32 +83,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out or _ROOT / "bench" / "results" / _folder(env)
     out.mkdir(parents=True, exist_ok=True)
     evidence: dict[str, Any] = {"environment": dataclasses.asdict(env), "cuda": torch.version.cuda}
+    found: Results | None = None
     failed = False
     if args.only in (None, "tests"):
         evidence["tests"] = _tests(out, remaining() if args.only else remaining() * _TESTS)
         failed |= evidence["tests"]["status"] != 0
+        _write(out, evidence)  # so that what was found survives a crash or being cut off
     if args.only in (None, "sanitizer"):
         for tool in ("memcheck", "racecheck"):
             evidence[tool] = _sanitize(tool, 60 * args.minutes * _SANITIZER)
             failed |= evidence[tool]["status"] not in (0, "not run")
-    rows: list[Row] = []
+            _write(out, evidence)
     if args.only in (None, "bench"):
         device = torch.device("cuda")
-        limits, providers = Limits(device), default_providers("full", device.type)
-        for case in dict.fromkeys(cases()):
-            if remaining() < 5:
-                break
-            rows += measure(case, device, _SECONDS_PER_CASE, providers)
-            limits.observe(case)
-            found = Results(env, limits.record(), with_limits(rows, limits))
-            results.write_json(out / "results.json", found)  # to survive being cut off
-            results.write_csv(out / "results.csv", found)
-        rows = with_limits(rows, limits)
-        evidence["model"] = [_model(case, device) for case in dict.fromkeys(r.case for r in rows)]
+        chosen = list(dict.fromkeys(cases()))
+        evidence["model"] = [_model(case, device) for case in chosen]
+        providers = default_providers("full", device.type)
+        path = out / "results.json"
+        if remaining() > _RESERVE:
+            for so_far in measure_all(chosen, device, _SECONDS_PER_CASE, providers, env, path):
+                found = so_far
+                if remaining() < _RESERVE:
+                    break
+        rows = found.rows if found else []
+        failed |= not rows
         failed |= any(row.status != "ok" for row in rows if row.provider.startswith(OURS))
+    if found is not None:
+        results.write_csv(out / "results.csv", found)
     evidence["failed"] = failed
     _write(out, evidence)
-    _report(evidence, rows)
+    _report(evidence, found.rows if found else [])
     return int(failed)
 
 

@@ -58,11 +58,11 @@ time.</li>
 <li>Each provider is timed in pairs with torch.nn, one right after the other in alternating order,
 after a warm-up. A ratio is taken within each pair. On CUDA the clock is that of the device's
 events, and <i>as graph</i> is the ratio of the same calls replayed as CUDA graphs.</li>
-<li><i>of limit</i>: the least time that the device allows, divided by the time. The limit is the
-largest of: the products at the speed of a large matrix product; inputs, outputs and weights once
-at the speed of a copy of as many bytes; the recurrent weights once for each step at that speed,
-where they do not stay on chip; and, where the state has to cross between processors, an empty
-exchange for each step. {limits}</li>
+<li><i>of limit</i>: a yardstick divided by the time, and what it is made of. It is the largest of:
+the products at the speed of a large matrix product; inputs, outputs and weights once at the speed
+of a copy of as many bytes; the recurrent weights once for each step at that speed, where they do
+not stay on chip; and, where the state has to cross between processors, an empty exchange for each
+step. All are measured in the same run. {limits}</li>
 <li><i>MiB</i> is the most that one call allocates, beside weights, inputs and what a provider keeps
 between calls.</li>
 <li><i>path</i> is what the planner chose. On the path <i>torch</i>, fastrnn calls the same

@@ -234,7 +234,10 @@ def _build_compiled(case: Case, baseline: torch.nn.Module, inputs: Tensors) -> B
     def one_step(x: Tensor, state: list[Tensor], weights: list[Tensor]) -> Any:
         return reference.cell_step(cell, x, state, weights)
 
-    compiled = torch.compile(one_step if case.is_step else some_steps, dynamic=False)
+    # Every case is compiled afresh; after some recompilations dynamo would give up, in silence.
+    torch._dynamo.reset()
+    steps = one_step if case.is_step else some_steps
+    compiled = torch.compile(steps, dynamic=False, fullgraph=True)
 
     def run(x: Tensor, *given: Tensor) -> list[Tensor]:
         if case.is_step:

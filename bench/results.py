@@ -53,10 +53,10 @@ class Row:
         The planner's, or for what failed the error.
     status : {'ok', 'wrong', 'failed'}
         'wrong' if the results differ from torch.nn's, 'failed' if the case could not be run.
-    tolerance : float
-        Allowed difference of an output or gradient, relative to its largest element.
-    error : float, optional
-        The largest difference; None for a failed case.
+    error, tolerance : float, optional
+        Of the output or gradient that is furthest from what is allowed: its difference from
+        torch.nn's, relative to the largest element, and how large that may be. None for torch.nn
+        itself and for a failed case.
     pairs : int
         How often the provider and torch.nn were timed one after the other.
     times : Times, optional
@@ -78,8 +78,8 @@ class Row:
     path: str
     reason: str
     status: str
-    tolerance: float
     error: float | None = None
+    tolerance: float | None = None
     pairs: int = 0
     times: Times | None = None
     graph: Times | None = None

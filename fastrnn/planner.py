@@ -386,6 +386,7 @@ def _on_gpu(problem: Problem, forward: Choice, backward: Choice) -> tuple[str, s
         return "torch", "one step is one fused ATen call; ours was not measured against it"
     if problem.steps < _GPU_MIN_STEPS:
         return "torch", f"below {_GPU_MIN_STEPS} steps launching our kernels costs what they save"
+    # Not the small one: where it is, our kernels need no or little exchange.
     if "persistent" in cudnn_algorithm(problem).split(", "):
         return "torch", "cuDNN has a persistent kernel for this shape, ours was not measured"
     choices = (forward, backward) if problem.training else (forward,)

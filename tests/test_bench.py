@@ -34,7 +34,7 @@ LIMITS = {"gemm_tflops": {"float32": 0.1}, "copy_gb_s": {"1048576": 50.0}, "exch
 
 def make_row(case: Case, ratio: float, spread: float = 0.01, provider: str = "fastrnn") -> Row:
     times = Times(Band(2.0, 1.9, 2.1), Band(ratio, ratio - spread, ratio + spread))
-    row = Row(case, provider, "loop", 'because of "<b>"', "ok", 1e-6, 1e-7, 9, times)
+    row = Row(case, provider, "loop", 'because of "<b>"', "ok", 1e-7, 1e-6, 9, times)
     return dataclasses.replace(row, peak_mib=3.0, limit_ms=0.5, bound="products")
 
 
@@ -161,7 +161,7 @@ def test_verdict(ratio, spread, verdict):
 
 def test_summary_is_the_geometric_mean_of_a_group():
     a, b = CASES[0], dataclasses.replace(CASES[0], batch=4)
-    wrong = Row(dataclasses.replace(a, batch=5), "fastrnn", "torch", "", "wrong", 1e-6, 1.0)
+    wrong = Row(dataclasses.replace(a, batch=5), "fastrnn", "torch", "", "wrong", 1.0, 1e-6)
     summary, other, third = results.summarize(
         [
             make_row(a, 4.0),
@@ -213,7 +213,7 @@ def found():
         for row in (make_baseline(case), make_row(case, ratio))
     ]
     rows.append(make_row(CASES[0], 0.5, provider="torch.compile"))
-    rows.append(Row(CASES[3], "fastrnn", "torch", "reason", "wrong", 1e-6, 0.5))
+    rows.append(Row(CASES[3], "fastrnn", "torch", "reason", "wrong", 0.5, 1e-6))
     return Results(environment(CPU, "fastrnn bench --quick"), LIMITS, rows)
 
 
@@ -421,9 +421,17 @@ def test_run_writes_all_files(tmp_path, capsys):
     assert str(tmp_path) not in found.env.command
     # Shown again, without measuring.
     again = tmp_path / "again"
+    again.mkdir()
     assert cli.run(parse("--render", str(out / "results.json"), "--out", str(again))) == 0
     assert capsys.readouterr().out.splitlines()[:8] == printed.splitlines()[:8]
     assert results.load(again / "results.json") == found
+    (out / "report.html").unlink()
+    assert cli.run(parse("--render", str(out / "results.json"))) == 0
+    assert (out / "report.html").exists()
+    with pytest.raises(ValueError, match="--T has no meaning with --render"):
+        cli.run(parse("--render", str(out / "results.json"), "--T=3"))
+    with pytest.raises(ValueError, match="--full has no meaning with --render"):
+        cli.run(parse("--render", str(out / "results.json"), "--full"))
 
 
 @pytest.mark.parametrize(
@@ -443,36 +451,45 @@ def test_the_recorded_command_gives_the_same_cases(options):
     assert cli._command(again, CPU) == command
 
 
-def test_who_is_measured_if_nobody_is_asked_for(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        cli, "measure", lambda case, device, seconds, names: asked.append(names) or []
-    )
-    monkeypatch.setattr(cli, "Limits", FakeLimits)
-    for options in (["--quick"], ["--T=3"], ["--published"], ["--T=3", "--providers=all"]):
-        args = parse(*options, "--cells=gru", "--mode=forward")
-        cli._measure_all(args, cli._cases(args, CPU)[:1], CPU)
+def test_who_is_measured_if_nobody_is_asked_for():
     everybody = [name for name in providers.PROVIDERS if name != "torch.nn"]
     published = [name for name in everybody if name != "fastrnn:reference"]
-    assert asked == [["fastrnn"], ["fastrnn"], published, everybody]
-    assert providers.default_providers("full", "cuda") == [
-        "fastrnn", "fastrnn:resident", "fastrnn:persistent", "fastrnn:stepwise",
-    ]  # fmt: skip
+    schedules = ["fastrnn:resident", "fastrnn:persistent", "fastrnn:stepwise"]
+    for options, device, expected in (
+        (["--quick"], CPU, ["fastrnn"]),
+        (["--T=3"], CPU, ["fastrnn"]),
+        (["--full"], CPU, ["fastrnn"]),
+        (["--full"], torch.device("cuda"), ["fastrnn", *schedules]),
+        (["--published"], CPU, published),
+        (["--T=3", "--providers=all"], CPU, everybody),
+        (["--full", "--providers=haste,fastrnn"], CPU, ["haste", "fastrnn"]),
+    ):
+        assert cli._providers(parse(*options), device) == expected
 
 
-class FakeLimits:
-    def __init__(self, device):
-        self.observed = []
+def test_who_cannot_run_is_named(tmp_path, capsys):
+    options = [*TINY, "--out", str(tmp_path), "--mode=forward"]
+    with pytest.raises(ValueError, match="not run, 1 cases: torchrl, "):
+        cli.run(parse(*options, "--providers=torchrl"))
+    assert cli.run(parse(*options, "--providers", "torchrl", "fastrnn:reference")) == 0
+    printed = capsys.readouterr().out
+    assert "not run, 1 cases: torchrl, " in printed
+    assert "fastrnn:reference ms" in printed
 
-    def observe(self, case):
-        self.observed.append(case)
 
-    def of(self, case):
-        assert case in self.observed
-        return Bound(0.5, "products")
+def test_an_interrupted_run_shows_what_it_has(tmp_path, monkeypatch, capsys):
+    real, calls = measure.measure, []
 
-    def record(self):
-        return LIMITS
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(measure, "measure", interrupted)
+    assert cli.run(parse(*TINY, "--out", str(tmp_path))) == 0
+    assert "1 cases: " in capsys.readouterr().out
+    assert (tmp_path / "report.html").exists()
 
 
 def test_run_compares(tmp_path, capsys):
@@ -487,7 +504,7 @@ def test_run_compares(tmp_path, capsys):
 
 
 def test_run_refuses_before_measuring(tmp_path, found, monkeypatch):
-    monkeypatch.setattr(cli, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(cli, "measure_all", lambda *_: pytest.fail("measured"))
     args = parse(*TINY, "--compare", str(tmp_path / "old.json"))
     with pytest.raises(ValueError, match="cannot read"):
         cli.run(args)
@@ -506,11 +523,13 @@ def test_run_refuses_before_measuring(tmp_path, found, monkeypatch):
 
 
 def test_run_fails_on_a_wrong_result(tmp_path, monkeypatch, capsys):
-    def wrong(case, device, seconds, names):
-        rows = measure.measure(case, device, seconds, names)
+    real = measure.measure
+
+    def wrong(*arguments):
+        rows = real(*arguments)
         return [rows[0], dataclasses.replace(rows[1], status="wrong", times=None)]
 
-    monkeypatch.setattr(cli, "measure", wrong)
+    monkeypatch.setattr(measure, "measure", wrong)
     assert cli.run(parse(*TINY, "--out", str(tmp_path))) == 1
     assert "2 wrong" in capsys.readouterr().out
 
@@ -530,12 +549,27 @@ def test_pytest_runs_the_suite():
 # The program for a GPU, with everything replaced that needs one.
 
 
+class FakeLimits:
+    def __init__(self, device):
+        self.observed = []
+
+    def observe(self, case):
+        self.observed.append(case)
+
+    def of(self, case):
+        assert case in self.observed
+        return Bound(0.5, "products")
+
+    def record(self):
+        return LIMITS
+
+
 @pytest.fixture
 def fake_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     env = dataclasses.replace(environment(CPU, "x"), device="NVIDIA H100", device_type="cuda")
     monkeypatch.setattr(on_gpu, "environment", lambda device, command: env)
-    monkeypatch.setattr(on_gpu, "Limits", FakeLimits)
+    monkeypatch.setattr(measure, "Limits", FakeLimits)
     monkeypatch.setattr(on_gpu, "problem_of", lambda case, device: providers.problem_of(case, CPU))
     monkeypatch.setattr(on_gpu, "cases", lambda: iter([*CASES[:2], CASES[0]]))
 
@@ -549,7 +583,7 @@ def test_on_gpu_leaves_its_evidence(fake_gpu, monkeypatch, tmp_path, capsys, sta
             row = dataclasses.replace(row, status="wrong", times=None)
         return [make_baseline(case), row]
 
-    monkeypatch.setattr(on_gpu, "measure", fake_measure)
+    monkeypatch.setattr(measure, "measure", fake_measure)
     arguments = ["--only", "bench", "--out", str(tmp_path), "--commit", "abc"]
     assert on_gpu.main(arguments) == (status == "wrong")
     found = results.load(tmp_path / "results.json")
@@ -563,9 +597,17 @@ def test_on_gpu_leaves_its_evidence(fake_gpu, monkeypatch, tmp_path, capsys, sta
 
 
 def test_on_gpu_stops_in_time(fake_gpu, monkeypatch, tmp_path):
-    monkeypatch.setattr(on_gpu, "measure", lambda *_: pytest.fail("measured"))
-    assert on_gpu.main(["--only", "bench", "--out", str(tmp_path), "--minutes", "0.01"]) == 0
-    assert "rows" not in json.loads((tmp_path / "gpu.json").read_text())
+    monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("measured"))
+    assert on_gpu.main(["--only", "bench", "--out", str(tmp_path), "--minutes", "0.01"]) == 1
+    assert json.loads((tmp_path / "gpu.json").read_text())["failed"]
+
+
+def test_on_gpu_keeps_what_the_tests_found(fake_gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(on_gpu, "_tests", lambda *_: {"status": 0, "seconds": 1, "output": "ok"})
+    monkeypatch.setattr(on_gpu, "_sanitize", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        on_gpu.main(["--out", str(tmp_path)])
+    assert json.loads((tmp_path / "gpu.json").read_text())["tests"]["status"] == 0
 
 
 def test_on_gpu_has_each_case_for_its_schedules():

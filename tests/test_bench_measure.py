@@ -1,5 +1,6 @@
 """What the benchmark refuses to time, how it times, and what bounds a case."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -13,10 +14,11 @@ from cooperative import cooperative
 
 from fastrnn import planner
 from fastrnn.bench import empty_cpu, limits, measure, providers
+from fastrnn.bench.environment import environment
 from fastrnn.bench.limits import Bound, Limits
 from fastrnn.bench.providers import PROVIDERS, Built, Provider
 from fastrnn.bench.registry import Case
-from fastrnn.bench.results import Band
+from fastrnn.bench.results import Band, load
 from fastrnn.kernels.configs import DEVICES
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -43,6 +45,7 @@ def test_right_results_are_timed(case):
     assert base.path in ("ATen", "oneDNN")
     assert row.status == base.status == "ok"
     assert row.error <= row.tolerance < 0.1
+    assert base.error is base.tolerance is None
     assert row.pairs == base.pairs == 7
     assert row.times.ms.p20 > 0
     assert row.times.ratio.p20 <= row.times.ratio.median <= row.times.ratio.p80
@@ -121,12 +124,58 @@ def test_a_case_that_torch_cannot_run_is_reported(monkeypatch):
     assert [(row.status, row.reason) for row in rows] == [("failed", "out of memory")] * 2
 
 
-def test_error_is_that_of_the_worst_tensor_relative_to_its_largest_element():
+def test_error_is_that_of_the_tensor_furthest_from_what_is_allowed():
+    tolerances = measure.Tolerances(0.1, 1.0, parameters=1)
     theirs = [torch.tensor([1.0, -4.0]), torch.tensor([100.0])]
-    ours = [torch.tensor([1.0, -3.0]), torch.tensor([101.0])]
-    assert measure.max_error(ours, theirs) == 0.25
-    assert measure.max_error(ours[:1], theirs) == math.inf
-    assert math.isnan(measure.max_error([torch.tensor([math.nan])], [torch.tensor([1.0])]))
+    ours = [torch.tensor([1.0, -3.0]), torch.tensor([190.0])]
+    assert measure.worst_error(ours, theirs, tolerances) == (0.25, 0.1)
+    ours = [torch.tensor([1.0, -3.9]), torch.tensor([190.0])]
+    assert measure.worst_error(ours, theirs, tolerances) == (pytest.approx(0.9), 1.0)
+    assert measure.worst_error(ours[:1], theirs, tolerances) == (math.inf, 0.1)
+    for nan in ([math.nan, 0.0], [0.0, math.nan]):
+        error, _ = measure.worst_error([torch.tensor(nan), ours[1]], theirs, tolerances)
+        assert math.isnan(error)
+    zero = [torch.zeros(2)]
+    assert measure.worst_error(zero, zero, tolerances) == (0.0, 0.1)
+    assert measure.worst_error([torch.tensor([0.0, 1e-3])], zero, tolerances)[0] == pytest.approx(
+        1e-3
+    )
+    assert math.isnan(measure.worst_error([torch.tensor(nan)], zero, tolerances)[0])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("steps", [16, 1024])
+def test_a_small_mistake_is_seen_at_any_length(monkeypatch, dtype, steps):
+    def build(case, baseline, inputs):
+        right = PROVIDERS["torch.nn"].build(case, baseline, inputs)
+        with torch.no_grad():
+            baseline.bias_hh_l0.zero_()
+        return right
+
+    case = Case("gru", "forward", dtype, steps, 2, 32, 32)
+    module, inputs = providers.make_baseline(case, CPU)
+    expected = measure.ready(case, PROVIDERS["torch.nn"].build(case, module, inputs)).results()
+    wrong = measure.ready(case, build(case, module, inputs)).results()
+    error, tolerance = measure.worst_error(wrong, expected, measure.tolerances_of(case, CPU))
+    assert error > 1.3 * tolerance
+
+
+def test_tolerances_of_a_gpu_follow_its_products(monkeypatch):
+    case = Case("gru", "training", "float32", 64, 8, 64, 64)
+    exact = measure.tolerances_of(case, CPU)
+    monkeypatch.setattr(planner, "float32_precision", lambda: "ieee")
+    assert measure.tolerances_of(case, CUDA) == exact
+    monkeypatch.setattr(planner, "float32_precision", lambda: "tf32")
+    rounded = measure.tolerances_of(case, CUDA)
+    assert rounded.recurrent == 4 * 2**-10
+    assert rounded.summed == 12 * 2**-10
+
+
+def test_one_step_whose_weights_have_no_gradient():
+    # h_0 is 0, so dW_hh is.
+    case = Case("gru", "training", "float32", 1, 2, 8, 8)
+    _, row = measure.measure(case, CPU, seconds=0)
+    assert row.status == "ok"
 
 
 # Providers.
@@ -136,6 +185,8 @@ def test_a_forced_path_is_measured_unless_the_planner_picks_it():
     case = dataclasses.replace(CASES[0], steps=64, hidden_size=128, input_size=128)
     picked = planner.plan(providers.problem_of(case, CPU)).path
     forced = [name for name in PROVIDERS if name.startswith("fastrnn:")]
+    (_, alone) = measure.measure(case, CPU, 0, [f"fastrnn:{picked}"])
+    assert (alone.provider, alone.status) == (f"fastrnn:{picked}", "ok")
     rows = measure.measure(case, CPU, 0, ["fastrnn", *forced])
     paths = {"loop", "torch", "reference"} - {picked}
     # Schedules are for GPUs.
@@ -183,17 +234,29 @@ def test_what_torch_runs_on_a_gpu(monkeypatch, cell, dtype, sizes, version, algo
 
 
 def test_a_compiled_loop(monkeypatch):
-    # Without inductor, which takes half a minute.
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    graphs = []
+
+    def backend(graph, inputs):  # instead of inductor, which takes half a minute
+        def run(*inputs):
+            graphs[-1] += 1
+            return graph.forward(*inputs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    # More than dynamo compiles one function for.
+    many = [dataclasses.replace(CASES[0], batch=batch) for batch in range(1, 11)]
     for case in (
+        *many,
         dataclasses.replace(CASES[0], steps=24),  # two parts of 12
         dataclasses.replace(CASES[0], cell="rnn", steps=7),
         CASES[3],
         CASES[4],
     ):
-        torch._dynamo.reset()
+        graphs.append(0)
         _, row = measure.measure(case, CPU, 0, ["torch.compile"])
         assert row.status == "ok", row
+        assert graphs[-1] > 7
     assert "plain layer" in PROVIDERS["torch.compile"].gap(CASES[1], CPU)
 
 
@@ -374,9 +437,7 @@ class FakeEvent:
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    import contextlib
-
-    for name in ("device", "stream", "graph"):
+    for name in ("stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
@@ -393,7 +454,7 @@ def test_the_clock_of_a_gpu_is_that_of_its_events(fake_cuda):
 
 
 @pytest.mark.parametrize("fault", [None, "replay", "capture"])
-def test_a_graph_is_timed_if_its_replay_is_right(fake_cuda, monkeypatch, fault):
+def test_a_graph_is_timed_if_its_replay_is_right(fake_cuda, monkeypatch, caplog, fault):
     results = [torch.zeros(3), torch.zeros(2)]
 
     def call():
@@ -407,9 +468,12 @@ def test_a_graph_is_timed_if_its_replay_is_right(fake_cuda, monkeypatch, fault):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=replay))
     ready = measure.Ready(call, lambda results: results)
     expected = [torch.ones(3), torch.full((2,), 2.0)]
-    found = measure._replay(ready, expected, 1e-6, CUDA)
+    tolerances = measure.Tolerances(1e-6, 1e-6, 0)
+    found = measure._replay(ready, expected, tolerances, CUDA)
     assert found is (replay if fault is None else None)
-    assert measure._replay(ready, expected, 1e-6, CPU) is None
+    reason = {None: "", "replay": "error of nan", "capture": "when stream is capturing"}[fault]
+    assert reason in caplog.text
+    assert measure._replay(ready, expected, tolerances, CPU) is None
 
 
 def test_graphs_are_timed_beside_each_other(monkeypatch):
@@ -417,6 +481,49 @@ def test_graphs_are_timed_beside_each_other(monkeypatch):
     base, row = measure.measure(CASES[0], CPU, seconds=0)
     assert row.graph.ms.median > 0
     assert base.graph.ratio == Band(1.0, 1.0, 1.0)
+
+
+def test_what_fails_late_has_no_times(monkeypatch):
+    monkeypatch.setattr(measure, "_replay", lambda ready, *_: ready.call)
+    timed = [[(1.0, 2.0)] * 7]
+    monkeypatch.setattr(measure, "time_pairs", lambda *_: timed.pop())
+    base, row = measure.measure(CASES[0], CPU, seconds=0)
+    assert row.status == row.verdict == "failed"
+    assert row.times is row.graph is row.error is None
+    assert base.times.ms.median == 2000.0
+
+
+def test_results_of_a_call_keep_no_graph():
+    built = PROVIDERS["torch.nn"].build(CASES[0], *providers.make_baseline(CASES[0], CPU))
+    assert not any(tensor.requires_grad for tensor in measure.ready(CASES[0], built).results())
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_all_multiply_float32_alike(monkeypatch, precision):
+    devices = []
+    monkeypatch.setattr(torch.cuda, "device", lambda d: contextlib.nullcontext(devices.append(d)))
+    monkeypatch.setattr(planner, "float32_precision", lambda: precision)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    with limits.on_equal_terms(torch.device("cuda:1")):
+        assert matmul.fp32_precision == ("tf32" if precision == "tf32" else before)
+    assert matmul.fp32_precision == before
+    assert devices == [torch.device("cuda:1")]
+
+
+def test_what_was_measured_outlives_a_crash(monkeypatch, tmp_path):
+    real = measure.measure
+    monkeypatch.setattr(
+        measure, "measure", lambda case, *rest: 1 / 0 if case.is_step else real(case, *rest)
+    )
+    env = environment(CPU, "")
+    found = measure.measure_all(CASES[2:4], CPU, 0, ["fastrnn"], env, tmp_path / "results.json")
+    first = next(found)
+    with pytest.raises(ZeroDivisionError):
+        next(found)
+    assert load(tmp_path / "results.json") == first
+    assert [row.provider for row in first.rows] == ["torch.nn", "fastrnn"]
+    assert first.rows[1].share > 0
 
 
 # Limits.
@@ -494,8 +601,9 @@ def test_the_empty_exchange_of_a_gpu(monkeypatch, protocol):
             call()
         (state,) = states
         assert state.shape == (5, 16, 64)
-        # Every step was handed on to the end: the sum of zeros.
-        assert torch.equal(state, torch.zeros_like(state))
+        # Each step hands on one more than what it got.
+        expected = torch.arange(5.0).view(5, 1, 1).expand(5, 16, 64)
+        assert torch.equal(state.float(), expected)
 
 
 def test_no_empty_exchange_where_programs_may_not_wait(monkeypatch):

@@ -128,3 +128,20 @@ def test_sample_keeps_the_budgets(compiled, problem):
     assert measured.registers > 0
     if variant.schedule == "persistent":
         assert measured.exchange_loads
+
+
+@pytest.mark.parametrize("protocol", ["flag", "counter"])
+def test_the_empty_exchange_compiles(protocol):
+    code = f"""
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fastrnn.bench.empty_gpu import empty_kernel
+constants = {{"H": 512, "BLOCK_B": 16, "BLOCK_H": 16, "PROTOCOL": {protocol!r}}}
+signature = {{"state_ptr": "*bf16", "counter_ptr": "*i32", "error_ptr": "*i32", "steps": "i32"}}
+signature |= dict.fromkeys(constants, "constexpr")
+source = ASTSource(empty_kernel, signature, constants)
+triton.compile(source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": 8}})
+"""
+    environ = {**os.environ, "TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, check=True)
