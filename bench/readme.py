@@ -78,9 +78,11 @@ def section(found: Results, name: str) -> str:
     """
     env, ours = found.env, of_provider(found.rows, OURS)
     groups: dict[str, list[Row]] = {}
+    dtypes = [row.case.dtype for row in ours if row.case.is_plain]
+    main_dtype = max(dtypes, key=dtypes.count, default="")
     for row in ours:
         if row.times is not None:
-            groups.setdefault(_group(row.case), []).append(row)
+            groups.setdefault(_group(row.case, main_dtype), []).append(row)
     lines = [
         "| time of torch.nn / time of fastrnn | cases | mean | worst | best | slower |",
         "|---|---|---|---|---|---|",
@@ -112,7 +114,7 @@ def section(found: Results, name: str) -> str:
     )
 
 
-def _group(case: Case) -> str:
+def _group(case: Case, main_dtype: str) -> str:
     mode = _MODES[case.mode]
     if case.is_step:
         return f"cells, {mode}"
@@ -120,6 +122,8 @@ def _group(case: Case) -> str:
         return f"sequences of different lengths, {mode}"
     if case.stack:
         return f"two layers, two directions or both, {mode}"
+    if case.dtype != main_dtype:
+        return f"{_NAMES[case.cell]} {mode}, {case.dtype}"
     batch = next(name for low, high, name in _BATCHES if low <= case.batch <= high)
     return f"{_NAMES[case.cell]} {mode}, {case.dtype}, {batch}"
 
