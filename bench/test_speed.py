@@ -8,8 +8,10 @@ a noisy machine disturbs less.
 import pytest
 import torch
 
-from fastrnn.bench.measure import ready, tolerances_of, worst_error
-from fastrnn.bench.providers import BASELINE, OURS, PROVIDERS, make_baseline
+from fastrnn.bench.built import make_baseline
+from fastrnn.bench.gate import tolerances_of, worst_error
+from fastrnn.bench.measure import ready
+from fastrnn.bench.providers import BASELINE, OURS, PROVIDERS
 from fastrnn.bench.registry import quick
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

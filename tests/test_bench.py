@@ -14,7 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastrnn.bench import cli, measure, on_gpu, page, plots, providers, readme, registry, results
+from fastrnn.bench import (
+    built,
+    cli,
+    measure,
+    on_gpu,
+    page,
+    plots,
+    providers,
+    readme,
+    registry,
+    results,
+)
 from fastrnn.bench import report as report_
 from fastrnn.bench.environment import environment
 from fastrnn.bench.limits import Bound
@@ -109,7 +120,7 @@ def test_lengths_operations_and_bytes_of_a_case():
 
 def test_weights_are_those_of_torch():
     for case in (*CASES, *registry.quick("cpu"), Case("gru", "forward", "float32", 1, 1, 5, 7, 3)):
-        module, _ = providers.make_baseline(case, CPU)
+        module, _ = built.make_baseline(case, CPU)
         assert case.weights == sum(p.numel() for p in module.parameters() if p.dim() == 2)
 
 

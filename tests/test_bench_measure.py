@@ -13,10 +13,10 @@ import torch
 from cooperative import cooperative
 
 from fastrnn import planner
-from fastrnn.bench import empty_cpu, limits, measure, providers
+from fastrnn.bench import built, empty_cpu, gate, limits, measure, providers
 from fastrnn.bench.environment import environment
 from fastrnn.bench.limits import Bound, Limits
-from fastrnn.bench.providers import PROVIDERS, Built, Provider
+from fastrnn.bench.providers import PROVIDERS, Provider
 from fastrnn.bench.registry import Case
 from fastrnn.bench.results import Band, load
 from fastrnn.kernels.configs import DEVICES
@@ -54,7 +54,7 @@ def test_right_results_are_timed(case):
 
 def test_inputs_and_weights_are_the_same_each_time():
     for case in CASES:
-        (a, x), (b, y) = (providers.make_baseline(case, CPU) for _ in range(2))
+        (a, x), (b, y) = (built.make_baseline(case, CPU) for _ in range(2))
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
         assert all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
 
@@ -125,22 +125,20 @@ def test_a_case_that_torch_cannot_run_is_reported(monkeypatch):
 
 
 def test_error_is_that_of_the_tensor_furthest_from_what_is_allowed():
-    tolerances = measure.Tolerances(0.1, 1.0, parameters=1)
+    tolerances = gate.Tolerances(0.1, 1.0, parameters=1)
     theirs = [torch.tensor([1.0, -4.0]), torch.tensor([100.0])]
     ours = [torch.tensor([1.0, -3.0]), torch.tensor([190.0])]
-    assert measure.worst_error(ours, theirs, tolerances) == (0.25, 0.1)
+    assert gate.worst_error(ours, theirs, tolerances) == (0.25, 0.1)
     ours = [torch.tensor([1.0, -3.9]), torch.tensor([190.0])]
-    assert measure.worst_error(ours, theirs, tolerances) == (pytest.approx(0.9), 1.0)
-    assert measure.worst_error(ours[:1], theirs, tolerances) == (math.inf, 0.1)
+    assert gate.worst_error(ours, theirs, tolerances) == (pytest.approx(0.9), 1.0)
+    assert gate.worst_error(ours[:1], theirs, tolerances) == (math.inf, 0.1)
     for nan in ([math.nan, 0.0], [0.0, math.nan]):
-        error, _ = measure.worst_error([torch.tensor(nan), ours[1]], theirs, tolerances)
+        error, _ = gate.worst_error([torch.tensor(nan), ours[1]], theirs, tolerances)
         assert math.isnan(error)
     zero = [torch.zeros(2)]
-    assert measure.worst_error(zero, zero, tolerances) == (0.0, 0.1)
-    assert measure.worst_error([torch.tensor([0.0, 1e-3])], zero, tolerances)[0] == pytest.approx(
-        1e-3
-    )
-    assert math.isnan(measure.worst_error([torch.tensor(nan)], zero, tolerances)[0])
+    assert gate.worst_error(zero, zero, tolerances) == (0.0, 0.1)
+    assert gate.worst_error([torch.tensor([0.0, 1e-3])], zero, tolerances)[0] == pytest.approx(1e-3)
+    assert math.isnan(gate.worst_error([torch.tensor(nan)], zero, tolerances)[0])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -153,20 +151,20 @@ def test_a_small_mistake_is_seen_at_any_length(monkeypatch, dtype, steps):
         return right
 
     case = Case("gru", "forward", dtype, steps, 2, 32, 32)
-    module, inputs = providers.make_baseline(case, CPU)
+    module, inputs = built.make_baseline(case, CPU)
     expected = measure.ready(case, PROVIDERS["torch.nn"].build(case, module, inputs)).results()
     wrong = measure.ready(case, build(case, module, inputs)).results()
-    error, tolerance = measure.worst_error(wrong, expected, measure.tolerances_of(case, CPU))
+    error, tolerance = gate.worst_error(wrong, expected, gate.tolerances_of(case, CPU))
     assert error > 1.3 * tolerance
 
 
 def test_tolerances_of_a_gpu_follow_its_products(monkeypatch):
     case = Case("gru", "training", "float32", 64, 8, 64, 64)
-    exact = measure.tolerances_of(case, CPU)
+    exact = gate.tolerances_of(case, CPU)
     monkeypatch.setattr(planner, "float32_precision", lambda: "ieee")
-    assert measure.tolerances_of(case, CUDA) == exact
+    assert gate.tolerances_of(case, CUDA) == exact
     monkeypatch.setattr(planner, "float32_precision", lambda: "tf32")
-    rounded = measure.tolerances_of(case, CUDA)
+    rounded = gate.tolerances_of(case, CUDA)
     assert rounded.recurrent == 4 * 2**-10
     assert rounded.summed == 12 * 2**-10
 
@@ -468,7 +466,7 @@ def test_a_graph_is_timed_if_its_replay_is_right(fake_cuda, monkeypatch, caplog,
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=replay))
     ready = measure.Ready(call, lambda results: results)
     expected = [torch.ones(3), torch.full((2,), 2.0)]
-    tolerances = measure.Tolerances(1e-6, 1e-6, 0)
+    tolerances = gate.Tolerances(1e-6, 1e-6, 0)
     found = measure._replay(ready, expected, tolerances, CUDA)
     assert found is (replay if fault is None else None)
     reason = {None: "", "replay": "error of nan", "capture": "when stream is capturing"}[fault]
@@ -494,8 +492,9 @@ def test_what_fails_late_has_no_times(monkeypatch):
 
 
 def test_results_of_a_call_keep_no_graph():
-    built = PROVIDERS["torch.nn"].build(CASES[0], *providers.make_baseline(CASES[0], CPU))
-    assert not any(tensor.requires_grad for tensor in measure.ready(CASES[0], built).results())
+    module, inputs = built.make_baseline(CASES[0], CPU)
+    ready = measure.ready(CASES[0], PROVIDERS["torch.nn"].build(CASES[0], module, inputs))
+    assert not any(tensor.requires_grad for tensor in ready.results())
 
 
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
@@ -610,9 +609,3 @@ def test_no_empty_exchange_where_programs_may_not_wait(monkeypatch):
     empty_gpu = pytest.importorskip("fastrnn.bench.empty_gpu")
     monkeypatch.setattr(planner, "gpu", lambda index: DEVICES["mi300x"])
     assert empty_gpu.loop(CUDA, 5) is None
-
-
-def test_a_built_case_is_a_plain_record():
-    built = PROVIDERS["torch.nn"].build(CASES[0], *providers.make_baseline(CASES[0], CPU))
-    assert isinstance(built, Built)
-    assert built.to_torch(["a"]) == ["a"]
