@@ -16,7 +16,7 @@ from .. import _arguments
 from . import registry, results
 from .environment import environment
 from .measure import measure_all
-from .providers import BASELINE, OURS, PROVIDERS, default_providers
+from .providers import BASELINE, PROVIDERS, default_providers
 from .results import Results, Row
 
 # A GPU repeats its times more closely than a CPU that other programs use too.
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_list(
         parser, "--providers", _one_of("provider", (*names, _ALL)), "NAME",
         f"whom to measure beside torch.nn: {_ALL}, {', '.join(names)} (default: fastrnn; with "
-        "--published all; with --full on a GPU also its schedules)",
+        "--published all but fastrnn:reference; with --full on a GPU also its schedules)",
     )  # fmt: skip
     parser.add_argument(
         "--device", type=_arguments.device, help="cpu, cuda or cuda:N (default: cuda if any)"
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     -------
     int
         Exit status: 0, or 1 if fastrnn was wrong or failed in a case, or became slower than in the
-        old benchmark, or has no time in common with it.
+        old benchmark, or has no time in common with it, or if the run was interrupted.
 
     Raises
     ------
@@ -140,7 +140,11 @@ def run(args: argparse.Namespace) -> int:
     found = _measure_all(args, cases, providers, device)
     for gap in _gaps(cases, providers, device):
         print(gap)
-    return _show(found, args.out, old, args.threshold / 100)
+    status = _show(found, args.out, old, args.threshold / 100)
+    measured = len(results.by_case(found.rows))
+    if measured < len(cases):
+        print(f"interrupted after {measured} of {len(cases)} cases")
+    return status or int(measured < len(cases))
 
 
 def _show(found: Results, folder: Path, old: Sequence[Row] | None, threshold: float) -> int:
@@ -161,9 +165,9 @@ def _show(found: Results, folder: Path, old: Sequence[Row] | None, threshold: fl
             console.print(report.to_rich(table))
     console.print(report.limits_line(found))
     console.print(report.totals(found.rows))
-    for path in write(folder, found):
+    for path in _write(folder, found):
         console.print(os.path.relpath(path), soft_wrap=True)
-    bad = any(row.status != "ok" for row in found.rows if row.provider.startswith(OURS))
+    bad = any(row.status != "ok" for row in found.rows if row.is_ours)
     if old is not None:
         changes = results.compare(old, found.rows, threshold)
         console.print(report.to_rich(report.changes_table(changes, threshold)))
@@ -247,8 +251,8 @@ def _measure_all(
     )  # fmt: skip
     seconds = args.seconds or _SECONDS[device.type]
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(_name(cases[0]), total=len(cases))
-        following = [_name(case) for case in cases[1:]] + [""]
+        task = progress.add_task(cases[0].name, total=len(cases))
+        following = [*(case.name for case in cases[1:]), ""]
         try:
             for so_far, name in zip(
                 measure_all(cases, device, seconds, providers, env, args.out / "results.json"),
@@ -263,27 +267,12 @@ def _measure_all(
     return found
 
 
-def _name(case: registry.Case) -> str:
-    return f"{case.cell} {case.mode} {case.shape}"
-
-
 def _makes_grid(args: argparse.Namespace) -> bool:
     return any(getattr(args, name.lstrip("-")) for name in _GRID)
 
 
-def write(folder: Path, found: Results) -> list[Path]:
-    """Write the files of a benchmark.
-
-    Parameters
-    ----------
-    folder : Path
-        Which is there.
-    found : Results
-
-    Returns
-    -------
-    list of Path
-    """
+def _write(folder: Path, found: Results) -> list[Path]:
+    """Write the files of a benchmark; their paths."""
     from . import page, plots
 
     paths = [folder / "results.json", folder / "results.csv"]

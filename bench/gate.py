@@ -60,7 +60,7 @@ def tolerances_of(case: Case, device: torch.device) -> Tolerances:
     )
     if is_tf32:
         eps = torch.finfo(torch.float16).eps  # which has as many bits
-    if is_tf32 or case.dtype in ("bfloat16", "float16"):
+    if is_tf32 or case.is_half:
         n_recurrent, n_summed = 0, steps
     base = 2 + 2 * case.num_layers
     count = 4 * case.num_layers * case.directions if case.mode == "training" else 0

@@ -112,8 +112,7 @@ class Limits:
         }
 
     def _dtype(self, case: Case) -> str:
-        is_half = case.dtype in ("bfloat16", "float16")
-        return "float32" if is_half and self.device.type == "cpu" else case.dtype
+        return "float32" if case.is_half and self.device.type == "cpu" else case.dtype
 
     def _observe_gemm(self, dtype: str) -> None:
         size = _GEMM_SIZE[self.device.type]
@@ -182,8 +181,7 @@ def on_equal_terms(device: torch.device) -> Iterator[None]:
 
 
 def _recurrent_bytes(case: Case) -> int:
-    elements = case.directions * case.gates * case.hidden_size**2
-    return elements * getattr(torch, case.dtype).itemsize
+    return case.itemsize * case.directions * case.gates * case.hidden_size**2
 
 
 def uses_threads(case: Case) -> bool:

@@ -97,7 +97,7 @@ def _measure(
         and (name == OURS or OURS not in providers or not is_repeated(name, plan, case))
     ]
     base = Row(case, BASELINE, torch_algorithm(case, device), "", "ok")
-    rows = [Row(case, name, _path(name, plan, case), "", "ok") for name in wanted]
+    rows = [_planned_row(case, name, plan) for name in wanted]
     try:
         module, inputs = make_baseline(case, device)
         theirs = ready(case, PROVIDERS[BASELINE].build(case, module, inputs))
@@ -108,8 +108,6 @@ def _measure(
     graphed = _replay(theirs, expected, tolerances, device)
     measured = []
     for row in rows:
-        if row.provider == OURS:
-            row = dataclasses.replace(row, reason=plan.reason)
         try:
             ours = ready(case, PROVIDERS[row.provider].build(case, module, inputs))
             error, tolerance = worst_error(ours.results(), expected, tolerances)
@@ -170,10 +168,10 @@ def measure_all(
         yield found
 
 
-def _path(name: str, plan: planner.Plan, case: Case) -> str:
+def _planned_row(case: Case, name: str, plan: planner.Plan) -> Row:
     if name == OURS:
-        return plan_name(plan, case)
-    return name.partition(":")[2]
+        return Row(case, name, plan_name(plan, case), plan.reason, "ok")
+    return Row(case, name, name.partition(":")[2], "", "ok")
 
 
 def _failed(row: Row, failure: Exception) -> Row:
@@ -211,6 +209,17 @@ def with_limits(rows: Sequence[Row], limits: Limits) -> list[Row]:
 
 
 def ready(case: Case, built: Built) -> Ready:
+    """Make the call of a case's mode: inference, or forward and backward.
+
+    Parameters
+    ----------
+    case : Case
+    built : Built
+
+    Returns
+    -------
+    Ready
+    """
     if case.mode == "forward":
 
         def infer() -> list[Tensor]:

@@ -6,8 +6,8 @@ triton, pytest and hypothesis, no network and no installation: run it in the roo
 The evidence, ``gpu.json``, ``results.json`` and ``results.csv`` of the benchmark and pytest's
 ``tests.xml``, is left in the output folder, a table is printed last, and the exit status is 1 if a
 test or a sanitizer found something, one of them ran out of time, a result was wrong, or there was
-no time left for the benchmark. ``fastrnn
-bench --render`` makes pictures and a page of the results, there or elsewhere.
+no time left for the benchmark. ``fastrnn bench --render`` makes pictures and a page of the results,
+there or elsewhere.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .. import nn, planner
 from . import results
 from .environment import Environment, environment
 from .measure import measure_all
-from .providers import OURS, default_providers, problem_of
+from .providers import default_providers, problem_of
 from .registry import Case
 from .results import Results, Row
 
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     break
         rows = found.rows if found else []
         failed |= not rows
-        failed |= any(row.status != "ok" for row in rows if row.provider.startswith(OURS))
+        failed |= any(row.status != "ok" for row in rows if row.is_ours)
     if found is not None:
         results.write_csv(out / "results.csv", found)
     evidence["failed"] = failed
@@ -244,7 +244,7 @@ def _report(evidence: dict[str, Any], rows: Sequence[Row]) -> None:
     numbers = f"{'ms':>8}{'ratio':>7}{'graph':>7}{'us/step':>9}{'model':>7}"
     print(f"{'case':40}{'provider':20}{numbers}  ran")
     for row in rows:
-        name = f"{row.case.cell} {row.case.mode} {row.case.shape}"
+        name = row.case.name
         if row.times is None:
             print(f"{name:40}{row.provider:20} {row.status}: {row.reason} error {row.error}")
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from .results import Row, Times, by_case, of_provider
 
 # Blue and orange are told apart with any colour vision.
 _COLORS = {"forward": "#2563ab", "training": "#d9730d"}
-_THEIRS, _INK, _BAD = "#8a8f98", "#3c4043", "#b3261e"
+_INK, _BAD = "#3c4043", "#b3261e"
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -69,7 +70,7 @@ def plot_speedup(path: Path, env: Environment, rows: Sequence[Row]) -> None:
             for row, times in groups[key]:
                 face = _BAD if row.verdict == "slower" else color
                 axes.plot(times.ratio.median, y, "o", color=face, ms=4.5, alpha=0.75)
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            mean = statistics.geometric_mean(ratios)
             axes.plot(mean, y, "|", color=_INK, ms=11, mew=2)
             axes.annotate(
                 f"{mean:.2f}", (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0),
@@ -126,8 +127,6 @@ def plot_heatmap(path: Path, env: Environment, rows: Sequence[Row]) -> None:
         sorted({getattr(case, axis) for case in ratios})
         for axis in ("steps", "batch", "hidden_size")
     )
-    # White is 1; a ratio of 5 or more is as blue as it gets, 1/2 or less as red.
-    norm = TwoSlopeNorm(0.0, math.log(0.5), math.log(5.0))
     style = {**_STYLE, "axes.grid": False}
     with plt.rc_context(style):
         figure, grid = plt.subplots(
@@ -144,32 +143,43 @@ def plot_heatmap(path: Path, env: Environment, rows: Sequence[Row]) -> None:
         )
         for axes_row, (_, _, cell, dtype, mode) in zip(grid, groups, strict=False):
             for axes, t in zip(axes_row, steps, strict=False):
-                image = [[math.nan] * len(hidden) for _ in batches]
-                for y, b in enumerate(batches):
-                    for x, h in enumerate(hidden):
-                        found = ratios.get(Case(cell, mode, dtype, t, b, h, h))
-                        if found is None:
-                            continue
-                        ratio, verdict = found
-                        image[y][x] = math.log(ratio)
-                        is_bad = verdict == "slower"
-                        axes.text(
-                            x, y, _short(ratio),
-                            ha="center", va="center", fontsize=7.5,
-                            color=_BAD if is_bad else "white" if ratio > 2.2 else _INK,
-                            fontweight="bold" if is_bad else "normal",
-                        )  # fmt: skip
-                axes.imshow(image, cmap="RdBu", norm=norm, aspect="auto")
-                axes.set_facecolor("#f1f2f4")
-                axes.set_xticks(range(len(hidden)), hidden, rotation=90, fontsize=7)
-                axes.set_yticks(range(len(batches)), batches, fontsize=7)
-                axes.tick_params(length=0)
+                cells = {
+                    (case.batch, case.hidden_size): found
+                    for case, found in ratios.items()
+                    if (case.cell, case.dtype, case.mode, case.steps) == (cell, dtype, mode, t)
+                }
+                _draw_map(axes, cells, batches, hidden)
                 axes.set_title(f"T = {t}", fontsize=8)
             axes_row[0].set_ylabel(f"{cell} {mode}\n{dtype}\nB", fontsize=8)
         for axes in grid[-1]:
             axes.set_xlabel("H", fontsize=8)
         title = f"torch.nn time / {main} time on {env.device}"
         _finish(figure, path, f"{title}\nblue: {main} is faster; red figures: slower")
+
+
+def _draw_map(
+    axes: Any,
+    cells: dict[tuple[int, int], tuple[float, str]],
+    batches: list[int],
+    hidden: list[int],
+) -> None:
+    """Colour the field of each batch and hidden size that has a ratio and a verdict."""
+    # White is 1; a ratio of 5 or more is as blue as it gets, 1/2 or less as red.
+    norm = TwoSlopeNorm(0.0, math.log(0.5), math.log(5.0))
+    image = [[math.nan] * len(hidden) for _ in batches]
+    for (b, h), (ratio, verdict) in cells.items():
+        x, y, is_bad = hidden.index(h), batches.index(b), verdict == "slower"
+        image[y][x] = math.log(ratio)
+        axes.text(
+            x, y, _short(ratio), ha="center", va="center", fontsize=7.5,
+            color=_BAD if is_bad else "white" if ratio > 2.2 else _INK,
+            fontweight="bold" if is_bad else "normal",
+        )  # fmt: skip
+    axes.imshow(image, cmap="RdBu", norm=norm, aspect="auto")
+    axes.set_facecolor("#f1f2f4")
+    axes.set_xticks(range(len(hidden)), hidden, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(batches)), batches, fontsize=7)
+    axes.tick_params(length=0)
 
 
 def _short(ratio: float) -> str:

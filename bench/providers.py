@@ -92,11 +92,10 @@ def problem_of(case: Case, device: torch.device) -> planner.Problem:
     -------
     fastrnn.planner.Problem
     """
-    cell = case.cell.removesuffix("_cell")
     dtype = getattr(torch, case.dtype)
     facts, precision = gpu.facts(torch.empty(0, dtype=dtype, device=device))
     return planner.Problem(
-        "rnn_tanh" if cell == "rnn" else cell,
+        case.kind,
         case.steps,
         case.batch,
         case.input_size,
@@ -137,8 +136,7 @@ def _compile_gap(case: Case, device: torch.device) -> str | None:
 
 
 def _build_compiled(case: Case, baseline: torch.nn.Module, inputs: Tensors) -> Built:
-    cell = case.cell.removesuffix("_cell")
-    cell = "rnn_tanh" if cell == "rnn" else cell
+    cell = case.kind
     parameters = [weight.detach().clone().requires_grad_() for weight in baseline.parameters()]
     unrolled = max(n for n in range(1, _MAX_UNROLLED + 1) if case.steps % n == 0)
 
@@ -233,11 +231,7 @@ def is_repeated(name: str, plan: planner.Plan, case: Case) -> bool:
     -------
     bool
     """
-    _, _, path = name.partition(":")
-    if path in SCHEDULES:
-        used = (plan.kernels or ())[: 2 if case.mode == "training" else 1]
-        return plan.path == "loop" and all(choice.config.schedule == path for choice in used)
-    return path == plan.path
+    return name.partition(":")[2] in (plan.path, plan_name(plan, case))
 
 
 def plan_name(plan: planner.Plan, case: Case) -> str:
@@ -269,19 +263,19 @@ def torch_algorithm(case: Case, device: torch.device) -> str:
     Returns
     -------
     str
-        'oneDNN' or 'ATen' on a CPU; on CUDA 'ATen' or cuDNN's algorithm.
+        'oneDNN' or 'ATen' on a CPU; on a GPU 'ATen', 'MIOpen' or cuDNN's algorithm.
     """
-    problem = problem_of(case, device)
     if case.is_step:
         return "ATen"
     if device.type == "cpu":
-        dtype = getattr(torch, case.dtype)
-        is_half = dtype in (torch.bfloat16, torch.float16)
-        takes = dtype == torch.float32 or (is_half and planner.multiplies(dtype))
+        is_fast_half = case.is_half and planner.multiplies(getattr(torch, case.dtype))
+        takes = case.dtype == "float32" or is_fast_half
         is_fused = case.cell == "lstm" and not case.ragged and torch.backends.mkldnn.is_available()
         return "oneDNN" if is_fused and takes else "ATen"
+    if torch.version.hip is not None:
+        return "MIOpen"
     version = torch.backends.cudnn.version() or 0
     # Since then torch gives bfloat16 to it.
     if not version or (case.dtype == "bfloat16" and version < 91300):
         return "ATen"
-    return f"cuDNN {planner.cudnn_algorithm(problem)}"
+    return f"cuDNN {planner.cudnn_algorithm(problem_of(case, device))}"

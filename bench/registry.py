@@ -54,9 +54,29 @@ class Case:
         return [self.steps - span * b // last for b in range(self.batch)]
 
     @property
+    def name(self) -> str:
+        """The cell, the mode and the shape, in one line."""
+        return f"{self.cell} {self.mode} {self.shape}"
+
+    @property
+    def kind(self) -> str:
+        """Key of ``reference.CELLS``."""
+        return {"rnn": "rnn_tanh"}.get(kind := self.cell.removesuffix("_cell"), kind)
+
+    @property
     def gates(self) -> int:
         """How many times H columns the recurrent weights have."""
-        return {"lstm": 4, "gru": 3, "rnn": 1}[self.cell.removesuffix("_cell")]
+        return {"lstm": 4, "gru": 3, "rnn_tanh": 1}[self.kind]
+
+    @property
+    def is_half(self) -> bool:
+        """Whether the dtype is one of half precision."""
+        return self.itemsize == 2
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
 
     @property
     def directions(self) -> int:
@@ -83,13 +103,12 @@ class Case:
         In training forward reads x and the weights and writes y; backward reads all three and dy,
         and writes the gradients of x and of the weights.
         """
-        itemsize = {"float64": 8, "float32": 4}.get(self.dtype, 2)
         rows = sum(self.lengths)
         deeper = (self.num_layers - 1) * self.directions * self.hidden_size
         inputs = rows * (self.input_size + deeper)
         outputs = rows * self.num_layers * self.directions * self.hidden_size
         once = inputs + outputs + self.weights
-        return float(itemsize * (3 * once if self.mode == "training" else once))
+        return float(self.itemsize * (3 * once if self.mode == "training" else once))
 
     @property
     def is_step(self) -> bool:

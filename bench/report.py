@@ -181,10 +181,9 @@ def published_table(rows: Sequence[Row]) -> Table | None:
         here = measured.get(figure.case, {})
         if not here:
             continue
-        case = f"{figure.case.cell} {figure.case.mode} {figure.case.shape}"
         times = [_milliseconds(here[name]) if name in here else "-" for name in (main, BASELINE)]
-        cells = (case, figure.who, figure.device, three_digits(figure.ms), figure.source, *times)
-        lines.append(Line(cells))
+        published = (figure.who, figure.device, three_digits(figure.ms), figure.source)
+        lines.append(Line((figure.case.name, *published, *times)))
     headers = ("case", "published for", "on", "#ms", "source", f"#{main} ms", "#torch.nn ms")
     title = "published by others, and measured in this run"
     return Table(title, headers, lines) if lines else None

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from .._arguments import UsageError
 from .environment import Environment
+from .providers import BASELINE, OURS
 from .registry import Case
 
 #: Version of the files' layout: raised when a field changes its meaning or goes away.
@@ -86,6 +87,11 @@ class Row:
     peak_mib: float | None = None
     limit_ms: float | None = None
     bound: str | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the provider is fastrnn, by the planner's choice or a forced path."""
+        return self.provider.startswith(OURS)
 
     @property
     def step_us(self) -> float | None:
@@ -282,7 +288,7 @@ def compare(old: Sequence[Row], new: Sequence[Row], threshold: float = 0.1) -> l
     changes = []
     for row in new:
         past = before.get((row.case, row.provider))
-        if past is None or row.times is None or not row.provider.startswith("fastrnn"):
+        if past is None or row.times is None or not row.is_ours:
             continue
         old_ratio, new_ratio = past.ratio.median, row.times.ratio.median
         changes.append(
@@ -327,7 +333,7 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
     """
     groups: dict[tuple[str, str, str, str], list[tuple[float, str]]] = {}
     for row in rows:
-        if row.times is not None and row.provider != "torch.nn":
+        if row.times is not None and row.provider != BASELINE:
             key = row.provider, row.case.cell, row.case.mode, row.case.dtype
             groups.setdefault(key, []).append((row.times.ratio.median, row.verdict))
     summaries = []

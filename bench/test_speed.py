@@ -18,7 +18,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _name(case):
-    return f"{case.cell}-{case.mode}-{case.shape.replace(' ', '-')}"
+    return case.name.replace(" ", "-")
 
 
 @pytest.mark.parametrize("provider", [OURS, BASELINE])

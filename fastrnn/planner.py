@@ -423,6 +423,7 @@ def cudnn_algorithm(problem: Problem) -> str:
         and hidden % 128 == 0
         and problem.input_size % 128 == 0
         and gpu is not None
+        and gpu.target == "cuda"
         and gpu.processors >= 98
         and gpu.capability % 10 != 6
         and problem.batch % 8 == 0

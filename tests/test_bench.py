@@ -498,8 +498,8 @@ def test_an_interrupted_run_shows_what_it_has(tmp_path, monkeypatch, capsys):
         return real(*arguments)
 
     monkeypatch.setattr(measure, "measure", interrupted)
-    assert cli.run(parse(*TINY, "--out", str(tmp_path))) == 0
-    assert "1 cases: " in capsys.readouterr().out
+    assert cli.run(parse(*TINY, "--out", str(tmp_path))) == 1
+    assert "interrupted after 1 of 2 cases" in capsys.readouterr().out
     assert (tmp_path / "report.html").exists()
 
 

@@ -32,7 +32,7 @@ CASES = [
     Case("gru", "training", "float32", 8, 3, 8, 8, ragged=True),
     Case("lstm", "training", "float32", 4, 2, 5, 8),
 ]
-NAMES = [f"{case.cell}-{case.mode}-{case.shape.replace(' ', '-')}" for case in CASES]
+NAMES = [case.name.replace(" ", "-") for case in CASES]
 
 
 # Gate.

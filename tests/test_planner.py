@@ -247,6 +247,7 @@ def test_cudnns_persistent_kernel_is_left_to_it():
         ({"cell": "gru"}, "standard"),
         ({"cell": "rnn_relu"}, "persistent"),
         ({"gpu": DEVICES["a10"]}, "standard"),
+        ({"gpu": DEVICES["mi300x"]}, "standard"),
         ({"gpu": None}, "standard"),
         ({"hidden_size": 128}, "small persistent"),
         ({"hidden_size": 192, "training": True}, "small persistent, standard"),
