@@ -1,9 +1,9 @@
 """Layers on a GPU: GEMMs over all steps around the Triton kernels that walk through time.
 
 The same functions as in ``cpu/layers.py``, which also runs here what has no kernel: float64,
-sequences of different lengths, projections. The input projection is one GEMM per direction before
-the kernel; the gradients of weights and input are GEMMs and reductions over the gate gradients that
-the backward kernel wrote. Nothing here waits for the device.
+packed sequences, projections, noise, rarer cells. The input projection is one GEMM per direction
+before the kernel; the gradients of weights and input are GEMMs and reductions over the gate
+gradients that the backward kernel wrote. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from . import cpu, planner, products
+from .cells import CELLS, Weights
+from .flow import FRESH, HOLD, START, Flow
 from .kernels.configs import Choice, Device
-from .reference import CELLS, Weights, zero_state
+from .reference import zero_state
 
 
 def facts(x: Tensor) -> tuple[Device | None, str]:
@@ -40,20 +42,24 @@ def facts(x: Tensor) -> tuple[Device | None, str]:
 
 
 def has_kernels(
-    cell: str, x: Tensor, weights: Sequence[Tensor], batch_sizes: Tensor | None
+    cell: str, x: Tensor, weights: Sequence[Tensor], batch_sizes: Tensor | None, flow: Flow
 ) -> bool:
     """Tell whether the kernels run a layer, from what a compiler knows of it too.
 
     Parameters
     ----------
-    cell, x, weights, batch_sizes
+    cell, x, weights, batch_sizes, flow
         As for ``reference.layer``; `x` on a GPU.
 
     Returns
     -------
     bool
     """
-    return planner.kernel_gap(_problem(cell, x, weights, batch_sizes, False)) is None
+    return _in_kernels(_problem(cell, x, weights, batch_sizes, False, flow))
+
+
+def _in_kernels(problem: planner.Problem) -> bool:
+    return not problem.packed and planner.kernel_gap(problem) is None
 
 
 def _problem(
@@ -62,6 +68,7 @@ def _problem(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     bidirectional: bool,
+    flow: Flow,
 ) -> planner.Problem:
     hidden = weights[0].shape[0] // CELLS[cell].n_gates
     device, precision = facts(x)
@@ -76,6 +83,8 @@ def _problem(
         packed=batch_sizes is not None,
         projected=weights[1].shape[1] != hidden,
         directions=2 if bidirectional else 1,
+        marked=flow.marks is not None,
+        noisy=len(flow.noise) > 0,
         gpu=device,
         precision=precision,
     )
@@ -92,42 +101,72 @@ def layer_forward(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     bidirectional: bool,
+    flow: Flow,
     save: int,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    traced: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """Run a layer; see ``cpu.layer_forward``.
 
     Returns
     -------
     y : Tensor of shape (T, B, D * H)
     final : list of Tensor of shape (D, B, H)
+    traces : list of Tensor of shape (T, B, D * H)
+        Empty unless `traced`.
     saved : list of Tensor
         Empty if `save` is ``cpu.NOTHING``. The cell states of all steps, (T, B, D * H) in
         float32; unless `save` is ``cpu.STATES``, also the activations (D, T, B, S * H). Backward
         wants y before these.
     """
-    problem = _problem(cell, x, weights, batch_sizes, bidirectional)
-    if planner.kernel_gap(problem) is not None:
-        return cpu.layer_forward(cell, x, state, weights, batch_sizes, bidirectional, save)
+    problem = _problem(cell, x, weights, batch_sizes, bidirectional, flow)
+    if not _in_kernels(problem):
+        arguments = (x, state, weights, batch_sizes, bidirectional, flow)
+        return cpu.layer_forward(cell, *arguments, save, traced)
     from .kernels import launch
     from .kernels.cells import CELLS as KERNELS
 
     by_direction = _by_direction(weights, problem.directions)
-    cpu.check_batch(state, problem.batch)
+    cpu.check_batch((*state, *flow.fresh), problem.batch)
     initial = state or zero_state(cell, x, problem.batch, weights, problem.directions)
+    r = _stacked([w.w_hh for w in by_direction])
+    fresh = _fresh(flow)
     with _products(problem):
         wx = _input_projection(x, by_direction)
-    y, traces, activations, final = launch.forward(
+        fresh_rh = fresh[0] @ r.transpose(1, 2) if fresh else None
+    y, trace, activations, final = launch.forward(
         KERNELS[cell],
         wx,
-        _stacked([w.w_hh for w in by_direction]),
+        r,
         _stacked(b_hh) if (b_hh := [w.b_hh for w in by_direction if w.b_hh is not None]) else None,
         [part.contiguous() for part in initial],
         _choices(problem)[0].config,
         problem.precision,
-        traced=save != cpu.NOTHING,
+        marks=flow.marks,
+        fresh=fresh,
+        fresh_rh=fresh_rh,
+        traced=traced or save != cpu.NOTHING,
         save=save == cpu.ALL,
     )
-    return y, final, [*traces, activations] if activations is not None else traces
+    traces = [part.to(x.dtype, copy=save != cpu.NOTHING) for part in trace] if traced else []
+    for rows in (y, *traces):
+        _clear_held(rows, flow)
+    if save == cpu.NOTHING:
+        return y, final, traces, []
+    return y, final, traces, [*trace, activations] if activations is not None else trace
+
+
+def _fresh(flow: Flow) -> list[Tensor]:
+    """The states after a reset as the kernels take them; empty for zeros, and without a reset."""
+    return [] if flow.marks is None else [part.contiguous() for part in flow.fresh]
+
+
+def _clear_held(rows: Tensor, flow: Flow) -> None:
+    """Put zeros at the steps that a row does not have: the kernels hold the state there."""
+    if flow.marks is not None:
+        directions, steps, batch = flow.marks.shape
+        held = ((flow.marks & HOLD) != 0).permute(1, 2, 0).unsqueeze(-1)
+        by_direction = rows.view(steps, batch, directions, rows.shape[-1] // directions)
+        by_direction.masked_fill_(held, 0.0)
 
 
 def fake_saved(cell: str, x: Tensor, hidden: int, directions: int, save: int) -> list[Tensor]:
@@ -161,15 +200,18 @@ def layer_backward(
     cell: str,
     dy: Tensor | None,
     d_final: Sequence[Tensor],
+    d_traces: Sequence[Tensor],
     x: Tensor,
     state: Sequence[Tensor],
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     bidirectional: bool,
+    flow: Flow,
     saved: Sequence[Tensor],
     needs_x: bool,
     needs_weights: bool,
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    groups: int = 0,
+) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]]:
     """Compute the gradients of `layer_forward`; see ``cpu.layer_backward``.
 
     `saved` is y, or the h of a cell, then what `layer_forward` saved.
@@ -178,15 +220,19 @@ def layer_backward(
     -------
     dx : Tensor shaped as `x`, or None unless `needs_x`
     d_state : list of Tensor
+    d_fresh : list of Tensor
     d_weights : list of Tensor
-        Empty unless `needs_weights`.
+        Empty unless `needs_weights`; with `groups`, of shape (groups, ...).
     """
     y, *saved = saved
-    problem = _problem(cell, x, weights, batch_sizes, bidirectional)
-    if planner.kernel_gap(problem) is not None:
-        arguments = (x, state, weights, batch_sizes, bidirectional)
-        saved = saved or cpu.layer_forward(cell, *arguments, cpu.ALL)[2]
-        return cpu.layer_backward(cell, dy, d_final, *arguments, saved, needs_x, needs_weights)
+    problem = _problem(cell, x, weights, batch_sizes, bidirectional, flow)
+    if not _in_kernels(problem):
+        arguments = (x, state, weights, batch_sizes, bidirectional, flow)
+        if not saved and not cpu.saves_nothing(cell, x, flow):
+            saved = cpu.layer_forward(cell, *arguments, cpu.ALL, False)[3]
+        return cpu.layer_backward(
+            cell, dy, d_final, d_traces, *arguments, saved, needs_x, needs_weights, groups
+        )
     from .kernels import launch
     from .kernels.cells import CELLS as KERNELS
 
@@ -200,8 +246,9 @@ def layer_backward(
         if activations or not kernel.n_saved:
             past = activations[0] if activations else y.new_empty(0)
         else:
-            past = _input_projection(x, by_direction), _recurrent_parts(y, initial[0], by_direction)
-        d_gates, d_initial = launch.backward(
+            rh = _recurrent_parts(y, initial[0], by_direction, flow)
+            past = _input_projection(x, by_direction), rh
+        d_gates, d_initial, d_fresh = launch.backward(
             kernel,
             None if dy is None else dy.contiguous(),
             [part.contiguous() for part in d_final],
@@ -212,6 +259,9 @@ def layer_backward(
             past,
             _choices(problem)[1].config,
             problem.precision,
+            d_traces=[part.contiguous() for part in d_traces],
+            marks=flow.marks,
+            fresh=_fresh(flow),
         )
         del past
         columns = kernel.n_gates * problem.hidden_size
@@ -221,13 +271,36 @@ def layer_backward(
         for d, w in enumerate(by_direction):
             gates = d_gates[d].flatten(0, 1)
             d_rh, d_apart = gates[:, :columns], gates[:, columns:]
+            if d_fresh:
+                d_fresh[0][d] += _d_fresh_rh(d_gates[d, ..., :columns], flow, d) @ w.w_hh
             if dx is not None:
                 products.add_d_x(dx, d_rh, d_apart, w.w_ih)
-            if needs_weights:
-                h = y[..., d * problem.hidden_size : (d + 1) * problem.hidden_size].flatten(0, 1)
-                d_w_hh = products.d_w_hh(d_rh, h, problem.batch, initial[0][d], d == 1)
+            if needs_weights and groups:
+                before = _h_before(y, initial[0], flow, d).flatten(0, 1)
+                d_weights += products.d_weights_by_group(
+                    d_rh, d_apart, flat, before, w=w, steps=problem.steps, groups=groups
+                )
+            elif needs_weights:
+                d_w_hh = _d_w_hh(d_rh, y, initial[0], flow, d)
                 d_weights += products.d_weights(d_rh, d_apart, flat, d_w_hh, w)
-    return None if dx is None else dx.view(x.shape), d_initial, d_weights
+    d_fresh = [part.to(x.dtype) for part in d_fresh] or [torch.zeros_like(p) for p in flow.fresh]
+    return None if dx is None else dx.view(x.shape), d_initial, d_fresh, d_weights
+
+
+def _d_fresh_rh(d_rh: Tensor, flow: Flow, d: int) -> Tensor:
+    """The gradient of the fresh h's product in one direction, (B, G * H), from (T, B, G * H)."""
+    assert flow.marks is not None
+    is_fresh = ((flow.marks[d] & FRESH) != 0).unsqueeze(-1)
+    # Not a product with the marks, which a NaN of another step would pass.
+    return torch.where(is_fresh, d_rh, 0.0).sum(0, dtype=torch.float32).to(d_rh.dtype)
+
+
+def _d_w_hh(d_rh: Tensor, y: Tensor, h_0: Tensor, flow: Flow, d: int) -> Tensor:
+    """The gradient of one direction's recurrent weights, from (T * B, G * H)."""
+    if flow.marks is not None:
+        return d_rh.t() @ _h_before(y, h_0, flow, d).flatten(0, 1)
+    h = _of_direction(y, h_0, d).flatten(0, 1)
+    return products.d_w_hh(d_rh, h, y.shape[1], h_0[d], d == 1)
 
 
 def _by_direction(weights: Sequence[Tensor], directions: int) -> list[Weights]:
@@ -275,12 +348,26 @@ def _input_projection(x: Tensor, by_direction: list[Weights]) -> Tensor:
     return wx.view(len(by_direction), *x.shape[:2], width)
 
 
-def _recurrent_parts(y: Tensor, h_0: Tensor, by_direction: list[Weights]) -> Tensor:
+def _recurrent_parts(y: Tensor, h_0: Tensor, by_direction: list[Weights], flow: Flow) -> Tensor:
     """h_{t-1} @ W_hh^T + b_hh for all steps and directions, (D, T, B, G * H)."""
-    hidden = h_0.shape[-1]
-    parts = []
-    for d, w in enumerate(by_direction):
-        h = y[..., d * hidden : (d + 1) * hidden]
-        before = torch.cat([h[1:], h_0[d : d + 1]] if d else [h_0[d : d + 1], h[:-1]])
-        parts.append(torch.nn.functional.linear(before, w.w_hh, w.b_hh))
+    parts = [
+        torch.nn.functional.linear(_h_before(y, h_0, flow, d), w.w_hh, w.b_hh)
+        for d, w in enumerate(by_direction)
+    ]
     return torch.stack(parts)
+
+
+def _h_before(y: Tensor, h_0: Tensor, flow: Flow, d: int) -> Tensor:
+    """h before every step of one direction, (T, B, H); anything where the state is held."""
+    h, first = _of_direction(y, h_0, d), h_0[d : d + 1]
+    before = torch.cat([h[1:], first] if d else [first, h[:-1]])
+    if flow.marks is None:
+        return before
+    is_start, is_fresh = (((flow.marks[d] & bit) != 0).unsqueeze(-1) for bit in (START, FRESH))
+    before = torch.where(is_start, first, before)
+    return torch.where(is_fresh, flow.fresh[0][d] if flow.fresh else 0.0, before)
+
+
+def _of_direction(y: Tensor, h_0: Tensor, d: int) -> Tensor:
+    """The part of y that a direction wrote."""
+    return y[..., d * h_0.shape[-1] : (d + 1) * h_0.shape[-1]]

@@ -17,9 +17,12 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.modules import rnn as _torch
 from torch.nn.utils import parametrize
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from . import checks, ops, planner, sequences
 from . import functional as F
+from .cells import CELLS
+from .options import Options, States
 
 #: Marks, on the instance, what ``replace`` turned into ours.
 REPLACED = "_fastrnn_replaced"
@@ -133,14 +136,74 @@ def class_like(module: torch.nn.Module, cls: type[torch.nn.Module]) -> type[torc
 class _Layers(_Convertible, _torch.RNNBase):
     """The forward of all three sequence modules."""
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        """Run the layers over a batch of sequences; arguments and results as in torch.nn.
+    def __init__(
+        self,
+        *args: Any,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
+        weight_dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if recurrent_dropout:
+            self.recurrent_dropout = checks.probability("recurrent_dropout", recurrent_dropout)
+        if zoneout:
+            n_states = CELLS[self._cell].n_states
+            self.zoneout = checks.zoneout_rates(self._cell, zoneout, n_states)
+        if weight_dropout:
+            self.weight_dropout = checks.probability("weight_dropout", weight_dropout)
+
+    # On the class, so that modules of torch.nn that became ours have them.
+    recurrent_dropout: float = 0.0
+    zoneout: float | Sequence[float] = 0.0
+    weight_dropout: float = 0.0
+
+    @property
+    def _cell(self) -> str:
+        return self.mode.lower()
+
+    def extra_repr(self) -> str:
+        """What torch.nn shows, and the kinds of dropout that it does not have."""
+        shown = [super().extra_repr()]
+        for name in ("recurrent_dropout", "zoneout", "weight_dropout"):
+            if value := getattr(self, name):
+                shown.append(f"{name}={value}")
+        return ", ".join(shown)
+
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Any = None,
+        reset_state: Any = None,
+        return_states: bool | str = False,
+        bptt: int | None = None,
+        recompute: bool | int = False,
+    ) -> Any:
+        """Run the layers over a batch of sequences; what torch.nn has is as there.
 
         Parameters
         ----------
         input : Tensor of shape (T, B, I), (B, T, I) if batch_first, (T, I), or PackedSequence
         hx : Tensor of shape (L * D, B, H), or for LSTM a pair of such, optional
             Initial state; without the B dimension for an unbatched input.
+        lengths : integer Tensor of shape (B,), optional
+            Steps of each row, from 0 to T, in any order, on the device of `input`; a number for an
+            unbatched input. See ``fastrnn.functional.lstm`` for this and what follows.
+        reset : bool Tensor of shape (T, B), (B, T) if batch_first, (T,) or PackedSequence, optional
+            Whether a new sequence begins with x_t: the state is reset before x_t is consumed.
+        reset_state : as `hx`, optional
+            The state after a reset, zeros if None; its B may be 1.
+        return_states : bool or 'gates', default False
+            Whether to return the states of all steps too, or also the gates. Of a PackedSequence
+            they are padded, with its sequences in their original order.
+        bptt : int, optional
+            Steps after which gradients stop.
+        recompute : bool or int, default False
+            Whether to keep less memory between forward and backward; a number does so in chunks of
+            so many steps.
 
         Returns
         -------
@@ -148,27 +211,38 @@ class _Layers(_Convertible, _torch.RNNBase):
             Hidden state of the last layer at every step, both directions side by side.
         hx : Tensor, or for LSTM a pair
             State of every layer after each sequence's last step.
+        states : fastrnn.functional.States
+            Only if `return_states`.
 
         Raises
         ------
         ValueError, RuntimeError
             If the arguments do not fit the module or each other; texts as in torch.nn.
         """
+        given = {}
+        if not (
+            lengths is reset is reset_state is bptt is None
+            and return_states is False
+            and recompute is False
+        ):
+            given = {
+                "lengths": lengths,
+                "reset": reset,
+                "reset_state": reset_state,
+                "return_states": return_states,
+                "bptt": bptt,
+                "recompute": recompute,
+            }
         if _is_leaf(self, input):
-            return _leaf_call(self, input, hx)
-        if not torch.compiler.is_compiling():
+            return _leaf_call(self, input, hx, given)
+        if not given and self._is_stock and not torch.compiler.is_compiling():
             path = self._path(input, hx)
             if self._fits(input, hx):
                 return self._run_fitting(path, input, hx)
             if path == "torch":
                 return super().forward(input, hx)
         if isinstance(input, PackedSequence):
-            data, batch_sizes, sorted_indices, unsorted_indices = input
-            if hx is not None:
-                hx = self.permute_hidden(hx, sorted_indices)
-            output, hidden = _run(self, data, hx, batch_sizes)
-            packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-            return packed, self.permute_hidden(hidden, unsorted_indices)
+            return _run_packed(self, input, hx, given)
 
         batched = input.dim() == 3
         batch_dim = 0 if self.batch_first else 1
@@ -177,11 +251,18 @@ class _Layers(_Convertible, _torch.RNNBase):
         if not batched:
             input = input.unsqueeze(batch_dim)
             hx = hx if hx is None else _map(lambda part: part.unsqueeze(1), hx)
-        output, hidden = _run(self, input, hx, None)
+            _add_batch(given, batch_dim)
+        output, hidden, *states = _run(self, input, hx, None, given)
         if not batched:
             output = output.squeeze(batch_dim)
             hidden = _map(lambda part: part.squeeze(1), hidden)
-        return output, hidden
+            states = [_map_states(lambda part: part.squeeze(2), part) for part in states]
+        return output, hidden, *states
+
+    @property
+    def _is_stock(self) -> bool:
+        """Whether the module does nothing that torch.nn's would not."""
+        return not (self.recurrent_dropout or self.zoneout or self.weight_dropout)
 
     def _path(self, input: Any, hx: Any) -> str:
         """Choose the path; what torch.nn will refuse, with its checks of the arguments, is its.
@@ -201,7 +282,7 @@ class _Layers(_Convertible, _torch.RNNBase):
             steps, batch = x.shape[0], 1
         else:
             return "torch"  # to be refused
-        if x.is_cpu and F.ops.autocasts("cpu"):
+        if x.is_cpu and ops.autocasts("cpu"):
             return "loop"  # torch.nn.LSTM fails on some CPUs
         state: Sequence[Tensor] = ()
         if hx is not None:
@@ -212,12 +293,12 @@ class _Layers(_Convertible, _torch.RNNBase):
             if any(part.dtype != x.dtype for part in state):
                 # torch promotes some and refuses the others
                 return "loop" if self.mode == "RNN_IDENTITY" else "torch"
-        return F.choose_path(
+        return sequences.choose_path(
             self.mode.lower(),
             (steps, batch, self.input_size, self.hidden_size),
             x,
             (*self._flat_weights, *state),
-            packed=packed and F.is_ragged(input.batch_sizes),
+            packed=packed and sequences.is_ragged(input.batch_sizes),
             projected=self.proj_size > 0,
             layers=self.num_layers,
             directions=2 if self.bidirectional else 1,
@@ -251,7 +332,7 @@ class _Layers(_Convertible, _torch.RNNBase):
         ]
 
     def _run_fitting(self, path: str, input: Tensor, hx: Any) -> Any:
-        output, final = F.run_layers(
+        output, final = sequences.run_layers(
             path,
             self.mode.lower(),
             input,
@@ -266,10 +347,64 @@ class _Layers(_Convertible, _torch.RNNBase):
         )
         return output, tuple(final) if isinstance(self, LSTM) else final[0]
 
-    _stateless: Any  # the function of fastrnn.functional
+    @property
+    def _is_paired(self) -> bool:
+        """Whether the state is more than h."""
+        return CELLS[self._cell].n_states > 1
 
 
-def _run(module: Any, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:
+def _run_packed(module: Any, packed: PackedSequence, hx: Any, given: dict[str, Any]) -> Any:
+    data, batch_sizes, sorted_indices, unsorted_indices = packed
+    if hx is not None:
+        hx = module.permute_hidden(hx, sorted_indices)
+    reset, reset_state = given.get("reset"), given.get("reset_state")
+    if isinstance(reset, PackedSequence):
+        reset, _ = pad_packed_sequence(reset, total_length=len(batch_sizes))
+    elif reset is not None and module.batch_first:
+        reset = reset.transpose(0, 1)
+    if reset is not None and sorted_indices is not None:
+        given["reset"] = reset.index_select(1, sorted_indices)
+    elif reset is not None:
+        given["reset"] = reset
+
+    def sort(part: Tensor) -> Tensor:
+        if sorted_indices is None or part.shape[1] == 1:  # one state for all rows
+            return part
+        return part.index_select(1, sorted_indices)
+
+    if reset_state is not None:
+        given["reset_state"] = _map(sort, reset_state)
+    output, hidden, *states = _run(module, data, hx, batch_sizes, given)
+    if unsorted_indices is not None:
+        states = [_map_states(lambda s: s.index_select(2, unsorted_indices), s) for s in states]
+    result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+    return result, module.permute_hidden(hidden, unsorted_indices), *states
+
+
+def _add_batch(given: dict[str, Any], batch_dim: int) -> None:
+    """Give the options of an unbatched call a batch of one."""
+    for name in ("lengths", "reset", "reset_state"):
+        value = given.get(name)
+        if value is None:
+            continue
+        if name == "lengths" and not isinstance(value, Tensor):
+            given[name] = torch.tensor([value])
+        elif name == "lengths":
+            given[name] = value.reshape(1) if value.dim() == 0 else value
+        elif name == "reset":
+            given[name] = value.unsqueeze(batch_dim)
+        else:
+            given[name] = _map(lambda part: part.unsqueeze(1), value)
+
+
+def _map_states(function: Callable[[Tensor], Tensor], states: States) -> States:
+    h, *others = states
+    return States(function(h), *(None if part is None else function(part) for part in others))
+
+
+def _run(
+    module: Any, input: Tensor, hx: Any, batch_sizes: Tensor | None, given: dict[str, Any]
+) -> Any:
     """Check the arguments and call the function of ``fastrnn.functional``."""
     if torch.compiler.is_compiling():
         # What is stored on the module would leak out of the graph. The function checks too.
@@ -281,16 +416,27 @@ def _run(module: Any, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> tup
             module.check_input(input, batch_sizes)
         else:
             module.check_forward_args(input, hx, batch_sizes)
-    return module._stateless(
-        input,
-        hx,
-        weights,
+    if module.weight_dropout and module.training:
+        weights = [
+            torch.dropout(weight, module.weight_dropout, True) if "weight_hh" in name else weight
+            for name, weight in zip(module._flat_weights_names, weights, strict=True)
+        ]
+    paired = module._is_paired
+    reset_state = given.get("reset_state")
+    options = Options(
         batch_first=module.batch_first and batch_sizes is None,
         bidirectional=module.bidirectional,
         dropout=module.dropout,
         training=module.training,
         batch_sizes=batch_sizes,
-    )
+        recurrent_dropout=module.recurrent_dropout,
+        zoneout=module.zoneout,
+    )._replace(**given)
+    if reset_state is not None and not paired:
+        options = options._replace(reset_state=[reset_state])
+    state = hx if hx is None or paired else [hx]
+    output, final, *states = sequences.sequence(module._cell, input, state, weights, options)
+    return output, tuple(final) if paired else final[0], *states
 
 
 def _states(hx: Any) -> Sequence[Any]:
@@ -322,11 +468,14 @@ def _is_leaf(module: torch.nn.Module, input: Any) -> bool:
     return isinstance(input, Proxy) and getattr(input.tracer, "root", None) is not module
 
 
-def _leaf_call(module: torch.nn.Module, input: Any, hx: Any) -> Any:
+def _leaf_call(
+    module: torch.nn.Module, input: Any, hx: Any, given: dict[str, Any] | None = None
+) -> Any:
     """Record a call of the module in a torch.fx graph, as torch.fx does for torch.nn's own."""
     tracer = input.tracer
     arguments = (input,) if hx is None else (input, hx)
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
+    path = tracer.path_of_module(module)
+    return tracer.create_proxy("call_module", path, arguments, given or {})
 
 
 class LSTM(_Layers, torch.nn.LSTM):
@@ -369,7 +518,6 @@ class LSTM(_Layers, torch.nn.LSTM):
     """
 
     _stock = torch.nn.LSTM
-    _stateless = staticmethod(F.lstm)
 
 
 class GRU(_Layers, torch.nn.GRU):
@@ -399,7 +547,6 @@ class GRU(_Layers, torch.nn.GRU):
     """
 
     _stock = torch.nn.GRU
-    _stateless = staticmethod(F.gru)
 
 
 class RNN(_Layers, torch.nn.RNN):
@@ -439,10 +586,6 @@ class RNN(_Layers, torch.nn.RNN):
         super().__init__(*args, **kwargs)
         if identity:
             self.nonlinearity, self.mode = "identity", "RNN_IDENTITY"
-
-    def _stateless(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        # As in torch, `mode` decides; `nonlinearity` is for the user to read.
-        return F.rnn(*args, nonlinearity=self.mode.removeprefix("RNN_").lower(), **kwargs)
 
     def flatten_parameters(self) -> None:
         """Do what torch.nn.RNN does, where cuDNN has the activation."""
@@ -537,7 +680,8 @@ class _Cell(_Convertible, _torch.RNNCellBase):
             and all(type(part) is Tensor and part.dim() == 2 for part in state)
             and self._parameters.keys() == _STEP_WEIGHTS
             and self._aten is not None
-            and F.planner.forced_path() is None
+            and not ops.transformed()
+            and planner.forced_path() is None
         )
 
     def _is_handed_over(self, input: Tensor) -> bool:
@@ -546,7 +690,7 @@ class _Cell(_Convertible, _torch.RNNCellBase):
             return True  # to be refused
         # A batch of 1 stands for any: a step's path does not depend on it.
         sizes = (1, 1, self.input_size, self.hidden_size)
-        return F.choose_path(self._cell_name, sizes, input, is_step=True) == "torch"
+        return sequences.choose_path(self._cell_name, sizes, input, is_step=True) == "torch"
 
     _cell_name: Any  # key of ``reference.CELLS``
     _stateless: Any
@@ -575,7 +719,7 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
     """
 
     _stock, _cell_name = torch.nn.LSTMCell, "lstm"
-    _stateless, _aten = staticmethod(F.lstm_cell), staticmethod(F.ATEN_STEPS["lstm"])
+    _stateless, _aten = staticmethod(F.lstm_cell), staticmethod(sequences.ATEN_STEPS["lstm"])
     _n_states = 2
 
 
@@ -596,7 +740,7 @@ class GRUCell(_Cell, torch.nn.GRUCell):
     """
 
     _stock, _cell_name = torch.nn.GRUCell, "gru"
-    _stateless, _aten = staticmethod(F.gru_cell), staticmethod(F.ATEN_STEPS["gru"])
+    _stateless, _aten = staticmethod(F.gru_cell), staticmethod(sequences.ATEN_STEPS["gru"])
 
 
 class RNNCell(_Cell, torch.nn.RNNCell):
@@ -629,7 +773,7 @@ class RNNCell(_Cell, torch.nn.RNNCell):
 
     @property
     def _aten(self) -> Any:
-        return F.ATEN_STEPS.get(self._cell_name)
+        return sequences.ATEN_STEPS.get(self._cell_name)
 
     def _stateless(self, *args: Any) -> Tensor:
         if self.nonlinearity not in F.NONLINEARITIES:

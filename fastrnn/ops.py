@@ -3,7 +3,8 @@
 ``fastrnn::layer`` runs one layer over a whole sequence in one or both directions,
 ``fastrnn::cell`` runs one step. Both share ``fastrnn::layer_backward``: it is an
 operator too, so that compilers see an opaque call, and so that it can itself be
-differentiated. Second derivatives are those of ``reference.py``.
+differentiated. Second derivatives are those of ``reference.py``. What ``torch.func``
+transforms see is in ``transforms.py``.
 
 A backend registers kernels for these three names; nothing else in the package knows
 torch's dispatcher.
@@ -20,19 +21,24 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import cpu, gpu, reference
-from .reference import CELLS
+from . import cpu, gpu, gradients, reference, transforms
+from .cells import CELLS
+from .flow import PLAIN, Flow
 
 # `save`: what to return for backward, `cpu.NOTHING`, `cpu.STATES` or `cpu.ALL`. `state` may be
-# empty, meaning zeros, unless `batch_sizes` is given. Gradients that were not asked for are empty
-# tensors or lists.
+# empty, meaning zeros, unless `batch_sizes` is given. `marks`, `fresh` and `noise` are those of a
+# Flow. Gradients that were not asked for are empty tensors or lists; `d_traces` may be empty. With
+# `groups`, the batch consists of so many parts, and each has its own weight gradients.
+_LAYER = (
+    "Tensor x, Tensor[] state, Tensor[] weights, Tensor? batch_sizes, bool bidirectional,"
+    " Tensor? marks, Tensor[] fresh, Tensor[] noise"
+)
 _SCHEMAS = {
-    "layer": "(str cell, Tensor x, Tensor[] state, Tensor[] weights, Tensor? batch_sizes,"
-    " bool bidirectional, int save) -> (Tensor y, Tensor[] final, Tensor[] saved)",
-    "layer_backward": "(str cell, Tensor? dy, Tensor[] d_final, Tensor x, Tensor[] state,"
-    " Tensor[] weights, Tensor? batch_sizes, bool bidirectional, Tensor[] saved,"
-    " bool needs_x, bool needs_weights)"
-    " -> (Tensor dx, Tensor[] d_state, Tensor[] d_weights)",
+    "layer": f"(str cell, {_LAYER}, int save, bool traced)"
+    " -> (Tensor y, Tensor[] final, Tensor[] traces, Tensor[] saved)",
+    "layer_backward": "(str cell, Tensor? dy, Tensor[] d_final, Tensor[] d_traces,"
+    f" {_LAYER}, Tensor[] saved, bool needs_x, bool needs_weights, int groups)"
+    " -> (Tensor dx, Tensor[] d_state, Tensor[] d_fresh, Tensor[] d_weights)",
     "cell": "(str cell, Tensor x, Tensor[] state, Tensor[] weights, int save)"
     " -> (Tensor[] new_state, Tensor[] saved)",
 }
@@ -47,16 +53,26 @@ for _name, _schema in _SCHEMAS.items():
 def _implement(backend: Any, key: str) -> None:
     """Register a backend's functions as the three operators."""
 
-    def layer(cell, x, state, weights, batch_sizes, bidirectional, save):
-        return backend.layer_forward(cell, x, state, weights, batch_sizes, bidirectional, save)
+    def layer(cell, x, state, weights, batch_sizes, bidirectional, marks, fresh, noise, *rest):
+        flow = Flow(marks, fresh, noise)
+        return backend.layer_forward(
+            cell, x, state, weights, batch_sizes, bidirectional, flow, *rest
+        )
 
-    def layer_backward(cell, dy, d_final, x, state, *rest):
-        dx, d_state, d_weights = backend.layer_backward(cell, dy, d_final, x, state, *rest)
-        return x.new_empty(0) if dx is None else dx, d_state if state else [], d_weights
+    def layer_backward(
+        cell, dy, d_final, d_traces, x, state, weights, batch_sizes, bidirectional,
+        marks, fresh, noise, *rest,
+    ):  # fmt: skip
+        flow = Flow(marks, fresh, noise)
+        arguments = (x, state, weights, batch_sizes, bidirectional, flow)
+        dx, d_state, *others = backend.layer_backward(
+            cell, dy, d_final, d_traces, *arguments, *rest
+        )
+        return x.new_empty(0) if dx is None else dx, d_state if state else [], *others
 
     def cell_step(cell, x, state, weights, save):
-        arguments = (cell, x[None], _steps(state), weights, None, False, save)
-        _, final, saved = backend.layer_forward(*arguments)
+        arguments = (cell, x[None], _steps(state), weights, None, False, PLAIN, save, False)
+        _, final, _, saved = backend.layer_forward(*arguments)
         return [part.squeeze(0).clone() for part in final], saved
 
     for name, function in (
@@ -89,12 +105,13 @@ def _fake_saved(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     directions: int,
+    flow: Flow,
     save: int,
 ) -> list[Tensor]:
     width, hidden = weights[0].shape[0], weights[0].shape[0] // CELLS[cell].n_gates
-    if x.is_cuda and gpu.has_kernels(cell, x, weights, batch_sizes):
+    if x.is_cuda and gpu.has_kernels(cell, x, weights, batch_sizes, flow):
         return gpu.fake_saved(cell, x, hidden, directions, save)
-    if save != cpu.ALL:
+    if save != cpu.ALL or cpu.saves_nothing(cell, x, flow):
         return []
     rows = math.prod(x.shape[:-1])
     widths = [directions * weights[1].shape[1]]
@@ -104,30 +121,38 @@ def _fake_saved(
 
 
 @torch.library.register_fake("fastrnn::layer")
-def _layer_fake(cell, x, state, weights, batch_sizes, bidirectional, save):
-    directions = 2 if bidirectional else 1
+def _layer_fake(
+    cell, x, state, weights, batch_sizes, bidirectional, marks, fresh, noise, save, traced
+):
+    directions, hidden = 2 if bidirectional else 1, weights[0].shape[0] // CELLS[cell].n_gates
     final = [x.new_empty(part.shape) for part in state]
     if not final:
         final = reference.zero_state(cell, x, x.shape[1], weights, directions)
     y = x.new_empty(*x.shape[:-1], directions * weights[1].shape[1])
-    return y, final, _fake_saved(cell, x, weights, batch_sizes, directions, save)
+    n_traces = CELLS[cell].n_states - 1 if traced else 0
+    traces = [x.new_empty(*x.shape[:-1], directions * hidden) for _ in range(n_traces)]
+    flow = Flow(marks, fresh, noise)
+    return y, final, traces, _fake_saved(cell, x, weights, batch_sizes, directions, flow, save)
 
 
 @torch.library.register_fake("fastrnn::layer_backward")
 def _layer_backward_fake(
-    cell, dy, d_final, x, state, weights, batch_sizes, bidirectional, saved, needs_x, needs_weights
-):
+    cell, dy, d_final, d_traces, x, state, weights, batch_sizes, bidirectional, marks, fresh, noise,
+    saved, needs_x, needs_weights, groups,
+):  # fmt: skip
+    d_weights = [x.new_empty(*((groups,) if groups else ()), *w.shape) for w in weights]
     return (
         x.new_empty(x.shape if needs_x else 0),
         [x.new_empty(part.shape) for part in state],
-        [x.new_empty(w.shape) for w in weights] if needs_weights else [],
+        [x.new_empty(part.shape) for part in fresh],
+        d_weights if needs_weights else [],
     )
 
 
 @torch.library.register_fake("fastrnn::cell")
 def _cell_fake(cell, x, state, weights, save):
     new_state = [x.new_empty(part.shape) for part in state]
-    return new_state, _fake_saved(cell, x[None], weights, None, 1, save)
+    return new_state, _fake_saved(cell, x[None], weights, None, 1, PLAIN, save)
 
 
 # Autograd. A context keeps one flat list of tensors; these two group it and ungroup it.
@@ -151,78 +176,33 @@ def _or_zeros(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Te
     ]
 
 
-def _gradients(cell, dy, d_final, arguments, saved, needs_x, needs_weights):
+def _gradients(cell, dy, d_final, d_traces, arguments, saved, needs_x, needs_weights):
     """Call ``layer_backward``; None for what was not asked for.
 
-    `arguments` are those of ``layer`` from `x` to `bidirectional`.
+    `arguments` are those of ``layer`` from `x` to `noise`.
     """
+    x, state, weights, batch_sizes, bidirectional, *flow = arguments
     # Not the vmap of torch.func, but the older one behind autograd's is_grads_batched.
     batched = torch._C._functorch.is_legacy_batchedtensor
-    if _forward_mode() or any(batched(t) for t in (dy, *d_final) if t is not None):
-        return _traceable_gradients(cell, dy, d_final, arguments)
+    if forward_mode() or any(batched(t) for t in (dy, *d_final, *d_traces) if t is not None):
+        layer_arguments = (x, state, weights, batch_sizes, bidirectional, Flow(*flow))
+        return gradients.first(cell, dy, d_final, d_traces, *layer_arguments)
     if not saved:
         # The operator was called as if for inference.
-        with torch.no_grad(), torch.autocast(arguments[0].device.type, enabled=False):
-            y, _, saved = torch.ops.fastrnn.layer(cell, *arguments, cpu.ALL)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            y, _, _, saved = torch.ops.fastrnn.layer(cell, *arguments, cpu.ALL, False)
         saved = _with_output(y, saved)
-    x, state, weights, *_ = arguments
-    if not torch.is_grad_enabled() and is_plain(x, *state, *weights, *d_final, dy, *saved):
+    tensors = (x, *state, *weights, *flow[1], *d_final, *d_traces, dy, *saved)
+    if not torch.is_grad_enabled() and is_plain(*tensors):
         layer_backward = _backend(x).layer_backward
+        arguments = (x, state, weights, batch_sizes, bidirectional, Flow(*flow))
     else:
         layer_backward = torch.ops.fastrnn.layer_backward
-    dx, d_state, d_weights = layer_backward(
-        cell, dy, d_final, *arguments, saved, needs_x, needs_weights
+    dx, d_state, d_fresh, d_weights = layer_backward(
+        cell, dy, d_final, d_traces, *arguments, saved, needs_x, needs_weights, 0
     )
     d_state = d_state if state else []
-    n_weights = len(arguments[2])
-    return dx if needs_x else None, d_state, d_weights or [None] * n_weights
-
-
-def _traceable_gradients(cell, dy, d_final, arguments):
-    """Gradients by the reference, for what our operators have no rules for."""
-    keep_graph = torch.is_grad_enabled()
-    x, state, weights, *rest = arguments
-    with torch.enable_grad():
-        (x,), state, weights = (_aliases(ts, keep_graph) for ts in ((x,), state, weights))
-        y, final = reference.layer(cell, x, state, weights, *rest)
-        outputs, cotangents = _pairs(y, final, dy, d_final)
-        grads = iter(_grad(outputs, [x, *state, *weights], cotangents, keep_graph))
-    return next(grads), [next(grads) for _ in state], list(grads)
-
-
-def _aliases(tensors: Sequence[Tensor], keep_graph: bool) -> list[Tensor]:
-    """One leaf for each use of a tensor: weights may be tied, every use has a gradient."""
-    return [
-        t.view_as(t) if keep_graph and t.requires_grad else t.detach().requires_grad_()
-        for t in tensors
-    ]
-
-
-def _pairs(
-    y: Tensor, final: list[Tensor], dy: Tensor | None, d_final: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs and their cotangents; a cell has no gradient of y, which is its state."""
-    return (final, d_final) if dy is None else ([y, *final], [dy, *d_final])
-
-
-def _grad(
-    outputs: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    keep_graph: bool,
-) -> Sequence[Tensor | None]:
-    """``torch.autograd.grad`` that gives None where an output does not depend on an input."""
-    pairs = [
-        (output, cotangent)
-        for output, cotangent in zip(outputs, cotangents, strict=True)
-        if output is not None and output.requires_grad
-    ]
-    if not inputs or not pairs:
-        return [None] * len(inputs)
-    outputs, cotangents = zip(*pairs, strict=True)
-    return torch.autograd.grad(
-        outputs, inputs, cotangents, create_graph=keep_graph, allow_unused=True
-    )
+    return dx if needs_x else None, d_state, d_fresh, d_weights or [None] * len(weights)
 
 
 def _with_output(y: Tensor, saved: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -231,45 +211,62 @@ def _with_output(y: Tensor, saved: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _layer_setup(ctx, inputs, output):
-    ctx.cell, x, state, weights, batch_sizes, ctx.bidirectional, save = inputs
-    y, final, saved = output
+    (
+        ctx.cell, x, state, weights, batch_sizes, ctx.bidirectional, marks, fresh, noise, save, _,
+    ) = inputs  # fmt: skip
+    y, final, traces, saved = output
     saved = saved if save == cpu.NOTHING else _with_output(y, saved)
-    _save(ctx, (x,), state, weights, (batch_sizes,), saved)
-    ctx.final = [part.new_zeros(()).expand(part.shape) for part in final]
+    _save(ctx, (x,), state, weights, (batch_sizes, marks), fresh, noise, saved)
+    ctx.final, ctx.traces = (
+        [part.new_zeros(()).expand(part.shape) for part in parts] for parts in (final, traces)
+    )
 
 
-def _layer_gradients(ctx, dy, d_final, needs_x, needs_weights):
-    (x,), state, weights, (batch_sizes,), saved = _load(ctx)
-    arguments = (x, state, weights, batch_sizes, ctx.bidirectional)
+def _layer_gradients(ctx, dy, d_final, d_traces, needs_x, needs_weights):
+    (x,), state, weights, (batch_sizes, marks), fresh, noise, saved = _load(ctx)
+    arguments = (x, state, weights, batch_sizes, ctx.bidirectional, marks, fresh, noise)
     d_final = _or_zeros(d_final, ctx.final)
-    return _gradients(ctx.cell, dy, d_final, arguments, saved, needs_x, needs_weights)
+    is_asked = any(part is not None for part in d_traces)
+    d_traces = _or_zeros(d_traces, ctx.traces) if is_asked else []
+    return _gradients(ctx.cell, dy, d_final, d_traces, arguments, saved, needs_x, needs_weights)
 
 
-def _layer_autograd(ctx, dy, d_final, _d_saved):
-    _, needs_x, _, needs_weights, *_ = ctx.needs_input_grad
-    gradients = _layer_gradients(ctx, dy, d_final, needs_x, any(needs_weights))
-    return None, *gradients, None, None, None
+def _layer_autograd(ctx, dy, d_final, d_traces, _d_saved):
+    _, needs_x, _, needs_weights, _, _, _, _, needs_noise, _, _ = ctx.needs_input_grad
+    dx, d_state, d_fresh, d_weights = _layer_gradients(
+        ctx, dy, d_final, d_traces, needs_x, any(needs_weights)
+    )
+    d_noise = [None] * len(needs_noise)
+    return None, dx, d_state, d_weights, None, None, None, d_fresh, d_noise, None, None
 
 
 class _Layer(torch.autograd.Function):
     """``fastrnn::layer`` as autograd has it without torch.library, which takes its time."""
 
     @staticmethod
-    def forward(ctx, cell, n_states, batch_sizes, bidirectional, save, x, *tensors):
-        state, weights = list(tensors[:n_states]), list(tensors[n_states:])
-        arguments = (cell, x, state, weights, batch_sizes, bidirectional, save)
-        output = _backend(x).layer_forward(*arguments)
-        _layer_setup(ctx, arguments, output)
-        ctx.n_states = n_states
-        y, final, _ = output
-        return y, *final
+    def forward(
+        ctx, cell, counts, batch_sizes, bidirectional, marks, noise, save, traced, x, *tensors
+    ):
+        n_states, n_fresh = counts
+        state, fresh = list(tensors[:n_states]), list(tensors[n_states : n_states + n_fresh])
+        weights = list(tensors[n_states + n_fresh :])
+        flow = Flow(marks, fresh, noise)
+        arguments = (cell, x, state, weights, batch_sizes, bidirectional)
+        output = _backend(x).layer_forward(*arguments, flow, save, traced)
+        _layer_setup(ctx, (*arguments, *flow, save, traced), output)
+        ctx.counts = counts
+        y, final, traces, _ = output
+        return y, *final, *traces
 
     @staticmethod
-    def backward(ctx, dy, *d_final):
-        needs_x, *needs = ctx.needs_input_grad[5:]
-        needs_weights = any(needs[ctx.n_states :])
-        dx, d_state, d_weights = _layer_gradients(ctx, dy, d_final, needs_x, needs_weights)
-        return None, None, None, None, None, dx, *d_state, *d_weights
+    def backward(ctx, dy, *grads):
+        needs_x, *needs = ctx.needs_input_grad[8:]
+        needs_weights = any(needs[sum(ctx.counts) :])
+        d_final, d_traces = grads[: len(ctx.final)], grads[len(ctx.final) :]
+        dx, d_state, d_fresh, d_weights = _layer_gradients(
+            ctx, dy, d_final, d_traces, needs_x, needs_weights
+        )
+        return *[None] * 8, dx, *d_state, *d_fresh, *d_weights
 
 
 def _cell_setup(ctx, inputs, output):
@@ -282,11 +279,12 @@ def _cell_setup(ctx, inputs, output):
 def _cell_autograd(ctx, d_new_state, _d_saved):
     (x,), state, weights, saved = _load(ctx)
     _, needs_x, _, needs_weights, _ = ctx.needs_input_grad
-    arguments = (x[None], _steps(state), weights, None, False)
-    dx, d_state, d_weights = _gradients(
+    arguments = (x[None], _steps(state), weights, None, False, *PLAIN)
+    dx, d_state, _, d_weights = _gradients(
         ctx.cell,
         None,
         _steps(_or_zeros(d_new_state, state)),
+        [],
         arguments,
         saved,
         needs_x,
@@ -297,39 +295,37 @@ def _cell_autograd(ctx, d_new_state, _d_saved):
 
 
 def _backward_setup(ctx, inputs, output):
-    ctx.cell, dy, d_final, x, state, weights, batch_sizes, ctx.bidirectional, saved, *_ = inputs
+    (
+        ctx.cell, dy, d_final, d_traces, x, state, weights, batch_sizes, ctx.bidirectional,
+        marks, fresh, noise, saved, _, _, groups,
+    ) = inputs  # fmt: skip
+    assert not groups, "only for torch.func, which takes another way"
     ctx.n_saved = len(saved)
-    _save(ctx, (dy,), d_final, (x,), state, weights, (batch_sizes,))
+    _save(ctx, (dy,), d_final, d_traces, (x,), state, weights, (batch_sizes, marks), fresh, noise)
 
 
-def _backward_autograd(ctx, g_dx, g_d_state, g_d_weights):
+def _backward_autograd(ctx, g_dx, g_d_state, g_d_fresh, g_d_weights):
     """Differentiate the gradients: run the reference twice through torch's own autograd.
 
     What the forward saved is an input here as well, but it is a function of x, state and
     weights, through which the whole derivative is taken.
     """
-    (dy,), d_final, (x,), state, weights, (batch_sizes,) = _load(ctx)
-    keep_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        groups = ((x,), state, weights, d_final)
-        (x,), state, weights, d_final = (_aliases(tensors, keep_graph) for tensors in groups)
-        dy = None if dy is None else _aliases([dy], keep_graph)[0]
-        y, final = reference.layer(ctx.cell, x, state, weights, batch_sizes, ctx.bidirectional)
-        outputs, cotangents = _pairs(y, final, dy, d_final)
-        gs = [g_dx, *g_d_state, *(g_d_weights or [None] * len(weights))]
-        asked = [(t, g) for t, g in zip([x, *state, *weights], gs, strict=True) if g is not None]
-        first = _grad(outputs, [t for t, _ in asked], cotangents, keep_graph=True)
-
-        _, needs_dy, needs_d_final, needs_x, needs_state, needs_weights, *_ = ctx.needs_input_grad
-        needs = [needs_dy, *needs_d_final, needs_x, *needs_state, *needs_weights]
-        tensors = [dy, *d_final, x, *state, *weights]
-        wrt = [t for t, needed in zip(tensors, needs, strict=True) if needed and t is not None]
-        second = iter(_grad(first, wrt, [g for _, g in asked], keep_graph))
-    grads = iter([next(second) if needed else None for needed in needs])
-    d_dy, d_d_final = next(grads), [next(grads) for _ in d_final]
-    d_x, d_state = next(grads), [next(grads) for _ in state]
-    d_saved = [None] * ctx.n_saved
-    return None, d_dy, d_d_final, d_x, d_state, list(grads), None, None, d_saved, None, None
+    (dy,), d_final, d_traces, (x,), state, weights, (batch_sizes, marks), fresh, noise = _load(ctx)
+    flow = Flow(marks, fresh, noise)
+    arguments = (x, state, weights, batch_sizes, ctx.bidirectional, flow)
+    gs = [g_dx, *g_d_state, *g_d_fresh, *(g_d_weights or [None] * len(weights))]
+    needs = ctx.needs_input_grad
+    wanted = [needs[1], *needs[2], *needs[3], needs[4], *needs[5], *needs[10], *needs[6]]
+    grads = iter(gradients.second(ctx.cell, dy, d_final, d_traces, *arguments, gs, wanted))
+    d_dy = next(grads)
+    d_d_final, d_d_traces = ([next(grads) for _ in part] for part in (d_final, d_traces))
+    d_x = next(grads)
+    d_state, d_fresh = ([next(grads) for _ in part] for part in (state, fresh))
+    d_noise, d_saved = [None] * len(noise), [None] * ctx.n_saved
+    return (
+        None, d_dy, d_d_final, d_d_traces, d_x, d_state, list(grads), None, None, None, d_fresh,
+        d_noise, d_saved, None, None, None,
+    )  # fmt: skip
 
 
 torch.library.register_autograd("fastrnn::layer", _layer_autograd, setup_context=_layer_setup)
@@ -396,7 +392,8 @@ def autocast_dtypes(
     if device != "cpu" or cell.startswith("rnn"):
         return low, low
     compute = torch.promote_types(low, state[-1].dtype if state else x.dtype)
-    return compute, low if len(weights) % 2 else compute
+    is_projected = (len(weights) - len(CELLS[cell].extras)) % 2
+    return compute, low if is_projected else compute
 
 
 def _autocast(op: Any, cell: str, x: Tensor, state: Any, weights: Any, *rest: Any) -> Any:
@@ -404,15 +401,20 @@ def _autocast(op: Any, cell: str, x: Tensor, state: Any, weights: Any, *rest: An
     with torch.autocast(x.device.type, enabled=False):
         if dtypes is None:
             return op(cell, x, state, weights, *rest)
-        compute, _ = dtypes
-        state, weights = ([t.to(compute) for t in tensors] for tensors in (state, weights))
-        return op(cell, x.to(compute), state, weights, *rest)
+        # What is in lists is floating: state, weights, fresh and noise.
+        others = (
+            [t.to(dtypes[0]) for t in part] if isinstance(part, (list, tuple)) else part
+            for part in (state, weights, *rest)
+        )
+        return op(cell, x.to(dtypes[0]), *others)
 
 
-def _as_in_forward(cell: str, dy: Tensor | None, d_final: list[Tensor], x: Tensor, *rest: Any):
+def _as_in_forward(
+    cell: str, dy: Tensor | None, d_final: Any, d_traces: Any, x: Tensor, *rest: Any
+):
     """Backward computes in the dtypes that the forward left, whatever region it is called in."""
     with torch.autocast(x.device.type, enabled=False):
-        return torch.ops.fastrnn.layer_backward(cell, dy, d_final, x, *rest)
+        return torch.ops.fastrnn.layer_backward(cell, dy, d_final, d_traces, x, *rest)
 
 
 for _key in ("AutocastCPU", "AutocastCUDA"):
@@ -432,26 +434,35 @@ def layer(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None = None,
     bidirectional: bool = False,
+    flow: Flow = PLAIN,
+    *,
     recompute: bool = False,
-) -> tuple[Tensor, list[Tensor]]:
+    traced: bool = False,
+) -> reference.Result:
     """``reference.layer`` through the operator; `state` may be empty for a padded batch.
 
     `recompute` saves memory between forward and backward: on a GPU only h and c are kept, on a CPU
-    nothing.
+    nothing. Traces are there if `traced`.
     """
     save = cpu.NOTHING
-    if differentiated(x, *state, *weights):
+    if differentiated(x, *state, *weights, *flow.fresh):
         save = cpu.STATES if recompute else cpu.ALL
-    arguments = (cell, x, state, weights, batch_sizes, bidirectional, save)
-    if not is_plain(x, *state, *weights):
-        y, final, _ = torch.ops.fastrnn.layer(*arguments)
+    arguments = (cell, x, state, weights, batch_sizes, bidirectional)
+    if transform() == "func" and not torch.compiler.is_compiling():
+        return transforms.layer(*arguments, flow, traced)
+    if not is_plain(x, *state, *weights, *flow.fresh):
+        y, final, traces, _ = torch.ops.fastrnn.layer(*arguments, *flow, save, traced)
     elif save == cpu.NOTHING:
-        y, final, _ = _backend(x).layer_forward(*arguments)
+        y, final, traces, _ = _backend(x).layer_forward(*arguments, flow, save, traced)
     else:
-        y, *final = _Layer.apply(
-            cell, len(state), batch_sizes, bidirectional, save, x, *state, *weights
-        )
-    return y, final
+        counts = len(state), len(flow.fresh)
+        y, *others = _Layer.apply(
+            cell, counts, batch_sizes, bidirectional, flow.marks, flow.noise, save, traced, x,
+            *state, *flow.fresh, *weights,
+        )  # fmt: skip
+        n_states = CELLS[cell].n_states
+        final, traces = others[:n_states], others[n_states:]
+    return reference.Result(y, final, traces)
 
 
 def cell_step(
@@ -485,10 +496,16 @@ def transformed() -> bool:
 
     An autograd formula registered through torch.library works in neither.
     """
-    return torch._C._are_functorch_transforms_active() or _forward_mode()
+    return torch._C._are_functorch_transforms_active() or forward_mode()
 
 
-def _forward_mode() -> bool:
+def transform() -> str | None:
+    """Name what `transformed` found, for the planner."""
+    return "forward" if forward_mode() else "func" if transformed() else None
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode AD is active, by ``torch.func`` or without."""
     return forward_ad._current_level >= 0
 
 

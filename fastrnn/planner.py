@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 import torch
 
 from . import cpu
+from .cells import CELLS
 from .kernels import configs
 from .kernels.configs import SCHEDULES, Choice, Device, Shape
-from .reference import CELLS
 
 PATHS = ("torch", "loop", "reference")
 
@@ -57,10 +57,14 @@ class Problem(NamedTuple):
         Whether the sequences have different lengths. A PackedSequence of equal lengths
         is to torch a padded batch.
     projected, is_step : bool
-    transformed : bool
+    transform : {None, 'func', 'forward'}
         Whether the call is inside a ``torch.func`` transform or forward-mode AD.
     layers, directions : int
         Of the whole stack.
+    marked : bool
+        Whether there are lengths, resets or truncated gradients, or all states are asked for.
+    noisy : bool
+        Whether there is recurrent dropout or zoneout.
     gpu : fastrnn.kernels.configs.Device, optional
         The GPU, present or not, if `device` is one that Triton compiles for.
     precision : {'tf32', 'tf32x3', 'ieee'}
@@ -78,9 +82,11 @@ class Problem(NamedTuple):
     packed: bool = False
     projected: bool = False
     is_step: bool = False
-    transformed: bool = False
+    transform: str | None = None
     layers: int = 1
     directions: int = 1
+    marked: bool = False
+    noisy: bool = False
     gpu: Device | None = None
     precision: str = "tf32"
 
@@ -206,12 +212,12 @@ def path(*fields: Any) -> str:
         return plan(Problem(*fields)).path
 
 
-def compiled_path(cell: str, dtype: torch.dtype, is_step: bool, transformed: bool) -> str:
+def compiled_path(cell: str, dtype: torch.dtype, is_step: bool, transform: str | None) -> str:
     """Choose the path for a call that a compiler traces, without asking for its sizes.
 
     Parameters
     ----------
-    cell, dtype, is_step, transformed
+    cell, dtype, is_step, transform
         As for `Problem`.
 
     Returns
@@ -220,7 +226,7 @@ def compiled_path(cell: str, dtype: torch.dtype, is_step: bool, transformed: boo
     """
     if is_step and cell in _TORCH_CELLS:
         return "torch"
-    if transformed or dtype not in _FLOATS:
+    if transform or dtype not in _FLOATS:
         return "reference"
     # One opaque operator; torch's own kernels would be unrolled step by step.
     return "loop"
@@ -241,17 +247,28 @@ def _plan(forced: str | None, problem: Problem) -> Plan:
 def _choose_path(
     forced: str | None, problem: Problem, gap: str | None, kernels: tuple[Choice, Choice] | None
 ) -> tuple[str, str]:
-    ours_only = problem.cell not in _TORCH_CELLS
-    if ours_only and forced == "torch":
+    missing = _missing_in_torch(problem)
+    if missing and forced == "torch":
         forced = None
-    if forced in (None, "loop") and (problem.transformed or problem.dtype not in _FLOATS):
-        where = "inside torch.func transforms" if problem.transformed else f"in {problem.dtype}"
-        path = "reference" if ours_only or forced else "torch"
-        return path, f"our operators have no derivatives {where}"
+    unknown = problem.noisy or problem.cell not in cpu.CPU_CELLS
+    if forced in (None, "loop"):
+        if problem.transform == "forward" or (problem.transform and (problem.is_step or unknown)):
+            what = "forward mode" if problem.transform == "forward" else "a torch.func transform"
+            return "reference", f"our operators have no rule for this in {what}"
+        if problem.dtype not in _FLOATS:
+            path = "reference" if missing or forced or problem.transform else "torch"
+            return path, f"our operators have no derivatives in {problem.dtype}"
     if forced is not None:
         return forced, "asked for by fastrnn.planner.use_path"
-    if ours_only:
-        return "loop", f"torch has no kernel for {problem.cell}"
+    if unknown:
+        what = "recurrent dropout and zoneout" if problem.noisy else problem.cell
+        return "reference", f"no kernel of ours for {what}"
+    if missing and problem.device == "cuda" and kernels is None:
+        return "reference", f"{missing}; {gap}"
+    if missing:
+        return "loop", missing
+    if problem.transform:
+        return "loop", "torch's kernels have no batching rules"
     if problem.device != "cpu":
         return ("torch", str(gap)) if kernels is None else _on_gpu(problem, *kernels)
     if problem.is_step:
@@ -260,6 +277,15 @@ def _choose_path(
         return "torch", f"this CPU multiplies {problem.dtype}; we would use float32"
     gap = cpu.kernel_gap(problem.dtype, problem.projected)
     return _kernels_on_cpu(problem) if gap is None else _loop_on_cpu(problem, gap)
+
+
+def _missing_in_torch(problem: Problem) -> str | None:
+    """What torch has no kernel for."""
+    if problem.cell not in _TORCH_CELLS:
+        return f"torch has no kernel for {problem.cell}"
+    if problem.marked:
+        return "torch has no lengths, resets, truncated gradients or states of all steps"
+    return "torch has no recurrent dropout and no zoneout" if problem.noisy else None
 
 
 # Where our kernels win on a CPU. Below so many steps the fixed costs of a call, 0.1 ms and in
@@ -466,8 +492,10 @@ def kernel_gap(problem: Problem) -> str | None:
         return f"no kernel of ours for a batch of more than {configs.MAX_BATCH}"
     if problem.dtype not in _KERNEL_DTYPES:
         return f"no kernel of ours for {problem.dtype}"
-    if problem.packed:
-        return "no kernel of ours for sequences of different lengths"
+    if problem.noisy:
+        return "no kernel of ours for recurrent dropout and zoneout"
+    if problem.cell not in cpu.CPU_CELLS:
+        return f"no kernel of ours for {problem.cell}"
     if problem.projected:
         return "no kernel of ours for projections"
     return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import Weights
+from .cells import Weights
 
 
 def add_d_x(dx: Tensor, d_rh: Tensor, d_apart: Tensor, w_ih: Tensor) -> None:
@@ -54,6 +54,55 @@ def d_weights(d_rh: Tensor, d_apart: Tensor, x: Tensor, d_w_hh: Tensor, w: Weigh
     d_b_hh = d_rh.sum(0)
     d_b_ih = torch.cat([d_b_hh[:shared], d_apart.sum(0)])
     return [d_w_ih, d_w_hh, d_b_ih, d_b_hh]
+
+
+def d_weights_by_group(
+    d_rh: Tensor,
+    d_apart: Tensor,
+    x: Tensor,
+    h_prev: Tensor,
+    d_projected: Tensor | None = None,
+    h_full: Tensor | None = None,
+    *,
+    w: Weights,
+    steps: int,
+    groups: int,
+) -> list[Tensor]:
+    """Compute the weight gradients of every group of a padded batch, without a loop.
+
+    Parameters
+    ----------
+    d_rh, d_apart : Tensor
+        With rows of T steps; the batch consists of the groups one after another.
+    x : Tensor of shape (N, I)
+    h_prev : Tensor of shape (N, P)
+        h before every step.
+    d_projected, h_full : Tensor of shape (N, P) and (N, H), optional
+        The gradient of the projected h, and h before the projection.
+    w : Weights
+    steps, groups : int
+
+    Returns
+    -------
+    list of Tensor of shape (groups, ...)
+        In the order of `w`.
+    """
+
+    def split(rows: Tensor) -> Tensor:
+        """(groups, T * B / groups, columns)"""
+        size = rows.shape[0] // (steps * groups)
+        apart = rows.view(steps, groups, size, rows.shape[1])
+        return apart.transpose(0, 1).reshape(groups, steps * size, rows.shape[1])
+
+    shared = d_rh.shape[1] - d_apart.shape[1]
+    d_rh, d_apart = split(d_rh), split(d_apart)
+    d_wx = torch.cat([d_rh[..., :shared], d_apart], dim=-1)
+    result = [d_wx.transpose(1, 2) @ split(x), d_rh.transpose(1, 2) @ split(h_prev)]
+    if w.b_ih is not None:
+        result += [d_wx.sum(1), d_rh.sum(1)]
+    if d_projected is not None and h_full is not None:
+        result.append(split(d_projected).transpose(1, 2) @ split(h_full))
+    return result
 
 
 def d_w_hh(d_rh: Tensor, h: Tensor, batch: int, h_0: Tensor | None, reverse: bool) -> Tensor:

@@ -21,113 +21,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-State = tuple[Tensor, ...]
+from .cells import CELLS, State, Weights
+from .flow import CUT, FRESH, HOLD, PLAIN, Flow
 
 
-class Weights(NamedTuple):
-    """The weights of one direction of one layer; what a layer does not have is None."""
+class Result(NamedTuple):
+    """What a layer gives.
 
-    w_ih: Tensor
-    w_hh: Tensor
-    b_ih: Tensor | None = None
-    b_hh: Tensor | None = None
-    w_hr: Tensor | None = None
-
-    @classmethod
-    def unpack(cls, flat: Sequence[Tensor]) -> Weights:
-        """Name a flat list in the order of ``torch.nn.RNNBase``: ih, hh[, b_ih, b_hh][, hr].
-
-        The four possible lengths are all different, so nothing else is needed:
-        2 plain, 3 projection, 4 bias, 5 bias and projection.
-        """
-        w_ih, w_hh, *rest = flat
-        w_hr = rest.pop() if len(rest) % 2 else None
-        b_ih, b_hh = rest or (None, None)
-        return cls(w_ih, w_hh, b_ih, b_hh, w_hr)
-
-
-def lstm_step(wx: Tensor, rh: Tensor, state: State) -> State:
-    """Long short-term memory; Hochreiter & Schmidhuber 1997, forget gate of Gers et al. 2000.
-
-    i, f, o = sigmoid(wx + rh),  g = tanh(wx + rh),  c' = f * c + i * g,  h' = o * tanh(c')
-
-    Parameters
+    Attributes
     ----------
-    wx, rh : Tensor of shape (B, 4H)
-        Input part and recurrent part of the gates, each with its bias.
-    state : tuple of Tensor of shape (B, H)
-        h and c before the step.
-
-    Returns
-    -------
-    tuple of Tensor
-        The state after it.
+    y : Tensor of shape (T, B, D * P), or (N, D * P)
+    final : list of Tensor of shape (D, B, P) and, for LSTM, (D, B, H)
+        State after the last step of every row.
+    traces : list of Tensor of shape (T, B, D * H), or (N, D * H)
+        The states other than h after every step; empty if the cell has none, or if they were not
+        asked for.
     """
-    i, f, g, o = (wx + rh).chunk(4, dim=-1)
-    c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
 
-
-def gru_step(wx: Tensor, rh: Tensor, state: State) -> State:
-    """Gated recurrent unit; Cho et al. 2014, with the reset gate applied after the recurrent
-    product (version 1 of arXiv:1406.1078, also cuDNN's and torch.nn.GRU's form).
-
-    r, z = sigmoid(wx + rh),  n = tanh(wx_n + r * rh_n),  h' = (1 - z) * n + z * h
-
-    Parameters
-    ----------
-    wx, rh : Tensor of shape (B, 3H)
-        Input part and recurrent part of the gates, each with its bias.
-    state : tuple of Tensor of shape (B, H)
-        h before the step.
-
-    Returns
-    -------
-    tuple of Tensor
-        The state after it.
-    """
-    wx_r, wx_z, wx_n = wx.chunk(3, dim=-1)
-    rh_r, rh_z, rh_n = rh.chunk(3, dim=-1)
-    z = torch.sigmoid(wx_z + rh_z)
-    n = torch.tanh(wx_n + torch.sigmoid(wx_r + rh_r) * rh_n)
-    return ((1 - z) * n + z * state[0],)
-
-
-def rnn_step(phi: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor, State], State]:
-    """Make the step of an Elman network (Elman 1990): h' = phi(wx + rh).
-
-    Parameters
-    ----------
-    phi : callable
-        The activation.
-
-    Returns
-    -------
-    callable
-        Takes wx and rh of shape (B, H) and a state of one such tensor, as `gru_step` does.
-    """
-    return lambda wx, rh, state: (phi(wx + rh),)
-
-
-class Cell(NamedTuple):
-    """What every path must know about a cell."""
-
-    name: str
-    n_gates: int
-    n_states: int
-    step: Callable[[Tensor, Tensor, State], State]
-
-
-CELLS = {
-    cell.name: cell
-    for cell in (
-        Cell("lstm", 4, 2, lstm_step),
-        Cell("gru", 3, 1, gru_step),
-        Cell("rnn_tanh", 1, 1, rnn_step(torch.tanh)),
-        Cell("rnn_relu", 1, 1, rnn_step(torch.relu)),
-        Cell("rnn_identity", 1, 1, rnn_step(lambda pre: pre)),
-    )
-}
+    y: Tensor
+    final: list[Tensor]
+    traces: list[Tensor]
 
 
 def cell_step(cell: str, x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> State:
@@ -147,11 +60,9 @@ def cell_step(cell: str, x: Tensor, state: Sequence[Tensor], weights: Sequence[T
     tuple of Tensor
         The new state, shaped as `state`.
     """
-    w = Weights.unpack(weights)
-    wx = torch.nn.functional.linear(x, w.w_ih, w.b_ih)
-    rh = torch.nn.functional.linear(state[0], w.w_hh, w.b_hh)
-    h, *rest = CELLS[cell].step(wx, rh, tuple(state))
-    return (h if w.w_hr is None else h @ w.w_hr.t(), *rest)
+    w = Weights.unpack(weights, len(CELLS[cell].extras))
+    wx = CELLS[cell].input_part(x, w)
+    return CELLS[cell].advance(wx, state[0], tuple(state), w)
 
 
 def zero_state(
@@ -174,8 +85,9 @@ def zero_state(
     -------
     list of Tensor of shape (D, B, P) and, for LSTM, (D, B, H)
     """
-    widths = weights[1].shape[1], weights[0].shape[0] // CELLS[cell].n_gates
-    return [x.new_zeros(directions, batch, width) for width in widths[: CELLS[cell].n_states]]
+    hidden = weights[0].shape[0] // CELLS[cell].n_gates
+    widths = [weights[1].shape[1]] + [hidden] * (CELLS[cell].n_states - 1)
+    return [x.new_zeros(directions, batch, width) for width in widths]
 
 
 def layer(
@@ -185,7 +97,8 @@ def layer(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None = None,
     bidirectional: bool = False,
-) -> tuple[Tensor, list[Tensor]]:
+    flow: Flow = PLAIN,
+) -> Result:
     """One layer over a whole sequence, in one or both directions.
 
     Parameters
@@ -198,34 +111,71 @@ def layer(
     weights : sequence of Tensor
         All directions one after another, each in the order of ``torch.nn.RNNBase``.
     batch_sizes : Tensor of shape (T,), optional
-        Rows alive at each step, never increasing, as in ``PackedSequence``.
+        Rows alive at each step, never increasing, as in ``PackedSequence``; only with a plain
+        `flow`.
     bidirectional : bool, default False
+    flow : Flow, optional
 
     Returns
     -------
-    y : Tensor of shape (T, B, D * P), or (N, D * P)
-    final : list of Tensor
-        State after the last step of every row, shaped as `state`.
+    Result
     """
     sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
-    steps = x.flatten(0, -2).split(sizes)
     directions = 2 if bidirectional else 1
     state = state or zero_state(cell, x, sizes[0], weights, directions)
     per_direction = len(weights) // directions
-    ys, finals = [], []
+    sequences, finals = [], []
     for d in range(directions):
-        w = weights[d * per_direction : (d + 1) * per_direction]
+        flat = weights[d * per_direction : (d + 1) * per_direction]
+        w = Weights.unpack(flat, len(CELLS[cell].extras))
+        wx = CELLS[cell].input_part(x, w).flatten(0, -2).split(sizes)
         s = tuple(part[d] for part in state)
-        outputs: list[Tensor] = []
-        for x_t in reversed(steps) if d else steps:
-            n = x_t.shape[0]
-            new = cell_step(cell, x_t, tuple(part[:n] for part in s), w)
+        outputs: list[State] = []
+        for t in reversed(range(len(sizes))) if d else range(len(sizes)):
+            n = sizes[t]
+            new = _step(cell, wx[t], tuple(part[:n] for part in s), w, flow, d, t)
             s = tuple(torch.cat([a, b[n:]]) for a, b in zip(new, s, strict=True))
-            outputs.append(new[0])
-        ys.append(torch.cat(outputs[::-1] if d else outputs))
+            outputs.append(_without_held(new, flow, d, t))
+        sequence = outputs[::-1] if d else outputs
+        sequences.append([torch.cat(parts) for parts in zip(*sequence, strict=True)])
         finals.append(s)
-    y = torch.cat(ys, dim=-1).unflatten(0, x.shape[:-1])
-    return y, [torch.stack(parts) for parts in zip(*finals, strict=True)]
+    y, *traces = (
+        torch.cat(parts, dim=-1).unflatten(0, x.shape[:-1])
+        for parts in zip(*sequences, strict=True)
+    )
+    return Result(y, [torch.stack(parts) for parts in zip(*finals, strict=True)], traces)
+
+
+def _step(cell: str, wx: Tensor, state: State, w: Weights, flow: Flow, d: int, t: int) -> State:
+    """One step of a direction, as the marks want it."""
+    if flow.marks is not None:
+        mark = flow.marks[d, t].unsqueeze(-1)
+        cut, fresh = (mark & CUT) != 0, (mark & FRESH) != 0
+        replaced = [part[d] for part in flow.fresh] or [torch.zeros_like(part) for part in state]
+        state = tuple(
+            torch.where(fresh, new, torch.where(cut, old.detach(), old))
+            for new, old in zip(replaced, state, strict=True)
+        )
+    drop, *zones = flow.noise or (None,)
+    h = state[0] if drop is None or not drop.numel() else state[0] * drop[d]
+    new = CELLS[cell].advance(wx, h, state, w)
+    if zones:
+        new = tuple(
+            after if not zone.numel() else after + zone[d, t] * (before - after)
+            for zone, before, after in zip(zones, state, new, strict=True)
+        )
+    if flow.marks is None:
+        return new
+    held = (mark & HOLD) != 0
+    return tuple(torch.where(held, a, b) for a, b in zip(state, new, strict=True))
+
+
+def _without_held(state: State, flow: Flow, d: int, t: int) -> State:
+    """The states of a step with zeros for the rows that do not have it."""
+    if flow.marks is None:
+        return state
+    held = (flow.marks[d, t].unsqueeze(-1) & HOLD) != 0
+    return tuple(part.masked_fill(held, 0.0) for part in state)
 
 
 def stack(
@@ -237,9 +187,10 @@ def stack(
     *,
     batch_sizes: Tensor | None = None,
     bidirectional: bool = False,
+    flow: Flow = PLAIN,
     dropout: Callable[[Tensor], Tensor] = lambda y: y,
-    layer: Callable[..., tuple[Tensor, list[Tensor]]] = layer,
-) -> tuple[Tensor, list[Tensor]]:
+    layer: Callable[..., Result] = layer,
+) -> tuple[list[Result], list[Tensor]]:
     """Several layers, `dropout` between them: what a whole ``torch.nn.LSTM`` computes.
 
     Parameters
@@ -251,6 +202,8 @@ def stack(
     num_layers : int
     batch_sizes, bidirectional
         As for `layer`.
+    flow : Flow, optional
+        With `fresh` and `noise` of all layers one after another.
     dropout : callable
         Applied to the output of every layer but the last.
     layer : callable
@@ -258,19 +211,24 @@ def stack(
 
     Returns
     -------
-    y : Tensor
-        Output of the last layer.
+    results : list of Result
+        Of every layer; the output of the last one is that of the stack.
     final : list of Tensor
         Shaped as `state`.
     """
-    if num_layers == 1:
-        return layer(cell, x, state, weights, batch_sizes, bidirectional)
     directions = 2 if bidirectional else 1
     per_layer = len(weights) // num_layers
-    finals = []
+    results: list[Result] = []
     for k in range(num_layers):
-        s = [part[k * directions : (k + 1) * directions] for part in state]
+        of_k = slice(k * directions, (k + 1) * directions)
         w = weights[k * per_layer : (k + 1) * per_layer]
-        x, final = layer(cell, x if k == 0 else dropout(x), s, w, batch_sizes, bidirectional)
-        finals.append(final)
-    return x, [torch.cat(parts) for parts in zip(*finals, strict=True)]
+        own = flow
+        if num_layers > 1 and flow is not PLAIN:
+            fresh, noise = ([part[of_k] for part in parts] for parts in (flow.fresh, flow.noise))
+            own = Flow(flow.marks, fresh, noise)
+        s = [part[of_k] for part in state] if num_layers > 1 else state
+        y = x if k == 0 else dropout(results[-1].y)
+        results.append(layer(cell, y, s, w, batch_sizes, bidirectional, own))
+    if num_layers == 1:
+        return results, results[0].final
+    return results, [torch.cat(parts) for parts in zip(*(r.final for r in results), strict=True)]

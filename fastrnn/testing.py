@@ -354,7 +354,7 @@ class _Setup:
             ones = torch.ones(y.shape, dtype=self.dtype, device=y.device)
             return y * torch.dropout(ones, case.dropout, case.training).to(y.dtype)
 
-        output, final = reference.stack(
+        results, final = reference.stack(
             cell,
             x,
             state,
@@ -364,6 +364,7 @@ class _Setup:
             bidirectional=case.bidirectional,
             dropout=dropout,
         )
+        output = results[-1].y
         if packed is not None:
             return output, [part[:, packed.unsorted_indices] for part in final]
         if case.unbatched:

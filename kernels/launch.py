@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import configs, exchange, persistent, stepwise
+from . import configs, exchange, persistent, stepwise, tiles
 from .cells import Cell
 from .configs import Config
 
@@ -66,6 +66,9 @@ def forward(
     config: Config,
     precision: str,
     *,
+    marks: Tensor | None = None,
+    fresh: Sequence[Tensor] = (),
+    fresh_rh: Tensor | None = None,
     traced: bool = False,
     save: bool = False,
 ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
@@ -81,12 +84,19 @@ def forward(
     config : Config
     precision : {'ieee', 'tf32', 'tf32x3'}
         Of products of float32.
+    marks : uint8 Tensor of shape (D, T, B), contiguous, or None
+        How the state flows; see ``tiles.py``.
+    fresh : sequence of Tensor of shape (D, B, H), contiguous
+        The state where it is fresh, only with `marks`; zeros if empty.
+    fresh_rh : Tensor of shape (D, B, G * H), contiguous, or None
+        Product of the fresh h with the recurrent weights, without bias.
     traced, save : bool
         Whether to keep the other states of every step, and the activations.
 
     Returns
     -------
     y : Tensor of shape (T, B, D * H)
+        With what is held at the steps that a row does not have; so are the traces.
     traces : list of Tensor of shape (T, B, D * H)
         float32; empty unless `traced`.
     saved : Tensor of shape (D, T, B, S * H), or None unless `save`
@@ -108,7 +118,17 @@ def forward(
         "PRECISION": precision,
         **_options(config),
     }
-    shared = {"wx_ptr": wx, "r_ptr": r, "b_ptr": b, "saved_ptr": saved, "T": steps, "B": batch}
+    shared = {
+        "wx_ptr": wx,
+        "r_ptr": r,
+        "b_ptr": b,
+        "marks_ptr": marks,
+        "fresh_ptrs": tuple(fresh) or None,
+        "fresh_rh_ptr": fresh_rh,
+        "saved_ptr": saved,
+        "T": steps,
+        "B": batch,
+    }
     if config.schedule == "stepwise":
         running = [part.to(torch.float32, copy=True) for part in initial]
         with torch.cuda.device_of(wx):
@@ -149,12 +169,16 @@ def backward(
     past: Tensor | tuple[Tensor, Tensor],
     config: Config,
     precision: str,
-) -> tuple[Tensor, list[Tensor]]:
+    *,
+    d_traces: Sequence[Tensor] = (),
+    marks: Tensor | None = None,
+    fresh: Sequence[Tensor] = (),
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Run a layer backward to the gradients of its gates and of its initial state.
 
     Parameters
     ----------
-    cell, r, initial, config, precision
+    cell, r, initial, config, precision, marks, fresh
         As for `forward`.
     dy : Tensor of shape (T, B, D * H), contiguous, or None
     d_final : sequence of Tensor of shape (D, B, H), contiguous
@@ -163,11 +187,15 @@ def backward(
     past : Tensor or (Tensor, Tensor)
         The activations that `forward` saved, or the gates from which to compute them again: wx
         and rh with their biases, of shape (D, T, B, G * H).
+    d_traces : sequence of Tensor of shape (T, B, D * H), contiguous
+        Gradients of the traces, in the dtype of y; empty for none.
 
     Returns
     -------
     d_gates : Tensor of shape (D, T, B, (G + A) * H)
     d_initial : list of Tensor of shape (D, B, H)
+    d_fresh : list of Tensor of shape (D, B, H)
+        float32, what does not pass through the recurrent product; empty if `fresh` is.
     """
     steps, batch, _ = y.shape
     directions, _, hidden = r.shape
@@ -186,16 +214,21 @@ def backward(
         **_options(config),
     }
     # The kernels choose between a state's first value and its trace by a pointer to one dtype.
-    initial = [initial[0], *(part.float() for part in initial[1:])]
+    initial = _wide(initial)
+    d_fresh = [torch.zeros_like(part, dtype=torch.float32) for part in fresh]
     shared = {
         "dy_ptr": dy,
+        "d_trace_ptrs": tuple(d_traces) or None,
         "r_ptr": r,
         "initial_ptrs": tuple(initial),
+        "marks_ptr": marks,
+        "fresh_ptrs": tuple(_wide(fresh)) or None,
         "state_ptrs": (y, *traces),
         "saved_ptr": saved,
         "wx_ptr": wx,
         "rh_ptr": rh,
         "d_gates_ptr": d_gates,
+        "d_fresh_ptrs": tuple(d_fresh) or None,
         "T": steps,
         "B": batch,
     }
@@ -212,9 +245,13 @@ def backward(
                     **constants,
                 )
         for d in range(directions):
-            first = d_gates[d, -1 if d else 0, :, : cell.n_gates * hidden]
-            running[0][d] += first @ r[d]
-        return d_gates, [part.to(y.dtype) for part in running]
+            first = -1 if d else 0
+            dh = d_gates[d, first, :, : cell.n_gates * hidden] @ r[d]
+            if marks is not None:
+                is_cut = marks[d, first] & (tiles.FRESH.value | tiles.CUT.value) > 0
+                dh = dh.masked_fill_(is_cut[:, None], 0.0)
+            running[0][d] += dh
+        return d_gates, [part.to(y.dtype) for part in running], d_fresh
     d_initial = [torch.empty_like(part, dtype=y.dtype) for part in initial]
     for grid, exchanged in _launches(config, y, batch, hidden, directions):
         slices = grid[0]
@@ -233,7 +270,11 @@ def backward(
             **exchanged,
             **constants,
         )
-    return d_gates, d_initial
+    return d_gates, d_initial, d_fresh
+
+
+def _wide(states: Sequence[Tensor]) -> list[Tensor]:
+    return [part.float() if k else part for k, part in enumerate(states)]
 
 
 def _grid(config: Config, batch: int, hidden: int, directions: int) -> tuple[int, int, int]:

@@ -18,6 +18,9 @@ gate gradients only; those of the weights and the input are GEMMs over all steps
     d_gates        (D, T, B, (G + A) * H)  gradients of the recurrent parts, then of the input
                                      parts of the gates in which the two differ
     initial, final (D, B, H)         each state before the first step and after the last
+    marks          (D, T, B)         how the state of each row flows at a step, or None: see tiles.py
+    fresh          (D, B, H)         each state after a reset, or None for zeros
+    fresh_rh       (D, B, G * H)     products of the fresh h with R^T
 
 The second direction of a layer walks through time from its end. The grid is (slices, batch tiles,
 directions), all of it on the device at once; further batch tiles are further launches. T and B are
@@ -37,18 +40,26 @@ from .exchange import (
     send_partial,
 )
 from .tiles import (
+    FRESH,
+    HOLD,
+    add,
+    begin_step,
+    choose,
     load_bias,
     load_columns,
+    load_mark,
     load_past,
     load_rows,
     load_states,
     load_tiles,
+    mark_gradients,
+    mark_received,
     multiply_columns,
     multiply_rows,
     shift,
-    split_block,
     store_states,
     store_tiles,
+    zeros_like,
 )
 
 
@@ -58,6 +69,9 @@ def forward_kernel(
     r_ptr,
     b_ptr,
     initial_ptrs,
+    marks_ptr,
+    fresh_ptrs,
+    fresh_rh_ptr,
     state_ptrs,
     saved_ptr,
     final_ptrs,
@@ -93,6 +107,9 @@ def forward_kernel(
     initial_ptrs = shift(initial_ptrs, i_direction * B.to(tl.int64) * H)
     final_ptrs = shift(final_ptrs, i_direction * B.to(tl.int64) * H)
     state_ptrs = shift(state_ptrs, i_direction * H)
+    if fresh_ptrs is not None:
+        fresh_ptrs = shift(fresh_ptrs, i_direction * B.to(tl.int64) * H)
+        fresh_rh_ptr += i_direction * B.to(tl.int64) * (N_GATES * H)
     if saved_ptr is not None:
         saved_ptr += direction_rows * (N_SAVED * H)
     if PROTOCOL == "counter":
@@ -109,11 +126,20 @@ def forward_kernel(
     to_next = tl.where(i_direction == 0, B, -B).to(tl.int64)
     rows = row + tl.where(i_direction == 0, 0, T - 1).to(tl.int64) * B
     wx = load_tiles(wx_ptr + rows * (N_GATES * H), row_mask, unit0, H, BLOCK_H, N_GATES)
+    mark = None
+    if marks_ptr is not None:
+        marks_ptr += direction_rows
+        mark = load_mark(marks_ptr, rows, row_mask)
 
     for step in range(T):
         block = multiply_columns(h, columns, BLOCK_B, PRECISION)
-        rh = split_block(block, bias, N_GATES, BLOCK_B, BLOCK_H)
-        state, saved = FORWARD(wx, rh, state)
+        rh, before = begin_step(
+            block, bias, state, mark, fresh_ptrs, fresh_rh_ptr, row, row_mask, unit0,
+            H, N_GATES, BLOCK_B, BLOCK_H,
+        )  # fmt: skip
+        state, saved = FORWARD(wx, rh, before)
+        if marks_ptr is not None:
+            state = choose(mark, HOLD, before, state)
 
         new = state[0].to(dtype)
         row_ptrs = state_ptrs[0] + rows * width
@@ -124,6 +150,8 @@ def forward_kernel(
             store_tiles(saved_ptr + rows * (N_SAVED * H), row_mask, unit0, saved, H, BLOCK_H)
         rows += tl.where(step + 1 < T, to_next, 0)
         wx = load_tiles(wx_ptr + rows * (N_GATES * H), row_mask, unit0, H, BLOCK_H, N_GATES)
+        if marks_ptr is not None:
+            mark = load_mark(marks_ptr, rows, row_mask)
         if PROTOCOL == "local":
             h = (new,)
         else:
@@ -146,15 +174,19 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["T", "B", "first_tile"])
 def backward_kernel(
     dy_ptr,
+    d_trace_ptrs,
     d_final_ptrs,
     r_ptr,
     initial_ptrs,
+    marks_ptr,
+    fresh_ptrs,
     state_ptrs,
     saved_ptr,
     wx_ptr,
     rh_ptr,
     d_gates_ptr,
     d_initial_ptrs,
+    d_fresh_ptrs,
     mail_ptr,
     counter_ptr,
     error_ptr,
@@ -191,6 +223,11 @@ def backward_kernel(
     state_ptrs = shift(state_ptrs, i_direction * H)
     if dy_ptr is not None:
         dy_ptr += i_direction * H
+    if d_trace_ptrs is not None:
+        d_trace_ptrs = shift(d_trace_ptrs, i_direction * H)
+    if fresh_ptrs is not None:
+        fresh_ptrs = shift(fresh_ptrs, i_direction * B.to(tl.int64) * H)
+        d_fresh_ptrs = shift(d_fresh_ptrs, i_direction * B.to(tl.int64) * H)
     if saved_ptr is None:
         wx_ptr += direction_rows * (N_GATES * H)
         rh_ptr += direction_rows * (N_GATES * H)
@@ -207,16 +244,26 @@ def backward_kernel(
     d_state = load_states(d_final_ptrs, row, H, row_mask, unit0, H, BLOCK_H)
     to_before = tl.where(i_direction == 0, -B, B).to(tl.int64)
     rows = row + tl.where(i_direction == 0, T - 1, 0).to(tl.int64) * B
+    mark = None
+    if marks_ptr is not None:
+        marks_ptr += direction_rows
+        mark = load_mark(marks_ptr, rows, row_mask)
+    if fresh_ptrs is not None:
+        d_fresh = zeros_like(d_state)
     past = load_past(
-        dy_ptr, state_ptrs, initial_ptrs, saved_ptr, wx_ptr, rh_ptr,
-        rows, rows + to_before, T == 1, row, width, row_mask, unit0,
+        dy_ptr, d_trace_ptrs, state_ptrs, initial_ptrs, fresh_ptrs, saved_ptr, wx_ptr, rh_ptr,
+        mark, rows, rows + to_before, T == 1, row, width, row_mask, unit0,
         H, BLOCK_H, FORWARD, N_GATES, N_SAVED,
     )  # fmt: skip
 
     for step in range(T):
-        dy, saved, state, previous = past
-        d_state = (d_state[0] + dy,) + d_state[1:]
+        d_out, saved, state, previous = past
+        d_state = add(d_state, d_out)
         d_rh, d_wx, d_previous = BACKWARD(saved, state, previous, d_state)
+        if fresh_ptrs is not None:
+            d_fresh = choose(mark, FRESH, add(d_fresh, d_previous), d_fresh)
+        if marks_ptr is not None:
+            d_rh, d_wx, d_previous = mark_gradients(mark, d_state, d_rh, d_wx, d_previous)
 
         for n in tl.static_range((H + BLOCK_N - 1) // BLOCK_N):
             partial = multiply_rows(d_rh, r_rows, n, BLOCK_N, PRECISION)
@@ -230,9 +277,11 @@ def backward_kernel(
             d_gates_ptr + rows * ((N_GATES + N_APART) * H), row_mask, unit0, d_rh + d_wx, H, BLOCK_H
         )
         rows += tl.where(step + 1 < T, to_before, 0)
+        if marks_ptr is not None:
+            after, mark = mark, load_mark(marks_ptr, rows, row_mask)
         past = load_past(
-            dy_ptr, state_ptrs, initial_ptrs, saved_ptr, wx_ptr, rh_ptr,
-            rows, rows + to_before, step + 2 >= T, row, width, row_mask, unit0,
+            dy_ptr, d_trace_ptrs, state_ptrs, initial_ptrs, fresh_ptrs, saved_ptr, wx_ptr, rh_ptr,
+            mark, rows, rows + to_before, step + 2 >= T, row, width, row_mask, unit0,
             H, BLOCK_H, FORWARD, N_GATES, N_SAVED,
         )  # fmt: skip
         if PROTOCOL == "local":
@@ -242,6 +291,10 @@ def backward_kernel(
                 mail_ptr, counter_ptr, i_slice, step, error_ptr,
                 SLICES, BLOCK_S, BLOCK_B, BLOCK_H, PROTOCOL, SPIN_LIMIT,
             )  # fmt: skip
-        d_state = (d_previous[0] + dh,) + d_previous[1:]
+        if marks_ptr is not None:
+            dh = mark_received(after, dh)
+        d_state = add(d_previous, (dh,))
 
     store_states(d_initial_ptrs, row, H, row_mask, unit0, d_state, H, BLOCK_H, 0)
+    if fresh_ptrs is not None:
+        store_states(d_fresh_ptrs, row, H, row_mask, unit0, d_fresh, H, BLOCK_H, 0)

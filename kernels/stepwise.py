@@ -10,13 +10,21 @@ import triton
 import triton.language as tl
 
 from .tiles import (
+    FRESH,
+    HOLD,
+    add,
+    begin_step,
     block_pointers,
+    choose,
+    has,
     load_bias,
+    load_mark,
     load_past,
     load_states,
     load_tiles,
+    mark_gradients,
+    mark_received,
     shift,
-    split_block,
     store_states,
     store_tiles,
 )
@@ -28,6 +36,9 @@ def forward_kernel(
     r_ptr,
     b_ptr,
     initial_ptr,
+    marks_ptr,
+    fresh_ptrs,
+    fresh_rh_ptr,
     running_ptrs,
     state_ptrs,
     saved_ptr,
@@ -56,6 +67,9 @@ def forward_kernel(
     state_ptrs = shift(state_ptrs, i_direction * H)
     initial_ptr += i_direction * B.to(tl.int64) * H
     running_ptrs = shift(running_ptrs, i_direction * B.to(tl.int64) * H)
+    if fresh_ptrs is not None:
+        fresh_ptrs = shift(fresh_ptrs, i_direction * B.to(tl.int64) * H)
+        fresh_rh_ptr += i_direction * B.to(tl.int64) * (N_GATES * H)
     t = tl.where(i_direction == 0, step, T - 1 - step).to(tl.int64)
     rows = row + t * B
     rows_before = rows + tl.where(i_direction == 0, -B, B)
@@ -75,11 +89,19 @@ def forward_kernel(
         block = tl.dot(h, columns, block, input_precision=PRECISION)
 
     bias = load_bias(b_ptr, unit0, H, BLOCK_H, N_GATES)
-    rh = split_block(block, bias, N_GATES, BLOCK_B, BLOCK_H)
+    state = load_states(running_ptrs, row, H, row_mask, unit0, H, BLOCK_H)
+    mark = None
+    if marks_ptr is not None:
+        mark = load_mark(marks_ptr + direction_rows, rows, row_mask)
+    rh, before = begin_step(
+        block, bias, state, mark, fresh_ptrs, fresh_rh_ptr, row, row_mask, unit0,
+        H, N_GATES, BLOCK_B, BLOCK_H,
+    )  # fmt: skip
     wx_rows = (wx_ptr + direction_rows * (N_GATES * H)) + rows * (N_GATES * H)
     wx = load_tiles(wx_rows, row_mask, unit0, H, BLOCK_H, N_GATES)
-    state = load_states(running_ptrs, row, H, row_mask, unit0, H, BLOCK_H)
-    state, saved = FORWARD(wx, rh, state)
+    state, saved = FORWARD(wx, rh, before)
+    if marks_ptr is not None:
+        state = choose(mark, HOLD, before, state)
     store_states(running_ptrs, row, H, row_mask, unit0, state, H, BLOCK_H, 0)
     store_states(state_ptrs, rows, width, row_mask, unit0, state, H, BLOCK_H, 0)
     if saved_ptr is not None:
@@ -90,14 +112,18 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["T", "B", "step"])
 def backward_kernel(
     dy_ptr,
+    d_trace_ptrs,
     r_ptr,
     initial_ptrs,
+    marks_ptr,
+    fresh_ptrs,
     state_ptrs,
     saved_ptr,
     wx_ptr,
     rh_ptr,
     running_ptrs,
     d_gates_ptr,
+    d_fresh_ptrs,
     T,
     B,
     step,
@@ -125,6 +151,11 @@ def backward_kernel(
     state_ptrs = shift(state_ptrs, i_direction * H)
     if dy_ptr is not None:
         dy_ptr += i_direction * H
+    if d_trace_ptrs is not None:
+        d_trace_ptrs = shift(d_trace_ptrs, i_direction * H)
+    if fresh_ptrs is not None:
+        fresh_ptrs = shift(fresh_ptrs, i_direction * B.to(tl.int64) * H)
+        d_fresh_ptrs = shift(d_fresh_ptrs, i_direction * B.to(tl.int64) * H)
     if saved_ptr is None:
         wx_ptr += direction_rows * (N_GATES * H)
         rh_ptr += direction_rows * (N_GATES * H)
@@ -152,13 +183,25 @@ def backward_kernel(
         )
         dh = tl.dot(d_gates, r_rows, dh, input_precision=PRECISION)
 
-    dy, saved, state, previous = load_past(
-        dy_ptr, state_ptrs, initial_ptrs, saved_ptr, wx_ptr, rh_ptr,
-        rows, rows + to_before, step == T - 1, row, width, row_mask, unit0,
+    mark = None
+    if marks_ptr is not None:
+        marks_ptr += direction_rows
+        mark = load_mark(marks_ptr, rows, row_mask)
+        dh = mark_received(load_mark(marks_ptr, rows - to_before, row_mask & (step > 0)), dh)
+    d_out, saved, state, previous = load_past(
+        dy_ptr, d_trace_ptrs, state_ptrs, initial_ptrs, fresh_ptrs, saved_ptr, wx_ptr, rh_ptr,
+        mark, rows, rows + to_before, step == T - 1, row, width, row_mask, unit0,
         H, BLOCK_H, FORWARD, N_GATES, N_SAVED,
     )  # fmt: skip
-    d_state = (d_state[0] + dh + dy,) + d_state[1:]
+    d_state = add(add(d_state, (dh,)), d_out)
     d_rh, d_wx, d_previous = BACKWARD(saved, state, previous, d_state)
+    if fresh_ptrs is not None:
+        mask = row_mask & has(mark, FRESH)
+        d_fresh = load_states(d_fresh_ptrs, row, H, mask, unit0, H, BLOCK_H)
+        d_fresh = add(d_fresh, d_previous)
+        store_states(d_fresh_ptrs, row, H, mask, unit0, d_fresh, H, BLOCK_H, 0)
+    if marks_ptr is not None:
+        d_rh, d_wx, d_previous = mark_gradients(mark, d_state, d_rh, d_wx, d_previous)
     store_states(running_ptrs, row, H, row_mask, unit0, d_previous, H, BLOCK_H, 0)
     store_tiles(
         d_gates_ptr + rows * ((N_GATES + N_APART) * H), row_mask, unit0, d_rh + d_wx, H, BLOCK_H

@@ -43,6 +43,63 @@ def store_states(
         store_tiles(ptrs[s] + rows * width, row_mask, unit0, (tiles[s],), H, BLOCK_H)
 
 
+# Marks say of each row how its state flows at a step: bits, as flow.py of the package makes them.
+# HOLD: the row has no such step; FRESH: its state is replaced before it; CUT: no gradient passes
+# from it to the state before it; START: it is the row's first.
+HOLD, FRESH, CUT, START = (tl.constexpr(bit) for bit in (1, 2, 4, 8))
+
+
+@triton.jit
+def load_mark(marks_ptr, rows, row_mask):
+    """Load the mark of every row at a step."""
+    return tl.load(marks_ptr + rows, mask=row_mask, other=0)
+
+
+@triton.jit
+def has(mark, BITS: tl.constexpr):
+    """Whether rows have one of some marks."""
+    return (mark & BITS) != 0
+
+
+@triton.jit
+def choose(mark, BITS: tl.constexpr, tiles, others):
+    """Tiles for the rows that have one of some marks, others for the rest."""
+    chosen = ()
+    for n in tl.static_range(len(tiles)):
+        chosen += (tl.where(has(mark, BITS)[:, None], tiles[n], others[n]),)
+    return chosen
+
+
+@triton.jit
+def without(mark, BITS: tl.constexpr, tiles):
+    """Put zeros, whatever was there, in the rows that have one of some marks."""
+    kept = ()
+    for n in tl.static_range(len(tiles)):
+        kept += (tl.where(has(mark, BITS)[:, None], 0.0, tiles[n]),)
+    return kept
+
+
+@triton.jit
+def zeros_like(tiles):
+    """Make zeros of the shapes of tiles."""
+    zeros = ()
+    for n in tl.static_range(len(tiles)):
+        zeros += (tl.zeros_like(tiles[n]),)
+    return zeros
+
+
+@triton.jit
+def add(tiles, others):
+    """Add to the first tiles as many others."""
+    sums = ()
+    for n in tl.static_range(len(tiles)):
+        if n < len(others):
+            sums += (tiles[n] + others[n],)
+        else:
+            sums += (tiles[n],)
+    return sums
+
+
 # Three or four tiles that lie H columns apart are moved as one: each thread then has 16 bytes of a
 # row, and there is one trip through shared memory between this layout and that of the products.
 
@@ -101,11 +158,14 @@ def store_tiles(row_ptrs, row_mask, unit0, tiles, H: tl.constexpr, BLOCK_H: tl.c
 @triton.jit
 def load_past(
     dy_ptr,
+    d_trace_ptrs,
     state_ptrs,
     initial_ptrs,
+    fresh_ptrs,
     saved_ptr,
     wx_ptr,
     rh_ptr,
+    mark,
     rows,
     rows_before,
     is_first,
@@ -119,24 +179,62 @@ def load_past(
     N_GATES: tl.constexpr,
     N_SAVED: tl.constexpr,
 ):
-    """Load what backward needs of a step: dy, the activations, the states after and before it."""
+    """Load what backward needs of a step: gradients that arrive there, activations, and the states
+    after and before it.
+    """
+    out_mask = row_mask
+    if mark is not None:
+        out_mask = row_mask & (has(mark, HOLD) == 0)
     if dy_ptr is None:
-        dy = tl.zeros([row_mask.shape[0], BLOCK_H], tl.float32)
+        d_out = (tl.zeros([row_mask.shape[0], BLOCK_H], tl.float32),)
     else:
-        dy = load_tiles(dy_ptr + rows * width, row_mask, unit0, H, BLOCK_H, 1)[0]
+        d_out = load_tiles(dy_ptr + rows * width, out_mask, unit0, H, BLOCK_H, 1)
+    if d_trace_ptrs is not None:
+        d_out += load_states(d_trace_ptrs, rows, width, out_mask, unit0, H, BLOCK_H)
     state = load_states(state_ptrs, rows, width, row_mask, unit0, H, BLOCK_H)
     previous = ()
     for s in tl.static_range(len(state_ptrs)):
-        base = tl.where(is_first, initial_ptrs[s], state_ptrs[s])
-        offsets = tl.where(is_first, row * H, rows_before * width)
-        previous += load_tiles(base + offsets, row_mask, unit0, H, BLOCK_H, 1)
+        if mark is None:
+            base = tl.where(is_first, initial_ptrs[s], state_ptrs[s])
+            offsets = tl.where(is_first, row * H, rows_before * width)
+            previous += load_tiles(base + offsets, row_mask, unit0, H, BLOCK_H, 1)
+        else:
+            row_ptrs = tl.where(
+                is_first | has(mark, START),
+                initial_ptrs[s] + row * H,
+                state_ptrs[s] + rows_before * width,
+            )
+            if fresh_ptrs is None:
+                mask = row_mask & (has(mark, FRESH) == 0)
+            else:
+                mask = row_mask
+                row_ptrs = tl.where(has(mark, FRESH), fresh_ptrs[s] + row * H, row_ptrs)
+            previous += load_tiles(row_ptrs, mask, unit0, H, BLOCK_H, 1)
     if saved_ptr is None:
         wx = load_tiles(wx_ptr + rows * (N_GATES * H), row_mask, unit0, H, BLOCK_H, N_GATES)
         rh = load_tiles(rh_ptr + rows * (N_GATES * H), row_mask, unit0, H, BLOCK_H, N_GATES)
         saved = FORWARD(wx, rh, previous)[1]
     else:
         saved = load_tiles(saved_ptr + rows * (N_SAVED * H), row_mask, unit0, H, BLOCK_H, N_SAVED)
-    return dy, saved, state, previous
+    return d_out, saved, state, previous
+
+
+@triton.jit
+def mark_gradients(mark, d_state, d_rh, d_wx, d_previous):
+    """What is left of a step's gradients where it is held, and where what was before is cut off.
+
+    Not of the part of the state's gradient that goes through the recurrent product, which arrives
+    later: see `mark_received`.
+    """
+    d_previous = without(mark, FRESH | CUT, d_previous)
+    d_previous = choose(mark, HOLD, d_state, d_previous)
+    return without(mark, HOLD, d_rh), without(mark, HOLD, d_wx), d_previous
+
+
+@triton.jit
+def mark_received(mark, dh):
+    """What is left of the product of a step's gradients for the step before it."""
+    return without(mark, HOLD | FRESH | CUT, (dh,))[0]
 
 
 # A dot wants many columns, so all gates of a slice go through it side by side, as a block of 1, 2
@@ -193,6 +291,39 @@ def split_block(block, bias, N_GATES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK
         else:
             rh += (gates[g] + bias[g][None, :],)
     return rh
+
+
+@triton.jit
+def begin_step(
+    block,
+    bias,
+    state,
+    mark,
+    fresh_ptrs,
+    fresh_rh_ptr,
+    row,
+    row_mask,
+    unit0,
+    H: tl.constexpr,
+    N_GATES: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """The recurrent part of a step and the state before it, both replaced where that is fresh.
+
+    `fresh_rh_ptr` points to the products of the fresh state with R^T, without bias.
+    """
+    if mark is not None:
+        block = without(mark, FRESH, (block,))[0]
+        state = without(mark, FRESH, state)
+    rh = split_block(block, bias, N_GATES, BLOCK_B, BLOCK_H)
+    if fresh_ptrs is not None:
+        # Seldom any: what is masked costs no trip to memory.
+        mask = row_mask & has(mark, FRESH)
+        fresh_rows = fresh_rh_ptr + row * (N_GATES * H)
+        rh = add(rh, load_tiles(fresh_rows, mask, unit0, H, BLOCK_H, N_GATES))
+        state = add(state, load_states(fresh_ptrs, row, H, mask, unit0, H, BLOCK_H))
+    return rh, state
 
 
 @triton.jit

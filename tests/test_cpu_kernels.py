@@ -26,6 +26,7 @@ from llvmlite import ir
 
 from fastrnn.cpu import engine, native, vector
 from fastrnn.cpu.cells import CELLS
+from fastrnn.flow import PLAIN
 from fastrnn.planner import use_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,11 +70,12 @@ def run(arguments: dict, gradients: list, dtype: torch.dtype) -> list[Tensor]:
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     inputs = {name: convert(value) for name, value in arguments.items()}
-    y, final, saved = layers.layer_forward(**inputs, save=ALL)
+    y, final, _, saved = layers.layer_forward(**inputs, flow=PLAIN, save=ALL, traced=False)
     dy, d_final = (convert(part) for part in gradients)
-    dx, d_state, d_weights = layers.layer_backward(
-        dy=dy, d_final=d_final, saved=saved, needs_x=True, needs_weights=True, **inputs
-    )
+    dx, d_state, _, d_weights = layers.layer_backward(
+        dy=dy, d_final=d_final, d_traces=[], flow=PLAIN, saved=saved, needs_x=True,
+        needs_weights=True, **inputs
+    )  # fmt: skip
     return [y, *final, dx, *d_state, *d_weights]
 
 
@@ -218,6 +220,7 @@ GUARDED = """
 import ctypes, mmap, sys
 import torch
 from fastrnn.cpu import ALL, layers, machine
+from fastrnn.flow import PLAIN
 sys.path.insert(0, "tests")
 import test_cpu_kernels as tests
 
@@ -241,10 +244,10 @@ for cell in tests.CELLS:
             arguments[name] = [guarded(t) for t in arguments[name]]
         arguments["x"] = guarded(arguments["x"])
         gradients = [None if dy is None else guarded(dy), [guarded(t) for t in d_final]]
-        y, final, saved = layers.layer_forward(**arguments, save=ALL)
+        y, final, _, saved = layers.layer_forward(**arguments, flow=PLAIN, save=ALL, traced=False)
         saved = [guarded(t) for t in saved]
-        layers.layer_backward(dy=gradients[0], d_final=gradients[1], saved=saved, needs_x=True,
-                              needs_weights=True, **arguments)
+        layers.layer_backward(dy=gradients[0], d_final=gradients[1], d_traces=[], flow=PLAIN,
+                              saved=saved, needs_x=True, needs_weights=True, **arguments)
 print("all inside")
 """
 
@@ -265,7 +268,7 @@ def test_nothing_beyond_the_columns_is_written(with_threads):
         rows = layers.Rows.of(x.view(4, 3, 6), None)
         state = [torch.zeros(3, hidden)]
         h = canvas[:, 2 : 2 + hidden]
-        native.forward("gru", x, weights, rows, False, False, state, h, False)
+        native.forward("gru", x, weights, rows, False, False, state, h, [], None)
         assert (canvas[:, :2] == 7).all()
         assert (canvas[:, 2 + hidden :] == 7).all()
         assert torch.equal(h[-3:], state[0])
@@ -297,16 +300,18 @@ def small_arguments() -> dict:
 )
 def test_sizes_that_do_not_fit_are_refused(change):
     with pytest.raises(RuntimeError, match="do not fit"):
-        torch.ops.fastrnn.layer(*{**small_arguments(), **change}.values(), ALL)
+        torch.ops.fastrnn.layer(*{**small_arguments(), **change}.values(), *PLAIN, ALL, False)
 
 
 def test_saved_tensors_that_do_not_fit_are_refused():
     arguments = small_arguments()
-    y, final, saved = torch.ops.fastrnn.layer(*arguments.values(), ALL)
+    y, final, _, saved = torch.ops.fastrnn.layer(*arguments.values(), *PLAIN, ALL, False)
     cell, *inputs = arguments.values()
     for broken in (saved[:-1], [saved[0], saved[1][:-1], saved[2]], [t[:, :-1] for t in saved]):
         with pytest.raises(RuntimeError):
-            torch.ops.fastrnn.layer_backward(cell, y, final, *inputs, broken, True, True)
+            torch.ops.fastrnn.layer_backward(
+                cell, y, final, [], *inputs, *PLAIN, broken, True, True, 0
+            )
 
 
 @pytest.mark.parametrize("sizes", [torch.full((1,), 3).expand(5), torch.full((5, 2), 3)[:, 1]])

@@ -238,7 +238,7 @@ def test_long_sequence(schedule):
     tail = x[-200:].detach()
     with torch.no_grad():
         h = ours["y"][-201][None]
-        y, _ = reference.layer("gru", tail.double(), [h.double()], [w.double() for w in weights])
+        y, *_ = reference.layer("gru", tail.double(), [h.double()], [w.double() for w in weights])
     assert rms(ours["y"][-200:] - y) < 5e-3
     assert all(t.isfinite().all() for t in ours.values())
 
@@ -247,10 +247,10 @@ def test_more_than_2_to_the_31_elements():
     steps, batch, hidden = 4200, 1024, 128  # 4 * T * B * H = 2.2e9
     x, state, weights = make("lstm", (steps, batch, 4, hidden, 1), torch.bfloat16)
     with use_path("loop"), torch.no_grad():
-        y, _ = ops.layer("lstm", x, state, weights)
+        y, *_ = ops.layer("lstm", x, state, weights)
         part = slice(batch - 5, batch)
         last = [s[:, part] for s in state]
-        few, _ = ops.layer("lstm", x[:, part].contiguous(), [s.contiguous() for s in last], weights)
+        few, *_ = ops.layer("lstm", x[:, part].contiguous(), [s.contiguous() for s in last], weights)
     # Not bitwise: cuBLAS may project a smaller batch in another order.
     assert rms(y[:, part] - few) < torch.finfo(torch.bfloat16).eps
 
@@ -258,11 +258,11 @@ def test_more_than_2_to_the_31_elements():
 def test_nan_travels_and_does_not_hang():
     x, state, weights = make("lstm", (30, 8, 16, 512, 1), torch.bfloat16)
     with torch.no_grad():
-        clean, _ = ops.layer("lstm", x, state, weights)
+        clean, *_ = ops.layer("lstm", x, state, weights)
         x[3, 2] = float("nan")
         state[0].view(torch.int16)[0, 5] = -1  # the pattern that means "not there yet"
         with use_path("persistent"):
-            y, _ = ops.layer("lstm", x, state, weights)
+            y, *_ = ops.layer("lstm", x, state, weights)
     assert y[3:, 2].isnan().all()
     assert y[:, 5].isnan().all()
     others = [0, 1, 3, 4, 6, 7]
@@ -374,10 +374,10 @@ def test_empty_batch(steps):
 def test_strided_inputs():
     x, state, weights = make("gru", (12, 6, 8, 32, 2), torch.float32)
     with use_path("loop"), torch.no_grad():
-        expected, _ = ops.layer("gru", x, state, weights, None, True)
+        expected, *_ = ops.layer("gru", x, state, weights, None, True)
         strided = x.transpose(0, 1).contiguous().transpose(0, 1)
         turned = [w.t().contiguous().t() if w.dim() == 2 else w for w in weights]
-        y, _ = ops.layer("gru", strided, state, turned, None, True)
+        y, *_ = ops.layer("gru", strided, state, turned, None, True)
     torch.testing.assert_close(y, expected)
 
 

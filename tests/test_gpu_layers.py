@@ -62,7 +62,7 @@ def in_float64(cell, tensors, directions):
     leaves = [
         [t.detach().double().requires_grad_() for t in group] for group in ([x], *tensors[1:])
     ]
-    y, final = reference.layer(cell, leaves[0][0], leaves[1], leaves[2], None, directions == 2)
+    y, final, _ = reference.layer(cell, leaves[0][0], leaves[1], leaves[2], None, directions == 2)
     return [y, *final], gradients([y, *final], [t for group in leaves for t in group])
 
 
@@ -80,7 +80,7 @@ def check(actual, exact):
 def test_outputs_and_gradients(cell, directions, bias, recompute):
     x, state, weights, _ = make(cell, directions, bias=bias, dtype=torch.float32)
     exact, exact_grads = in_float64(cell, (x, state, weights), directions)
-    y, final = ops.layer(cell, x, state, weights, None, directions == 2, recompute)
+    y, final, _ = ops.layer(cell, x, state, weights, None, directions == 2, recompute)
     check([y, *final], exact)
     check(gradients([y, *final], [x, *state, *weights]), exact_grads)
 
@@ -164,11 +164,11 @@ def test_empty_batch(cell, schedule):
 
 def test_strides_of_inputs_do_not_matter():
     x, state, weights, _ = make("gru", 2, dtype=torch.float32)
-    expected, _ = ops.layer("gru", x, state, weights, None, True)
+    expected, *_ = ops.layer("gru", x, state, weights, None, True)
     x = x.transpose(0, 1).contiguous().transpose(0, 1)
     weights = [w.t().contiguous().t() if w.dim() == 2 else w for w in weights]
     state = [s.transpose(1, 2).contiguous().transpose(1, 2) for s in state]
-    y, _ = ops.layer("gru", x, state, weights, None, True)
+    y, *_ = ops.layer("gru", x, state, weights, None, True)
     torch.testing.assert_close(y, expected, rtol=0, atol=2 * FLOAT32)
     dy = torch.ones(1, 1, 1).expand(y.shape)  # strides of 0
     grads = torch.autograd.grad(y, [x, *weights], dy, retain_graph=True)

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fastrnn
 from fastrnn import reference
 from fastrnn.cpu import ALL, NOTHING, STATES
+from fastrnn.flow import PLAIN
 from fastrnn.reference import CELLS
 
 layer_op = torch.ops.fastrnn.layer
@@ -60,7 +61,7 @@ def test_layer_first_and_second_derivatives(cell, directions, bias, packed, proj
     leaves = [x, *state, *weights]
     results = []
     for function in (fastrnn.ops.layer, reference.layer):
-        y, final = function(cell, x, state, weights, sizes, directions == 2)
+        y, final, _ = function(cell, x, state, weights, sizes, directions == 2)
         first = gradients([y, *final], leaves, create_graph=True)
         squares = sum(g.square().sum() for g in first)
         second = torch.autograd.grad(squares, leaves, allow_unused=True)
@@ -73,8 +74,8 @@ def test_layer_first_and_second_derivatives(cell, directions, bias, packed, proj
 @pytest.mark.parametrize("cell", CELLS)
 def test_opcheck(cell):
     x, state, weights, _ = make(cell, 2, dtype=torch.float32)
-    torch.library.opcheck(layer_op, (cell, x, state, weights, None, True, ALL))
-    torch.library.opcheck(layer_op, (cell, x, [], weights, None, True, NOTHING))
+    torch.library.opcheck(layer_op, (cell, x, state, weights, None, True, *PLAIN, ALL, False))
+    torch.library.opcheck(layer_op, (cell, x, [], weights, None, True, *PLAIN, NOTHING, False))
     one = [part[0].detach().requires_grad_() for part in state]
     torch.library.opcheck(cell_op, (cell, x[0].detach(), one, weights[:4], ALL))
 
@@ -82,9 +83,9 @@ def test_opcheck(cell):
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_opcheck_packed_and_half(cell):
     x, state, weights, sizes = make(cell, 1, packed=True, projected=cell == "lstm")
-    torch.library.opcheck(layer_op, (cell, x, state, weights, sizes, False, ALL))
+    torch.library.opcheck(layer_op, (cell, x, state, weights, sizes, False, *PLAIN, ALL, False))
     x, state, weights, _ = make(cell, 1, dtype=torch.bfloat16)
-    torch.library.opcheck(layer_op, (cell, x, state, weights, None, False, ALL))
+    torch.library.opcheck(layer_op, (cell, x, state, weights, None, False, *PLAIN, ALL, False))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -93,7 +94,7 @@ def test_opcheck_strided(cell):
     x, state, weights, _ = make(cell, 1, dtype=torch.float32)
     turned = x.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0)[:, :1].requires_grad_()
     state = [part.detach().expand(1, 3, 4)[:, :1].requires_grad_() for part in state]
-    torch.library.opcheck(layer_op, (cell, turned, state, weights, None, False, ALL))
+    torch.library.opcheck(layer_op, (cell, turned, state, weights, None, False, *PLAIN, ALL, False))
     step = x[:, 0].detach().t().contiguous().t().requires_grad_()
     one = [part.detach().new_zeros(4, 5).t().requires_grad_() for part in state]
     torch.library.opcheck(cell_op, (cell, step, one, weights, ALL))
@@ -105,7 +106,7 @@ def test_results_may_be_overwritten_before_backward(cell, packed):
     x, state, weights, sizes = make(cell, 2, packed=packed)
     leaves, grads = [x, *state, *weights], []
     for spoil in (False, True):
-        y, final = fastrnn.ops.layer(cell, x, state, weights, sizes, True)
+        y, final, _ = fastrnn.ops.layer(cell, x, state, weights, sizes, True)
         # The products hold values of their own; y and final are then free to change.
         loss = sum((t * 1).square().sum() for t in (y, *final))
         if spoil:
@@ -137,7 +138,7 @@ def test_batched_gradients(cell):
     """Many cotangents at once: vmap over the backward operator."""
     x, state, weights, _ = make(cell, 2)
     leaves = [x, *state, *weights]
-    y, _ = fastrnn.ops.layer(cell, x, state, weights, None, True)
+    y, *_ = fastrnn.ops.layer(cell, x, state, weights, None, True)
     cotangents = torch.randn(3, *y.shape, dtype=y.dtype)
     batched = torch.autograd.grad(y, leaves, cotangents, retain_graph=True, is_grads_batched=True)
     singly = [torch.autograd.grad(y, leaves, c, retain_graph=True) for c in cotangents]
@@ -174,7 +175,7 @@ def test_forward_mode_of_the_backward_pass_alone():
 @pytest.mark.parametrize("cell", CELLS)
 def test_vmap_of_the_backward_pass(cell):
     x, state, weights, _ = make(cell, 1)
-    y, _ = fastrnn.ops.layer(cell, x, state, weights)
+    y, *_ = fastrnn.ops.layer(cell, x, state, weights)
     cotangents = torch.randn(3, *y.shape, dtype=y.dtype)
 
     def pull_back(cotangent):
@@ -204,7 +205,7 @@ def test_third_derivative(cell):
     x, _, weights, _ = make(cell, 1)
 
     def second(w_hh):
-        y, _ = fastrnn.ops.layer(cell, x.detach(), [], [weights[0], w_hh, *weights[2:]])
+        y, *_ = fastrnn.ops.layer(cell, x.detach(), [], [weights[0], w_hh, *weights[2:]])
         (g,) = torch.autograd.grad(y.pow(3).sum(), w_hh, create_graph=True)
         return g
 
@@ -216,7 +217,7 @@ def test_gradient_without_saved_activations(cell):
     """Backward recomputes what a call made as if for inference did not keep."""
     x, state, weights, _ = make(cell, 1)
     results = [
-        gradients([layer_op(cell, x, state, weights, None, False, save)[0]], [x, *weights])
+        gradients([layer_op(cell, x, state, weights, None, False, *PLAIN, save, False)[0]], [x, *weights])
         for save in (ALL, STATES, NOTHING)
     ]
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
@@ -237,7 +238,7 @@ def test_unneeded_gradients_are_not_computed():
 
 def test_saved_tensors_survive_two_backwards():
     x, state, weights, _ = make("gru", 2)
-    y, _ = fastrnn.ops.layer("gru", x, state, weights, None, True)
+    y, *_ = fastrnn.ops.layer("gru", x, state, weights, None, True)
     once = torch.autograd.grad(y.sum(), [x, *weights], retain_graph=True)
     twice = torch.autograd.grad(y.sum(), [x, *weights])
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
@@ -247,9 +248,9 @@ def test_saved_tensors_survive_two_backwards():
 @pytest.mark.parametrize("cell", CELLS)
 def test_half_precision_is_rounded_once(cell, dtype):
     x, state, weights, _ = make(cell, 1, dtype=dtype)
-    y, final = fastrnn.ops.layer(cell, x, state, weights)
+    y, final, _ = fastrnn.ops.layer(cell, x, state, weights)
     wide = [[t.detach().double() for t in ts] for ts in ([x], state, weights)]
-    exact, _ = reference.layer(cell, wide[0][0], wide[1], wide[2])
+    exact, *_ = reference.layer(cell, wide[0][0], wide[1], wide[2])
     assert y.dtype == final[0].dtype == dtype
     torch.testing.assert_close(y.double(), exact, rtol=torch.finfo(dtype).eps / 2 * 1.01, atol=1e-6)
 
@@ -336,7 +337,7 @@ def test_operator_refuses_a_state_of_another_batch(wrong):
     x, state, weights, batch_sizes = make("lstm", 1, packed=True)
     state[wrong] = torch.cat([state[wrong]] * 2, dim=1)
     with pytest.raises(RuntimeError, match="Expected hidden states of 3 rows, got 6"):
-        layer_op("lstm", x, state, weights, batch_sizes, False, ALL)
+        layer_op("lstm", x, state, weights, batch_sizes, False, *PLAIN, ALL, False)
 
 
 def test_compile_packed(compiling):
@@ -414,7 +415,7 @@ def test_compile_without_opting_in_is_as_with_torch(not_opted_in):
 def test_operator_under_autocast(cell, low):
     x, state, weights, _ = make(cell, 1, dtype=torch.float32)
     with torch.autocast("cpu", dtype=low):
-        y, final = fastrnn.ops.layer(cell, x, state, weights)
+        y, final, _ = fastrnn.ops.layer(cell, x, state, weights)
         new = fastrnn.ops.cell_step(cell, x[0], [part[0] for part in state], weights)
     expected = low if cell == "rnn_tanh" else torch.float32
     assert {t.dtype for t in (y, *final, *new)} == {expected}

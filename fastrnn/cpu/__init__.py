@@ -1,6 +1,15 @@
 """The CPU backend; its loop of torch operators also serves devices that have none of their own."""
 
-from .layers import ALL, NOTHING, STATES, check_batch, compute_dtype, layer_backward, layer_forward
+from .layers import (
+    ALL,
+    NOTHING,
+    STATES,
+    check_batch,
+    compute_dtype,
+    layer_backward,
+    layer_forward,
+    saves_nothing,
+)
 from .loop import CPU_CELLS
 from .machine import describe, kernel_gap
 
@@ -15,4 +24,5 @@ __all__ = [
     "kernel_gap",
     "layer_backward",
     "layer_forward",
+    "saves_nothing",
 ]

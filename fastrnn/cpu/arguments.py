@@ -49,6 +49,10 @@ class Forward(Arguments):
         ("h", _ADDRESS),
         ("gates", _ADDRESS),  # to be saved; may be null
         ("extra", _ADDRESS),  # what is saved beyond the gates
+        ("marks", _ADDRESS),  # of every row, bytes; may be null
+        ("fresh_h", _ADDRESS),  # states after a reset
+        ("fresh_c", _ADDRESS),
+        ("fresh_rh", _ADDRESS),  # fresh_h times W_hh^T, (B, G * H)
         ("packed", _ADDRESS),  # work space
         ("projected", _ADDRESS),
         ("scratch", _ADDRESS),
@@ -73,6 +77,12 @@ class Backward(Arguments):
         ("gates", _ADDRESS),
         ("extra", _ADDRESS),
         ("dy", _ADDRESS),  # may be null
+        ("dc", _ADDRESS),  # of c at every row, from row to row like h; may be null
+        ("marks", _ADDRESS),  # as in Forward
+        ("fresh_h", _ADDRESS),
+        ("fresh_c", _ADDRESS),
+        ("d_fresh_h", _ADDRESS),  # receives what passes by other ways than the recurrent product
+        ("d_fresh_c", _ADDRESS),
         ("d_h", _ADDRESS),  # in: of h_n, out: of h_0
         ("d_c", _ADDRESS),
         ("d_gates", _ADDRESS),  # of a row: d_rh, then d_wx of the gates apart, (G + n_apart) * H

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import CELLS, Weights
-from .rows import Rows
+from ..cells import CELLS, Weights
+from ..flow import CUT, FRESH
+from .rows import Breaks, Rows
 
 
 class CpuCell(NamedTuple):
@@ -140,8 +141,9 @@ def forward(
     is_given: bool,
     state: Sequence[Tensor],
     h_rows: Tensor,
-    save: bool,
-) -> list[Tensor]:
+    saved: Sequence[Tensor],
+    breaks: Breaks | None,
+) -> None:
     """Run one direction of a layer.
 
     Parameters
@@ -158,44 +160,52 @@ def forward(
         Initial state; overwritten by the final state.
     h_rows : Tensor of shape (N, P)
         Receives h.
-    save : bool
-
-    Returns
-    -------
-    list of Tensor
-        If `save`, for an LSTM or GRU the gate activations (N, G * H) and the cell states or the
-        recurrent part of the n gate (N, H); else empty.
+    saved : sequence of Tensor
+        Empty, or for an LSTM or GRU what receives the gate activations (N, G * H) and the cell
+        states or the recurrent part of the n gate (N, H).
+    breaks : Breaks, optional
     """
     pointwise = CPU_CELLS[cell]
     hidden = w.w_hh.shape[0] // CELLS[cell].n_gates
-    gates = _input_projection(x, w, pointwise.folds_b_hh * hidden)
-    extra = x.new_empty(x.shape[0], pointwise.n_extra * hidden)
+    if not saved:
+        saved = [
+            x.new_empty(x.shape[0], width)
+            for width in (w.w_ih.shape[0], pointwise.n_extra * hidden)
+        ]
+    gates, extra = saved
+    _project_input(x, w, pointwise.folds_b_hh * hidden, gates)
     h, c = state[0], state[-1]
     w_hh_t = w.w_hh.t()
+    fresh = None if breaks is None else (breaks.marks & FRESH != 0)[:, None]
     buffers = (part.split(rows.sizes) for part in (gates, extra, h_rows))
-    steps = list(zip(*buffers, rows.sizes, strict=True))
-    for gates_t, extra_t, h_row_t, n in reversed(steps) if reverse else steps:
+    marks = [None] * rows.steps if fresh is None else fresh.split(rows.sizes)
+    steps = list(zip(*buffers, marks, rows.sizes, strict=True))
+    for gates_t, extra_t, h_row_t, fresh_t, n in reversed(steps) if reverse else steps:
         h_t = h[:n]
+        if breaks is not None:
+            for part, new in zip(state, breaks.fresh, strict=True):
+                torch.where(fresh_t, new[:n], part[:n], out=part[:n])
         new = pointwise.forward(gates_t, extra_t, h_t, c[:n], w_hh_t, w.b_hh)
         if w.w_hr is not None:
             new = new @ w.w_hr.t()
         h_row_t.copy_(new)
         h_t.copy_(new)
-    return [gates, extra] if save and pointwise.n_extra else []
 
 
-def _input_projection(x: Tensor, w: Weights, folded: int) -> Tensor:
+def _project_input(x: Tensor, w: Weights, folded: int, out: Tensor) -> None:
     """x @ W_ih^T for all rows, with b_ih and the first `folded` entries of b_hh."""
     if w.b_ih is None or w.b_hh is None:
-        return x @ w.w_ih.t()
+        torch.mm(x, w.w_ih.t(), out=out)
+        return
     bias = w.b_ih.clone()
     bias[:folded] += w.b_hh[:folded]
-    return torch.addmm(bias, x, w.w_ih.t())
+    torch.addmm(bias, x, w.w_ih.t(), out=out)
 
 
 def backward(
     cell: str,
     dy: Tensor | None,
+    d_traces: Sequence[Tensor],
     d_state: Sequence[Tensor],
     w: Weights,
     rows: Rows,
@@ -203,7 +213,8 @@ def backward(
     initial: Sequence[Tensor],
     h_rows: Tensor,
     saved: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    breaks: Breaks | None,
+) -> tuple[Tensor, Tensor, list[Tensor], Sequence[Tensor]]:
     """Compute the gradients of the gates of `forward`.
 
     Parameters
@@ -211,15 +222,17 @@ def backward(
     cell : str
     dy : Tensor of shape (N, P), optional
         Gradient of h at every row.
+    d_traces : sequence of Tensor of shape (N, H)
+        That of c, or empty.
     d_state : sequence of Tensor
         Gradient of the final state; overwritten by that of the initial state.
-    w, rows, reverse
+    w, rows, reverse, breaks
         As for `forward`.
     initial : sequence of Tensor
         State before the first step; empty for zeros.
     h_rows : Tensor of shape (N, P)
     saved : sequence of Tensor
-        What `forward` returned.
+        As `forward` left it.
 
     Returns
     -------
@@ -227,7 +240,10 @@ def backward(
         Gradient of the recurrent part of every gate.
     d_apart : Tensor of shape (N, A * H)
         Gradient of the input part of the last A gates, in which it differs from that.
-    d_w_hr : Tensor, or None without a projection
+    d_fresh : list of Tensor
+        Gradient of the states after a reset; empty without breaks.
+    projected : sequence of Tensor
+        The factors of the gradient of a projection: that of the projected h, and h before it.
     """
     pointwise = CPU_CELLS[cell]
     empty = h_rows[:, :0]
@@ -235,22 +251,39 @@ def backward(
     initial = initial or [torch.zeros_like(part) for part in d_state]
     h_prev = rows.previous(h_rows, initial[0], reverse)
     c_prev = rows.previous(extra, initial[1], reverse) if len(initial) == 2 else h_prev
+    d_fresh, marks = [], [(None, None)] * rows.steps
+    if breaks is not None:
+        breaks.replace(h_prev, 0)
+        if len(initial) == 2:
+            breaks.replace(c_prev, 1)
+        d_fresh = [torch.zeros_like(part) for part in d_state]
+        is_fresh, ends = (((breaks.marks & bits) != 0)[:, None] for bits in (FRESH, FRESH | CUT))
+        marks = list(zip(is_fresh.split(rows.sizes), ends.split(rows.sizes), strict=True))
     d_rh, d_apart, carry = pointwise.factors(gates, extra, h_prev, c_prev, h_rows)
     # The gradient of the projected h of every row, for the gradient of the projection.
     d_projected = empty if w.w_hr is None else torch.empty_like(h_rows)
     dh, dc = d_state[0], d_state[-1]
-    every_dy = empty if dy is None else dy
-    buffers = (part.split(rows.sizes) for part in (d_rh, d_apart, carry, every_dy, d_projected))
-    steps = list(zip(*buffers, rows.sizes, strict=True))
-    for d_rh_t, d_apart_t, carry_t, dy_t, d_projected_t, n in steps if reverse else reversed(steps):
+    every_dy, every_dc = empty if dy is None else dy, d_traces[0] if d_traces else empty
+    parts = (d_rh, d_apart, carry, every_dy, every_dc, d_projected)
+    buffers = (part.split(rows.sizes) for part in parts)
+    steps = list(zip(*buffers, marks, rows.sizes, strict=True))
+    for d_rh_t, d_apart_t, carry_t, dy_t, dc_t, d_projected_t, (is_fresh_t, ends_t), n in (
+        steps if reverse else reversed(steps)
+    ):
         dh_t = dh[:n]
         if dy is not None:
             dh_t.add_(dy_t)
+        if d_traces:
+            dc[:n].add_(dc_t)
         d_hidden = dh_t
         if w.w_hr is not None:
             d_hidden = d_projected_t.copy_(dh_t) @ w.w_hr
         dh_t.copy_(pointwise.backward(d_rh_t, d_apart_t, carry_t, d_hidden, dc[:n], w.w_hh))
+        for part, d_new in zip(d_state, d_fresh, strict=False):
+            # Not by products: what does not pass may be infinite.
+            d_new[:n] += part[:n].masked_fill(~is_fresh_t, 0.0)
+            part[:n].masked_fill_(ends_t, 0.0)
     if w.w_hr is None:
-        return d_rh, d_apart, None
+        return d_rh, d_apart, d_fresh, ()
     h_full = gates[:, -w.w_hr.shape[1] :] * extra.tanh()
-    return d_rh, d_apart, d_projected.t() @ h_full
+    return d_rh, d_apart, d_fresh, (d_projected, h_full)

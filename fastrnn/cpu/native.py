@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..reference import CELLS, Weights
+from ..cells import CELLS, Weights
 from . import engine, machine
 from .arguments import Backward, Forward
 from .loop import CPU_CELLS
-from .rows import Rows
+from .rows import Breaks, Rows
 
 # Floats of projected input that all threads keep, half of a second-level cache for one of them. Not
 # more for more threads, so that results do not depend on their number.
@@ -86,18 +86,15 @@ def forward(
     is_given: bool,
     state: Sequence[Tensor],
     h_rows: Tensor,
-    save: bool,
-) -> list[Tensor]:
+    saved: Sequence[Tensor],
+    breaks: Breaks | None,
+) -> None:
     """Run one direction; see ``loop.forward``.
 
     Parameters
     ----------
-    cell, x, w, rows, reverse, is_given, state, h_rows, save
+    cell, x, w, rows, reverse, is_given, state, h_rows, saved, breaks
         As there.
-
-    Returns
-    -------
-    list of Tensor
 
     Raises
     ------
@@ -106,12 +103,10 @@ def forward(
     """
     facts, hidden = CELLS[cell], w.w_hh.shape[1]
     gates, (count, inputs) = facts.n_gates, x.shape
-    _check(gates * hidden, inputs, count, w, rows, state)
+    fresh = () if breaks is None else [part.contiguous() for part in breaks.fresh]
+    _check(gates * hidden, inputs, count, w, rows, [*state, *fresh])
     x, weights = x.contiguous(), [None if t is None else t.contiguous() for t in w[:4]]
     h_0 = state[0].clone() if is_given else None
-    saved = []
-    if save and CPU_CELLS[cell].n_extra:
-        saved = [x.new_empty(count, gates * hidden), x.new_empty(count, hidden)]
     units, width, threads = _layout(hidden, gates, rows.batch)
     chunk = rows.batch * max(1, _CHUNK // max(1, width * rows.batch))
     sizes = (width * (inputs + hidden + 2), width * chunk, threads * rows.batch * gates * units)
@@ -138,17 +133,26 @@ def forward(
         h=h_rows,
         gates=saved[0] if saved else None,
         extra=saved[1] if saved else None,
+        **_break_arguments(breaks, fresh),
+        fresh_rh=fresh[0] @ w.w_hh.t() if fresh else None,
         packed=packed,
         projected=projected,
         scratch=scratch,
     )
     engine.run(cell, "forward", arguments, threads)
-    return saved
+
+
+def _break_arguments(breaks: Breaks | None, fresh: Sequence[Tensor]) -> dict[str, Tensor | None]:
+    if breaks is None:
+        return {}
+    fresh_h, fresh_c = [*fresh, None][:2]
+    return {"marks": breaks.marks, "fresh_h": fresh_h, "fresh_c": fresh_c}
 
 
 def backward(
     cell: str,
     dy: Tensor | None,
+    d_traces: Sequence[Tensor],
     d_state: Sequence[Tensor],
     w: Weights,
     rows: Rows,
@@ -156,20 +160,22 @@ def backward(
     initial: Sequence[Tensor],
     h_rows: Tensor,
     saved: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, None]:
+    breaks: Breaks | None,
+) -> tuple[Tensor, Tensor, list[Tensor], tuple[()]]:
     """Compute the gradients of the gates; see ``loop.backward``.
 
     Parameters
     ----------
-    cell, dy, d_state, w, rows, reverse, initial, h_rows, saved
+    cell, dy, d_traces, d_state, w, rows, reverse, initial, h_rows, saved, breaks
         As there.
 
     Returns
     -------
     d_rh : Tensor
     d_apart : Tensor
-    None
-        In place of the gradient of a projection.
+    d_fresh : list of Tensor
+    tuple
+        Empty: there is no projection.
 
     Raises
     ------
@@ -178,14 +184,17 @@ def backward(
     """
     facts, hidden, count = CELLS[cell], w.w_hh.shape[1], h_rows.shape[0]
     gates = facts.n_gates
-    _check(gates * hidden, w.w_ih.shape[1], count, w, rows, [*d_state, *initial])
+    fresh = () if breaks is None else [part.contiguous() for part in breaks.fresh]
+    _check(gates * hidden, w.w_ih.shape[1], count, w, rows, [*d_state, *initial, *fresh])
     shapes = [(count, gates * hidden), (count, hidden)][: 2 * CPU_CELLS[cell].n_extra]
     if [part.shape for part in saved] != shapes:
         raise RuntimeError("what was saved in forward is not of the sizes that backward needs")
     w_hh, initial = w.w_hh.contiguous(), [part.contiguous() for part in initial]
     h_0, c_0 = [*initial, None, None][:2]
-    if dy is not None and dy.stride() != h_rows.stride():
-        dy = h_rows.new_empty_strided(dy.shape, h_rows.stride()).copy_(dy)
+    d_rows = [part if part is None else _like(part, h_rows) for part in (dy, *d_traces)]
+    dy, dc = [*d_rows, None][:2]
+    d_fresh = [torch.zeros_like(part) for part in fresh]
+    d_fresh_h, d_fresh_c = [*d_fresh, None, None][:2]
     units, width, threads = _layout(hidden, gates, rows.batch)
     # d_rh of all gates, then d_wx of those whose two parts are not added up.
     columns = (gates + gates - CPU_CELLS[cell].folds_b_hh) * hidden
@@ -206,6 +215,10 @@ def backward(
         gates=saved[0] if saved else None,
         extra=saved[1] if saved else None,
         dy=dy,
+        dc=dc,
+        **_break_arguments(breaks, fresh),
+        d_fresh_h=d_fresh_h,
+        d_fresh_c=d_fresh_c,
         d_h=d_state[0],
         d_c=d_state[1] if facts.n_states == 2 else None,
         d_gates=d_gates,
@@ -214,4 +227,15 @@ def backward(
         scratch=scratch,
     )
     engine.run(cell, "backward", arguments, threads)
-    return d_gates[:, : gates * hidden], d_gates[:, gates * hidden : columns], None
+    d_rh, d_apart = d_gates[:, : gates * hidden], d_gates[:, gates * hidden : columns]
+    if breaks is not None:
+        by_product = d_rh.index_select(0, breaks.rows) @ w_hh
+        d_fresh[0].index_add_(0, breaks.sequences, by_product)
+    return d_rh, d_apart, d_fresh, ()
+
+
+def _like(part: Tensor, h_rows: Tensor) -> Tensor:
+    """Gradients of every row with the strides of h."""
+    if part.stride() == h_rows.stride():
+        return part
+    return h_rows.new_empty_strided(part.shape, h_rows.stride()).copy_(part)

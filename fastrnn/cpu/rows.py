@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..flow import CUT, FRESH, HOLD
 
 
 class Rows(NamedTuple):
@@ -27,11 +30,32 @@ class Rows(NamedTuple):
         return cls(len(sizes), int(sizes[0]), sizes)
 
     @property
+    def total(self) -> int:
+        """N."""
+        if self.batch_sizes is None:
+            return self.steps * self.batch
+        return int(self.batch_sizes.sum())
+
+    @property
     def sizes(self) -> list[int]:
         """Rows of every step."""
         if self.batch_sizes is None:
             return [self.batch] * self.steps
         return self.batch_sizes.tolist()
+
+    def sequence(self) -> Tensor:
+        """The number of the sequence of every row."""
+        if self.batch_sizes is None:
+            return torch.arange(self.batch).repeat(self.steps)
+        return torch.arange(self.total) - self._offsets()[self._step()]
+
+    def _offsets(self) -> Tensor:
+        assert self.batch_sizes is not None
+        return self.batch_sizes.cumsum(0) - self.batch_sizes
+
+    def _step(self) -> Tensor:
+        assert self.batch_sizes is not None
+        return torch.repeat_interleave(torch.arange(self.steps), self.batch_sizes)
 
     def previous(self, rows: Tensor, initial: Tensor, reverse: bool) -> Tensor:
         """For every row, the value one step earlier in the direction of the pass."""
@@ -39,10 +63,7 @@ class Rows(NamedTuple):
             count = rows.shape[0] - self.batch
             parts = (rows[self.batch :], initial) if reverse else (initial, rows[:count])
             return torch.cat(parts)
-        sizes = self.batch_sizes
-        offsets = sizes.cumsum(0) - sizes
-        step = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-        row = torch.arange(len(step)) - offsets[step]
+        sizes, offsets, step, row = self.batch_sizes, self._offsets(), self._step(), self.sequence()
         if reverse:
             alive = row < torch.cat([sizes[1:], sizes.new_zeros(1)])[step]
             source = offsets[(step + 1).clamp(max=len(sizes) - 1)]
@@ -50,3 +71,106 @@ class Rows(NamedTuple):
             alive, source = step > 0, offsets[(step - 1).clamp(min=0)]
         index = torch.where(alive, source + row, len(step) + row)
         return torch.cat([rows, initial]).index_select(0, index.to(rows.device))
+
+
+class Breaks(NamedTuple):
+    """Where the state of one direction does not simply pass from step to step.
+
+    Attributes
+    ----------
+    marks : uint8 Tensor of shape (N,)
+        FRESH and CUT, as in ``fastrnn.flow``.
+    fresh : sequence of Tensor of shape (B, P) and (B, H)
+        The states after a reset.
+    rows : int64 Tensor of shape (R,)
+        Those with FRESH.
+    sequences : int64 Tensor of shape (R,)
+        Theirs.
+    """
+
+    marks: Tensor
+    fresh: Sequence[Tensor]
+    rows: Tensor
+    sequences: Tensor
+
+    def replace(self, before: Tensor, k: int) -> Tensor:
+        """Put fresh states in place of state number `k` before every step, in place."""
+        return before.index_copy_(0, self.rows, self.fresh[k].index_select(0, self.sequences))
+
+
+class Selection(NamedTuple):
+    """Which rows and sequences of a padded batch there are, and in which order they are packed.
+
+    Both are None if all are there, in their own order.
+    """
+
+    chosen: Tensor | None = None
+    order: Tensor | None = None
+
+    def rows(self, padded: Tensor) -> Tensor:
+        """Select from (T * B, ·)."""
+        return padded if self.chosen is None else padded.index_select(0, self.chosen)
+
+    def sequences(self, state: Tensor) -> Tensor:
+        """Select from (D, B, ·)."""
+        return state if self.order is None else state.index_select(1, self.order)
+
+    def put_rows(self, padded: Tensor, rows: Tensor) -> None:
+        """Copy the rows to their places."""
+        if self.chosen is None:
+            padded.copy_(rows)
+        else:
+            padded.index_copy_(0, self.chosen, rows)
+
+    def put_sequences(self, state: Tensor, selected: Tensor) -> None:
+        """Copy the states to their places."""
+        if self.order is None:
+            state.copy_(selected)
+        else:
+            state.index_copy_(1, self.order, selected)
+
+
+def select(marks: Tensor | None, rows: Rows) -> tuple[Rows, Selection]:
+    """Pack a padded batch without the rows that its marks hold.
+
+    Parameters
+    ----------
+    marks : uint8 Tensor of shape (D, T, B), or None
+    rows : Rows
+
+    Returns
+    -------
+    rows : Rows
+    selection : Selection
+    """
+    if marks is None:
+        return rows, Selection()
+    lengths = ((marks[0] & HOLD) == 0).sum(0)
+    if not rows.batch or int(lengths.min()) == rows.steps:
+        return rows, Selection()
+    lengths, order = lengths.sort(descending=True, stable=True)
+    alive = torch.arange(rows.steps)[:, None] < lengths
+    sizes = alive.sum(1)
+    steps, batch = int((sizes > 0).sum()), int((lengths > 0).sum())
+    step, sequence = alive.nonzero(as_tuple=True)
+    index = step * rows.batch + order[sequence]
+    return Rows(steps, batch, sizes[:steps].contiguous()), Selection(index, order[:batch])
+
+
+def breaks(marks: Tensor, fresh: Sequence[Tensor], rows: Rows) -> Breaks | None:
+    """Make the breaks of a direction, None if it has none.
+
+    Parameters
+    ----------
+    marks : uint8 Tensor of shape (N,)
+    fresh : sequence of Tensor of shape (B, P) and (B, H)
+    rows : Rows
+
+    Returns
+    -------
+    Breaks or None
+    """
+    if not bool((marks & (FRESH | CUT)).any()):
+        return None
+    is_fresh = ((marks & FRESH) != 0).nonzero().squeeze(1)
+    return Breaks(marks, fresh, is_fresh, rows.sequence()[is_fresh])

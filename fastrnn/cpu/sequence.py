@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 
+from ..flow import CUT, FRESH
 from .arguments import Backward, Forward
 from .cells import CELLS, Cell
 from .machine import Target
@@ -129,6 +130,13 @@ class _Writer(Writer):
     def _slices(self, a: Any, thread: Value, threads: Value) -> tuple[Value, Value]:
         """The slices of a thread."""
         return self.share((a.hidden + (self.units - 1)) // self.units, thread, threads)
+
+    def _has_mark(self, code: Code, a: Any, row: Value, bits: int, is_row: Value) -> Value:
+        """Whether a row, if it is one, has one of the marks."""
+        mark = Variable(code.integer(0))
+        with code.when(is_row & a.marks.is_given):
+            mark.set(code.load_byte(a.marks, row) & code.integer(bits))
+        return mark.get().differs(0)
 
     def _saved(self, a: Any, row: Value, column: Value) -> list[Value]:
         """Where the saved vectors of a row are."""
@@ -242,16 +250,25 @@ class _Writer(Writer):
         _, _, bias = self._panels(a, j)
         wx_row = a.projected + (j * a.chunk + (at - base)) * self.width
         rh_row = scratch + b * self.width
+        is_fresh = self._has_mark(code, a, at, FRESH, code.always)
         for v, column, valid in self.vectors(code, a.hidden, j):
             with code.when(valid > 0):
                 of_gate = [g * self.units + v * self.lanes for g in range(cell.n_gates)]
-                wx = [code.load(wx_row + k) for k in of_gate]
-                rh = [code.load(rh_row + k) for k in of_gate]
-                for g in range(cell.n_gates - cell.n_apart, cell.n_gates):
-                    rh[g] = rh[g] + code.load(bias + (of_gate[g] + cell.n_apart * self.units))
                 own = b * a.hidden + column
                 states = [address + own for address in (a.h_n, a.c)[: cell.n_states]]
-                new, saved = cell.forward(wx, rh, [code.load(s, valid) for s in states])
+                wx = [code.load(wx_row + k) for k in of_gate]
+                old_rh = [Variable(code.load(rh_row + k)) for k in of_gate]
+                old = [Variable(code.load(s, valid)) for s in states]
+                with code.when(is_fresh):
+                    fresh = a.fresh_rh + (b * (a.hidden * cell.n_gates) + column)
+                    for g, part in enumerate(old_rh):
+                        part.set(code.load(fresh + a.hidden * g, valid))
+                    for address, part in zip((a.fresh_h, a.fresh_c), old, strict=False):
+                        part.set(code.load(address + own, valid))
+                rh = [part.get() for part in old_rh]
+                for g in range(cell.n_gates - cell.n_apart, cell.n_gates):
+                    rh[g] = rh[g] + code.load(bias + (of_gate[g] + cell.n_apart * self.units))
+                new, saved = cell.forward(wx, rh, [part.get() for part in old])
                 for address, value in zip(states, new, strict=True):
                     code.store(address, value, valid)
                 code.store(a.h + (at * a.pitch + column), new[0], valid)
@@ -294,32 +311,46 @@ class _Writer(Writer):
                     d_rh = a.d_gates + (step.before + start) * pitch
                     self._product(code, stop - start, d_rh, pitch, [panel], depth, to)
                 with code.loop(stop, start=start) as b:
-                    self._backward_row(code, a, j, b, step, scratch, ends, earlier, earlier_rows)
+                    # What passed by the product, unless it ended at a mark.
+                    row = step.before + b
+                    stops = self._has_mark(code, a, row, FRESH | CUT, part.differs(1))
+                    to = scratch + b * self.units
+                    with code.when(stops):
+                        self._clear(code, to, code.integer(self.units))
+                    self._backward_row(code, a, j, b, step, to, ends, earlier, earlier_rows)
 
     def _backward_row(
-        self, code: Code, a: Any, j: Value, b: Value, step: _Step, scratch: Value, ends: Value,
+        self, code: Code, a: Any, j: Value, b: Value, step: _Step, passed: Value, ends: Value,
         earlier: Value, earlier_rows: Value,
     ) -> None:  # fmt: skip
         """The pointwise part for row b of a step, or the end of a sequence that lacks it."""
+        row = step.row + b
+        is_fresh = self._has_mark(code, a, row, FRESH, ends.equals(0))
+        is_cut = self._has_mark(code, a, row, FRESH | CUT, ends.equals(0))
         for v, column, valid in self.vectors(code, a.hidden, j):
             with code.when(valid > 0):
                 own = b * a.hidden + column
                 d_state = [address + own for address in (a.d_h, a.d_c)[: self.cell.n_states]]
                 d = [code.load(address, valid) for address in d_state]
-                d[0] = d[0] + code.load(scratch + (b * self.units + v * self.lanes))
+                d[0] = d[0] + code.load(passed + v * self.lanes)
                 with code.when(ends):
                     code.store(d_state[0], d[0], valid)
                 with code.when(ends.equals(0)):
-                    at = step.row + b
-                    dy = a.dy + (at * a.pitch + column)
-                    d[0] = d[0] + code.load(dy, valid.where(0, a.dy.is_given))
+                    at = row
+                    for k, address in enumerate((a.dy, a.dc)[: self.cell.n_states]):
+                        of_step = address + (at * a.pitch + column)
+                        d[k] = d[k] + code.load(of_step, valid.where(0, address.is_given))
                     inside = b < earlier_rows
-                    known = valid.where(0, inside | a.h_0.is_given)
+                    known = valid.where(0, inside | a.h_0.is_given | is_fresh)
                     h_before = a.h + ((earlier + b) * a.pitch + column)
                     previous = [h_before.where(a.h_0 + own, inside)]
                     if self.cell.n_states == 2:
                         c_before = a.extra + ((earlier + b) * a.hidden + column)
                         previous.append(c_before.where(a.c_0 + own, inside))
+                    previous = [
+                        (address + own).where(before, is_fresh)
+                        for address, before in zip((a.fresh_h, a.fresh_c), previous, strict=False)
+                    ]
                     d_rh, d_apart, d_previous = self.cell.backward(
                         [code.load(address, valid) for address in self._saved(a, at, column)],
                         [code.load(a.h + (at * a.pitch + column), valid)],
@@ -329,5 +360,12 @@ class _Writer(Writer):
                     to = a.d_gates + (at * a.d_gates_pitch + column)
                     for k, value in enumerate((*d_rh, *d_apart)):
                         code.store(to + a.hidden * k, value, valid)
-                    for address, passed in zip(d_state, d_previous, strict=True):
-                        code.store(address, code.zeros() if passed is None else passed, valid)
+                    d_fresh = (a.d_fresh_h, a.d_fresh_c)[: self.cell.n_states]
+                    for address, given, fresh in zip(d_state, d_previous, d_fresh, strict=True):
+                        passes = Variable(code.zeros() if given is None else given)
+                        with code.when(is_cut):
+                            with code.when(is_fresh):
+                                total = code.load(fresh + own, valid) + passes.get()
+                                code.store(fresh + own, total, valid)
+                            passes.set(code.zeros())
+                        code.store(address, passes.get(), valid)

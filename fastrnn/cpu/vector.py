@@ -21,7 +21,7 @@ from typing import Any
 
 from llvmlite import ir
 
-INT, INT32, FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
+INT, INT32, BYTE, FLOAT = ir.IntType(64), ir.IntType(32), ir.IntType(8), ir.FloatType()
 ADDRESS = ir.PointerType()
 
 
@@ -165,6 +165,11 @@ class Code:
     def number(self, number: float) -> Value:
         return Value(self, FLOAT(number))
 
+    @property
+    def always(self) -> Value:
+        """A condition that holds."""
+        return Value(self, ir.Constant(ir.IntType(1), 1))
+
     def zeros(self) -> Value:
         return Value(self, ir.Constant(self.vector, [0.0] * self.lanes))
 
@@ -233,6 +238,11 @@ class Code:
     def load_int(self, address: Value, index: Value) -> Value:
         where = self.build.gep(address.value, [index.value], source_etype=INT)
         return Value(self, self.build.load(where, typ=INT))
+
+    def load_byte(self, address: Value, index: Value) -> Value:
+        """Load an unsigned byte as an integer."""
+        where = self.build.gep(address.value, [index.value], source_etype=BYTE)
+        return Value(self, self.build.zext(self.build.load(where, typ=BYTE), INT))
 
     def store_float(self, address: Value, value: Value) -> None:
         self.build.store(value.value, address.value)

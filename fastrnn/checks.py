@@ -1,0 +1,290 @@
+"""Checks of arguments, with torch's texts where torch has one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .cells import CELLS
+from .options import Options
+
+
+def check_weights(
+    cell: str, weights: Sequence[Tensor], directions: int, num_heads: int = 1
+) -> int:
+    """Raise unless the weights make whole layers; returns how many a direction has."""
+    if [w.dim() for w in weights[:2]] != [2, 2]:
+        raise ValueError(
+            f"the weights of a {cell} layer begin with w_ih and w_hh, both 2-D; got "
+            f"{len(weights)} weights of shapes {[tuple(w.shape) for w in weights[:2]]}"
+        )
+    biased = len(weights) > 2 and weights[2].dim() == 1
+    at_hr, extras = 4 if biased else 2, CELLS[cell].extras
+    width = weights[0].shape[0]
+    # Not divmod, which sizes that torch.jit traces do not have.
+    hidden, rest = width // CELLS[cell].n_gates, width % CELLS[cell].n_gates
+    size_h = weights[1].shape[-1] if CELLS[cell].n_states > 1 and num_heads == 1 else hidden
+    projected = size_h != hidden
+    width_hh = heads(num_heads, hidden) if num_heads != 1 else size_h
+    per_direction = at_hr + projected + len(extras)
+    if rest or len(weights) % (directions * per_direction):
+        raise ValueError(
+            f"{len(weights)} weights, the first of shape {tuple(weights[0].shape)}, do not make "
+            f"whole {cell} layers with {directions} direction(s) and {per_direction} weights each"
+        )
+    for start in range(0, len(weights), per_direction):
+        first_layer = start < directions * per_direction
+        size_in = weights[0].shape[1] if first_layer else size_h * directions
+        expected = [(width, size_in), (width, width_hh)] + [(width,), (width,)] * biased
+        expected += [(size_h, hidden)] * projected + [(e.blocks * hidden,) for e in extras]
+        for k, shape in enumerate(expected):
+            if weights[start + k].shape != shape:
+                raise ValueError(
+                    f"weight {start + k} must be of shape {shape}, "
+                    f"got {tuple(weights[start + k].shape)}"
+                )
+    return per_direction
+
+
+def heads(num_heads: int, hidden_size: int, proj_size: int = 0) -> int:
+    """Return the hidden units of a head, or raise if the heads do not make a layer.
+
+    Parameters
+    ----------
+    num_heads, hidden_size : int
+    proj_size : int, default 0
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    ValueError
+        If `num_heads` does not divide `hidden_size`, or h is projected.
+    """
+    if not isinstance(num_heads, int) or num_heads < 1 or hidden_size % num_heads:
+        raise ValueError(
+            f"num_heads must be a divisor of hidden_size, which is {hidden_size}, got {num_heads!r}"
+        )
+    if proj_size and num_heads > 1:
+        raise ValueError(f"num_heads={num_heads} cannot be used with proj_size={proj_size}")
+    return hidden_size // num_heads
+
+
+def probability(name: str, value: float) -> float:
+    """Return a probability, or raise if it is none.
+
+    Parameters
+    ----------
+    name : str
+        For the error.
+    value : float
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        If it is not between 0 and 1.
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+    return value
+
+
+def zoneout_rates(
+    cell: str, zoneout: float | Sequence[float], n_states: int
+) -> float | Sequence[float]:
+    """Return the zoneout of a cell, or raise if it is none.
+
+    Parameters
+    ----------
+    cell : str
+        For the error.
+    zoneout : float or sequence of float
+    n_states : int
+
+    Returns
+    -------
+    float or sequence of float
+
+    Raises
+    ------
+    ValueError
+        If it is not a probability, or one for each state.
+    """
+    if isinstance(zoneout, Sequence) and len(zoneout) != n_states:
+        raise ValueError(
+            f"zoneout of {cell} must be a number or {n_states} numbers, got {len(zoneout)}"
+        )
+    for zone in zoneout if isinstance(zoneout, Sequence) else [zoneout]:
+        probability("zoneout", zone)
+    return zoneout
+
+
+def check_options(cell: str, options: Options, input: Tensor, steps: int, batch: int) -> None:
+    """Raise unless the options that torch does not have are of the right kinds and shapes."""
+    probability("dropout", options.dropout)
+    probability("recurrent_dropout", options.recurrent_dropout)
+    zoneout_rates(cell, options.zoneout, CELLS[cell].n_states)
+    for name in ("bptt", "recompute"):
+        value = getattr(options, name)
+        if (name == "recompute" and isinstance(value, bool)) or (name == "bptt" and value is None):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            accepted = "True, False or " if name == "recompute" else "None or "
+            raise ValueError(f"{name} must be {accepted}a number of steps from 1 on, got {value!r}")
+    if options.return_states not in (False, True, "gates"):
+        raise ValueError(
+            f"return_states must be False, True or 'gates', got {options.return_states!r}"
+        )
+    if options.return_states == "gates" and CELLS[cell].gates is None:
+        raise ValueError(f"return_states='gates' is for cells that have some, not for {cell}")
+    lengths, reset = options.lengths, options.reset
+    if lengths is not None:
+        _check_lengths(options, lengths, input, steps, batch)
+    if reset is not None:
+        shape = (batch, steps) if options.batch_first else (steps, batch)
+        if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
+            kind = reset.dtype if isinstance(reset, Tensor) else type(reset).__name__
+            raise ValueError(f"reset must be a tensor of torch.bool, got {kind}")
+        if reset.shape != shape:
+            raise ValueError(f"reset must be of shape {shape}, got {tuple(reset.shape)}")
+        if reset.device != input.device:
+            raise ValueError(f"reset must be on {input.device} like input, is on {reset.device}")
+
+
+def _check_lengths(
+    options: Options, lengths: Tensor, input: Tensor, steps: int, batch: int
+) -> None:
+    if options.batch_sizes is not None:
+        raise ValueError("lengths cannot be used with a packed sequence, which has its own")
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int64, torch.int32):
+        kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise ValueError(f"lengths must be a tensor of torch.int64 or torch.int32, got {kind}")
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths must be of shape {(batch,)}, got {tuple(lengths.shape)}")
+    if lengths.device != input.device and not lengths.is_cpu:
+        raise ValueError(f"lengths must be on {input.device} like input, is on {lengths.device}")
+    if can_look(lengths) and batch:
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > steps:
+            wrong = low if low < 0 else high
+            raise ValueError(f"lengths must be from 0 to the {steps} steps of input, got {wrong}")
+
+
+def reset_states(
+    cell: str, options: Options, shapes: Sequence[tuple[int, int, int]]
+) -> list[Tensor]:
+    """The states after a reset, for every row; empty for zeros."""
+    if options.reset_state is None:
+        return []
+    if options.reset is None:
+        raise ValueError("reset_state was given without reset")
+    state = list(options.reset_state)
+    check_count(cell, cell, state)
+    for k, (part, (count, batch, width)) in enumerate(zip(state, shapes, strict=True)):
+        if part.shape not in ((count, batch, width), (count, 1, width)):
+            raise ValueError(
+                f"reset_state[{k}] must be of shape {(count, batch, width)} or "
+                f"{(count, 1, width)}, got {tuple(part.shape)}"
+            )
+    return [part.expand(*shape) for part, shape in zip(state, shapes, strict=True)]
+
+
+def check_input(
+    input: Tensor, input_size: int, batch_first: bool, batch_sizes: Tensor | None
+) -> tuple[int, int]:
+    """Raise unless the input fits; returns T and B."""
+    dims = 3 if batch_sizes is None else 2
+    if input.dim() != dims:
+        raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
+    if input.shape[-1] != input_size:
+        raise RuntimeError(
+            "input.size(-1) must be equal to input_size. "
+            f"Expected {input_size}, got {input.shape[-1]}"
+        )
+    if batch_sizes is not None:
+        if batch_first:
+            raise ValueError("batch_first cannot be used with batch_sizes")
+        steps, batch = _check_batch_sizes(batch_sizes, input.shape[0])
+    else:
+        steps, batch = input.shape[:2]
+        if batch_first:
+            steps, batch = batch, steps
+    if steps == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    return steps, batch
+
+
+def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> tuple[int, int]:
+    """Raise unless these are the sizes of T steps with `rows` rows in all; returns T and B."""
+    if (batch_sizes.dim(), batch_sizes.device.type, batch_sizes.dtype) != (1, "cpu", torch.int64):
+        raise ValueError(
+            "batch_sizes must be a 1-D int64 tensor on the CPU, got "
+            f"{batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
+        )
+    if torch.compiler.is_compiling():
+        return batch_sizes.shape[0], int(batch_sizes[0])
+    sizes = batch_sizes.tolist()
+    shrinking = all(a >= b for a, b in itertools.pairwise(sizes))
+    if sizes and (not shrinking or sizes[-1] < 1 or sum(sizes) != rows):
+        raise ValueError(
+            f"batch_sizes must be positive, must not grow and must add up to the {rows} rows "
+            f"of the input, got {sizes if len(sizes) <= 8 else [*sizes[:8], '...']}"
+        )
+    return len(sizes), sizes[0] if sizes else 0
+
+
+def check_state(cell: str, state: Sequence[Tensor], shapes: Sequence[tuple[int, int, int]]) -> None:
+    check_count(cell, cell, state)
+    for k, (part, shape) in enumerate(zip(state, shapes, strict=True)):
+        if torch.compiler.is_compiling() and part.dim() == 3:
+            # The batch of a packed sequence is known only when the graph runs, and checked then.
+            torch._check(part.shape[1] == shape[1])
+        if part.shape != shape:
+            which = f"hidden[{k}]" if len(state) > 1 else "hidden"
+            raise RuntimeError(f"Expected {which} size {shape}, got {list(part.shape)}")
+
+
+def check_count(name: str, cell: str, state: Sequence[Tensor]) -> None:
+    # Of cells with one state the caller does not choose how many there are.
+    if len(state) != (count := CELLS[cell].n_states):
+        raise RuntimeError(f"{name} expects {'two' if count == 2 else count} hidden states")
+
+
+def check_alike(input: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    """Raise unless all tensors share the device and dtype of the input."""
+    for kind, tensors in (("hidden", state), ("parameter", weights)):
+        for other in tensors:
+            if other.device != input.device:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not at the same device, "
+                    f"found input tensor at {input.device} and {kind} tensor at {other.device}"
+                )
+            if other.dtype != input.dtype:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not the same dtype, "
+                    f"found input tensor with {input.dtype} and {kind} tensor with {other.dtype}"
+                )
+
+
+def can_look(tensor: Tensor) -> bool:
+    """Tell whether the values of a tensor may decide something, now and without waiting.
+
+    Parameters
+    ----------
+    tensor : Tensor
+
+    Returns
+    -------
+    bool
+    """
+    return tensor.is_cpu and not torch.compiler.is_compiling() and not ops.transformed()

@@ -1,0 +1,93 @@
+"""How the state flows from step to step, where that is not simply from each to the next.
+
+Lengths, resets and truncated backpropagation through time become one small tensor of marks, one
+for each direction, step and row, which every path reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Bits of a mark. HOLD: the row has no such step; its state stays and the output is 0. FRESH: the
+#: state is replaced before the step. CUT: no gradient passes from this step to the state before it.
+#: START: the row's first step in the order of the walk.
+HOLD, FRESH, CUT, START = 1, 2, 4, 8
+
+
+class Flow(NamedTuple):
+    """What a layer is told beyond input, state and weights.
+
+    Attributes
+    ----------
+    marks : uint8 Tensor of shape (D, T, B), optional
+    fresh : sequence of Tensor of shape (D, B, P) and (D, B, H)
+        The state after a reset; zeros if empty.
+    noise : sequence of Tensor
+        Empty, or the factors of h in the recurrent product, (D, B, P), then for every state the
+        share of its old value that it keeps, (D, T, B, P) and (D, T, B, H); each may have no
+        elements, for none.
+    """
+
+    marks: Tensor | None = None
+    fresh: Sequence[Tensor] = ()
+    noise: Sequence[Tensor] = ()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors that may need a gradient."""
+        return list(self.fresh)
+
+
+PLAIN = Flow()
+
+
+def make_marks(
+    steps: int,
+    batch: int,
+    directions: int,
+    device: torch.device,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    bptt: int | None = None,
+) -> Tensor | None:
+    """Make the marks of a batch of sequences.
+
+    Parameters
+    ----------
+    steps, batch, directions : int
+    device : torch.device
+    lengths : integer Tensor of shape (B,), optional
+        Steps of each row, from 0 to T.
+    reset : bool Tensor of shape (T, B), optional
+        Whether a new sequence begins at a step. What lies before it and what lies behind know
+        nothing of each other, in both directions.
+    bptt : int, optional
+        Steps after which gradients stop, counted from the first step, in both directions.
+
+    Returns
+    -------
+    Tensor of shape (D, T, B), or None if there is nothing to mark
+    """
+    if lengths is None and reset is None and bptt is None:
+        return None
+    marks = torch.zeros(steps, batch, dtype=torch.uint8, device=device)
+    time = torch.arange(steps, device=device)[:, None]
+    if reset is not None:
+        marks = marks | reset.to(torch.uint8) * FRESH
+    if bptt is not None:
+        marks = marks | ((time % bptt == 0) & (time > 0)).to(torch.uint8) * CUT
+    last = time == steps - 1
+    if lengths is not None:
+        held = time >= lengths
+        marks = marks.masked_fill(held, 0)
+        last = time == lengths - 1
+    # A boundary before a step is, seen from the other direction, one behind the step before.
+    behind = torch.cat([marks[1:], torch.zeros_like(marks[:1])])
+    both = [marks | (time == 0).to(torch.uint8) * START, behind | last.to(torch.uint8) * START]
+    if lengths is not None:
+        both = [part.masked_fill(held, HOLD) for part in both]
+    return torch.stack(both[:directions])
