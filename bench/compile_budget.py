@@ -41,11 +41,19 @@ FAULTS = ("spills", "shared memory", "no matrix instructions", "narrow exchange"
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
 
 # The grid. Other activations of the RNN compile as tanh does, and float16 as bfloat16.
 _CELLS = ("lstm", "gru", "rnn_tanh")
-_RUNS = ("inference", "training", "backward", "recompute")
+_RUNS = (
+    *("inference", "training", "backward", "recompute"),
+    *("training marked", "backward marked", "training fresh", "backward fresh"),
+)
 _PRODUCTS = (("bfloat16", "tf32"), ("float32", "tf32"), ("float32", "ieee"), ("float32", "tf32x3"))
 _HIDDEN = (1, 7, 64, 100, 128, 129, 192, 256, 384, 512, 640, 768, 1024, 1408, 2048)
 _MORE = (100, 129, 384, 512, 2048)
@@ -56,7 +64,9 @@ _BATCH = (1, 16, 64, 128)
 class Variant(NamedTuple):
     """What decides which code is compiled; the last fields are those of `configs.Config`.
 
-    In 'training', forward saves what 'backward' reads; 'recompute' is backward from the gates.
+    In 'training', forward saves what 'backward' reads; 'recompute' is backward from the gates. What
+    is 'marked' has lengths, resets or truncated gradients; 'fresh' also states after a reset, and
+    gradients of the traces.
     """
 
     cell: str
@@ -148,7 +158,7 @@ def _in_grid(device: str, run: str, dtype: str, precision: str, hidden: int, qui
         return False  # triton 3.6 to 3.9 refuse it for gfx942
     if run == "inference":  # training less some stores
         return common and device == "h100" and precision == "tf32"
-    if run == "recompute":  # backward plus some loads
+    if run == "recompute" or _is_marked(run):  # the others plus some loads
         return common and device == "h100" and dtype == "bfloat16"
     if quick or common:
         return common
@@ -158,8 +168,12 @@ def _in_grid(device: str, run: str, dtype: str, precision: str, hidden: int, qui
     return dtype == "bfloat16" and hidden in _MORE
 
 
+def _is_marked(run: str) -> bool:
+    return run.endswith(("marked", "fresh"))
+
+
 def _is_backward(run: str) -> bool:
-    return run in ("backward", "recompute")
+    return run.startswith(("backward", "recompute"))
 
 
 def measure(variant: Variant) -> Measured:
@@ -236,16 +250,27 @@ def _recorded(variant: Variant) -> tuple[Any, dict[str, Any]]:
     module = stepwise if variant.schedule == "stepwise" else persistent
     name = "backward_kernel" if _is_backward(variant.run) else "forward_kernel"
     kernel = getattr(module, name)
+    way, _, flow = variant.run.partition(" ")
+    options: dict[str, Any] = {}
+    if flow:
+        options["marks"] = tensor(1, steps, batch, dtype=torch.uint8)
+    if flow == "fresh":
+        options["fresh"] = states
     with mock.patch.object(module, name, mock.MagicMock()) as stand_in:
-        if _is_backward(variant.run):
+        if _is_backward(way):
             saved = tensor(1, steps, batch, cell.n_saved * hidden)
-            past = saved if variant.run == "backward" else (gates, gates)
+            past = saved if way == "backward" else (gates, gates)
             traces = [tensor(*y.shape, dtype=torch.float32)] * (cell.n_states - 1)
-            launch.backward(cell, y, states, r, states, y, traces, past, config, variant.precision)
+            if flow == "fresh":
+                options["d_traces"] = [y] * (cell.n_states - 1)
+            arguments = (cell, y, states, r, states, y, traces, past, config, variant.precision)
+            launch.backward(*arguments, **options)
         else:
-            keep = {"traced": variant.run == "training", "save": variant.run == "training"}
+            options |= {"traced": way == "training", "save": way == "training"}
+            if flow == "fresh":
+                options["fresh_rh"] = tensor(1, batch, cell.n_gates * hidden)
             bias = tensor(1, cell.n_gates * hidden)
-            launch.forward(cell, gates, r, bias, states, config, variant.precision, **keep)
+            launch.forward(cell, gates, r, bias, states, config, variant.precision, **options)
     return kernel, dict(stand_in.__getitem__.return_value.call_args.kwargs)
 
 
@@ -294,7 +319,8 @@ def _time_loop(code: _Code) -> list[str]:
 
 
 _LOAD = re.compile(r"LDG|(global|buffer)_load")
-_WIDTHS = {"128": 16, "64": 8, "U16": 2, "dwordx4": 16, "dwordx2": 8, "ushort": 2, "short": 2}
+_WIDTHS = {"128": 16, "64": 8, "U16": 2, "U8": 1}
+_WIDTHS |= {"dwordx4": 16, "dwordx2": 8, "ushort": 2, "short": 2, "ubyte": 1}
 
 
 def _width(name: str) -> int:
@@ -311,6 +337,9 @@ def _distinct(numbers: Iterable[int]) -> str:
 
 def broken(variant: Variant, measured: Measured) -> list[str]:
     """Say which budgets a variant breaks.
+
+    The tiles of kernels with marks are those of kernels without, of which the largest leave no
+    register to spare: two or four words of a thread may be on its stack.
 
     A load is 16 bytes wide, or as wide as a thread's share of the tile; only where rows start at
     multiples of 16 bytes. wx of three or four gates is one tile (see ``tiles.py``), and so are
@@ -340,7 +369,7 @@ def broken(variant: Variant, measured: Measured) -> list[str]:
     threads = 32 * config.num_warps
     # Backward also reads states, whose tile is smaller: the widest counts.
     faults = (
-        measured.spilled > 0,
+        measured.spilled > (16 if _is_marked(variant.run) else 0),
         measured.shared_memory > device.shared_memory,
         measured.matrix == 0 and variant.precision != "ieee",
         aligned
@@ -362,23 +391,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results/compile_budget.csv"))
     parser.add_argument("--jobs", type=_arguments.positive, default=2, help="processes")
     parser.add_argument("--quick", action="store_true", help="three hidden sizes only")
+    parser.add_argument(
+        "--missing", action="store_true", help="compile only what the file has no row of"
+    )
     args = parser.parse_args(argv)
     planned = plan(args.devices, quick=args.quick)
+    known = _known(args.out) if args.missing else {}
+    missing = [variant for variant in planned if _key(variant) not in known]
+    measured = measure_all(missing, args.jobs)
     rows = []
     with args.out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(FIELDS)
-        for (variant, use), measured in zip(
-            planned.items(), measure_all(list(planned), args.jobs), strict=True
-        ):
-            faults = broken(variant, measured)
-            rows.append((variant.device, measured.registers, faults))
-            batches = " ".join(map(str, use.batches))
-            step_us = f"{use.step_us:.3g}"
-            writer.writerow((*variant, batches, *measured, step_us, ", ".join(faults)))
+        for variant, use in planned.items():
+            row = known.get(_key(variant)) or _row(variant, use, next(measured))
+            rows.append(row)
+            writer.writerow(row)
             file.flush()
+        next(measured, None)  # ends the progress bar
     _print_summary(rows)
-    return int(any(faults for _, _, faults in rows))
+    return int(any(row[-1] for row in rows))
+
+
+def _key(variant: Variant) -> tuple[str, ...]:
+    return tuple(map(str, variant))
+
+
+def _row(variant: Variant, use: Use, measured: Measured) -> list[str]:
+    faults = ", ".join(broken(variant, measured))
+    batches = " ".join(map(str, use.batches))
+    return [*map(str, (*variant, batches, *measured)), f"{use.step_us:.3g}", faults]
+
+
+def _known(path: Path) -> dict[tuple[str, ...], list[str]]:
+    """The rows of a file."""
+    with path.open(newline="") as file:
+        _, *rows = csv.reader(file)
+    return {tuple(row[: len(Variant._fields)]): row for row in rows}
 
 
 def measure_all(variants: Sequence[Variant], jobs: int) -> Iterator[Measured]:
@@ -405,16 +454,18 @@ def measure_all(variants: Sequence[Variant], jobs: int) -> Iterator[Measured]:
         yield from track(results, "", len(variants), console=Console(stderr=True))
 
 
-def _print_summary(rows: Sequence[tuple[str, int, list[str]]]) -> None:
+def _print_summary(rows: Sequence[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     headers = ("device", "variants", "most registers", *FAULTS)
     table = Table(*headers, title="compiled kernels", title_justify="left")
-    for name in dict.fromkeys(device for device, _, _ in rows):
-        registers = [registers for device, registers, _ in rows if device == name]
-        counts = Counter(fault for device, _, faults in rows if device == name for fault in faults)
-        numbers = (len(registers), max(registers), *(counts[fault] for fault in FAULTS))
+    named = [dict(zip(FIELDS, row, strict=True)) for row in rows]
+    for name in dict.fromkeys(row["device"] for row in named):
+        of_device = [row for row in named if row["device"] == name]
+        counts = Counter(fault for row in of_device for fault in row["broken"].split(", "))
+        most = max(int(row["registers"]) for row in of_device)
+        numbers = (len(of_device), most, *(counts[fault] for fault in FAULTS))
         table.add_row(name, *map(str, numbers))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 

@@ -214,7 +214,7 @@ def layer_backward(
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]]:
     """Compute the gradients of `layer_forward`; see ``cpu.layer_backward``.
 
-    `saved` is y, or the h of a cell, then what `layer_forward` saved.
+    `saved` is y, or the h of a cell, then what `layer_forward` saved; or it is empty.
 
     Returns
     -------
@@ -224,19 +224,19 @@ def layer_backward(
     d_weights : list of Tensor
         Empty unless `needs_weights`; with `groups`, of shape (groups, ...).
     """
-    y, *saved = saved
     problem = _problem(cell, x, weights, batch_sizes, bidirectional, flow)
+    arguments = (x, state, weights, batch_sizes, bidirectional, flow)
     if not _in_kernels(problem):
-        arguments = (x, state, weights, batch_sizes, bidirectional, flow)
-        if not saved and not cpu.saves_nothing(cell, x, flow):
-            saved = cpu.layer_forward(cell, *arguments, cpu.ALL, False)[3]
         return cpu.layer_backward(
-            cell, dy, d_final, d_traces, *arguments, saved, needs_x, needs_weights, groups
+            cell, dy, d_final, d_traces, *arguments, saved[1:], needs_x, needs_weights, groups
         )
     from .kernels import launch
     from .kernels.cells import CELLS as KERNELS
 
-    kernel = KERNELS[cell]
+    if not saved:
+        y, _, _, activations = layer_forward(cell, *arguments, cpu.ALL, False)
+        saved = [y, *activations]
+    kernel, (y, *saved) = KERNELS[cell], saved
     y = y[None] if y.dim() == 2 else y
     by_direction = _by_direction(weights, problem.directions)
     initial = state or zero_state(cell, x, problem.batch, weights, problem.directions)

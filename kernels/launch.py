@@ -17,9 +17,10 @@ import torch
 import triton
 from torch import Tensor
 
-from . import configs, exchange, persistent, stepwise, tiles
+from . import configs, exchange, persistent, stepwise
 from .cells import Cell
 from .configs import Config
+from .tiles import STOPS
 
 
 class _Debug(threading.local):
@@ -248,8 +249,8 @@ def backward(
             first = -1 if d else 0
             dh = d_gates[d, first, :, : cell.n_gates * hidden] @ r[d]
             if marks is not None:
-                is_cut = marks[d, first] & (tiles.FRESH.value | tiles.CUT.value) > 0
-                dh = dh.masked_fill_(is_cut[:, None], 0.0)
+                stops = (marks[d, first] & STOPS.value) > 0
+                dh.masked_fill_(stops[:, None], 0.0)
             running[0][d] += dh
         return d_gates, [part.to(y.dtype) for part in running], d_fresh
     d_initial = [torch.empty_like(part, dtype=y.dtype) for part in initial]

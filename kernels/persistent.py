@@ -18,7 +18,7 @@ gate gradients only; those of the weights and the input are GEMMs over all steps
     d_gates        (D, T, B, (G + A) * H)  gradients of the recurrent parts, then of the input
                                      parts of the gates in which the two differ
     initial, final (D, B, H)         each state before the first step and after the last
-    marks          (D, T, B)         how the state of each row flows at a step, or None: see tiles.py
+    marks          (D, T, B)         how the state of a row flows at a step (see tiles.py), or None
     fresh          (D, B, H)         each state after a reset, or None for zeros
     fresh_rh       (D, B, G * H)     products of the fresh h with R^T
 
@@ -43,7 +43,6 @@ from .tiles import (
     FRESH,
     HOLD,
     add,
-    begin_step,
     choose,
     load_bias,
     load_columns,
@@ -56,6 +55,8 @@ from .tiles import (
     mark_received,
     multiply_columns,
     multiply_rows,
+    recurrent_part,
+    refresh,
     shift,
     store_states,
     store_tiles,
@@ -94,7 +95,8 @@ def forward_kernel(
     i_slice, i_tile, i_direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slices, tiles, directions = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
     unit0 = i_slice * BLOCK_H
-    row = (first_tile + i_tile).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    row0 = (first_tile + i_tile).to(tl.int64) * BLOCK_B
+    row = row0 + tl.arange(0, BLOCK_B)
     row_mask = row < B
     width = directions * H
 
@@ -128,15 +130,15 @@ def forward_kernel(
     wx = load_tiles(wx_ptr + rows * (N_GATES * H), row_mask, unit0, H, BLOCK_H, N_GATES)
     mark = None
     if marks_ptr is not None:
-        marks_ptr += direction_rows
-        mark = load_mark(marks_ptr, rows, row_mask)
+        marks_ptr += direction_rows + row0 + tl.where(i_direction == 0, 0, T - 1).to(tl.int64) * B
+        mark = load_mark(marks_ptr, row_mask)
 
     for step in range(T):
         block = multiply_columns(h, columns, BLOCK_B, PRECISION)
-        rh, before = begin_step(
-            block, bias, state, mark, fresh_ptrs, fresh_rh_ptr, row, row_mask, unit0,
-            H, N_GATES, BLOCK_B, BLOCK_H,
-        )  # fmt: skip
+        rh = recurrent_part(
+            block, bias, mark, fresh_rh_ptr, row, row_mask, unit0, H, N_GATES, BLOCK_B, BLOCK_H
+        )
+        before = refresh(state, mark, fresh_ptrs, row, row_mask, unit0, H, BLOCK_H)
         state, saved = FORWARD(wx, rh, before)
         if marks_ptr is not None:
             state = choose(mark, HOLD, before, state)
@@ -151,7 +153,8 @@ def forward_kernel(
         rows += tl.where(step + 1 < T, to_next, 0)
         wx = load_tiles(wx_ptr + rows * (N_GATES * H), row_mask, unit0, H, BLOCK_H, N_GATES)
         if marks_ptr is not None:
-            mark = load_mark(marks_ptr, rows, row_mask)
+            marks_ptr += tl.where(step + 1 < T, to_next, 0)
+            mark = load_mark(marks_ptr, row_mask)
         if PROTOCOL == "local":
             h = (new,)
         else:
@@ -211,7 +214,8 @@ def backward_kernel(
     i_slice, i_tile, i_direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles, directions = tl.num_programs(1), tl.num_programs(2)
     unit0 = i_slice * BLOCK_H
-    row = (first_tile + i_tile).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    row0 = (first_tile + i_tile).to(tl.int64) * BLOCK_B
+    row = row0 + tl.arange(0, BLOCK_B)
     row_mask = row < B
     width = directions * H
 
@@ -246,8 +250,8 @@ def backward_kernel(
     rows = row + tl.where(i_direction == 0, T - 1, 0).to(tl.int64) * B
     mark = None
     if marks_ptr is not None:
-        marks_ptr += direction_rows
-        mark = load_mark(marks_ptr, rows, row_mask)
+        marks_ptr += direction_rows + row0 + tl.where(i_direction == 0, T - 1, 0).to(tl.int64) * B
+        mark = load_mark(marks_ptr, row_mask)
     if fresh_ptrs is not None:
         d_fresh = zeros_like(d_state)
     past = load_past(
@@ -278,7 +282,8 @@ def backward_kernel(
         )
         rows += tl.where(step + 1 < T, to_before, 0)
         if marks_ptr is not None:
-            after, mark = mark, load_mark(marks_ptr, rows, row_mask)
+            marks_ptr += tl.where(step + 1 < T, to_before, 0)
+            after, mark = mark, load_mark(marks_ptr, row_mask)
         past = load_past(
             dy_ptr, d_trace_ptrs, state_ptrs, initial_ptrs, fresh_ptrs, saved_ptr, wx_ptr, rh_ptr,
             mark, rows, rows + to_before, step + 2 >= T, row, width, row_mask, unit0,

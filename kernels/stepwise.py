@@ -13,7 +13,6 @@ from .tiles import (
     FRESH,
     HOLD,
     add,
-    begin_step,
     block_pointers,
     choose,
     has,
@@ -24,6 +23,8 @@ from .tiles import (
     load_tiles,
     mark_gradients,
     mark_received,
+    recurrent_part,
+    refresh,
     shift,
     store_states,
     store_tiles,
@@ -56,7 +57,8 @@ def forward_kernel(
 ):
     i_slice, i_tile, i_direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     unit0 = i_slice * BLOCK_H
-    row = i_tile.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    row0 = i_tile.to(tl.int64) * BLOCK_B
+    row = row0 + tl.arange(0, BLOCK_B)
     row_mask = row < B
     width = tl.num_programs(2) * H
 
@@ -89,16 +91,16 @@ def forward_kernel(
         block = tl.dot(h, columns, block, input_precision=PRECISION)
 
     bias = load_bias(b_ptr, unit0, H, BLOCK_H, N_GATES)
-    state = load_states(running_ptrs, row, H, row_mask, unit0, H, BLOCK_H)
     mark = None
     if marks_ptr is not None:
-        mark = load_mark(marks_ptr + direction_rows, rows, row_mask)
-    rh, before = begin_step(
-        block, bias, state, mark, fresh_ptrs, fresh_rh_ptr, row, row_mask, unit0,
-        H, N_GATES, BLOCK_B, BLOCK_H,
-    )  # fmt: skip
+        mark = load_mark(marks_ptr + direction_rows + row0 + t * B, row_mask)
+    rh = recurrent_part(
+        block, bias, mark, fresh_rh_ptr, row, row_mask, unit0, H, N_GATES, BLOCK_B, BLOCK_H
+    )
     wx_rows = (wx_ptr + direction_rows * (N_GATES * H)) + rows * (N_GATES * H)
     wx = load_tiles(wx_rows, row_mask, unit0, H, BLOCK_H, N_GATES)
+    state = load_states(running_ptrs, row, H, row_mask, unit0, H, BLOCK_H)
+    before = refresh(state, mark, fresh_ptrs, row, row_mask, unit0, H, BLOCK_H)
     state, saved = FORWARD(wx, rh, before)
     if marks_ptr is not None:
         state = choose(mark, HOLD, before, state)
@@ -140,7 +142,8 @@ def backward_kernel(
 ):
     i_slice, i_tile, i_direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     unit0 = i_slice * BLOCK_H
-    row = i_tile.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    row0 = i_tile.to(tl.int64) * BLOCK_B
+    row = row0 + tl.arange(0, BLOCK_B)
     row_mask = row < B
     width = tl.num_programs(2) * H
 
@@ -185,9 +188,10 @@ def backward_kernel(
 
     mark = None
     if marks_ptr is not None:
-        marks_ptr += direction_rows
-        mark = load_mark(marks_ptr, rows, row_mask)
-        dh = mark_received(load_mark(marks_ptr, rows - to_before, row_mask & (step > 0)), dh)
+        marks_ptr += direction_rows + row0 + t * B
+        mark = load_mark(marks_ptr, row_mask)
+        to_after = tl.where(step == 0, 0, -to_before)  # dh is 0 at first
+        dh = mark_received(load_mark(marks_ptr + to_after, row_mask), dh)
     d_out, saved, state, previous = load_past(
         dy_ptr, d_trace_ptrs, state_ptrs, initial_ptrs, fresh_ptrs, saved_ptr, wx_ptr, rh_ptr,
         mark, rows, rows + to_before, step == T - 1, row, width, row_mask, unit0,

@@ -47,12 +47,14 @@ def store_states(
 # HOLD: the row has no such step; FRESH: its state is replaced before it; CUT: no gradient passes
 # from it to the state before it; START: it is the row's first.
 HOLD, FRESH, CUT, START = (tl.constexpr(bit) for bit in (1, 2, 4, 8))
+# With any of these, the step before has no part in the recurrent product.
+STOPS = tl.constexpr(HOLD.value | FRESH.value | CUT.value)
 
 
 @triton.jit
-def load_mark(marks_ptr, rows, row_mask):
-    """Load the mark of every row at a step."""
-    return tl.load(marks_ptr + rows, mask=row_mask, other=0)
+def load_mark(marks_ptr, row_mask):
+    """Load the marks of a step, from that of the tile's first row on."""
+    return tl.load(marks_ptr + tl.arange(0, row_mask.shape[0]), mask=row_mask, other=0)
 
 
 @triton.jit
@@ -234,7 +236,7 @@ def mark_gradients(mark, d_state, d_rh, d_wx, d_previous):
 @triton.jit
 def mark_received(mark, dh):
     """What is left of the product of a step's gradients for the step before it."""
-    return without(mark, HOLD | FRESH | CUT, (dh,))[0]
+    return without(mark, STOPS, (dh,))[0]
 
 
 # A dot wants many columns, so all gates of a slice go through it side by side, as a block of 1, 2
@@ -294,12 +296,10 @@ def split_block(block, bias, N_GATES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK
 
 
 @triton.jit
-def begin_step(
+def recurrent_part(
     block,
     bias,
-    state,
     mark,
-    fresh_ptrs,
     fresh_rh_ptr,
     row,
     row_mask,
@@ -309,21 +309,27 @@ def begin_step(
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """The recurrent part of a step and the state before it, both replaced where that is fresh.
-
-    `fresh_rh_ptr` points to the products of the fresh state with R^T, without bias.
-    """
+    """Take a block apart into the recurrent parts of a step, replaced where the state is fresh."""
     if mark is not None:
         block = without(mark, FRESH, (block,))[0]
-        state = without(mark, FRESH, state)
     rh = split_block(block, bias, N_GATES, BLOCK_B, BLOCK_H)
-    if fresh_ptrs is not None:
+    if fresh_rh_ptr is not None:
         # Seldom any: what is masked costs no trip to memory.
         mask = row_mask & has(mark, FRESH)
         fresh_rows = fresh_rh_ptr + row * (N_GATES * H)
         rh = add(rh, load_tiles(fresh_rows, mask, unit0, H, BLOCK_H, N_GATES))
+    return rh
+
+
+@triton.jit
+def refresh(state, mark, fresh_ptrs, row, row_mask, unit0, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Replace the state before a step where it is fresh."""
+    if mark is not None:
+        state = without(mark, FRESH, state)
+    if fresh_ptrs is not None:
+        mask = row_mask & has(mark, FRESH)
         state = add(state, load_states(fresh_ptrs, row, H, mask, unit0, H, BLOCK_H))
-    return rh, state
+    return state
 
 
 @triton.jit

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastrnn import reference
+from fastrnn.cells import Weights
 from fastrnn.kernels import launch
 from fastrnn.kernels.cells import Cell
 from fastrnn.kernels.configs import Config
-from fastrnn.reference import Weights
 
 #: The schedules, the persistent one by its protocols.
 MODES = ("resident", "flag", "counter", "stepwise")
@@ -105,7 +105,7 @@ def convert(numbers: Numbers, dtype: torch.dtype) -> Numbers:
         return None if part is None else part.to(dtype, copy=True)
 
     x, wx, initial, weights, dy, d_final = numbers
-    weights = [Weights(*map(to, w)) for w in weights]
+    weights = [Weights(*map(to, w[:4])) for w in weights]
     return Numbers(to(x), to(wx), [*map(to, initial)], weights, to(dy), [*map(to, d_final)])
 
 
@@ -114,14 +114,15 @@ def by_reference(layer: Layer, numbers: Numbers, dtype: torch.dtype) -> dict[str
     numbers = convert(numbers, dtype)
     leaves = {"x": numbers.x, **named(numbers.initial, "{}_0")}
     for d, w in enumerate(numbers.weights):
-        leaves |= {f"{name}_{d}": part for name, part in w._asdict().items() if part is not None}
+        leaves |= {f"{name}_{d}": part for name, part in weights_of(w).items()}
     for leaf in leaves.values():
         leaf.requires_grad_()
 
     def run(x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        weights = [part for w in numbers.weights for part in w if part is not None]
+        weights = [part for w in numbers.weights for part in weights_of(w).values()]
         initial, bidirectional = numbers.initial, layer.directions == 2
-        return reference.layer(layer.cell.name, x, initial, weights, None, bidirectional)
+        y, final, _ = reference.layer(layer.cell.name, x, initial, weights, None, bidirectional)
+        return y, final
 
     y, final = run(numbers.x)
     outputs, cotangents = [*final], [*numbers.d_final]
@@ -140,6 +141,11 @@ def by_reference(layer: Layer, numbers: Numbers, dtype: torch.dtype) -> dict[str
             wx, rh = (gates.chunk(layer.cell.n_gates, dim=-1) for gates in recompute(numbers, y))
             results["saved"] = torch.cat(SAVED[layer.cell.name](wx, rh), dim=-1)
     return {name: tensor.detach() for name, tensor in results.items()}
+
+
+def weights_of(weights: Weights) -> dict[str, Tensor]:
+    """The weights that there are, by name."""
+    return {name: part for name, part in weights._asdict().items() if isinstance(part, Tensor)}
 
 
 def named(states: Sequence[Tensor], form: str) -> dict[str, Tensor]:
@@ -196,7 +202,8 @@ def by_kernels(
     past = saved if save else recompute(numbers, y)
     given = numbers.dy, numbers.d_final, r, initial, y, traces, past
     with unchanged(*given), cooperative(seed):
-        d_gates, d_initial = launch.backward(layer.cell, *given, backward_config or config, "ieee")
+        config = backward_config or config
+        d_gates, d_initial, _ = launch.backward(layer.cell, *given, config, "ieee")
     assert {part.dtype for part in (y, *final, d_gates, *d_initial)} == {layer.dtype}
     results = {"y": y, **named(final, "{}_n"), "d_gates": d_gates, **named(d_initial, "d_{}_0")}
     if traces:

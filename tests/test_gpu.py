@@ -13,8 +13,9 @@ from torch import Tensor
 
 import fastrnn
 from fastrnn import gpu, ops, planner, reference
+from fastrnn.flow import PLAIN, Flow, make_marks
+from fastrnn.kernels.cells import CELLS
 from fastrnn.planner import use_path
-from fastrnn.reference import CELLS
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -76,8 +77,11 @@ def make(cell, shape, dtype, bias=True):
 
 def run(layer, cell, x, state, weights, directions, **options):
     """Every output and every gradient, by name."""
-    y, final = layer(cell, x, state, weights, None, directions == 2, **options)
+    y, final, *traces = layer(cell, x, state, weights, None, directions == 2, **options)
     outputs = {"y": y, **{f"final{k}": part for k, part in enumerate(final)}}
+    fresh = options.get("flow", PLAIN).fresh
+    if "flow" in options:
+        outputs |= {f"trace{k}": part for k, part in enumerate(traces[0])}
     generator = torch.Generator().manual_seed(1)
     cotangents = [
         torch.randn(out.shape, generator=generator).to(x.device, x.dtype)
@@ -86,17 +90,19 @@ def run(layer, cell, x, state, weights, directions, **options):
     leaves = {"x": x}
     leaves |= {f"state{k}": part for k, part in enumerate(state)}
     leaves |= {f"w{k}": w for k, w in enumerate(weights)}
+    leaves |= {f"fresh{k}": part for k, part in enumerate(fresh)}
     grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), cotangents)
     outputs |= {f"d_{name}": g for name, g in zip(leaves, grads, strict=True)}
     return {name: out.detach() for name, out in outputs.items()}
 
 
-def in_float64(cell, x, state, weights, directions):
-    (x,), state, weights = (
+def in_float64(cell, x, state, weights, directions, **options):
+    (x,), state, weights, fresh = (
         [t.detach().double().requires_grad_() for t in tensors]
-        for tensors in ((x,), state, weights)
+        for tensors in ((x,), state, weights, options.get("flow", PLAIN).fresh)
     )
-    return run(reference.layer, cell, x, state, weights, directions)
+    options = {name: flow._replace(fresh=fresh) for name, flow in options.items()}
+    return run(reference.layer, cell, x, state, weights, directions, **options)
 
 
 def rms(a: Tensor) -> float:
@@ -142,6 +148,32 @@ def test_shapes(cell, shape, dtype):
     compare(cell, shape, dtype, None, bias=shape[1] % 2 == 0)
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("shape", [(33, 37, 24, 127, 2), (64, 16, 32, 512, 1)], ids=str)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+@pytest.mark.parametrize("dtype", ["bf16", "ieee"], indirect=True)
+def test_marks_and_traces(cell, shape, schedule, fresh, dtype):
+    """Lengths, resets, also at first and one by one, truncated gradients, all states."""
+    steps, batch, *_, directions = shape
+    x, state, weights = make(cell, shape, dtype)
+    lengths = torch.randint(steps + 1, (batch,)).index_fill(0, torch.tensor([1]), 0)
+    reset = torch.rand(steps, batch) < 0.1
+    reset[:3, 0] = True
+    marks = make_marks(steps, batch, directions, x.device, lengths.cuda(), reset.cuda(), 10)
+    flow = Flow(marks, [part.detach().flip(0, 1).requires_grad_() for part in state if fresh])
+    arguments = cell, x, state, weights, directions
+    with use_path(schedule):
+        try:
+            ours = run(ops.layer, *arguments, flow=flow, traced=True)
+        except ValueError as error:
+            pytest.skip(str(error))
+        again = run(ops.layer, *arguments, flow=flow, traced=True, recompute=True)
+    stock, exact = run(reference.layer, *arguments, flow=flow), in_float64(*arguments, flow=flow)
+    check(ours, stock, exact)
+    check(again, stock, exact)
+
+
 @pytest.mark.parametrize("protocol", ["flag", "counter"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_repeated_runs_are_bitwise_equal(cell, protocol, monkeypatch):
@@ -164,13 +196,17 @@ def test_recompute(schedule):
     check(recomputed, kept, in_float64("gru", x, state, weights, 2))
 
 
+@pytest.mark.parametrize("marked", [False, True])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_cuda_graph(schedule):
+def test_cuda_graph(schedule, marked):
     x, state, weights = make("lstm", (20, 16, 32, 64, 1), torch.bfloat16)
+    lengths = torch.arange(5, 21, device="cuda")
+    marks = make_marks(20, 16, 1, x.device, lengths, torch.rand(20, 16).cuda() < 0.2)
+    flow = Flow(marks, state) if marked else PLAIN
 
     def call():
         with torch.no_grad():
-            return ops.layer("lstm", x, state, weights)
+            return ops.layer("lstm", x, state, weights, flow=flow)
 
     with use_path(schedule):
         torch.cuda.synchronize()
@@ -179,13 +215,13 @@ def test_cuda_graph(schedule):
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y, final = call()
+            y, final, _ = call()
         for seed in range(3):
             torch.manual_seed(seed)
             with torch.no_grad():
                 x.copy_(torch.randn_like(x))
             graph.replay()
-            expected, expected_final = call()
+            expected, expected_final, _ = call()
             assert torch.equal(y, expected)
             assert all(map(torch.equal, final, expected_final))
 
@@ -250,7 +286,9 @@ def test_more_than_2_to_the_31_elements():
         y, *_ = ops.layer("lstm", x, state, weights)
         part = slice(batch - 5, batch)
         last = [s[:, part] for s in state]
-        few, *_ = ops.layer("lstm", x[:, part].contiguous(), [s.contiguous() for s in last], weights)
+        few, *_ = ops.layer(
+            "lstm", x[:, part].contiguous(), [s.contiguous() for s in last], weights
+        )
     # Not bitwise: cuBLAS may project a smaller batch in another order.
     assert rms(y[:, part] - few) < torch.finfo(torch.bfloat16).eps
 

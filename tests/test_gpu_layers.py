@@ -12,11 +12,12 @@ from test_ops import make
 import fastrnn
 from fastrnn import cpu, gpu, ops, reference
 from fastrnn.cpu import ALL, NOTHING, STATES
+from fastrnn.flow import PLAIN, Flow, make_marks
 from fastrnn.kernels import launch
+from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.cells.gru import GRU
 from fastrnn.kernels.configs import DEVICES, SCHEDULES, Config, Shape, candidates
 from fastrnn.planner import use_path
-from fastrnn.reference import CELLS
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="kernels are compiled here; test_gpu.py runs them"
@@ -80,9 +81,30 @@ def check(actual, exact):
 def test_outputs_and_gradients(cell, directions, bias, recompute):
     x, state, weights, _ = make(cell, directions, bias=bias, dtype=torch.float32)
     exact, exact_grads = in_float64(cell, (x, state, weights), directions)
-    y, final, _ = ops.layer(cell, x, state, weights, None, directions == 2, recompute)
+    y, final, _ = ops.layer(cell, x, state, weights, None, directions == 2, recompute=recompute)
     check([y, *final], exact)
     check(gradients([y, *final], [x, *state, *weights]), exact_grads)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_marks_and_traces(cell, recompute):
+    x, state, weights, _ = make(cell, 2, dtype=torch.float32)
+    fresh = [torch.randn_like(part).requires_grad_() for part in state]
+    marks = make_marks(5, 3, 2, x.device, torch.tensor([5, 0, 3]), torch.rand(5, 3) < 0.4, 2)
+    ours, exact = [], []
+    for found, layer, dtype, options in (
+        (ours, ops.layer, torch.float32, {"traced": True, "recompute": recompute}),
+        (exact, reference.layer, torch.float64, {}),
+    ):
+        a, b, c, d = (
+            [t.detach().to(dtype).requires_grad_() for t in group]
+            for group in ([x], state, weights, fresh)
+        )
+        y, final, traces = layer(cell, *a, b, c, None, True, Flow(marks, d), **options)
+        outputs = [y, *final, *traces]
+        found += [*outputs, *gradients(outputs, [*a, *b, *c, *d])]
+    check(ours, exact)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -132,7 +154,7 @@ def test_packed_sequences_and_float64_run_without_kernels(batch_sizes):
     for layer in (ops.layer, reference.layer):
         for recompute in (False, True)[: 1 + (layer is ops.layer)]:
             options = {"recompute": True} if recompute else {}
-            y, final = layer("lstm", x, state, weights, sizes, False, **options)
+            y, final, _ = layer("lstm", x, state, weights, sizes, False, **options)
             results.append([y, *final, *gradients([y, *final], [x, *weights])])
     for ours in results[:-1]:
         for a, b in zip(ours, results[-1], strict=True):
@@ -182,7 +204,8 @@ def test_strides_of_inputs_do_not_matter():
 def test_fake_tensors_are_those_of_the_kernels(cell, directions, save):
     x, state, weights, _ = make(cell, directions, dtype=torch.float32)
     with torch.no_grad():
-        _, _, saved = gpu.layer_forward(cell, x, state, weights, None, directions == 2, save)
+        arguments = cell, x, state, weights, None, directions == 2, PLAIN
+        *_, saved = gpu.layer_forward(*arguments, save, False)
     fake = gpu.fake_saved(cell, x, 4, directions, save)
     assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in saved]
 
@@ -192,7 +215,8 @@ def test_recompute_keeps_less():
     kept = {}
     for save in (NOTHING, STATES, ALL):
         with torch.no_grad():
-            _, _, saved = gpu.layer_forward("lstm", x, state, weights, None, False, save)
+            arguments = "lstm", x, state, weights, None, False, PLAIN
+            *_, saved = gpu.layer_forward(*arguments, save, False)
         kept[save] = sum(t.numel() for t in saved)
     rows, hidden = x.shape[0] * x.shape[1], 4
     assert kept == {NOTHING: 0, STATES: rows * hidden, ALL: 5 * rows * hidden}
@@ -202,7 +226,7 @@ def test_second_derivatives():
     x, state, weights, _ = make("gru", 1, dtype=torch.float32)
     results = []
     for layer in (ops.layer, reference.layer):
-        y, _ = layer("gru", x, state, weights)
+        y, *_ = layer("gru", x, state, weights)
         (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         results.append(torch.autograd.grad(dx.square().sum(), [x, *weights]))
     for ours, expected in zip(*results, strict=True):
@@ -221,7 +245,7 @@ def test_torchs_own_products_are_as_exact_and_the_switch_is_restored(precision, 
     )
     x, state, weights, _ = make("gru", 1, dtype=torch.float32)
     with torch.no_grad():
-        gpu.layer_forward("gru", x, state, weights, None, False, NOTHING)
+        gpu.layer_forward("gru", x, state, weights, None, False, PLAIN, NOTHING, False)
     assert set(seen) <= ({"tf32"} if precision == "tf32" else {"ieee", "none"})
     assert seen
     assert matmul.fp32_precision == before
@@ -255,13 +279,15 @@ def test_gradients_have_the_dtypes_that_compilers_expect(schedule):
         state = [torch.zeros(1, 3, hidden, dtype=x.dtype) for _ in state]
         weights = [torch.zeros(4 * hidden, n, dtype=x.dtype) for n in (3, hidden)]
     with torch.no_grad(), use_path(schedule):
-        arguments = ("lstm", x.detach(), state, weights, None, False)
-        y, final, saved = gpu.layer_forward(*arguments, ALL)
-        dx, d_state, d_weights = gpu.layer_backward(
-            "lstm", y, final, *arguments[1:], [y, *saved], True, True
+        marks = make_marks(5, 3, 1, x.device, torch.tensor([3, 5, 0]), torch.ones(5, 3).bool())
+        arguments = (x.detach(), state, weights, None, False, Flow(marks, state))
+        y, final, traces, saved = gpu.layer_forward("lstm", *arguments, ALL, True)
+        dx, d_state, d_fresh, d_weights = gpu.layer_backward(
+            "lstm", y, final, traces, *arguments, [y, *saved], True, True
         )
-    assert {t.dtype for t in (y, *final, dx, *d_state, *d_weights)} == {torch.bfloat16}
-    assert [t.shape for t in d_state] == [t.shape for t in state]
+    results = (y, *final, *traces, dx, *d_state, *d_fresh, *d_weights)
+    assert {t.dtype for t in results} == {torch.bfloat16}
+    assert [t.shape for t in d_state] == [t.shape for t in d_fresh] == [t.shape for t in state]
 
 
 @pytest.mark.parametrize(("block_h", "block_k", "hidden"), [(64, 32, 136), (32, 16, 40)])

@@ -22,7 +22,7 @@ from kernel_harness import (
     tiled,
 )
 
-from fastrnn import reference
+from fastrnn import cells
 from fastrnn.kernels import configs, launch
 from fastrnn.kernels.activations import sigmoid, tanh
 from fastrnn.kernels.cells import CELLS, Cell
@@ -200,7 +200,7 @@ def mgu_saved(wx, rh):
 @pytest.fixture
 def mgu(monkeypatch):
     """The cell, known to the reference as well."""
-    monkeypatch.setitem(reference.CELLS, "mgu", reference.Cell("mgu", 2, 1, mgu_step))
+    monkeypatch.setitem(cells.CELLS, "mgu", cells.Cell("mgu", 2, 1, mgu_step))
     monkeypatch.setitem(SAVED, "mgu", mgu_saved)
     return MGU
 
