@@ -1,20 +1,27 @@
 """Recurrent layers for PyTorch, in place of ``torch.nn.LSTM``, ``GRU``, ``RNN`` and their cells."""
 
-from . import functional, nn
+from . import convert, functional, nn
 from ._version import __version__
 from .compile import allow_compile
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .patch import patched, replace, restore
+from .variants import SLSTM, LayerNormGRU, LayerNormLSTM, PeepholeLSTM, ResetBeforeGRU
 
 __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "SLSTM",
     "GRUCell",
     "LSTMCell",
+    "LayerNormGRU",
+    "LayerNormLSTM",
+    "PeepholeLSTM",
     "RNNCell",
+    "ResetBeforeGRU",
     "__version__",
     "allow_compile",
+    "convert",
     "functional",
     "nn",
     "patched",

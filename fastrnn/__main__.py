@@ -23,8 +23,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
+    from .cells import CELLS
     from .kernels.configs import DEVICES, PRECISIONS
-    from .reference import CELLS
 
     parser.add_argument("--cell", required=True, choices=CELLS)
     parser.add_argument("--T", type=positive, default=128, help="time steps (default 128)")
@@ -46,6 +46,14 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--packed", action="store_true", help="sequences of different lengths")
     parser.add_argument("--projected", action="store_true", help="an LSTM with proj_size")
     parser.add_argument("--step", action="store_true", help="a cell module: one step")
+    parser.add_argument(
+        "--marked", action="store_true",
+        help="with lengths, resets, bptt, all states or heads",
+    )  # fmt: skip
+    parser.add_argument("--noisy", action="store_true", help="with recurrent dropout or zoneout")
+    parser.add_argument(
+        "--transform", choices=("func", "forward"), help="inside of torch.func or forward-mode AD"
+    )
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -80,6 +88,9 @@ def _plan(args: argparse.Namespace) -> int:
             directions=2 if args.bidirectional else 1,
             gpu=facts,
             precision=args.precision or float32_precision(),
+            marked=args.marked,
+            noisy=args.noisy,
+            transform=args.transform,
         )
     )
     print(f"{chosen.path}: {chosen.reason}")
@@ -161,7 +172,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _add_warmup(parser: argparse.ArgumentParser) -> None:
-    from .reference import CELLS
+    from .cpu import CPU_CELLS as CELLS
 
     parser.add_argument(
         "--cells", nargs="+", choices=CELLS, default=list(CELLS), metavar="CELL",

@@ -13,24 +13,23 @@ from .cells import CELLS
 from .options import Options
 
 
-def check_weights(
-    cell: str, weights: Sequence[Tensor], directions: int, num_heads: int = 1
-) -> int:
+def check_weights(cell: str, weights: Sequence[Tensor], directions: int, num_heads: int = 1) -> int:
     """Raise unless the weights make whole layers; returns how many a direction has."""
     if [w.dim() for w in weights[:2]] != [2, 2]:
         raise ValueError(
             f"the weights of a {cell} layer begin with w_ih and w_hh, both 2-D; got "
             f"{len(weights)} weights of shapes {[tuple(w.shape) for w in weights[:2]]}"
         )
-    biased = len(weights) > 2 and weights[2].dim() == 1
-    at_hr, extras = 4 if biased else 2, CELLS[cell].extras
+    extras = CELLS[cell].extras
     width = weights[0].shape[0]
     # Not divmod, which sizes that torch.jit traces do not have.
     hidden, rest = width // CELLS[cell].n_gates, width % CELLS[cell].n_gates
     size_h = weights[1].shape[-1] if CELLS[cell].n_states > 1 and num_heads == 1 else hidden
     projected = size_h != hidden
+    vectors = sum(w.dim() == 1 for w in weights)
+    biased = vectors * (2 + projected) > (len(weights) - vectors) * len(extras)
     width_hh = heads(num_heads, hidden) if num_heads != 1 else size_h
-    per_direction = at_hr + projected + len(extras)
+    per_direction = 2 + 2 * biased + projected + len(extras)
     if rest or len(weights) % (directions * per_direction):
         raise ValueError(
             f"{len(weights)} weights, the first of shape {tuple(weights[0].shape)}, do not make "

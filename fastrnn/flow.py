@@ -86,7 +86,8 @@ def make_marks(
         marks = marks.masked_fill(held, 0)
         last = time == lengths - 1
     # A boundary before a step is, seen from the other direction, one behind the step before.
-    behind = torch.cat([marks[1:], torch.zeros_like(marks[:1])])
+    # (Not by concatenation, for which torch.export would want to know whether T is 2.)
+    behind = marks.roll(-1, 0).masked_fill(time == steps - 1, 0)
     both = [marks | (time == 0).to(torch.uint8) * START, behind | last.to(torch.uint8) * START]
     if lengths is not None:
         both = [part.masked_fill(held, HOLD) for part in both]

@@ -48,7 +48,9 @@ def rows(cell: str, weights: Sequence[Tensor], head: int, num_heads: int) -> lis
     list of Tensor of shape (blocks * H / num_heads, ...)
     """
     units = weights[0].shape[0] // CELLS[cell].n_gates // num_heads
-    return [weight.unflatten(0, (-1, num_heads, units))[:, head].flatten(0, 1) for weight in weights]
+    return [
+        weight.unflatten(0, (-1, num_heads, units))[:, head].flatten(0, 1) for weight in weights
+    ]
 
 
 def join(parts: Sequence[Tensor], blocks: int) -> Tensor:

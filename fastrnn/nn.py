@@ -24,6 +24,9 @@ from . import functional as F
 from .cells import CELLS
 from .options import Options, States
 
+#: What sequence modules have beyond torch.nn's, and the values that mean nothing.
+_PLAIN = {"recurrent_dropout": 0.0, "zoneout": 0.0, "weight_dropout": 0.0, "num_heads": 1}
+
 #: Marks, on the instance, what ``replace`` turned into ours.
 REPLACED = "_fastrnn_replaced"
 
@@ -71,12 +74,16 @@ class _Convertible:
         Raises
         ------
         ValueError
-            If torch has no such layer (``nonlinearity='identity'``).
+            If torch has no such layer (``nonlinearity='identity'``, heads, and the kinds of dropout
+            that are not torch's).
         TypeError
             If the module has a ``forward`` of its own.
         """
         if getattr(self, "nonlinearity", None) == "identity":
             raise ValueError(f"torch.nn.{self._stock.__name__} has no nonlinearity 'identity'")
+        for name, plain in _PLAIN.items():
+            if (value := getattr(self, name, plain)) != plain:
+                raise ValueError(f"torch.nn.{self._stock.__name__} has no {name}, got {value}")
         return _as_class(self, self._stock)
 
 
@@ -133,8 +140,8 @@ def class_like(module: torch.nn.Module, cls: type[torch.nn.Module]) -> type[torc
     return type(own.__name__, (cls,), body)
 
 
-class _Layers(_Convertible, _torch.RNNBase):
-    """The forward of all three sequence modules."""
+class _Layers(_torch.RNNBase):
+    """The forward of all sequence modules."""
 
     def __init__(
         self,
@@ -142,9 +149,17 @@ class _Layers(_Convertible, _torch.RNNBase):
         recurrent_dropout: float = 0.0,
         zoneout: float | Sequence[float] = 0.0,
         weight_dropout: float = 0.0,
+        num_heads: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if num_heads != 1:
+            units = checks.heads(num_heads, self.hidden_size, self.proj_size)
+            self.num_heads = num_heads
+            for name, weight in list(self._parameters.items()):
+                if "weight_hh" in name and weight is not None:
+                    setattr(self, name, torch.nn.Parameter(weight.detach()[:, :units].clone()))
+            self._init_flat_weights()
         if recurrent_dropout:
             self.recurrent_dropout = checks.probability("recurrent_dropout", recurrent_dropout)
         if zoneout:
@@ -157,18 +172,22 @@ class _Layers(_Convertible, _torch.RNNBase):
     recurrent_dropout: float = 0.0
     zoneout: float | Sequence[float] = 0.0
     weight_dropout: float = 0.0
+    num_heads: int = 1
 
     @property
     def _cell(self) -> str:
         return self.mode.lower()
 
     def extra_repr(self) -> str:
-        """What torch.nn shows, and the kinds of dropout that it does not have."""
-        shown = [super().extra_repr()]
-        for name in ("recurrent_dropout", "zoneout", "weight_dropout"):
-            if value := getattr(self, name):
-                shown.append(f"{name}={value}")
-        return ", ".join(shown)
+        """What torch.nn shows, and what it does not have."""
+        values = {name: getattr(self, name) for name in _PLAIN}
+        shown = [f"{name}={value}" for name, value in values.items() if value != _PLAIN[name]]
+        return ", ".join([super().extra_repr(), *shown])
+
+    def flatten_parameters(self) -> None:
+        """Do what torch.nn does, where the weights are those that cuDNN has."""
+        if self.num_heads == 1:
+            super().flatten_parameters()
 
     def forward(
         self,
@@ -187,7 +206,7 @@ class _Layers(_Convertible, _torch.RNNBase):
         Parameters
         ----------
         input : Tensor of shape (T, B, I), (B, T, I) if batch_first, (T, I), or PackedSequence
-        hx : Tensor of shape (L * D, B, H), or for LSTM a pair of such, optional
+        hx : Tensor of shape (L * D, B, H), or a tuple of such (LSTM h and c), optional
             Initial state; without the B dimension for an unbatched input.
         lengths : integer Tensor of shape (B,), optional
             Steps of each row, from 0 to T, in any order, on the device of `input`; a number for an
@@ -209,7 +228,7 @@ class _Layers(_Convertible, _torch.RNNBase):
         -------
         output : Tensor or PackedSequence
             Hidden state of the last layer at every step, both directions side by side.
-        hx : Tensor, or for LSTM a pair
+        hx : Tensor, or a tuple of Tensor
             State of every layer after each sequence's last step.
         states : fastrnn.functional.States
             Only if `return_states`.
@@ -262,7 +281,8 @@ class _Layers(_Convertible, _torch.RNNBase):
     @property
     def _is_stock(self) -> bool:
         """Whether the module does nothing that torch.nn's would not."""
-        return not (self.recurrent_dropout or self.zoneout or self.weight_dropout)
+        noise = self.recurrent_dropout or self.zoneout or self.weight_dropout
+        return not noise and self.num_heads == 1
 
     def _path(self, input: Any, hx: Any) -> str:
         """Choose the path; what torch.nn will refuse, with its checks of the arguments, is its.
@@ -431,6 +451,7 @@ def _run(
         batch_sizes=batch_sizes,
         recurrent_dropout=module.recurrent_dropout,
         zoneout=module.zoneout,
+        num_heads=module.num_heads,
     )._replace(**given)
     if reset_state is not None and not paired:
         options = options._replace(reset_state=[reset_state])
@@ -451,16 +472,20 @@ def _check_state_dims(hx: Any, batched: bool) -> None:
             raise RuntimeError(
                 f"For {kind} input, hx should also be {dims}-D but got {hx.dim()}-D tensor"
             )
-    elif hx[0].dim() != dims or hx[1].dim() != dims:
+        return
+    # An LSTM's tuple of one is an IndexError, as in torch.nn.
+    found = [part.dim() for part in (hx[0], hx[1], *hx[2:])]
+    if any(count != dims for count in found):
+        names = "hx and cx" if len(found) == 2 else "all parts of hx"
         raise RuntimeError(
-            f"For {kind} input, hx and cx should also be {dims}-D "
-            f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+            f"For {kind} input, {names} should also be {dims}-D "
+            f"but got ({', '.join(f'{count}-D' for count in found)}) tensors"
         )
 
 
 def _map(function: Callable[[Tensor], Tensor], hx: Any) -> Any:
     """Apply a function to every tensor of a state."""
-    return function(hx) if isinstance(hx, Tensor) else (function(hx[0]), function(hx[1]))
+    return function(hx) if isinstance(hx, Tensor) else tuple(function(part) for part in hx)
 
 
 def _is_leaf(module: torch.nn.Module, input: Any) -> bool:
@@ -478,7 +503,7 @@ def _leaf_call(
     return tracer.create_proxy("call_module", path, arguments, given or {})
 
 
-class LSTM(_Layers, torch.nn.LSTM):
+class LSTM(_Convertible, _Layers, torch.nn.LSTM):
     """Long short-term memory layers, in place of ``torch.nn.LSTM``.
 
     Parameters
@@ -497,6 +522,15 @@ class LSTM(_Layers, torch.nn.LSTM):
         If positive, h is projected to this size: P = proj_size instead of H.
     device, dtype : optional
         Of the parameters.
+    recurrent_dropout, zoneout : optional
+        See ``fastrnn.functional.lstm``.
+    weight_dropout : float, default 0.0
+        Probability to zero an element of ``weight_hh`` in a call, in training (Merity et al. 2018,
+        arXiv:1708.02182).
+    num_heads : int, default 1
+        Block-diagonal recurrence: the hidden units are so many heads of consecutive ones, which do
+        not see each other in the recurrent product. ``weight_hh`` has the shape
+        (4H, H / num_heads); not with `proj_size`.
 
     Raises
     ------
@@ -520,12 +554,14 @@ class LSTM(_Layers, torch.nn.LSTM):
     _stock = torch.nn.LSTM
 
 
-class GRU(_Layers, torch.nn.GRU):
+class GRU(_Convertible, _Layers, torch.nn.GRU):
     """Gated recurrent unit layers, in place of ``torch.nn.GRU``.
 
     Parameters
     ----------
     input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype
+        As for `LSTM`.
+    recurrent_dropout, zoneout, weight_dropout, num_heads
         As for `LSTM`.
 
     Raises
@@ -549,7 +585,7 @@ class GRU(_Layers, torch.nn.GRU):
     _stock = torch.nn.GRU
 
 
-class RNN(_Layers, torch.nn.RNN):
+class RNN(_Convertible, _Layers, torch.nn.RNN):
     """Elman layers, in place of ``torch.nn.RNN``.
 
     Parameters
@@ -559,6 +595,8 @@ class RNN(_Layers, torch.nn.RNN):
     nonlinearity : {'tanh', 'relu', 'identity'}, default 'tanh'
         'identity', a linear network, is beyond torch.nn.RNN.
     bias, batch_first, dropout, bidirectional, device, dtype
+        As for `LSTM`.
+    recurrent_dropout, zoneout, weight_dropout, num_heads
         As for `LSTM`.
 
     Raises

@@ -29,9 +29,10 @@ from .flow import PLAIN, Flow
 # empty, meaning zeros, unless `batch_sizes` is given. `marks`, `fresh` and `noise` are those of a
 # Flow. Gradients that were not asked for are empty tensors or lists; `d_traces` may be empty. With
 # `groups`, the batch consists of so many parts, and each has its own weight gradients.
+# Lists that may be empty are optional because AOTInductor's loader passes None for an empty list.
 _LAYER = (
-    "Tensor x, Tensor[] state, Tensor[] weights, Tensor? batch_sizes, bool bidirectional,"
-    " Tensor? marks, Tensor[] fresh, Tensor[] noise"
+    "Tensor x, Tensor[]? state, Tensor[] weights, Tensor? batch_sizes, bool bidirectional,"
+    " Tensor? marks, Tensor[]? fresh, Tensor[]? noise"
 )
 _SCHEMAS = {
     "layer": f"(str cell, {_LAYER}, int save, bool traced)"
@@ -54,9 +55,9 @@ def _implement(backend: Any, key: str) -> None:
     """Register a backend's functions as the three operators."""
 
     def layer(cell, x, state, weights, batch_sizes, bidirectional, marks, fresh, noise, *rest):
-        flow = Flow(marks, fresh, noise)
+        flow = Flow(marks, fresh or [], noise or [])
         return backend.layer_forward(
-            cell, x, state, weights, batch_sizes, bidirectional, flow, *rest
+            cell, x, state or [], weights, batch_sizes, bidirectional, flow, *rest
         )
 
     def layer_backward(
@@ -187,11 +188,6 @@ def _gradients(cell, dy, d_final, d_traces, arguments, saved, needs_x, needs_wei
     if forward_mode() or any(batched(t) for t in (dy, *d_final, *d_traces) if t is not None):
         layer_arguments = (x, state, weights, batch_sizes, bidirectional, Flow(*flow))
         return gradients.first(cell, dy, d_final, d_traces, *layer_arguments)
-    if not saved:
-        # The operator was called as if for inference.
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            y, _, _, saved = torch.ops.fastrnn.layer(cell, *arguments, cpu.ALL, False)
-        saved = _with_output(y, saved)
     tensors = (x, *state, *weights, *flow[1], *d_final, *d_traces, dy, *saved)
     if not torch.is_grad_enabled() and is_plain(*tensors):
         layer_backward = _backend(x).layer_backward
@@ -445,7 +441,9 @@ def layer(
     nothing. Traces are there if `traced`.
     """
     save = cpu.NOTHING
-    if differentiated(x, *state, *weights, *flow.fresh):
+    # What torch.jit traces is mostly for inference; with gradients, backward begins with a forward.
+    for_inference = not torch.compiler.is_compiling() and torch._C._is_tracing()
+    if differentiated(x, *state, *weights, *flow.fresh) and not for_inference:
         save = cpu.STATES if recompute else cpu.ALL
     arguments = (cell, x, state, weights, batch_sizes, bidirectional)
     if transform() == "func" and not torch.compiler.is_compiling():
@@ -483,6 +481,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
         and all(t is None or (type(t) in _PLAIN and not t.is_neg()) for t in tensors)
         and not torch._C._len_torch_dispatch_stack()
         and not transformed()

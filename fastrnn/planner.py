@@ -62,7 +62,7 @@ class Problem(NamedTuple):
     layers, directions : int
         Of the whole stack.
     marked : bool
-        Whether there are lengths, resets or truncated gradients, or all states are asked for.
+        Whether there are lengths, resets, truncated gradients or heads, or all states are wanted.
     noisy : bool
         Whether there is recurrent dropout or zoneout.
     gpu : fastrnn.kernels.configs.Device, optional
@@ -263,7 +263,7 @@ def _choose_path(
     if unknown:
         what = "recurrent dropout and zoneout" if problem.noisy else problem.cell
         return "reference", f"no kernel of ours for {what}"
-    if missing and problem.device == "cuda" and kernels is None:
+    if problem.marked and problem.device == "cuda" and kernels is None:
         return "reference", f"{missing}; {gap}"
     if missing:
         return "loop", missing
@@ -284,7 +284,7 @@ def _missing_in_torch(problem: Problem) -> str | None:
     if problem.cell not in _TORCH_CELLS:
         return f"torch has no kernel for {problem.cell}"
     if problem.marked:
-        return "torch has no lengths, resets, truncated gradients or states of all steps"
+        return "torch has no lengths, resets, truncated gradients, states of all steps or heads"
     return "torch has no recurrent dropout and no zoneout" if problem.noisy else None
 
 

@@ -134,13 +134,14 @@ def layer(
         for t in reversed(range(len(sizes))) if d else range(len(sizes)):
             n = sizes[t]
             new = _step(cell, wx[t], tuple(part[:n] for part in s), w, flow, d, t)
-            s = tuple(torch.cat([a, b[n:]]) for a, b in zip(new, s, strict=True))
+            s = new if n == sizes[0] else _with_rest(new, s)
             outputs.append(_without_held(new, flow, d, t))
         sequence = outputs[::-1] if d else outputs
         sequences.append([torch.cat(parts) for parts in zip(*sequence, strict=True)])
         finals.append(s)
+    # The last operation makes no view: autograd forbids to overwrite one that an operator returns.
     y, *traces = (
-        torch.cat(parts, dim=-1).unflatten(0, x.shape[:-1])
+        torch.cat([part.unflatten(0, x.shape[:-1]) for part in parts], dim=-1)
         for parts in zip(*sequences, strict=True)
     )
     return Result(y, [torch.stack(parts) for parts in zip(*finals, strict=True)], traces)
@@ -161,13 +162,18 @@ def _step(cell: str, wx: Tensor, state: State, w: Weights, flow: Flow, d: int, t
     new = CELLS[cell].advance(wx, h, state, w)
     if zones:
         new = tuple(
-            after if not zone.numel() else after + zone[d, t] * (before - after)
+            after if not zone.numel() else torch.lerp(after, before, zone[d, t])
             for zone, before, after in zip(zones, state, new, strict=True)
         )
     if flow.marks is None:
         return new
     held = (mark & HOLD) != 0
     return tuple(torch.where(held, a, b) for a, b in zip(state, new, strict=True))
+
+
+def _with_rest(new: State, old: State) -> State:
+    """New states with those of the rows that a step does not have."""
+    return tuple(torch.cat([a, b[a.shape[0] :]]) for a, b in zip(new, old, strict=True))
 
 
 def _without_held(state: State, flow: Flow, d: int, t: int) -> State:

@@ -81,8 +81,7 @@ def sequence(
     fresh = checks.reset_states(cell, options, shapes)
 
     others = (*weights, *(state or ()), *fresh)
-    of_torch = weights[: per_direction - len(CELLS[cell].extras)]
-    dtypes = ops.autocast_dtypes(cell, input, state or (), of_torch)
+    dtypes = ops.autocast_dtypes(cell, input, state or (), weights[:per_direction])
     if dtypes is not None:
         compute, of_h = dtypes
         with torch.autocast(input.device.type, enabled=False):
@@ -126,7 +125,7 @@ def sequence(
         )  # fmt: skip
 
     x = input.transpose(0, 1) if options.batch_first else input
-    flow, state = _flow(options, x, state, shapes, fresh)
+    flow, state = flow_of(options, x, state, shapes, fresh)
     inputs = [x]
 
     def dropout(y: Tensor) -> Tensor:
@@ -149,28 +148,37 @@ def sequence(
         output = output.transpose(0, 1)
     if not options.return_states:
         return output, final
-    h, *cs = (
-        torch.cat([part.unflatten(-1, (directions, -1)).transpose(1, 2) for part in parts], dim=1)
-        for parts in zip(*([r.y, *r.traces] for r in results), strict=True)
-    )
     gates = None
     if options.return_states == "gates":
         h_0 = state[0] if state else x.new_zeros(shapes[0])
-        of_heads = [
-            _gates(
-                cell,
-                inputs,
-                heads.columns(h, k, num_heads),
-                heads.columns(h_0, k, num_heads),
-                heads.rows(cell, weights, k, num_heads) if num_heads > 1 else weights,
-                per_direction,
-                heads.of_head(flow, k, num_heads),
-            )
-            for k in range(num_heads)
-        ]
-        gates = heads.join(of_heads, CELLS[cell].n_gates)
-    c, *others = cs or [None]
-    return output, final, States(h, c, gates, *others)
+        gates = (cell, inputs, h_0, weights, per_direction, flow, num_heads)
+    return output, final, states_of(results, directions, gates)
+
+
+def states_of(
+    results: Sequence[reference.Result], directions: int, gates: tuple[Any, ...] | None = None
+) -> States:
+    """Put the states of all steps of all layers together.
+
+    Parameters
+    ----------
+    results : sequence of Result
+        Of every layer, with traces.
+    directions : int
+    gates : tuple, optional
+        If these are wanted too: the cell, the inputs of all layers, h_0, the weights, how many of
+        these a direction has, the flow, and the number of heads if it is not 1.
+
+    Returns
+    -------
+    States
+    """
+    h, *others = (
+        torch.cat([part.unflatten(-1, (directions, -1)).transpose(1, 2) for part in parts], dim=1)
+        for parts in zip(*([r.y, *r.traces] for r in results), strict=True)
+    )
+    found = None if gates is None else _gates(h, *gates)
+    return States(h, others[0] if others else None, found, *others[1:])
 
 
 def _layer_of(
@@ -246,14 +254,31 @@ class _Walk:
         return part.gather(0, index.expand(-1, -1, *part.shape[2:]))
 
 
-def _flow(
+def flow_of(
     options: Options,
     x: Tensor,
     state: list[Tensor] | None,
     shapes: Sequence[tuple[int, int, int]],
     fresh: list[Tensor],
 ) -> tuple[Flow, list[Tensor] | None]:
-    """What the layers are told about the flow of the state, and the initial state."""
+    """Say what the layers are told about the flow of the state, drawing what is random.
+
+    Parameters
+    ----------
+    options : Options
+    x : Tensor of shape (T, B, I)
+        Gives dtype and device.
+    state : list of Tensor, or None
+    shapes : sequence of (L * D, B, width)
+        Those of the states.
+    fresh : list of Tensor
+
+    Returns
+    -------
+    flow : Flow
+    state : list of Tensor, or None
+        The initial state, not a number in rows whose length is out of range.
+    """
     steps, batch, directions = *x.shape[:2], 2 if options.bidirectional else 1
     lengths, reset = options.lengths, options.reset
     if reset is not None and options.batch_first:
@@ -283,13 +308,14 @@ def _flow(
 
 
 def _gates(
+    h: Tensor,
     cell: str,
     inputs: Sequence[Tensor],
-    h: Tensor,
     h_0: Tensor,
     weights: Sequence[Tensor],
     per_direction: int,
     flow: Flow,
+    num_heads: int = 1,
 ) -> Tensor:
     """The activations of all steps, computed again from the states, in a differentiable way.
 
@@ -299,8 +325,6 @@ def _gates(
     directions = h.shape[1] // len(inputs)
     for n in range(h.shape[1]):
         d = n % directions
-        of_n = weights[n * per_direction : (n + 1) * per_direction]
-        w = Weights.unpack(of_n, len(CELLS[cell].extras))
         own, first = h[:, n], h_0[n : n + 1]
         before = torch.cat([own[1:], first] if d else [first, own[:-1]])
         if flow.marks is not None:
@@ -311,9 +335,15 @@ def _gates(
             before = torch.where(mark & flows.FRESH != 0, fresh, before)
         if flow.noise and flow.noise[0].numel():
             before = before * flow.noise[0][n]
-        wx = CELLS[cell].input_part(inputs[n // directions], w)
-        rh = CELLS[cell].recurrent_part(before, w)
-        gates = CELLS[cell].gates(wx, rh)  # type: ignore[misc]
+        of_n = weights[n * per_direction : (n + 1) * per_direction]
+        of_heads = []
+        for k in range(num_heads):
+            own_rows = heads.rows(cell, of_n, k, num_heads) if num_heads > 1 else of_n
+            w = Weights.unpack(own_rows, len(CELLS[cell].extras))
+            wx = CELLS[cell].input_part(inputs[n // directions], w)
+            rh = CELLS[cell].recurrent_part(heads.columns(before, k, num_heads), w)
+            of_heads.append(CELLS[cell].gates(wx, rh))  # type: ignore[misc]
+        gates = heads.join(of_heads, CELLS[cell].n_gates) if num_heads > 1 else of_heads[0]
         if flow.marks is not None:
             gates = gates.masked_fill(mark & flows.HOLD != 0, 0.0)
         parts.append(gates)
@@ -437,7 +467,9 @@ def choose_path(
     if torch.compiler.is_compiling():
         return planner.compiled_path(cell, input.dtype, is_step, ops.transform())
     if torch._C._is_tracing():  # by torch.jit: sizes are tensors then
-        return "torch" if cell in ATEN_LAYERS and not (marked or noisy) else "reference"
+        if cell in ATEN_LAYERS and not (marked or noisy):
+            return "torch"
+        return "reference" if is_step else "loop"  # a loop over T would be recorded for one T only
     return planner.path(
         cell,
         *sizes,
@@ -480,7 +512,20 @@ def step(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> Sequence[Tensor]:
-    """Plan, check the arguments of a cell, and run one step; returns the new states."""
+    """Plan, check the arguments of a cell, and run one step.
+
+    Parameters
+    ----------
+    cell : str
+        Key of ``fastrnn.cells.CELLS``.
+    input, state, w_ih, w_hh, b_ih, b_hh
+        As for ``fastrnn.functional.lstm_cell``; `state` is a list for every cell.
+
+    Returns
+    -------
+    sequence of Tensor
+        The new states.
+    """
     if (b_ih is None) != (b_hh is None):
         raise ValueError("b_ih and b_hh must be given both or neither")
     if input.dim() != 2:

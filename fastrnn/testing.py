@@ -23,14 +23,15 @@ import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import nn, planner, reference
+from . import nn, planner, reference, sequences
+from .options import Options, States
 
 #: Names for ``--cells``: the class, and what its constructor needs to be told.
 MODULES: dict[str, tuple[type[Any], dict[str, str]]] = {
@@ -86,10 +87,31 @@ class Case:
     unbatched: bool
     packed: bool
     contiguous: bool
+    lengths: bool
+    reset: str
+    bptt: int | None
+    recompute: bool | int
+    return_states: bool | str
+    recurrent_dropout: float
+    zoneout: float
+    weight_dropout: float
+    num_heads: int
 
     @property
     def is_step(self) -> bool:
         return self.cell.endswith("_cell")
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether torch.nn can do the same."""
+        return self.cell.removesuffix("_cell") in sequences.ATEN_LAYERS and not (
+            self.lengths or self.reset or self.bptt or self.return_states or self.is_regularised
+            or self.num_heads > 1
+        )  # fmt: skip
+
+    @property
+    def is_regularised(self) -> bool:
+        return self.recurrent_dropout > 0 or self.zoneout > 0 or self.weight_dropout > 0
 
     def __str__(self) -> str:
         shown = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name != "cell")
@@ -122,7 +144,8 @@ def draw_case(cell: str, seed: int, index: int) -> Case:
     unbatched = flip(0.15)
     packed = not unbatched and flip(0.25)
     batch = rng.choice(_BATCHES)
-    return Case(
+    is_step = cell.endswith("_cell")
+    case = Case(
         cell=cell,
         seed=rng.randrange(2**31),
         steps=rng.choice(_STEPS),
@@ -140,7 +163,40 @@ def draw_case(cell: str, seed: int, index: int) -> Case:
         unbatched=unbatched,
         packed=packed,
         contiguous=flip(0.7),
+        lengths=not packed and flip(0.3),
+        reset=rng.choice(("", "", "zero", "own", "shared")),
+        bptt=rng.choice((None, None, 1, 4)),
+        recompute=rng.choice((False, False, True, 3)),
+        return_states=rng.choice((False, False, True, "gates")),
+        recurrent_dropout=rng.choice((0.0, 0.0, 0.0, 0.3)),
+        zoneout=rng.choice((0.0, 0.0, 0.0, 0.2)),
+        weight_dropout=rng.choice((0.0, 0.0, 0.0, 0.2)),
+        num_heads=rng.choice([n for n in (1, 1, 1, 2, 4) if hidden % n == 0]),
     )
+    changes: dict[str, Any] = {}
+    if is_step or flip(0.3):
+        # Also many cases that torch.nn can do, to be compared with it.
+        changes = dict(_PLAIN)
+    else:
+        changes["steps"] = min(case.steps, 13)  # the plain loop takes its time
+        if case.return_states == "gates" and reference.CELLS[cell].gates is None:
+            changes["return_states"] = True
+    if case.proj_size:
+        changes["num_heads"] = 1
+    return replace(case, **changes)
+
+
+_PLAIN = {
+    "lengths": False,
+    "reset": "",
+    "bptt": None,
+    "recompute": False,
+    "return_states": False,
+    "recurrent_dropout": 0.0,
+    "zoneout": 0.0,
+    "weight_dropout": 0.0,
+    "num_heads": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -243,6 +299,8 @@ class _Setup:
                     dropout=case.dropout,
                     bidirectional=case.bidirectional,
                     **options,
+                    **{name: getattr(case, name) for name in _REGULARISERS if getattr(case, name)},
+                    **({"num_heads": case.num_heads} if case.num_heads > 1 else {}),
                 )
         self.module = module.to(device, dtype).train(case.training)
 
@@ -258,8 +316,9 @@ class _Setup:
             self.input = normal(case.steps, case.batch, case.input_size)
             state_shape = (case.num_layers * directions, case.batch)
         n_states = reference.CELLS[case.cell.removesuffix("_cell")].n_states
-        widths = (size_h, case.hidden_size)[:n_states]
-        self.state = [normal(*state_shape, width) for width in widths] if case.with_state else []
+        widths = [size_h] + [case.hidden_size] * (n_states - 1)
+        self.shapes = [(*state_shape, width) for width in widths]
+        self.state = [normal(*shape) for shape in self.shapes] if case.with_state else []
         if not case.contiguous:
             self.input, *self.state = (_strided(t) for t in (self.input, *self.state))
         self.lengths = (
@@ -267,11 +326,30 @@ class _Setup:
             if case.packed and not case.is_step
             else None
         )
+        if self.lengths is not None:
+            self.lengths[-1] = case.steps
         self.cotangent_seed = case.seed + 1
+        self.given: dict[str, Any] = {}
+        self.fresh: list[Tensor] = []
+        if case.is_step:
+            return
+        if case.lengths:
+            lengths = torch.randint(0, case.steps + 1, (case.batch,), generator=generator)
+            self.given["lengths"] = lengths.to(device)
+        if case.reset:
+            reset = torch.rand(case.steps, case.batch, generator=generator) < 0.2
+            self.given["reset"] = reset.to(device)
+        if case.reset in ("own", "shared"):
+            rows = 1 if case.reset == "shared" else case.batch
+            self.fresh = [normal(shape[0], rows, shape[2]) for shape in self.shapes]
+        for name in ("bptt", "recompute", "return_states"):
+            if getattr(case, name):
+                self.given[name] = getattr(case, name)
 
     def _leaves(self, module: torch.nn.Module) -> dict[str, Tensor]:
         named = {"input": self.input}
         named |= {f"hx[{k}]": part for k, part in enumerate(self.state)}
+        named |= {f"reset_state[{k}]": part for k, part in enumerate(self.fresh)}
         leaves = {k: t.detach().requires_grad_() for k, t in named.items()}
         return leaves | dict(module.named_parameters())
 
@@ -279,22 +357,32 @@ class _Setup:
         """Call a module as a user would, in the layout that the case asks for."""
         case, x = self.case, leaves["input"]
         state = [leaves[f"hx[{k}]"] for k in range(len(self.state))]
+        fresh = [leaves[f"reset_state[{k}]"] for k in range(len(self.fresh))]
+        given = dict(self.given) if module is self.module else {}  # torch.nn knows none
+        if "reset" in given and case.batch_first and not case.unbatched:
+            given["reset"] = given["reset"].t()
         argument: Any = x
         if case.unbatched:
-            state = [part.squeeze(-2) for part in state]
+            state, fresh = ([part.squeeze(-2) for part in parts] for parts in (state, fresh))
             argument = x.squeeze(-2)
+            given |= {k: given[k].squeeze(-1) for k in ("lengths", "reset") if k in given}
         elif self.lengths is not None:
             argument = pack_padded_sequence(x, self.lengths, enforce_sorted=False)
         elif case.batch_first and not case.is_step:
             argument = x.transpose(0, 1)
-        hx = (tuple(state) if len(state) > 1 else state[0]) if state else None
+        hx, reset_state = (
+            (tuple(parts) if len(parts) > 1 else parts[0]) if parts else None
+            for parts in (state, fresh)
+        )
+        if fresh:
+            given["reset_state"] = reset_state
         torch.manual_seed(case.seed)
-        result = module(argument, hx)
+        result = module(argument, hx, **given)
         if case.is_step:
-            return dict(zip(("h", "c"), _tensors(result), strict=False))
-        output, final = result
+            return _named(("h", "c"), _tensors(result))
+        output, final, *states = result
         output = output.data if isinstance(output, PackedSequence) else output
-        return {"output": output} | dict(zip(("h_n", "c_n"), _tensors(final), strict=False))
+        return {"output": output} | _named(_FINAL, _tensors(final)) | _named_states(*states)
 
     def run(self, module: torch.nn.Module) -> dict[str, Tensor]:
         leaves = self._leaves(module)
@@ -303,7 +391,7 @@ class _Setup:
 
     def stock(self) -> dict[str, Tensor]:
         """torch.nn's results; a moved plain loop where torch.nn has no such layer."""
-        if "identity" in self.case.cell:
+        if not self.case.is_stock:
             return self.plain(self.dtype, draw=REPEATS + 1)
         return self.run(self.module.to_torch())
 
@@ -326,6 +414,7 @@ class _Setup:
         weights = [leaves[name] for name, _ in self.module.named_parameters()]
         cell = case.cell.removesuffix("_cell")
         x, state = leaves["input"], [leaves[f"hx[{k}]"] for k in range(len(self.state))]
+        fresh = [leaves[f"reset_state[{k}]"] for k in range(len(self.fresh))]
         with self._seeded():
             torch.manual_seed(case.seed)
             if case.is_step:
@@ -335,41 +424,108 @@ class _Setup:
                 new = reference.cell_step(cell, x, tuple(initial), weights)
                 new = tuple(part.squeeze(0) for part in new) if case.unbatched else new
                 return self._with_gradients(dict(zip(("h", "c"), new, strict=False)), leaves)
-            output, final = self._oracle_layers(cell, x, state, weights)
-        return self._with_gradients(
-            {"output": output} | dict(zip(("h_n", "c_n"), final, strict=False)), leaves
-        )
+            results = self._oracle_layers(cell, x, state, weights, fresh)
+            return self._with_gradients(results, leaves)
 
     def _oracle_layers(
-        self, cell: str, x: Tensor, state: list[Tensor], weights: Sequence[Tensor]
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        case = self.case
-        packed = None
+        self,
+        cell: str,
+        x: Tensor,
+        state: list[Tensor],
+        weights: Sequence[Tensor],
+        fresh: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """What the module computes, by the reference: packed batches as padded ones."""
+        case, lengths, reset = self.case, self.given.get("lengths"), self.given.get("reset")
+        order = torch.arange(case.batch, device=x.device)
         if self.lengths is not None:
-            packed = pack_padded_sequence(x, self.lengths, enforce_sorted=False)
-            x, state = packed.data, [part[:, packed.sorted_indices] for part in state]
+            lengths = self.lengths.to(x.device)
+            # Masks are drawn for the sequences in the order in which they are packed.
+            order = lengths.argsort(descending=True)
+            lengths = lengths[order]
+            reset = None if reset is None else reset[:, order]
+        fresh = [part.expand(-1, case.batch, -1)[:, order] for part in fresh]
+        options = Options(
+            bidirectional=case.bidirectional,
+            training=case.training,
+            lengths=lengths,
+            reset=reset,
+            bptt=case.bptt,
+            recurrent_dropout=case.recurrent_dropout,
+            zoneout=case.zoneout,
+        )
+        weights = self._dropped(weights)
+        # Noise is drawn in the dtype under test.
+        flow, _ = sequences.flow_of(options, self.input[:, order], None, self.shapes, fresh)
+        noise = [part.to(x.dtype) for part in flow.noise]
+        flow = flow._replace(noise=noise)
+        inputs = [x[:, order]]
 
         def dropout(y: Tensor) -> Tensor:
-            # The mask that torch draws in the dtype under test.
             ones = torch.ones(y.shape, dtype=self.dtype, device=y.device)
-            return y * torch.dropout(ones, case.dropout, case.training).to(y.dtype)
+            if self.lengths is not None and not self._is_padded:
+                ones = pack_padded_sequence(ones, lengths.cpu()).data
+            mask = torch.dropout(ones, case.dropout, case.training).to(y.dtype)
+            if self.lengths is not None and not self._is_padded:
+                packed = pack_padded_sequence(y, lengths.cpu())
+                mask, _ = pad_packed_sequence(packed._replace(data=mask), total_length=len(y))
+            inputs.append(y * mask)
+            return inputs[-1]
 
         results, final = reference.stack(
             cell,
-            x,
-            state,
+            inputs[0],
+            [part[:, order] for part in state],
             weights,
             case.num_layers,
-            batch_sizes=None if packed is None else packed.batch_sizes,
             bidirectional=case.bidirectional,
+            flow=flow,
             dropout=dropout,
         )
-        output = results[-1].y
-        if packed is not None:
-            return output, [part[:, packed.unsorted_indices] for part in final]
+        back = order.argsort()
+        output, states = results[-1].y, {}
+        if self.lengths is not None:
+            output = pack_padded_sequence(output, lengths.cpu()).data
+        if case.return_states:
+            h_0 = state[0][:, order] if state else x.new_zeros(self.shapes[0])
+            per_direction = len(weights) // self.shapes[0][0]
+            is_gates = case.return_states == "gates"
+            gates = (cell, inputs, h_0, weights, per_direction, flow) if is_gates else None
+            found = sequences.states_of(results, 2 if case.bidirectional else 1, gates)
+            states = {k: t[:, :, back] for k, t in _named_states(found).items()}
+        final = [part[:, back] for part in final]
         if case.unbatched:
-            return output.squeeze(1), [part.squeeze(1) for part in final]
-        return output.transpose(0, 1) if case.batch_first else output, final
+            output = output.squeeze(1)
+            final = [part.squeeze(1) for part in final]
+            states = {k: t.squeeze(2) for k, t in states.items()}
+        elif case.batch_first and self.lengths is None:
+            output = output.transpose(0, 1)
+        return {"output": output} | _named(_FINAL, final) | states
+
+    @property
+    def _is_padded(self) -> bool:
+        """Whether a packed batch is run as a padded one, so that dropout is drawn for all of it."""
+        case = self.case
+        is_noisy = case.zoneout > 0 or (case.training and case.recurrent_dropout > 0)
+        marks = (case.reset, case.bptt, case.return_states)
+        return is_noisy or any(marks) or type(case.recompute) is int
+
+    def _dropped(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Weights after their dropout, those of heads as one matrix."""
+        case, dropped = self.case, []
+        for (name, _), weight in zip(self.module.named_parameters(), weights, strict=True):
+            if name.startswith("weight_hh"):
+                if case.weight_dropout and case.training:
+                    ones = torch.ones(weight.shape, dtype=self.dtype, device=weight.device)
+                    weight = weight * torch.dropout(ones, case.weight_dropout, True).to(
+                        weight.dtype
+                    )
+                if case.num_heads > 1:
+                    units = case.hidden_size // case.num_heads
+                    heads = weight.view(-1, case.num_heads, units, units)
+                    weight = torch.cat([torch.block_diag(*gate) for gate in heads])
+            dropped.append(weight)
+        return dropped
 
     def _with_gradients(
         self, results: dict[str, Tensor], leaves: dict[str, Tensor]
@@ -380,7 +536,10 @@ class _Setup:
             torch.randn(t.shape, generator=generator).to(self.device, self.dtype).to(t.dtype)
             for t in results.values()
         ]
-        grads = torch.autograd.grad(list(results.values()), list(leaves.values()), cotangents)
+        inputs = list(leaves.values())
+        grads = torch.autograd.grad(
+            list(results.values()), inputs, cotangents, allow_unused=True, materialize_grads=True
+        )
         named = {f"grad {k}": g for k, g in zip(leaves, grads, strict=True)}
         return {k: t.detach() for k, t in (results | named).items()}
 
@@ -394,6 +553,20 @@ class _Setup:
 def _strided(tensor: Tensor) -> Tensor:
     """The same values, every second element of a larger tensor."""
     return torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+_FINAL = ("h_n", "c_n", "n_n", "m_n")
+_REGULARISERS = ("recurrent_dropout", "zoneout", "weight_dropout")
+
+
+def _named(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(names, tensors, strict=False))
+
+
+def _named_states(states: States | None = None) -> dict[str, Tensor]:
+    if states is None:
+        return {}
+    return {f"states.{k}": t for k, t in states._asdict().items() if t is not None}
 
 
 def _tensors(state: Any) -> Sequence[Tensor]:

@@ -295,9 +295,6 @@ def _backward(call: _Call, numbers: tuple[int, int], groups: int, tensors: Seque
     saved = list(tensors[n_results : n_results + n_saved])
     arguments = _Arguments.of(call, tensors[n_results + n_saved :])
     operands = arguments.for_operator(call.bidirectional)
-    if not saved:
-        y, _, _, saved = torch.ops.fastrnn.layer(call.cell, *operands, cpu.ALL, False)
-        saved = [y, *saved] if y.is_cuda else saved
     dx, d_state, d_fresh, d_weights = torch.ops.fastrnn.layer_backward(
         call.cell, dy, rest[:n_states], rest[n_states:], *operands, saved, True, True, groups
     )

@@ -38,12 +38,16 @@ def make(cell, directions, *, bias=True, packed=False, projected=False, dtype=to
     size_h = 2 if projected else hidden
     shapes = [(n_gates * hidden, inputs), (n_gates * hidden, size_h)]
     shapes += [(n_gates * hidden,)] * 2 * bias + [(size_h, hidden)] * projected
+    shapes += [(extra.blocks * hidden,) for extra in CELLS[cell].extras]
 
     def leaf(*shape):
         return (torch.randn(*shape, dtype=dtype) * 0.5).requires_grad_()
 
     x = leaf(10, inputs) if packed else leaf(5, 3, inputs)
-    state = [leaf(directions, 3, w) for w in (size_h, hidden)[: CELLS[cell].n_states]]
+    state = [leaf(directions, 3, size_h)]
+    state += [leaf(directions, 3, hidden) for _ in range(CELLS[cell].n_states - 1)]
+    # What an sLSTM divides by is at least 1.
+    state[2:3] = [(part.detach().abs() + 1).requires_grad_() for part in state[2:3]]
     weights = [leaf(*shape) for _ in range(directions) for shape in shapes]
     return x, state, weights, BATCH_SIZES if packed else None
 
@@ -77,7 +81,7 @@ def test_opcheck(cell):
     torch.library.opcheck(layer_op, (cell, x, state, weights, None, True, *PLAIN, ALL, False))
     torch.library.opcheck(layer_op, (cell, x, [], weights, None, True, *PLAIN, NOTHING, False))
     one = [part[0].detach().requires_grad_() for part in state]
-    torch.library.opcheck(cell_op, (cell, x[0].detach(), one, weights[:4], ALL))
+    torch.library.opcheck(cell_op, (cell, x[0].detach(), one, weights[: len(weights) // 2], ALL))
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -217,7 +221,9 @@ def test_gradient_without_saved_activations(cell):
     """Backward recomputes what a call made as if for inference did not keep."""
     x, state, weights, _ = make(cell, 1)
     results = [
-        gradients([layer_op(cell, x, state, weights, None, False, *PLAIN, save, False)[0]], [x, *weights])
+        gradients(
+            [layer_op(cell, x, state, weights, None, False, *PLAIN, save, False)[0]], [x, *weights]
+        )
         for save in (ALL, STATES, NOTHING)
     ]
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))

@@ -54,12 +54,32 @@ class Weights(NamedTuple):
 
 
 def input_part(x: Tensor, w: Weights) -> Tensor:
-    """Compute the input part of the gates, with its bias; for many steps at once."""
+    """Compute the input part of the gates, with its bias; for many steps at once.
+
+    Parameters
+    ----------
+    x : Tensor of shape (..., I)
+    w : Weights
+
+    Returns
+    -------
+    Tensor of shape (..., G * H)
+    """
     return torch.nn.functional.linear(x, w.w_ih, w.b_ih)
 
 
 def recurrent_part(h: Tensor, w: Weights) -> Tensor:
-    """Compute the recurrent part of the gates, with its bias."""
+    """Compute the recurrent part of the gates, with its bias.
+
+    Parameters
+    ----------
+    h : Tensor of shape (..., P)
+    w : Weights
+
+    Returns
+    -------
+    Tensor of shape (..., G * H)
+    """
     return torch.nn.functional.linear(h, w.w_hh, w.b_hh)
 
 

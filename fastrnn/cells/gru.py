@@ -9,7 +9,17 @@ from .cell import Cell, State
 
 
 def gru_gates(wx: Tensor, rh: Tensor) -> Tensor:
-    """Compute r, z, n, side by side."""
+    """Compute r, z, n, side by side.
+
+    Parameters
+    ----------
+    wx, rh : Tensor of shape (..., 3H)
+        As for `gru_step`, with any dimensions before.
+
+    Returns
+    -------
+    Tensor of shape (..., 3H)
+    """
     wx_r, wx_z, wx_n = wx.chunk(3, dim=-1)
     rh_r, rh_z, rh_n = rh.chunk(3, dim=-1)
     r, z = torch.sigmoid(wx_r + rh_r), torch.sigmoid(wx_z + rh_z)

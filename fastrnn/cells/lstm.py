@@ -9,7 +9,17 @@ from .cell import Cell, State
 
 
 def lstm_gates(wx: Tensor, rh: Tensor) -> Tensor:
-    """Compute i, f, g, o, side by side."""
+    """Compute i, f, g, o, side by side.
+
+    Parameters
+    ----------
+    wx, rh : Tensor of shape (..., 4H)
+        As for `lstm_step`, with any dimensions before.
+
+    Returns
+    -------
+    Tensor of shape (..., 4H)
+    """
     i, f, g, o = (wx + rh).chunk(4, dim=-1)
     return torch.cat([torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)], dim=-1)
 

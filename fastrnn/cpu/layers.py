@@ -265,6 +265,7 @@ def layer_backward(
     x, state, weights, batch_sizes, bidirectional, flow
         As for `layer_forward`.
     saved : sequence of Tensor
+        If empty, another forward comes first.
     needs_x, needs_weights : bool
     groups : int, default 0
         If positive, the batch consists of so many parts, one after another, each of which has its
@@ -285,7 +286,9 @@ def layer_backward(
             cell, dy, d_final, d_traces, x, state, weights, batch_sizes, bidirectional, flow,
             needs_x, needs_weights, groups,
         )  # fmt: skip
-    problem = _Problem(cell, x, state, weights, batch_sizes, bidirectional, flow)
+    arguments = (x, state, weights, batch_sizes, bidirectional, flow)
+    saved = saved or layer_forward(cell, *arguments, ALL, False)[3]
+    problem = _Problem(cell, *arguments)
     rows, dtype, selection = problem.rows, problem.dtype, problem.selection
     count = rows.total
     d_selected = [selection.sequences(part.to(dtype)) for part in d_final]

@@ -1,0 +1,396 @@
+"""Weights of Keras, haste and FlashRNN in our modules, and back.
+
+The modules may be ours or torch.nn's. Weights go into the parameters that are there, and come out
+as copies. Arguments such as dropout rates, and activations other than the usual ones, are not in
+the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import RNNBase
+
+__all__ = ["from_flashrnn", "from_haste", "from_keras", "to_flashrnn", "to_haste", "to_keras"]
+
+# Which of our gates each of theirs is, by the mode of the module. All of these are their own
+# inverses.
+_RNNS = {"RNN_TANH": [0], "RNN_RELU": [0], "RNN_IDENTITY": [0]}
+_GRU = [1, 0, 2]  # z, r, n
+_KERAS = {"LSTM": [0, 1, 2, 3], "GRU": _GRU, "GRU_RESET_BEFORE": _GRU, **_RNNS}
+_LSTM = [0, 2, 1, 3]  # i, g, f, o
+_HASTE = {"LSTM": _LSTM, "GRU": _GRU, "LAYERNORM_LSTM": _LSTM, "LAYERNORM_GRU": _GRU}
+_FLASHRNN = ("LSTM", "GRU", "RNN_TANH", "SLSTM")
+
+
+def from_keras(module: RNNBase, weights: Sequence[Sequence[Any]]) -> None:
+    """Load the weights of Keras layers into a module.
+
+    Parameters
+    ----------
+    module : LSTM, GRU, ResetBeforeGRU or RNN
+        For Keras' LSTM, GRU with and without ``reset_after``, and SimpleRNN.
+    weights : sequence of sequence of array
+        For each layer, what its ``get_weights()`` gives: ``kernel`` (I, G * H),
+        ``recurrent_kernel`` (H, G * H) and, if there is a bias, ``bias`` (G * H,) or, for a GRU
+        with ``reset_after``, (2, 3H). Of a ``Bidirectional`` layer that is the forward layer, then
+        the backward one.
+
+    Raises
+    ------
+    TypeError
+        If Keras has no such layer.
+    ValueError
+        If the number or shapes of the arrays do not fit the module.
+
+    Examples
+    --------
+    >>> import numpy, fastrnn
+    >>> from fastrnn.convert import from_keras
+    >>> gru = fastrnn.GRU(3, 4)
+    >>> kernel, recurrent = numpy.zeros((3, 12)), numpy.zeros((4, 12))
+    >>> from_keras(gru, [[kernel, recurrent, numpy.ones((2, 12))]])
+    >>> gru.bias_hh_l0.sum().item()
+    12.0
+    """
+    order = _KERAS[_mode(module, "Keras", _KERAS)]
+    _refuse(module, "Keras", proj_size=0, num_heads=1)
+    directions, count = _directions(module), 3 if module.bias else 2
+    if len(weights) != module.num_layers:
+        raise ValueError(
+            f"weights must have a list for each of the {module.num_layers} layers, "
+            f"got {len(weights)}"
+        )
+    ours: dict[str, Tensor] = {}
+    for k, arrays in enumerate(weights):
+        if len(arrays) != directions * count:
+            raise ValueError(
+                f"weights[{k}] must have {directions * count} arrays, {count} for each of "
+                f"{directions} direction(s), got {len(arrays)}"
+            )
+        for d in range(directions):
+            kernel, recurrent, *bias = map(_tensor, arrays[d * count : (d + 1) * count])
+            values = {"weight_ih": kernel.t(), "weight_hh": recurrent.t()}
+            if bias and module.mode == "GRU":
+                values["bias_ih"], values["bias_hh"] = _rows(f"the bias of weights[{k}]", bias[0])
+            elif bias:
+                values["bias_ih"], values["bias_hh"] = bias[0], torch.zeros_like(bias[0])
+            ours.update(_ours(module, _suffix(k, d), values, order))
+    _load(module, ours)
+
+
+def to_keras(module: RNNBase) -> list[list[Any]]:
+    """Make the weights of Keras layers out of a module's.
+
+    Parameters
+    ----------
+    module : LSTM, GRU, ResetBeforeGRU or RNN
+
+    Returns
+    -------
+    list of list of numpy.ndarray
+        For each layer, what its ``set_weights()`` takes; see `from_keras`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If Keras has no such layer.
+
+    Examples
+    --------
+    >>> import fastrnn
+    >>> from fastrnn.convert import to_keras
+    >>> [array.shape for array in to_keras(fastrnn.LSTM(3, 4))[0]]
+    [(3, 16), (4, 16), (16,)]
+    """
+    order = _KERAS[_mode(module, "Keras", _KERAS)]
+    _refuse(module, "Keras", proj_size=0, num_heads=1)
+    layers = []
+    for k in range(module.num_layers):
+        arrays = []
+        for d in range(_directions(module)):
+            own = _values(module, _suffix(k, d), order)
+            arrays += [own["weight_ih"].t(), own["weight_hh"].t()]
+            if module.mode == "GRU" and module.bias:
+                arrays.append(torch.stack([own["bias_ih"], own["bias_hh"]]))
+            elif module.bias:
+                arrays.append(own["bias_ih"] + own["bias_hh"])
+        layers.append([array.contiguous().numpy() for array in arrays])
+    return layers
+
+
+def from_haste(module: RNNBase, state_dict: Mapping[str, Any]) -> None:
+    """Load the weights of a layer of haste_pytorch into a module.
+
+    Parameters
+    ----------
+    module : LSTM, GRU, LayerNormLSTM or LayerNormGRU
+        Of one layer and direction, with biases, as haste's are.
+    state_dict : mapping of str to array
+        Of the layer of the same name: ``kernel`` (I, G * H), ``recurrent_kernel`` (H, G * H) and
+        ``bias`` (G * H,); for a GRU also ``recurrent_bias`` (3H,); with layer normalisation also
+        ``gamma`` (2, G * H), and for an LSTM ``gamma_h`` and ``beta_h`` (H,).
+
+    Raises
+    ------
+    TypeError
+        If haste has no such layer.
+    ValueError
+        If names or shapes do not fit the module.
+
+    Examples
+    --------
+    >>> import fastrnn
+    >>> from fastrnn.convert import from_haste, to_haste
+    >>> a, b = fastrnn.LayerNormGRU(3, 4), fastrnn.LayerNormGRU(3, 4)
+    >>> from_haste(a, to_haste(b))
+    >>> bool((a.weight_hh_l0 == b.weight_hh_l0).all())
+    True
+    """
+    order = _HASTE[_mode(module, "haste", _HASTE)]
+    _refuse(module, "haste", proj_size=0, num_heads=1, num_layers=1, bidirectional=False, bias=True)
+    given = {name: _tensor(value) for name, value in state_dict.items()}
+    if given.keys() != (expected := _haste_names(module)):
+        raise ValueError(
+            f"state_dict must have {', '.join(sorted(expected))}, got {', '.join(sorted(given))}"
+        )
+    values = {
+        "weight_ih": given["kernel"].t(),
+        "weight_hh": given["recurrent_kernel"].t(),
+        "bias_ih": given["bias"],
+        "bias_hh": given.get("recurrent_bias", torch.zeros_like(given["bias"])),
+    }
+    if "gamma" in given:
+        values["gain_ih"], values["gain_hh"] = _rows("gamma", given["gamma"])
+    if "gamma_h" in given:
+        values["gain_c"], values["bias_c"] = given["gamma_h"], given["beta_h"]
+    _load(module, _ours(module, "_l0", values, order))
+
+
+def to_haste(module: RNNBase) -> dict[str, Tensor]:
+    """Make the weights of a layer of haste_pytorch out of a module's.
+
+    Parameters
+    ----------
+    module : LSTM, GRU, LayerNormLSTM or LayerNormGRU
+        Of one layer and direction, with biases.
+
+    Returns
+    -------
+    dict of str to Tensor
+        What ``load_state_dict`` of haste's layer of the same name takes; see `from_haste`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If haste has no such layer.
+
+    Examples
+    --------
+    >>> import fastrnn
+    >>> from fastrnn.convert import to_haste
+    >>> {name: tuple(value.shape) for name, value in to_haste(fastrnn.LSTM(3, 4)).items()}
+    {'kernel': (3, 16), 'recurrent_kernel': (4, 16), 'bias': (16,)}
+    """
+    order = _HASTE[_mode(module, "haste", _HASTE)]
+    _refuse(module, "haste", proj_size=0, num_heads=1, num_layers=1, bidirectional=False, bias=True)
+    own, names = _values(module, "_l0", order), _haste_names(module)
+    values = {
+        "kernel": own["weight_ih"].t().contiguous(),
+        "recurrent_kernel": own["weight_hh"].t().contiguous(),
+        "bias": own["bias_ih"],
+    }
+    if "recurrent_bias" in names:
+        values["recurrent_bias"] = own["bias_hh"]
+    else:
+        values["bias"] = own["bias_ih"] + own["bias_hh"]
+    if "gamma" in names:
+        values["gamma"] = torch.stack([own["gain_ih"], own["gain_hh"]])
+    if "gamma_h" in names:
+        values["gamma_h"], values["beta_h"] = own["gain_c"], own["bias_c"]
+    return values
+
+
+def _haste_names(module: Any) -> set[str]:
+    names = {"kernel", "recurrent_kernel", "bias"}
+    if "GRU" in module.mode:
+        names |= {"recurrent_bias"}
+    if "LAYERNORM" in module.mode:
+        names |= {"gamma"} if "GRU" in module.mode else {"gamma", "gamma_h", "beta_h"}
+    return names
+
+
+def from_flashrnn(module: RNNBase, r: Any, b: Any, weight_ih: Any = None) -> None:
+    """Load the parameters that FlashRNN takes into a module.
+
+    Parameters
+    ----------
+    module : LSTM, GRU, RNN or SLSTM
+        Of one layer and direction, with biases, and ``num_heads`` for FlashRNN's N heads: of the
+        functions 'lstm', 'gru', 'elman' and 'slstm'.
+    r : array of shape (G, N, H / N, H / N)
+        R: for each gate and head a matrix of (unit, unit before). FlashRNN's gates of a GRU are
+        n, r, z here.
+    b : array of shape (G, N, H / N), or (4, N, H / N) for a GRU
+        The bias; of a GRU that of n's recurrent part, of r and z, and of n's input part.
+    weight_ih : array of shape (G * H, I), optional
+        What makes ``Wx``, which FlashRNN leaves to the caller, by ``linear(x, weight_ih)`` and
+        ``view(B, T, G, N, H / N)``. If not given, that of the module stays.
+
+    Raises
+    ------
+    TypeError
+        If FlashRNN has no such function.
+    ValueError
+        If the shapes do not fit the module.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> from fastrnn.convert import from_flashrnn
+    >>> slstm = fastrnn.SLSTM(3, 6, num_heads=2)
+    >>> from_flashrnn(slstm, torch.zeros(4, 2, 3, 3), torch.ones(4, 2, 3))
+    >>> slstm.bias_ih_l0.sum().item()
+    24.0
+    """
+    is_gru = _mode(module, "FlashRNN", _FLASHRNN) == "GRU"
+    _refuse(module, "FlashRNN", proj_size=0, num_layers=1, bidirectional=False, bias=True)
+    r, b = _tensor(r), _tensor(b)
+    count, heads, units = _shape_of_heads(module)
+    _expect("r", r, (count, heads, units, units))
+    _expect("b", b, (count + is_gru, heads, units))
+    if is_gru:
+        of_ih, of_hh = b[[1, 2, 3]], torch.cat([torch.zeros_like(b[:2]), b[:1]])
+        r = r[[1, 2, 0]]
+    else:
+        of_ih, of_hh = b, torch.zeros_like(b)
+    values = {"weight_hh": r.flatten(0, 2), "bias_ih": of_ih.flatten(), "bias_hh": of_hh.flatten()}
+    if weight_ih is not None:
+        values["weight_ih"] = _tensor(weight_ih)
+    _load(module, {f"{name}_l0": value for name, value in values.items()})
+
+
+def to_flashrnn(module: RNNBase) -> tuple[Tensor, Tensor]:
+    """Make the parameters that FlashRNN takes out of a module's.
+
+    Parameters
+    ----------
+    module : LSTM, GRU, RNN or SLSTM
+        Of one layer and direction, with biases.
+
+    Returns
+    -------
+    r : Tensor
+    b : Tensor
+        See `from_flashrnn`; ``weight_ih`` is the module's. Where FlashRNN has one bias, it is the
+        sum of ours.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If FlashRNN has no such function.
+
+    Examples
+    --------
+    >>> import fastrnn
+    >>> from fastrnn.convert import to_flashrnn
+    >>> r, b = to_flashrnn(fastrnn.GRU(3, 6, num_heads=2))
+    >>> r.shape, b.shape
+    (torch.Size([3, 2, 3, 3]), torch.Size([4, 2, 3]))
+    """
+    mode = _mode(module, "FlashRNN", _FLASHRNN)
+    _refuse(module, "FlashRNN", proj_size=0, num_layers=1, bidirectional=False, bias=True)
+    count, heads, units = _shape_of_heads(module)
+    own = _values(module, "_l0", list(range(count)))
+    r, b_ih, b_hh = (
+        own[name].unflatten(0, (count, heads, units))
+        for name in ("weight_hh", "bias_ih", "bias_hh")
+    )
+    if mode != "GRU":
+        return r, b_ih + b_hh
+    return r[[2, 0, 1]], torch.cat([b_hh[2:], b_ih[:2] + b_hh[:2], b_ih[2:]])
+
+
+def _tensor(value: Any) -> Tensor:
+    return torch.as_tensor(value).detach()
+
+
+def _mode(module: RNNBase, library: str, accepted: Iterable[str]) -> str:
+    mode = getattr(module, "mode", type(module).__name__)
+    if mode not in accepted:
+        raise TypeError(f"for {library} a module must be one of {', '.join(accepted)}, got {mode}")
+    return mode
+
+
+def _shape_of_heads(module: RNNBase) -> tuple[int, int, int]:
+    """Gates, heads, and hidden units of a head."""
+    heads = getattr(module, "num_heads", 1)
+    count = module.get_parameter("weight_ih_l0").shape[0] // module.hidden_size
+    return count, heads, module.hidden_size // heads
+
+
+def _refuse(module: RNNBase, library: str, **accepted: Any) -> None:
+    """Raise for a module with something that a library does not have."""
+    for name, value in accepted.items():
+        if (found := getattr(module, name, value)) != value:
+            raise ValueError(f"{name} must be {value} for {library}, got {found}")
+
+
+def _directions(module: RNNBase) -> int:
+    return 2 if module.bidirectional else 1
+
+
+def _suffix(layer: int, direction: int) -> str:
+    return f"_l{layer}{'_reverse' if direction else ''}"
+
+
+def _expect(name: str, value: Tensor, shape: Iterable[int]) -> None:
+    if value.shape != (accepted := tuple(shape)):
+        raise ValueError(f"{name} must be of shape {accepted}, got {tuple(value.shape)}")
+
+
+def _rows(name: str, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Take apart what has a row for the input and one for the recurrent part."""
+    if value.dim() != 2 or value.shape[0] != 2:
+        raise ValueError(f"{name} must have two rows, got shape {tuple(value.shape)}")
+    return value[0], value[1]
+
+
+def _in_order(value: Tensor, order: list[int], hidden: int) -> Tensor:
+    """Reorder blocks of H rows, in what has one for each gate; anything else stays as it is."""
+    if value.dim() == 0 or value.shape[0] != len(order) * hidden:
+        return value
+    return value.unflatten(0, (len(order), hidden))[order].flatten(0, 1)
+
+
+def _values(module: RNNBase, suffix: str, order: list[int]) -> dict[str, Tensor]:
+    """Copies of the parameters of a direction, by their names without suffix."""
+    names = next(names for names in module._all_weights if names[0] == f"weight_ih{suffix}")
+    return {
+        name.removesuffix(suffix): _in_order(
+            getattr(module, name).detach().to("cpu", copy=True), order, module.hidden_size
+        )
+        for name in names
+    }
+
+
+def _ours(
+    module: RNNBase, suffix: str, values: Mapping[str, Tensor], order: list[int]
+) -> dict[str, Tensor]:
+    """The values of a direction with our names and order of gates."""
+    return {
+        name + suffix: _in_order(value, order, module.hidden_size) for name, value in values.items()
+    }
+
+
+@torch.no_grad()
+def _load(module: RNNBase, values: Mapping[str, Tensor]) -> None:
+    """Copy values into the parameters, none of them if one does not fit."""
+    pairs = [(name, module.get_parameter(name), value) for name, value in values.items()]
+    for name, parameter, value in pairs:
+        _expect(f"{name}, after conversion,", value, parameter.shape)
+    for _, parameter, value in pairs:
+        parameter.copy_(value)

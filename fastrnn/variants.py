@@ -1,0 +1,267 @@
+"""Layers of cells that torch.nn does not have, used as torch.nn's are.
+
+Constructor, names of parameters, forward and state are those of ``torch.nn.LSTM`` and ``GRU``.
+Weights beyond theirs are named as theirs are (``gain_c_l0``, ``gain_c_l0_reverse``), and come last
+in each direction. The modules are instances of ``RNNBase``, but not of ``torch.nn.LSTM`` or
+``GRU``, whose results they do not give.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .cells import CELLS, Cell
+from .nn import _Layers, _map
+
+__all__ = ["SLSTM", "LayerNormGRU", "LayerNormLSTM", "PeepholeLSTM", "ResetBeforeGRU"]
+
+
+class _Variant(_Layers):
+    """A sequence module of any cell that has the gates of an LSTM or a GRU."""
+
+    _cell: Any  # key of ``CELLS``
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # RNNBase knows how many gates these have, and no other names.
+        super().__init__({3: "GRU", 4: "LSTM"}[self._definition.n_gates], *args, **kwargs)
+        if self.proj_size and not self._is_paired:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        self.mode = self._cell.upper()
+        parameters = dict(self._parameters)
+        like: Any = self.weight_ih_l0
+        self._parameters.clear()
+        self._flat_weights_names.clear()
+        for names in self._all_weights:
+            suffix = names[0].removeprefix("weight_ih")
+            for extra in self._definition.extras:
+                names.append(extra.name + suffix)
+                values = like.new_empty(extra.blocks * self.hidden_size)
+                parameters[names[-1]] = Parameter(values)
+            # In the order in which functions take them.
+            for name in names:
+                self.register_parameter(name, parameters[name])
+            self._flat_weights_names.extend(names)
+        self._init_flat_weights()
+        self._reset_extras()
+
+    @property
+    def _definition(self) -> Cell:
+        return CELLS[self._cell]
+
+    @property
+    def _is_stock(self) -> bool:
+        return False
+
+    def reset_parameters(self) -> None:
+        """Draw the weights as torch.nn does, but for those that begin with a value of their own."""
+        super().reset_parameters()
+        self._reset_extras()
+
+    def _reset_extras(self) -> None:
+        bound = 1 / math.sqrt(self.hidden_size)
+        for name, weight in self._parameters.items():
+            for extra in self._definition.extras:
+                if weight is None or not name.startswith(f"{extra.name}_l"):
+                    continue
+                if extra.init is None:
+                    torch.nn.init.uniform_(weight, -bound, bound)
+                else:
+                    torch.nn.init.constant_(weight, extra.init)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: cuDNN does not have these cells."""
+
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
+        """Check the input and the kind of the state, the shape of which is checked later."""
+        self.check_input(input, batch_sizes)
+        if isinstance(hidden, Tensor) is self._is_paired:
+            count = self._definition.n_states
+            accepted = f"a tuple of {count} tensors" if count > 1 else "a tensor"
+            raise TypeError(
+                f"hx of {type(self).__name__} must be {accepted}, got {type(hidden).__name__}"
+            )
+
+    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
+        """Put the sequences of every state in another order."""
+        if permutation is None:
+            return hx
+        return _map(lambda part: part.index_select(1, permutation), hx)
+
+
+class LayerNormLSTM(_Variant):
+    """LSTM layers with layer normalisation.
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+        I and H.
+    num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
+        As for `fastrnn.LSTM`.
+    recurrent_dropout, zoneout, weight_dropout, num_heads
+        As for `fastrnn.LSTM`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For the values that torch.nn.LSTM refuses, with its texts.
+
+    Notes
+    -----
+    ``fastrnn.cells.layernorm.layernorm_lstm_step`` has the formula, that of Ba, Kiros & Hinton
+    2016. Beyond the weights of torch.nn.LSTM there are ``gain_ih`` and ``gain_hh`` (4H,),
+    ``gain_c`` and ``bias_c`` (H,). With `num_heads` every head is normalised by itself.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> lstm = fastrnn.LayerNormLSTM(10, 20, bidirectional=True)
+    >>> y, (h, c) = lstm(torch.randn(5, 3, 10))
+    >>> y.shape, h.shape, lstm.gain_ih_l0_reverse.shape
+    (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]), torch.Size([80]))
+    """
+
+    _cell = "layernorm_lstm"
+
+
+class LayerNormGRU(_Variant):
+    """GRU layers with layer normalisation.
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+        I and H.
+    num_layers, bias, batch_first, dropout, bidirectional, device, dtype
+        As for `fastrnn.LSTM`.
+    recurrent_dropout, zoneout, weight_dropout, num_heads
+        As for `fastrnn.LSTM`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For the values that torch.nn.GRU refuses, with its texts.
+
+    Notes
+    -----
+    ``fastrnn.cells.layernorm.layernorm_gru_step`` has the formula. Beyond the weights of
+    torch.nn.GRU there are ``gain_ih`` and ``gain_hh`` (3H,). With `num_heads` every head is
+    normalised by itself.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> gru = fastrnn.LayerNormGRU(10, 20, zoneout=0.1)
+    >>> y, h = gru(torch.randn(5, 3, 10), lengths=torch.tensor([5, 0, 2]))
+    >>> y.shape, h.shape
+    (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]))
+    """
+
+    _cell = "layernorm_gru"
+
+
+class ResetBeforeGRU(_Variant):
+    """GRU layers whose reset gate comes before the recurrent product, as in Keras' older GRU.
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+        I and H.
+    num_layers, bias, batch_first, dropout, bidirectional, device, dtype
+        As for `fastrnn.LSTM`.
+    recurrent_dropout, zoneout, weight_dropout, num_heads
+        As for `fastrnn.LSTM`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For the values that torch.nn.GRU refuses, with its texts.
+
+    Notes
+    -----
+    ``fastrnn.cells.reset_before.gru_reset_before`` has the formula. `fastrnn.GRU` resets after the
+    product, as torch.nn.GRU, cuDNN and Keras by default. Weights are those of torch.nn.GRU.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> gru = fastrnn.ResetBeforeGRU(10, 20)
+    >>> y, h = gru(torch.randn(5, 3, 10))
+    >>> y.shape, h.shape
+    (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]))
+    """
+
+    _cell = "gru_reset_before"
+
+
+class PeepholeLSTM(_Variant):
+    """LSTM layers whose gates see the cell state.
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+        I and H.
+    num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
+        As for `fastrnn.LSTM`.
+    recurrent_dropout, zoneout, weight_dropout, num_heads
+        As for `fastrnn.LSTM`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For the values that torch.nn.LSTM refuses, with its texts.
+
+    Notes
+    -----
+    ``fastrnn.cells.peephole.peephole_lstm_step`` has the formula, that of Gers & Schmidhuber 2000.
+    Beyond the weights of torch.nn.LSTM there is ``weight_peephole`` (3H,), for i, f and o.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> lstm = fastrnn.PeepholeLSTM(10, 20)
+    >>> y, (h, c) = lstm(torch.randn(5, 3, 10))
+    >>> y.shape, c.shape, lstm.weight_peephole_l0.shape
+    (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]), torch.Size([60]))
+    """
+
+    _cell = "peephole_lstm"
+
+
+class SLSTM(_Variant):
+    """Recurrent layers of xLSTM, sLSTM: exponential input gates and a normaliser.
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+        I and H.
+    num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
+        As for `fastrnn.LSTM`.
+    recurrent_dropout, zoneout, weight_dropout, num_heads
+        As for `fastrnn.LSTM`; one number of `zoneout` is for h only: c, n and m
+        mean nothing without each other.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For the values that torch.nn.LSTM refuses, with its texts.
+
+    Notes
+    -----
+    ``fastrnn.cells.slstm.slstm_step`` has the formula, that of Beck et al. 2024. Gates are in the
+    order i, f, z, o. There are four states, h, c, n and m, each a tensor of its own in `hx`;
+    ``fastrnn.functional.States`` has them all.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> slstm = fastrnn.SLSTM(10, 20, num_heads=4)
+    >>> y, (h, c, n, m) = slstm(torch.randn(5, 3, 10))
+    >>> y.shape, m.shape, slstm.weight_hh_l0.shape
+    (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]), torch.Size([80, 5]))
+    """
+
+    _cell = "slstm"
