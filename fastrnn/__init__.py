@@ -3,6 +3,7 @@
 from . import convert, functional, nn
 from ._version import __version__
 from .compile import allow_compile
+from .diagnose import diagnose
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .patch import patched, replace, restore
 from .variants import SLSTM, LayerNormGRU, LayerNormLSTM, PeepholeLSTM, ResetBeforeGRU
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "allow_compile",
     "convert",
+    "diagnose",
     "functional",
     "nn",
     "patched",

@@ -48,6 +48,7 @@ def lstm(
     recompute: bool | int = False,
     recurrent_dropout: float = 0.0,
     zoneout: float | Sequence[float] = 0.0,
+    num_heads: int = 1,
 ) -> Any:
     """Run a long short-term memory network over a batch of sequences.
 
@@ -103,6 +104,9 @@ def lstm(
     zoneout : float or (float, float), default 0.0
         Probability that an element of h (and of c, for an LSTM) keeps its old value at a step
         (Krueger et al. 2017, arXiv:1606.01305); when not `training` the mean of both.
+    num_heads : int, default 1
+        If more, the recurrent weights are block-diagonal: the units fall into so many heads, and
+        ``weight_hh``, then of shape (4H, H / num_heads), connects those of the same head.
 
     Returns
     -------
@@ -146,6 +150,7 @@ def lstm(
         recompute=recompute,
         recurrent_dropout=recurrent_dropout,
         zoneout=zoneout,
+        num_heads=num_heads,
     )
     output, (h, c), *states = sequence("lstm", input, hx, weights, options)
     return output, (h, c), *states
@@ -169,6 +174,7 @@ def gru(
     recompute: bool | int = False,
     recurrent_dropout: float = 0.0,
     zoneout: float = 0.0,
+    num_heads: int = 1,
 ) -> Any:
     """Run a gated recurrent unit network over a batch of sequences.
 
@@ -182,7 +188,7 @@ def gru(
         As for `lstm`, with 3H rows, gates in the order r, z, n, and no ``weight_hr``.
     batch_first, bidirectional, dropout, training, batch_sizes, lengths, reset, reset_state
         As for `lstm`; `reset_state` is one tensor.
-    return_states, bptt, recompute, recurrent_dropout, zoneout
+    return_states, bptt, recompute, recurrent_dropout, zoneout, num_heads
         As for `lstm`.
 
     Returns
@@ -225,6 +231,7 @@ def gru(
         recompute=recompute,
         recurrent_dropout=recurrent_dropout,
         zoneout=zoneout,
+        num_heads=num_heads,
     )
     output, (h,), *states = sequence("gru", input, _in_list(hx), weights, options)
     return output, h, *states
@@ -249,6 +256,7 @@ def rnn(
     recompute: bool | int = False,
     recurrent_dropout: float = 0.0,
     zoneout: float = 0.0,
+    num_heads: int = 1,
 ) -> Any:
     """Run an Elman network, h' = phi(W_ih x + b_ih + W_hh h + b_hh), over a batch of sequences.
 
@@ -264,7 +272,7 @@ def rnn(
         phi; 'identity' gives a linear network, which torch does not have.
     batch_first, bidirectional, dropout, training, batch_sizes, lengths, reset, reset_state
         As for `lstm`; `reset_state` is one tensor.
-    return_states, bptt, recompute, recurrent_dropout, zoneout
+    return_states, bptt, recompute, recurrent_dropout, zoneout, num_heads
         As for `lstm`.
 
     Returns
@@ -302,6 +310,7 @@ def rnn(
         recompute=recompute,
         recurrent_dropout=recurrent_dropout,
         zoneout=zoneout,
+        num_heads=num_heads,
     )
     output, (h,), *states = sequence(
         _rnn_cell_name(nonlinearity), input, _in_list(hx), weights, options

@@ -15,7 +15,9 @@ Gate order is PyTorch's: LSTM ``i, f, g, o``; GRU ``r, z, n``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -165,10 +167,36 @@ def _step(cell: str, wx: Tensor, state: State, w: Weights, flow: Flow, d: int, t
             after if not zone.numel() else torch.lerp(after, before, zone[d, t])
             for zone, before, after in zip(zones, state, new, strict=True)
         )
+    if not torch.compiler.is_compiling() and _watching.record is not None:
+        _watching.record.append(new)
     if flow.marks is None:
         return new
     held = (mark & HOLD) != 0
     return tuple(torch.where(held, a, b) for a, b in zip(state, new, strict=True))
+
+
+class _Watching(threading.local):
+    record: list[State] | None = None
+
+
+_watching = _Watching()
+
+
+@contextlib.contextmanager
+def watch(record: list[State]) -> Iterator[None]:
+    """Keep the states of every step of `layer`, in this thread, as they are in autograd's graph.
+
+    Parameters
+    ----------
+    record : list
+        Each step appends its new state, a tuple of Tensor of shape (B, P) and (B, H): of one call
+        after another, in it of one direction after another, in the order of the walk.
+    """
+    _watching.record = record
+    try:
+        yield
+    finally:
+        _watching.record = None
 
 
 def _with_rest(new: State, old: State) -> State:

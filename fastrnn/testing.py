@@ -30,16 +30,22 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import nn, planner, reference, sequences
+from . import nn, planner, reference, sequences, variants
 from .options import Options, States
 
-#: Names for ``--cells``: the class, and what its constructor needs to be told.
+#: Names for ``--cells``, those of the registry and for a step with ``_cell``: the class, and what
+#: its constructor needs to be told.
 MODULES: dict[str, tuple[type[Any], dict[str, str]]] = {
     "lstm": (nn.LSTM, {}),
     "gru": (nn.GRU, {}),
     "rnn_tanh": (nn.RNN, {}),
     "rnn_relu": (nn.RNN, {"nonlinearity": "relu"}),
     "rnn_identity": (nn.RNN, {"nonlinearity": "identity"}),
+    "layernorm_lstm": (variants.LayerNormLSTM, {}),
+    "layernorm_gru": (variants.LayerNormGRU, {}),
+    "gru_reset_before": (variants.ResetBeforeGRU, {}),
+    "peephole_lstm": (variants.PeepholeLSTM, {}),
+    "slstm": (variants.SLSTM, {}),
     "lstm_cell": (nn.LSTMCell, {}),
     "gru_cell": (nn.GRUCell, {}),
     "rnn_tanh_cell": (nn.RNNCell, {}),
@@ -317,7 +323,7 @@ class _Setup:
             state_shape = (case.num_layers * directions, case.batch)
         n_states = reference.CELLS[case.cell.removesuffix("_cell")].n_states
         widths = [size_h] + [case.hidden_size] * (n_states - 1)
-        self.shapes = [(*state_shape, width) for width in widths]
+        self.shapes: list[Any] = [(*state_shape, width) for width in widths]
         self.state = [normal(*shape) for shape in self.shapes] if case.with_state else []
         if not case.contiguous:
             self.input, *self.state = (_strided(t) for t in (self.input, *self.state))
@@ -436,7 +442,8 @@ class _Setup:
         fresh: list[Tensor],
     ) -> dict[str, Tensor]:
         """What the module computes, by the reference: packed batches as padded ones."""
-        case, lengths, reset = self.case, self.given.get("lengths"), self.given.get("reset")
+        case, reset = self.case, self.given.get("reset")
+        lengths: Any = self.given.get("lengths")
         order = torch.arange(case.batch, device=x.device)
         if self.lengths is not None:
             lengths = self.lengths.to(x.device)

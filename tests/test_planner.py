@@ -10,10 +10,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
-from fastrnn.cpu import machine
+from fastrnn.cpu import CPU_CELLS, machine
 from fastrnn.kernels.configs import DEVICES, MAX_BATCH, PRECISIONS
 from fastrnn.planner import PATHS, Problem, cudnn_algorithm, path, plan, use_path
-from fastrnn.reference import CELLS
 
 GRU = Problem("gru", steps=4, batch=128, input_size=64, hidden_size=64)
 RNN = GRU._replace(cell="rnn_tanh", steps=8)
@@ -59,8 +58,15 @@ HALF = GRU._replace(dtype=torch.float16)
         (GRU._replace(dtype=torch.complex64), "torch"),
         (HALF, "loop"),
         (HALF._replace(steps=3), "torch"),
-        (GRU._replace(transformed=True), "torch"),
-        (GRU._replace(cell="rnn_identity", transformed=True), "reference"),
+        (GRU._replace(transform="forward"), "reference"),
+        (GRU._replace(transform="func"), "loop"),
+        (GRU._replace(transform="func", is_step=True), "reference"),
+        (GRU._replace(cell="rnn_identity", transform="forward"), "reference"),
+        (GRU._replace(steps=1, marked=True), "loop"),
+        (LSTM._replace(dtype=torch.float64, marked=True), "loop"),
+        (GRU._replace(device="cuda", marked=True), "reference"),
+        (GRU._replace(noisy=True), "reference"),
+        (GRU._replace(cell="slstm"), "reference"),
         (GRU._replace(cell="rnn_identity", dtype=torch.complex64), "reference"),
         (GRU._replace(cell="rnn_identity", device="cuda"), "loop"),
     ],
@@ -114,7 +120,7 @@ def test_half_precision_that_the_cpu_multiplies_is_torchs(monkeypatch):
 
 problems = st.builds(
     Problem,
-    cell=st.sampled_from(sorted(CELLS)),
+    cell=st.sampled_from(sorted(CPU_CELLS)),
     steps=st.integers(1, 100),
     batch=st.integers(0, 200),
     input_size=st.integers(1, 9),
@@ -125,11 +131,13 @@ problems = st.builds(
     packed=st.booleans(),
     projected=st.booleans(),
     is_step=st.booleans(),
-    transformed=st.booleans(),
+    transform=st.sampled_from([None, "func", "forward"]),
     layers=st.integers(1, 3),
     directions=st.integers(1, 2),
     gpu=st.sampled_from([None, *DEVICES.values()]),
     precision=st.sampled_from(PRECISIONS),
+    marked=st.booleans(),
+    noisy=st.booleans(),
 )
 
 
@@ -156,10 +164,10 @@ def test_forced_paths_that_cannot_be():
     identity = GRU._replace(cell="rnn_identity")
     with use_path("torch"):
         assert plan(identity).path == "loop"
-        assert plan(identity._replace(transformed=True)).path == "reference"
+        assert plan(identity._replace(transform="forward")).path == "reference"
         assert plan(identity._replace(dtype=torch.complex64)).path == "reference"
     with use_path("loop"):
-        assert plan(LSTM._replace(transformed=True)).path == "reference"
+        assert plan(LSTM._replace(transform="forward")).path == "reference"
         assert plan(LSTM._replace(dtype=torch.complex64)).path == "reference"
 
 
@@ -197,7 +205,6 @@ def test_packed_sequences_of_one_length_are_a_padded_batch(monkeypatch):
         ({"gpu": DEVICES["mi300x"]._replace(capability=0)}, "no kernel of ours for mi300x"),
         ({"gpu": DEVICES["mi300x"], "precision": "tf32x3"}, "in tf32x3"),
         ({"dtype": torch.float64}, "torch.float64"),
-        ({"packed": True}, "different lengths"),
         ({"projected": True}, "projections"),
         ({"batch": MAX_BATCH + 1}, "more than 1048560"),
     ],
@@ -211,11 +218,24 @@ def test_what_has_no_kernel_goes_to_torch(change, says):
     assert changed.kernels is None
 
 
+def test_packed_sequences_on_a_gpu_have_kernels():
+    """cuDNN launches its steps one by one for them."""
+    problem = LSTM._replace(steps=48, device="cuda", gpu=DEVICES["h100"], packed=True)
+    assert plan(problem).path == "loop"
+
+
+@pytest.mark.parametrize("change", [{"noisy": True}, {"cell": "slstm"}])
+def test_what_no_kernel_has_goes_to_the_reference(change):
+    chosen = plan(LSTM._replace(steps=48, device="cuda", gpu=DEVICES["h100"], **change))
+    assert chosen.path == "reference"
+    assert chosen.kernels is None
+
+
 @given(
     hidden=st.integers(1, 4096),
     batch=st.integers(0, MAX_BATCH),
     device=st.sampled_from([*DEVICES.values()]),
-    cell=st.sampled_from(sorted(CELLS)),
+    cell=st.sampled_from(sorted(CPU_CELLS)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     directions=st.integers(1, 2),
 )

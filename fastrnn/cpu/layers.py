@@ -413,12 +413,15 @@ def _reference_backward(
             for pair in zip(found, inputs, strict=True)
         )
         return dx if needs_x else None, d_state, d_fresh, d_weights if needs_weights else []
-    parts = [
-        _reference_backward(
-            cell, *part, batch_sizes, bidirectional, flow_g, needs_x, needs_weights, 0
-        )
-        for part, flow_g in _groups(groups, dy, d_final, d_traces, x, state, weights, flow)
-    ]
+    parts = []
+    for dy_g, d_final_g, d_traces_g, x_g, state_g, flow_g in _groups(
+        groups, (dy, d_final, d_traces), x, state, flow
+    ):
+        part = _reference_backward(
+            cell, dy_g, d_final_g, d_traces_g, x_g, state_g, weights, batch_sizes, bidirectional,
+            flow_g, needs_x, needs_weights, 0,
+        )  # fmt: skip
+        parts.append(part)
     dxs, *others = zip(*parts, strict=True)
     d_state, d_fresh = (
         [torch.cat(same, 1) for same in zip(*lists, strict=True)] for lists in others[:2]
@@ -427,7 +430,7 @@ def _reference_backward(
     return torch.cat(dxs, 1) if needs_x else None, d_state, d_fresh, d_weights
 
 
-def _groups(groups, dy, d_final, d_traces, x, state, weights, flow):
+def _groups(groups, d_results, x, state, flow):
     """The arguments of backward for every group of sequences."""
     size = x.shape[1] // groups
     for g in range(groups):
@@ -441,8 +444,7 @@ def _groups(groups, dy, d_final, d_traces, x, state, weights, flow):
             of(flow.noise[:1]),
             [z if not z.numel() else z[:, :, part] for z in flow.noise[1:]],
         )
+        dy, d_final, d_traces = d_results
         dy_g = None if dy is None else dy[:, part]
-        yield (
-            (dy_g, of(d_final), of(d_traces), x[:, part], of(state), weights),
-            Flow(marks, of(flow.fresh), [*drop, *zones]),
-        )
+        flow_g = Flow(marks, of(flow.fresh), [*drop, *zones])
+        yield dy_g, of(d_final), of(d_traces), x[:, part], of(state), flow_g

@@ -226,13 +226,14 @@ def backward(
         That of c, or empty.
     d_state : sequence of Tensor
         Gradient of the final state; overwritten by that of the initial state.
-    w, rows, reverse, breaks
+    w, rows, reverse
         As for `forward`.
     initial : sequence of Tensor
         State before the first step; empty for zeros.
     h_rows : Tensor of shape (N, P)
     saved : sequence of Tensor
         As `forward` left it.
+    breaks : Breaks, optional
 
     Returns
     -------
