@@ -20,16 +20,14 @@ such a network as a generator of text follows Graves 2013, arXiv:1308.0850.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from common import Run, now, same_curve
+from common import Run, now, parser, same_curve, save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -138,10 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     for _ in range(args.samples):
         sample = generate(model, prompt, args.length, args.temperature)
         print(f"\n--- {''.join(alphabet[code] for code in sample.tolist())}")
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        metrics = {name: asdict(run) for name, run in runs.items()}
-        (args.out / "char_lm.json").write_text(json.dumps(metrics, indent=1))
+    save(args.out, "char_lm", {name: asdict(run) for name, run in runs.items()})
     if args.stock:
         print()
         return 0 if same_curve(ours, runs["torch.nn"]) else 1
@@ -149,11 +144,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
+    options = parser(__doc__)
+    add = options.add_argument
     add("--stock", action="store_true", help="train with torch.nn too; exit 1 if losses differ")
     add("--cell", choices=("lstm", "gru", "rnn"), default="lstm")
     add("--layers", type=int, default=1)
@@ -166,14 +158,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=int, default=3)
     add("--lr", type=float, default=3e-3)
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--seed", type=int, default=0)
-    add("--device", default="cpu", help="cpu or cuda")
     add("--samples", type=int, default=2, help="texts to write at the end")
     add("--prompt", default="The ")
     add("--length", type=int, default=300, help="characters per text")
     add("--temperature", type=float, default=0.7)
-    add("--out", type=Path, help="folder for losses, perplexities and times as JSON")
-    return parser.parse_args(argv)
+    return options.parse_args(argv)
 
 
 if __name__ == "__main__":

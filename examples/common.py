@@ -1,9 +1,15 @@
-"""What the examples share: a clock, and the check that two runs had the same loss curve."""
+"""What the examples share: options, a clock, and whether two runs had the same loss curve."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 
@@ -27,11 +33,42 @@ class Run:
     seconds: float = 0.0
 
 
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser that shows the first line of a docstring, and has what every example takes."""
+    made = argparse.ArgumentParser(
+        description=(doc or "").partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--device", default="cpu", help="cpu or cuda")
+    made.add_argument("--out", type=Path, help="folder for the figures as JSON")
+    return made
+
+
+def save(folder: Path | None, name: str, figures: dict[str, Any]) -> None:
+    """Write figures as JSON, if a folder was asked for."""
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(figures, indent=1))
+
+
 def now(device: str) -> float:
     """Seconds on a clock, read once the device has finished what it was given."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def seconds_each(device: str, repeats: int, *functions: Callable[[], Any]) -> list[float]:
+    """Median time of each function; called in turn, so that a busy machine slows all alike."""
+    times: list[list[float]] = [[] for _ in functions]
+    for repeat in range(repeats + 1):
+        for function, own in zip(functions, times, strict=True):
+            start = now(device)
+            function()
+            if repeat:  # the first call compiles and allocates
+                own.append(now(device) - start)
+    return [median(own) for own in times]
 
 
 def same_curve(

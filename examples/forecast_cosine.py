@@ -21,7 +21,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import Run, now, same_curve
+from common import Run, now, parser, same_curve
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import linear, mse_loss
@@ -139,11 +139,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
+    options = parser(__doc__)
+    add = options.add_argument
     add("--stock", action="store_true", help="train a torch loop too; exit 1 if losses differ")
     add("--window", type=int, default=500, help="points read before the one predicted")
     add("--hidden", type=int, default=200)
@@ -151,10 +148,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=int, default=10)
     add("--lr", type=float, default=1e-3)
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--seed", type=int, default=0)
-    add("--device", default="cpu", help="cpu or cuda")
-    add("--out", type=Path, default=Path(__file__).parent / "out", help="folder of the plot")
-    return parser.parse_args(argv)
+    options.set_defaults(out=Path(__file__).parent / "out")  # here for the plot
+    return options.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ def allow_compile() -> None:
 
     Every option of a layer is compiled with it, for any T and B in one graph, but ``recompute`` of
     a number of steps: its chunks are unrolled, so that each T has a graph of its own. A length out
-    of range is no error there, but makes the row NaN, as on a GPU. ``torch.func`` transforms, inside
-    of what is compiled, compile too. ``torch.export`` needs no opt-in.
+    of range is no error there, but makes the row NaN, as on a GPU. ``torch.func`` transforms in
+    what is compiled are compiled too. ``torch.export`` needs no opt-in.
 
     Dynamo has no public setting for this but ``torch._dynamo.config.allow_rnn``, which
     changes torch.nn's modules too; so this wraps the one method in which Dynamo asks.

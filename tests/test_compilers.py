@@ -244,7 +244,7 @@ def test_ahead_of_time(tmp_path: Any) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("cls", CLASSES)
 def test_onnx(cls: Any) -> None:
-    """With T and B dynamic, by torch's exporter of traces; the other one fixes T, torch.nn's too."""
+    """With any T and B, by torch's exporter of traces; the other one fixes T, of torch.nn's too."""
     runtime = pytest.importorskip("onnxruntime")
     module, file = make(cls).eval(), io.BytesIO()
     example = torch.randn(7, 3, INPUT_SIZE)

@@ -92,17 +92,24 @@ def test_ppo_resets(example, tmp_path, capsys):
     assert sum(returns[-3:]) > 2.7
 
 
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_gradient_penalty(example, cell, tmp_path, capsys):
-    argv = ["--steps", "12", "--hidden", "16", "--batch", "16", "--updates", "60", "--cell", cell]
-    module = example("gradient_penalty")
-    assert module.main([*argv, "--stock", "--out", str(tmp_path)]) == 0
-    assert "loss curves agree" in capsys.readouterr().out
+SMALL_GAN = ["--steps", "8", "--hidden", "12", "--batch", "16", "--lr", "5e-3"]
+
+
+def test_gradient_penalty(example, tmp_path):
+    argv = [*SMALL_GAN, "--updates", "80", "--out", str(tmp_path)]
+    assert example("gradient_penalty").main(argv) == 0
     figures = read(tmp_path, "gradient_penalty")
     norm, distance = (torch.tensor(figures[name]) for name in ("norm", "distance"))
-    print(norm, distance)
-    assert abs(norm[-20:].mean() - 1) < 0.15
-    assert distance[-10:].mean() < 0.6 * distance.max()
+    assert norm[:8].mean() < 0.7
+    assert abs(norm[-16:].mean() - 1) < 0.15
+    assert distance[-16:].mean() < 0.6 * distance.max()
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_gradient_penalty_as_torch(example, cell, capsys):
+    argv = [*SMALL_GAN, "--updates", "3", "--cell", cell, "--stock"]
+    assert example("gradient_penalty").main(argv) == 0
+    assert "loss curves agree" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
@@ -133,20 +140,35 @@ def test_train_ddp(options, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     figures = read(tmp_path, "train_ddp")
-    assert figures["kept"] == (1753 if options else 3473)  # half of it, rounded up
+    assert figures["kept"] == (1713 if options else 3409)  # half of each, rounded up
     first, last = (sum(part) / 5 for part in (figures["losses"][:5], figures["losses"][-5:]))
-    print(first, last)
     assert last < first / 4
 
 
-def test_long_sequence(example, tmp_path, capsys):
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_long_sequence(example, tmp_path, monkeypatch):
+    module = example("long_sequence")
+    # Processes of their own would take longer than all the rest. What they print is not looked at.
+    monkeypatch.setattr(
+        module.subprocess, "check_output", lambda *_, **__: '{"MiB": 0, "seconds": 0}'
+    )
     argv = ["--steps", "1000", "--memory", "20", "--hidden", "16", "--batch", "8", "--lr", "5e-3"]
     argv += ["--chunk", "100", "--updates", "25", "--out", str(tmp_path)]
-    assert example("long_sequence").main(argv) == 0
+    assert module.main(argv) == 0
     figures = read(tmp_path, "long_sequence")
     assert figures["table"].keys() == {"torch.nn", "plain", "True", "100"}
     assert sum(figures["losses"][:3]) > 2.4
     assert sum(figures["losses"][-3:]) < 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_long_sequence_takes_less_memory_in_chunks():
+    used = []
+    for way in ("plain", "250"):
+        command = [sys.executable, str(EXAMPLES / "long_sequence.py"), "--steps", "20000"]
+        printed = subprocess.check_output([*command, "--measure", way], text=True, timeout=300)
+        used.append(json.loads(printed)["MiB"])
+    assert used[1] < used[0] / 2
 
 
 def test_a_wrong_gradient_fails_the_comparison(example, monkeypatch, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -258,6 +259,14 @@ def test_docstring(name):
 )
 def test_public_names_have_an_example_that_runs(name):
     assert ">>> " in inspect.getdoc(getattr(fastrnn, name))
+
+
+def test_readme_features_are_tests():
+    """Every *yes* of ours in the table of features is a test that exists."""
+    rows = re.findall(r"\[yes\]\((\S+) \"(\w+)\"\) \|\n", (ROOT / "README.md").read_text())
+    assert len(rows) > 20
+    for path, name in rows:
+        assert f"def {name}(" in (ROOT / path).read_text(), (path, name)
 
 
 def test_readme_python_runs():
