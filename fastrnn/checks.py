@@ -93,8 +93,8 @@ def probability(name: str, value: float) -> float:
     ValueError
         If it is not between 0 and 1.
     """
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value}")
+    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
     return value
 
 
@@ -119,13 +119,15 @@ def zoneout_rates(
     ValueError
         If it is not a probability, or one for each state.
     """
-    if isinstance(zoneout, Sequence) and len(zoneout) != n_states:
+    if not isinstance(zoneout, (tuple, list)):
+        return probability("zoneout", zoneout)  # type: ignore[arg-type]
+    if len(zoneout) != n_states:
         raise ValueError(
             f"zoneout of {cell} must be a number or {n_states} numbers, got {len(zoneout)}"
         )
-    for zone in zoneout if isinstance(zoneout, Sequence) else [zoneout]:
+    for zone in zoneout:
         probability("zoneout", zone)
-    return zoneout
+    return zoneout if any(zoneout) else 0.0
 
 
 def check_options(cell: str, options: Options, input: Tensor, steps: int, batch: int) -> None:
@@ -187,8 +189,13 @@ def reset_states(
         return []
     if options.reset is None:
         raise ValueError("reset_state was given without reset")
+    if isinstance(options.reset_state, Tensor):
+        raise ValueError(f"reset_state of {cell} must be a tuple of {len(shapes)}, got a tensor")
     state = list(options.reset_state)
     check_count(cell, cell, state)
+    for k, part in enumerate(state):
+        if not isinstance(part, Tensor):
+            raise ValueError(f"reset_state[{k}] must be a tensor, got {type(part).__name__}")
     for k, (part, (count, batch, width)) in enumerate(zip(state, shapes, strict=True)):
         if part.shape not in ((count, batch, width), (count, 1, width)):
             raise ValueError(
@@ -286,4 +293,5 @@ def can_look(tensor: Tensor) -> bool:
     -------
     bool
     """
-    return tensor.is_cpu and not torch.compiler.is_compiling() and not ops.transformed()
+    is_traced = torch.compiler.is_compiling() or torch._C._is_tracing() or ops.transformed()
+    return tensor.is_cpu and not is_traced

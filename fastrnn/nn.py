@@ -266,7 +266,7 @@ class _Layers(_torch.RNNBase):
         batched = input.dim() == 3
         batch_dim = 0 if self.batch_first else 1
         if hx is not None:
-            _check_state_dims(hx, batched)
+            _check_state_dims(hx, batched, self._is_paired)
         if not batched:
             input = input.unsqueeze(batch_dim)
             hx = hx if hx is None else _map(lambda part: part.unsqueeze(1), hx)
@@ -377,23 +377,24 @@ def _run_packed(module: Any, packed: PackedSequence, hx: Any, given: dict[str, A
     data, batch_sizes, sorted_indices, unsorted_indices = packed
     if hx is not None:
         hx = module.permute_hidden(hx, sorted_indices)
-    reset, reset_state = given.get("reset"), given.get("reset_state")
-    if isinstance(reset, PackedSequence):
-        reset, _ = pad_packed_sequence(reset, total_length=len(batch_sizes))
-    elif reset is not None and module.batch_first:
-        reset = reset.transpose(0, 1)
-    if reset is not None and sorted_indices is not None:
-        given["reset"] = reset.index_select(1, sorted_indices)
-    elif reset is not None:
-        given["reset"] = reset
+    steps, batch = len(batch_sizes), int(batch_sizes[0])
 
-    def sort(part: Tensor) -> Tensor:
-        if sorted_indices is None or part.shape[1] == 1:  # one state for all rows
+    def sort(part: Any, dims: int) -> Any:
+        # What has another batch is refused later, in words.
+        fits = isinstance(part, Tensor) and part.dim() == dims and part.shape[1] == batch
+        if sorted_indices is None or not fits:
             return part
         return part.index_select(1, sorted_indices)
 
-    if reset_state is not None:
-        given["reset_state"] = _map(sort, reset_state)
+    if given.get("reset") is not None:
+        reset = given["reset"]
+        if isinstance(reset, PackedSequence):
+            reset, _ = pad_packed_sequence(reset, total_length=max(steps, len(reset.batch_sizes)))
+        elif module.batch_first and isinstance(reset, Tensor):
+            reset = reset.transpose(0, -1)
+        given["reset"] = sort(reset, 2)
+    if given.get("reset_state") is not None:
+        given["reset_state"] = _map(lambda part: sort(part, 3), given["reset_state"])
     output, hidden, *states = _run(module, data, hx, batch_sizes, given)
     if unsorted_indices is not None:
         states = [_map_states(lambda s: s.index_select(2, unsorted_indices), s) for s in states]
@@ -411,10 +412,10 @@ def _add_batch(given: dict[str, Any], batch_dim: int) -> None:
             given[name] = torch.tensor([value])
         elif name == "lengths":
             given[name] = value.reshape(1) if value.dim() == 0 else value
-        elif name == "reset":
-            given[name] = value.unsqueeze(batch_dim)
-        else:
+        elif name == "reset_state":
             given[name] = _map(lambda part: part.unsqueeze(1), value)
+        elif isinstance(value, Tensor):
+            given[name] = value.unsqueeze(batch_dim)
 
 
 def _map_states(function: Callable[[Tensor], Tensor], states: States) -> States:
@@ -465,7 +466,7 @@ def _states(hx: Any) -> Sequence[Any]:
     return () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
 
 
-def _check_state_dims(hx: Any, batched: bool) -> None:
+def _check_state_dims(hx: Any, batched: bool, paired: bool) -> None:
     kind, dims = ("batched 3-D", 3) if batched else ("unbatched 2-D", 2)
     if isinstance(hx, Tensor):
         if hx.dim() != dims:
@@ -473,6 +474,8 @@ def _check_state_dims(hx: Any, batched: bool) -> None:
                 f"For {kind} input, hx should also be {dims}-D but got {hx.dim()}-D tensor"
             )
         return
+    if not paired:
+        raise TypeError(f"hx must be a tensor, got {type(hx).__name__}")
     # An LSTM's tuple of one is an IndexError, as in torch.nn.
     found = [part.dim() for part in (hx[0], hx[1], *hx[2:])]
     if any(count != dims for count in found):

@@ -447,7 +447,8 @@ def layer(
         save = cpu.STATES if recompute else cpu.ALL
     arguments = (cell, x, state, weights, batch_sizes, bidirectional)
     if transform() == "func" and not torch.compiler.is_compiling():
-        return transforms.layer(*arguments, flow, traced)
+        # Who will be asked for gradients is not known here.
+        return transforms.layer(*arguments, flow, cpu.STATES if recompute else cpu.ALL, traced)
     if not is_plain(x, *state, *weights, *flow.fresh):
         y, final, traces, _ = torch.ops.fastrnn.layer(*arguments, *flow, save, traced)
     elif save == cpu.NOTHING:

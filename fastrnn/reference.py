@@ -192,11 +192,11 @@ def watch(record: list[State]) -> Iterator[None]:
         Each step appends its new state, a tuple of Tensor of shape (B, P) and (B, H): of one call
         after another, in it of one direction after another, in the order of the walk.
     """
-    _watching.record = record
+    before, _watching.record = _watching.record, record
     try:
         yield
     finally:
-        _watching.record = None
+        _watching.record = before
 
 
 def _with_rest(new: State, old: State) -> State:

@@ -92,6 +92,7 @@ def sequence(
                 [w.to(compute) for w in weights],
                 options._replace(reset_state=[part.to(compute) for part in fresh] or None),
             )
+        states = [part._replace(h=part.h.to(of_h)) for part in states]
         return output.to(of_h), [final[0].to(of_h), *final[1:]], *states
 
     is_marked, is_noisy = options.is_marked, options.is_noisy
@@ -294,11 +295,12 @@ def flow_of(
             state = [part.masked_fill(wrong[:, None], float("nan")) for part in state]
     marks = flows.make_marks(steps, batch, directions, x.device, lengths, reset, options.bptt)
     noise: list[Tensor] = []
+    like: dict[str, Any] = {"dtype": x.dtype, "device": x.device}  # not `x`, which may be mapped
     if options.is_noisy:
         p = options.recurrent_dropout if options.training else 0.0
-        noise.append(torch.dropout(x.new_ones(shapes[0]), p, True) if p else x.new_empty(0))
+        noise.append(torch.dropout(torch.ones(shapes[0], **like), p, True) if p else x.new_empty(0))
         for zone, (count, _, width) in zip(options.zones(len(shapes)), shapes, strict=True):
-            keep = x.new_full((), zone).expand(count, steps, batch, width)
+            keep = torch.full((), zone, **like).expand(count, steps, batch, width)
             if not zone:
                 keep = x.new_empty(0)
             elif options.training:

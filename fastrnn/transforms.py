@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import reference
 from .flow import Flow
 
 
@@ -25,6 +25,7 @@ class _Call(NamedTuple):
 
     cell: str
     bidirectional: bool
+    save: int
     traced: bool
     counts: tuple[int, ...]  # state, weights, fresh, noise
 
@@ -85,6 +86,7 @@ def layer(
     batch_sizes: Tensor | None,
     bidirectional: bool,
     flow: Flow,
+    save: int,
     traced: bool,
 ) -> reference.Result:
     """``reference.layer`` inside of ``torch.func`` transforms.
@@ -93,6 +95,8 @@ def layer(
     ----------
     cell, x, state, weights, batch_sizes, bidirectional, flow
         As there.
+    save : int
+        What to keep for backward.
     traced : bool
         Whether to return traces.
 
@@ -101,9 +105,9 @@ def layer(
     Result
     """
     counts = tuple(len(part) for part in (state, weights, flow.fresh, flow.noise))
-    call = _Call(cell, bidirectional, traced, counts)
+    call = _Call(cell, bidirectional, save, traced, counts)
     arguments = _Arguments(x, flow.marks, batch_sizes, state, weights, flow.fresh, flow.noise)
-    y, *others = _Layer.apply(call, 0, *arguments.flat())
+    y, *others = _Layer.apply(call, *arguments.flat())
     n_states = reference.CELLS[cell].n_states
     n_traces = n_states - 1 if traced else 0
     return reference.Result(y, others[:n_states], others[n_states : n_states + n_traces])
@@ -116,15 +120,15 @@ class _Layer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(call, folded, *tensors):
+    def forward(call, *tensors):
         arguments = _Arguments.of(call, tensors).for_operator(call.bidirectional)
-        outputs = torch.ops.fastrnn.layer(call.cell, *arguments, cpu.ALL, call.traced)
+        outputs = torch.ops.fastrnn.layer(call.cell, *arguments, call.save, call.traced)
         y, final, traces, saved = outputs
         return y, *final, *traces, *saved
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.call, _, *tensors = inputs
+        ctx.call, *tensors = inputs
         n_states = reference.CELLS[ctx.call.cell].n_states
         ctx.n_results = 1 + n_states + (n_states - 1 if ctx.call.traced else 0)
         saved = output[ctx.n_results :]
@@ -148,15 +152,15 @@ class _Layer(torch.autograd.Function):
         dx, *rest = _Backward.apply(
             ctx.call, numbers, 0, *cotangents, *tensors[count:], *arguments.flat()
         )
-        return None, None, dx, None, None, *rest, *[None] * len(arguments.noise)
+        return None, dx, None, None, *rest, *[None] * len(arguments.noise)
 
     @staticmethod
-    def vmap(info, in_dims, call, folded, *tensors):
+    def vmap(info, in_dims, call, *tensors):
         arguments = _Arguments.of(call, tensors)
-        if _needs_loop(call, in_dims[2:]):
-            return _loop(info, in_dims[2:], tensors, lambda *part: _Layer.apply(call, 0, *part))
-        parts = _fold(info.batch_size, tensors, in_dims[2:], _batch_dims(arguments))
-        outputs = _Layer.apply(call, folded + 1, *parts)
+        if _needs_loop(call, in_dims[1:]):
+            return _loop(info, in_dims[1:], tensors, lambda *part: _Layer.apply(call, *part))
+        parts = _fold(info.batch_size, tensors, in_dims[1:], _batch_dims(arguments))
+        outputs = _Layer.apply(call, *parts)
         n_states = reference.CELLS[call.cell].n_states
         n_results = 1 + n_states + (n_states - 1 if call.traced else 0)
         results = [part.unflatten(1, (info.batch_size, -1)) for part in outputs[:n_results]]

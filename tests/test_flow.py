@@ -451,3 +451,70 @@ def test_outputs_do_not_share_memory():
     y, hx, states = lstm(x, return_states=True, lengths=torch.tensor([1, 1]))
     pointers = [t.untyped_storage().data_ptr() for t in (y, *hx, states.h, states.c)]
     assert all(a != b for a, b in itertools.combinations(pointers, 2))
+
+
+def test_a_packed_batch_is_checked_before_it_is_sorted():
+    gru, x = fastrnn.GRU(3, 5, batch_first=True), torch.randn(3, 6, 3)
+    packed = pack_padded_sequence(
+        x, torch.tensor([2, 6, 4]), batch_first=True, enforce_sorted=False
+    )
+    for rows in (2, 5):
+        with pytest.raises(
+            ValueError, match=rf"reset must be of shape \(6, 3\), got \(6, {rows}\)"
+        ):
+            gru(packed, reset=torch.zeros(rows, 6, dtype=torch.bool))
+    reset = torch.zeros(3, 6, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"reset_state\[0\] must be of shape"):
+        gru(packed, reset=reset, reset_state=torch.zeros(1, 4, 5))
+    for call in (
+        lambda: gru(packed, reset=reset.tolist()),
+        lambda: gru(x[0], reset=reset[0].tolist()),
+    ):
+        with pytest.raises(ValueError, match=r"tensor of torch\.bool, got list"):
+            call()
+    state = torch.zeros(1, 3, 5)
+    with pytest.raises(ValueError, match=r"reset_state\[0\] must be a tensor, got tuple"):
+        gru(x, reset=reset, reset_state=(state,))
+    with pytest.raises(ValueError, match="reset_state of lstm must be a tuple of 2, got a tensor"):
+        fastrnn.LSTM(3, 5, batch_first=True)(x, reset=reset, reset_state=state)
+    for rate in ("x", -0.1, (0.1, 2.0)):
+        with pytest.raises(ValueError, match="zoneout"):
+            fastrnn.GRU(3, 5, zoneout=rate)
+    assert fastrnn.LSTM(3, 5, zoneout=(0.0, 0.0)).to_torch()
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.trace.*:DeprecationWarning")
+def test_a_traced_call_does_not_trust_its_example():
+    gru, x = fastrnn.GRU(3, 5), torch.randn(4, 2, 3)
+    traced = torch.jit.trace(
+        lambda x, lengths: gru(x, lengths=lengths)[0], (x, torch.tensor([4, 2])), check_trace=False
+    )
+    torch.testing.assert_close(
+        traced(x, torch.tensor([1, 4])), gru(x, lengths=torch.tensor([1, 4]))[0]
+    )
+    assert traced(x, torch.tensor([5, -1])).isnan().all()
+
+
+def test_states_under_autocast_have_the_dtype_of_h():
+    lstm = fastrnn.LSTM(3, 5, proj_size=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, (h, _), states = lstm(torch.randn(4, 2, 3), return_states=True)
+    assert y.dtype == h.dtype == states.h.dtype
+
+
+def test_zoneout_of_one_mask_for_all_that_are_mapped():
+    gru, x = fastrnn.GRU(3, 5, zoneout=0.5, recurrent_dropout=0.5), torch.randn(4, 2, 3)
+    y = torch.func.vmap(lambda x: gru(x)[0], randomness="same")(torch.stack([x, x]))
+    assert torch.equal(y[0], y[1])
+    y = torch.func.vmap(lambda x: gru(x)[0], randomness="different")(torch.stack([x, x]))
+    assert not torch.equal(y[0], y[1])
+
+
+def test_recompute_inside_of_transforms():
+    gru, x = fastrnn.GRU(3, 5, dtype=torch.float64), torch.randn(6, 2, 3, dtype=torch.float64)
+    grads = [
+        torch.func.grad(lambda x, k=k: gru(x, recompute=k)[0].square().sum())(x)
+        for k in (False, True, 2)
+    ]
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0])
