@@ -233,7 +233,7 @@ def test_ahead_of_time(tmp_path: Any) -> None:
     check_on_other_sizes(torch._inductor.aoti_load_package(path), net)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore")  # of torch's exporter
 @pytest.mark.parametrize("cls", CLASSES)
 def test_onnx(cls: Any) -> None:
     """With any T and B, by torch's exporter of traces; the other one fixes T, of torch.nn's too."""

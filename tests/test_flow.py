@@ -483,7 +483,7 @@ def test_a_packed_batch_is_checked_before_it_is_sorted():
     assert fastrnn.LSTM(3, 5, zoneout=(0.0, 0.0)).to_torch()
 
 
-@pytest.mark.filterwarnings("ignore:.*jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")
 def test_a_traced_call_does_not_trust_its_example():
     gru, x = fastrnn.GRU(3, 5), torch.randn(4, 2, 3)
     traced = torch.jit.trace(
