@@ -338,8 +338,11 @@ class _Writer(Writer):
                 with code.when(ends.equals(0)):
                     at = row
                     for k, address in enumerate((a.dy, a.dc)[: self.cell.n_states]):
-                        of_step = address + (at * a.pitch + column)
-                        d[k] = d[k] + code.load(of_step, valid.where(0, address.is_given))
+                        # Not a load without lanes: from a null address that takes long.
+                        given = Variable(code.zeros())
+                        with code.when(address.is_given):
+                            given.set(code.load(address + (at * a.pitch + column), valid))
+                        d[k] = d[k] + given.get()
                     inside = b < earlier_rows
                     known = valid.where(0, inside | a.h_0.is_given | is_fresh)
                     h_before = a.h + ((earlier + b) * a.pitch + column)
