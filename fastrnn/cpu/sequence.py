@@ -339,10 +339,10 @@ class _Writer(Writer):
                     at = row
                     for k, address in enumerate((a.dy, a.dc)[: self.cell.n_states]):
                         # Not a load without lanes: from a null address that takes long.
-                        given = Variable(code.zeros())
+                        of_step = Variable(code.zeros())
                         with code.when(address.is_given):
-                            given.set(code.load(address + (at * a.pitch + column), valid))
-                        d[k] = d[k] + given.get()
+                            of_step.set(code.load(address + (at * a.pitch + column), valid))
+                        d[k] = d[k] + of_step.get()
                     inside = b < earlier_rows
                     known = valid.where(0, inside | a.h_0.is_given | is_fresh)
                     h_before = a.h + ((earlier + b) * a.pitch + column)
