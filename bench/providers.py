@@ -141,7 +141,8 @@ def _build_compiled(case: Case, baseline: torch.nn.Module, inputs: Tensors) -> B
     unrolled = max(n for n in range(1, _MAX_UNROLLED + 1) if case.steps % n == 0)
 
     def some_steps(x: Tensor, state: list[Tensor], weights: list[Tensor]) -> Any:
-        return reference.layer(cell, x, state, weights)
+        y, final, _ = reference.layer(cell, x, state, weights)
+        return y, final
 
     def one_step(x: Tensor, state: list[Tensor], weights: list[Tensor]) -> Any:
         return reference.cell_step(cell, x, state, weights)

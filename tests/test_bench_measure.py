@@ -203,9 +203,9 @@ def test_schedules_on_a_gpu(monkeypatch):
     assert not providers.is_repeated("fastrnn:stepwise", plan, case)
     assert PROVIDERS["fastrnn:stepwise"].gap(case, CUDA) is None
     assert "no resident schedule" in PROVIDERS["fastrnn:resident"].gap(case, CUDA)
-    packed = problem._replace(packed=True)
-    monkeypatch.setattr(providers, "problem_of", lambda case, device: packed)
-    assert "different lengths" in PROVIDERS["fastrnn:stepwise"].gap(case, CUDA)
+    projected = problem._replace(projected=True)
+    monkeypatch.setattr(providers, "problem_of", lambda case, device: projected)
+    assert "projections" in PROVIDERS["fastrnn:stepwise"].gap(case, CUDA)
 
 
 @pytest.mark.parametrize(
