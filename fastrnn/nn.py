@@ -266,7 +266,7 @@ class _Layers(_torch.RNNBase):
         batched = input.dim() == 3
         batch_dim = 0 if self.batch_first else 1
         if hx is not None:
-            _check_state_dims(hx, batched, self._is_paired)
+            _check_state_dims(self, hx, batched)
         if not batched:
             input = input.unsqueeze(batch_dim)
             hx = hx if hx is None else _map(lambda part: part.unsqueeze(1), hx)
@@ -466,7 +466,7 @@ def _states(hx: Any) -> Sequence[Any]:
     return () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
 
 
-def _check_state_dims(hx: Any, batched: bool, paired: bool) -> None:
+def _check_state_dims(module: Any, hx: Any, batched: bool) -> None:
     kind, dims = ("batched 3-D", 3) if batched else ("unbatched 2-D", 2)
     if isinstance(hx, Tensor):
         if hx.dim() != dims:
@@ -474,8 +474,9 @@ def _check_state_dims(hx: Any, batched: bool, paired: bool) -> None:
                 f"For {kind} input, hx should also be {dims}-D but got {hx.dim()}-D tensor"
             )
         return
-    if not paired:
-        raise TypeError(f"hx must be a tensor, got {type(hx).__name__}")
+    if not module._is_paired:
+        name = type(module).__name__
+        raise TypeError(f"hx of {name} must be a tensor, got {type(hx).__name__}")
     # An LSTM's tuple of one is an IndexError, as in torch.nn.
     found = [part.dim() for part in (hx[0], hx[1], *hx[2:])]
     if any(count != dims for count in found):
