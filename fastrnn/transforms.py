@@ -29,6 +29,12 @@ class _Call(NamedTuple):
     traced: bool
     counts: tuple[int, ...]  # state, weights, fresh, noise
 
+    @property
+    def n_results(self) -> int:
+        """How many results there are: y, the final states, the traces."""
+        n_states = reference.CELLS[self.cell].n_states
+        return 1 + n_states + (n_states - 1 if self.traced else 0)
+
 
 class _Arguments(NamedTuple):
     """The tensors of a call; those that may be mapped over without a loop have a batch."""
@@ -109,8 +115,7 @@ def layer(
     arguments = _Arguments(x, flow.marks, batch_sizes, state, weights, flow.fresh, flow.noise)
     y, *others = _Layer.apply(call, *arguments.flat())
     n_states = reference.CELLS[cell].n_states
-    n_traces = n_states - 1 if traced else 0
-    return reference.Result(y, others[:n_states], others[n_states : n_states + n_traces])
+    return reference.Result(y, others[:n_states], others[n_states : call.n_results - 1])
 
 
 class _Layer(torch.autograd.Function):
@@ -129,8 +134,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.call, *tensors = inputs
-        n_states = reference.CELLS[ctx.call.cell].n_states
-        ctx.n_results = 1 + n_states + (n_states - 1 if ctx.call.traced else 0)
+        ctx.n_results = ctx.call.n_results
         saved = output[ctx.n_results :]
         ctx.mark_non_differentiable(*saved)
         # On a GPU backward needs the output too.
@@ -161,8 +165,7 @@ class _Layer(torch.autograd.Function):
             return _loop(info, in_dims[1:], tensors, lambda *part: _Layer.apply(call, *part))
         parts = _fold(info.batch_size, tensors, in_dims[1:], _batch_dims(arguments))
         outputs = _Layer.apply(call, *parts)
-        n_states = reference.CELLS[call.cell].n_states
-        n_results = 1 + n_states + (n_states - 1 if call.traced else 0)
+        n_results = call.n_results
         results = [part.unflatten(1, (info.batch_size, -1)) for part in outputs[:n_results]]
         saved = outputs[n_results:]
         return (*results, *saved), (*[1] * n_results, *[None] * len(saved))
