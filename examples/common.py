@@ -1,40 +1,48 @@
-"""What the examples share: options, a clock, and whether two runs had the same loss curve."""
+"""What the examples share: options, training beside torch.nn, results, pictures."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+import fastrnn
+from fastrnn.bench.environment import environment
+
+# A training yields its loss after each update; what it returns are the figures of the result.
+Training = Generator[Tensor, None, dict[str, Any]]
+Runs = dict[str, dict[str, Any]]  # figures by variant, then library
+COLOURS = {"rnn": "tab:orange", "gru": "tab:green", "lstm": "tab:blue"}
+HELP = {
+    "updates": "steps of the optimizer",
+    "batch": "sequences in a batch",
+    "hidden": "units of each recurrent layer",
+    "lr": "learning rate",
+    "clip": "largest norm of the gradient",
+}
+POINTS = 200  # of a loss curve in a file of results
+_NUMBERS = re.compile(r"\[[-+.,\sEe\dNaInfity]*\]")
 
 
-@dataclass
-class Run:
-    """What one training run leaves behind.
+def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with what every example takes, and an option of its own for each default.
 
-    Attributes
-    ----------
-    losses : list of float
-        Training loss of every optimizer step.
-    validation : list of float
-        Validation figure after every epoch.
-    seconds : float
-        Time spent in training, validation not counted.
+    A default is a number or a string, or a pair of that and a text of help.
     """
-
-    losses: list[float] = field(default_factory=list)
-    validation: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser that shows the first line of a docstring, and has what every example takes."""
     made = argparse.ArgumentParser(
         description=(doc or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -42,14 +50,189 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--device", default="cpu", help="cpu or cuda")
     made.add_argument("--out", type=Path, help="folder for the figures as JSON")
+    for name, given in defaults.items():
+        default, text = given if isinstance(given, tuple) else (given, HELP.get(name))
+        made.add_argument(f"--{name}", type=type(default), default=default, help=text or " ")
     return made
 
 
+def trainer(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """The parser of an example that ends in `run`."""
+    made = parser(doc, **defaults)
+    made.add_argument(
+        "--stock", action="store_true", help="train with torch.nn too; exit 1 if losses differ"
+    )
+    made.add_argument("--plot", action="store_true", help="draw NAME.png in --out, or examples/out")
+    return made
+
+
+def update(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float) -> Tensor:
+    """One step of the optimizer, after cutting the gradient to the norm `clip`."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
+    optimizer.step()
+    return loss.detach()
+
+
+def batches(count: int, args: argparse.Namespace) -> Iterator[Tensor]:
+    """Indices below `count` for each update: a random order, and another one after the last."""
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(args.updates):
+        if len(order) < args.batch:
+            again = -(-args.batch // count)
+            order = torch.cat([order, *(torch.randperm(count) for _ in range(again))])
+        yield order[: args.batch].to(args.device)
+        order = order[args.batch :]
+
+
+class Lane:
+    """A training that goes on update by update, with a clock and random numbers of its own."""
+
+    def __init__(self, training: Training, args: argparse.Namespace) -> None:
+        self.training, self.device = training, args.device
+        self.random = torch.Generator().manual_seed(args.seed).get_state()
+        self.losses: list[Tensor] = []
+        self.seconds: list[float] = []
+        self.figures: dict[str, Any] | None = None
+
+    def advance(self) -> None:
+        """Go on to the next loss, or to the figures."""
+        others = torch.get_rng_state()
+        torch.set_rng_state(self.random)
+        start = now(self.device)
+        try:
+            self.losses.append(next(self.training))
+            self.seconds.append(now(self.device) - start)
+        except StopIteration as stop:
+            self.figures = stop.value
+        self.random = torch.get_rng_state()
+        torch.set_rng_state(others)
+
+    def result(self) -> dict[str, Any]:
+        losses = torch.stack(self.losses).double().cpu()
+        points = [part.mean().item() for part in losses.tensor_split(min(POINTS, len(losses)))]
+        times = {"seconds": sum(self.seconds), "step": median(self.seconds)}
+        return {**(self.figures or {}), **times, "losses": points}
+
+
+def run(
+    example: str,
+    args: argparse.Namespace,
+    train: Callable[[Any, str, argparse.Namespace], Training],
+    variants: Sequence[str],
+    draw: Callable[[Runs], Figure] | None = None,
+    **tolerances: float,
+) -> int:
+    """Train every variant, with --stock beside torch.nn; print, save and draw what came out.
+
+    Parameters
+    ----------
+    example : str
+        The ``__file__`` of the example.
+    args : argparse.Namespace
+        Options, those of `trainer` among them.
+    train : callable
+        ``train(library, variant, args)`` begins a training with the layers of `library`, which
+        is fastrnn or torch.nn. Both start from the same seed and take turns update by update,
+        so that whatever else the machine does slows both.
+    variants : sequence of str
+        What the example compares: cells, numbers of layers, and the like.
+    draw : callable, optional
+        Makes a picture of all figures.
+    tolerances : float
+        For `same_curve`.
+
+    Returns
+    -------
+    int
+        Exit status: 1 if a loss curve differs from that of torch.nn.
+    """
+    _warm_up()
+    runs: Runs = {}
+    agreement = {}
+    for variant in variants:
+        lanes = {
+            library.__name__: Lane(train(library, variant, args), args)
+            for library in ([fastrnn, torch.nn] if args.stock else [fastrnn])
+        }
+        with tqdm(total=args.updates, desc=variant, disable=None) as bar:
+            while any(lane.figures is None for lane in lanes.values()):
+                for lane in lanes.values():
+                    lane.advance()
+                if lane.figures is None:
+                    bar.update()
+                    if bar.n % 20 == 0:  # reading the loss waits for the device, so not every time
+                        bar.set_postfix(loss=f"{lane.losses[-1].item():.4g}")
+        runs[variant] = {library: lane.result() for library, lane in lanes.items()}
+        for library, figures in runs[variant].items():
+            print(f"{variant}, {library}: {_in_words(figures)}")
+        if args.stock:
+            losses = [torch.stack(lane.losses).tolist() for lane in lanes.values()]
+            agreement[variant] = same_curve(*losses, **tolerances)
+    name = Path(example).stem
+    command = f"python examples/{name}.py {' '.join(sys.argv[1:])}".strip()
+    record = {
+        "environment": asdict(environment(torch.device(args.device), command)),
+        "arguments": {key: x for key, x in vars(args).items() if key not in ("out", "plot")},
+        "agreement": agreement,
+        "runs": runs,
+    }
+    save(args.out, name, record)
+    if args.plot and draw:
+        path = (args.out or Path(example).parent / "out") / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(runs).savefig(path, dpi=110)
+        print(f"picture: {path}")
+    return 0 if all(agreement.values()) else 1
+
+
+def _warm_up() -> None:
+    """The first update of a process imports much of torch; whoever came first would pay for it."""
+    linear = torch.nn.Linear(1, 1)
+    update(linear(torch.ones(1, 1)).sum(), torch.optim.Adam(linear.parameters()), 1.0)
+
+
+def _in_words(figures: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {x:.4g}" for key, x in figures.items() if isinstance(x, (int, float)))
+
+
+def in_package(package: str, path: str) -> Path:
+    """A file or folder that an installed package brings along; the package is not imported."""
+    found = find_spec(package)
+    if not (found and found.origin):
+        raise SystemExit(f"this example reads data of the package {package}: pip install {package}")
+    return Path(found.origin).parent / path
+
+
+def new_figure(
+    rows: int = 1, columns: int = 1, width: float = 9.0, height: float = 3.5, **options: Any
+) -> tuple[Figure, Any]:
+    """A figure and its axes, as matplotlib's `subplots` gives them."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, **options)
+    for one in figure.axes:
+        one.grid(alpha=0.3)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
 def save(folder: Path | None, name: str, figures: dict[str, Any]) -> None:
-    """Write figures as JSON, if a folder was asked for."""
+    """Write figures as JSON, floats to six digits, if a folder was asked for."""
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(figures, indent=1))
+        text = json.dumps(_rounded(figures), indent=1) + "\n"
+        # A list of numbers reads better in one line than in hundreds.
+        text = _NUMBERS.sub(lambda match: " ".join(match[0].split()), text)
+        (folder / f"{name}.json").write_text(text)
+
+
+def _rounded(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {key: _rounded(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_rounded(value) for value in x]
+    return float(f"{x:.6g}") if isinstance(x, float) else x
 
 
 def now(device: str) -> float:
@@ -72,8 +255,8 @@ def seconds_each(device: str, repeats: int, *functions: Callable[[], Any]) -> li
 
 
 def same_curve(
-    ours: Run,
-    stock: Run,
+    ours: list[float],
+    stock: list[float],
     *,
     first: int = 50,
     tight: float = 1e-4,
@@ -89,7 +272,7 @@ def same_curve(
     relative to the stock loss, or to `floor` where that is smaller: a loss so small that it
     is itself made of rounding errors is not worth comparing closer.
     """
-    a, b = torch.tensor(ours.losses).double(), torch.tensor(stock.losses).double()
+    a, b = torch.tensor(ours).double(), torch.tensor(stock).double()
     early = _relative(a[:first], b[:first], floor)
     tenths = [
         torch.stack([part.mean() for part in x.tensor_split(min(10, len(x)))]) for x in (a, b)
@@ -97,15 +280,13 @@ def same_curve(
     late = _relative(*tenths, floor)
     agree = early <= tight and late <= loose  # false for a loss that is not a number, too
     print(
-        f"time in training, one run after the other: fastrnn {ours.seconds:.1f} s, "
-        f"torch {stock.seconds:.1f} s (for a fair ratio: fastrnn bench)\n"
-        f"largest difference of any loss: {(a - b).abs().max().item():.1e}\n"
-        f"  first {min(first, len(a))} steps, relative: {early:.1e} (at most {tight:.0e})\n"
-        f"  mean of each tenth, relative: {late:.1e} (at most {loose:.0e})\n"
-        f"loss curves {'agree' if agree else 'DIFFER'}"
+        f"loss curves {'agree' if agree else 'DIFFER'}: "
+        f"first {min(first, len(a))} updates to {early:.1e} (at most {tight:.0e}), "
+        f"mean of each tenth to {late:.1e} "
+        f"({f'at most {loose:.0e}' if math.isfinite(loose) else 'not asked for'})"
     )
     return agree
 
 
-def _relative(a: torch.Tensor, b: torch.Tensor, floor: float) -> float:
-    return ((a - b).abs() / b.clamp(min=floor)).max().item()
+def _relative(a: Tensor, b: Tensor, floor: float) -> float:
+    return ((a - b).abs() / b.abs().clamp(min=floor)).max().item()

@@ -8,28 +8,28 @@ Many to one: the layer reads a window of 500 points and its last state gives the
 This is the network of Elman 1990 with the identity in place of tanh. A cosine sampled at
 distance d obeys x_{t+1} = 2 cos(d) x_t - x_{t-1}, so a linear recurrence is all it takes.
 
-fastrnn.RNN has nonlinearity="identity", torch.nn.RNN has not: ``--stock`` trains a loop of
-torch operations from the same seed as well, and checks that both have the same loss curve.
+fastrnn.RNN has nonlinearity="identity", torch.nn.RNN has not: beside it ``--stock`` trains
+a loop of torch operations.
 
-    python examples/forecast_cosine.py
+    python examples/forecast_cosine.py --plot
     python examples/forecast_cosine.py --stock
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from typing import Any
 
 import torch
-from common import Run, now, parser, same_curve
+from common import Runs, Training, batches, new_figure, run, trainer, update
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import linear, mse_loss
-from tqdm import tqdm
 
 import fastrnn
 
-POINTS, FIRST, LAST = 3000, 1.0, 100.0
+TIME = torch.linspace(1, 100, 3000, dtype=torch.float64)
+SERIES = TIME.cos().float()
 HELD_OUT = 500  # windows at the end, for validation
 
 
@@ -46,9 +46,9 @@ class LoopRNN(torch.nn.RNN):
 class Forecaster(torch.nn.Module):
     """Recurrent layer, then a linear layer on its last state."""
 
-    def __init__(self, stock: bool, hidden: int) -> None:
+    def __init__(self, library: Any, hidden: int) -> None:
         super().__init__()
-        if stock:
+        if library is torch.nn:
             self.recurrent = LoopRNN(1, hidden, batch_first=True)
         else:
             self.recurrent = fastrnn.RNN(1, hidden, nonlinearity="identity", batch_first=True)
@@ -59,43 +59,35 @@ class Forecaster(torch.nn.Module):
         return self.linear(last[0])
 
 
-def train(stock: bool, x: Tensor, y: Tensor, args: argparse.Namespace) -> tuple[Forecaster, Run]:
+def train(library: Any, variant: str, args: argparse.Namespace) -> Training:
     # A linear recurrence multiplies by W_hh at every step: with an eigenvalue beyond 1 the
     # state grows like its 500th power. torch's initial values put the largest near 0.58, and
     # at this learning rate training moves it to about 0.95, not across 1. From an orthogonal
     # W_hh, where all lie at 1, the first steps of Adam cross it and the loss becomes infinite.
     # Clipping keeps the large gradients of the first batches out of Adam's averages.
-    torch.manual_seed(args.seed)
-    model = Forecaster(stock, args.hidden).to(x.device)
+    windows = SERIES.to(args.device).unfold(0, args.window + 1, 1)
+    x, y = windows[:, :-1].unsqueeze(2), windows[:, -1:]
+    model = Forecaster(library, args.hidden).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    name = "torch" if stock else "fastrnn"
-    run, losses = Run(), []
-    for epoch in range(args.epochs):
-        start = now(args.device)
-        order = torch.randperm(len(x) - HELD_OUT).to(x.device)
-        for batch in tqdm(order.split(args.batch), desc=f"{name}, epoch {epoch + 1}"):
-            loss = mse_loss(model(x[batch]), y[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            optimizer.step()
-            losses.append(loss.detach())
-        run.seconds += now(args.device) - start
-        with torch.no_grad():
-            run.validation.append(mse_loss(model(x[-HELD_OUT:]), y[-HELD_OUT:]).item())
-        print(f"{name}, epoch {epoch + 1}: validation MSE {run.validation[-1]:.2e}")
-    run.losses = torch.stack(losses).tolist()
-    print(f"{name}: trained in {run.seconds:.1f} s")
-    return model, run
+    for batch in batches(len(x) - HELD_OUT, args):
+        yield update(mse_loss(model(x[batch]), y[batch]), optimizer, args.clip)
+    with torch.no_grad():
+        predicted = model(x[-HELD_OUT:])
+    last, truth = x[-HELD_OUT:, -1], y[-HELD_OUT:]
+    return {
+        "error": mse_loss(predicted, truth).sqrt().item(),
+        "error of the last point": mse_loss(last, truth).sqrt().item(),
+        "predicted": predicted.squeeze(1).tolist(),
+    }
 
 
-def plot(time: Tensor, series: Tensor, predicted: Tensor, path: Path) -> None:
+def draw(runs: Runs) -> Figure:
     """The series, the validation part at closer range, and the error there."""
-    time, series, predicted = (part.numpy() for part in (time, series, predicted))
+    time, series = TIME.numpy(), SERIES.numpy()
     held_time, truth = time[-HELD_OUT:], series[-HELD_OUT:]
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    whole, zoom, error = figure.subplots(3, 1, height_ratios=(2, 3, 2))
-    figure.suptitle("One-step forecast of a cosine by 200 linear recurrent units")
+    predicted = torch.tensor(runs["linear"]["fastrnn"]["predicted"]).numpy()
+    figure, (whole, zoom, error) = new_figure(3, height=8, height_ratios=(2, 3, 2))
+    figure.suptitle("One-step forecast of a cosine by linear recurrent units")
 
     whole.plot(time, series, color="tab:blue", linewidth=1)
     whole.axvspan(held_time[0], held_time[-1], color="tab:orange", alpha=0.25, label="validation")
@@ -113,43 +105,21 @@ def plot(time: Tensor, series: Tensor, predicted: Tensor, path: Path) -> None:
     error.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axes in (zoom, error):
         axes.set_xlim(held_time[0], held_time[-1])
-        axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    return figure
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    time = torch.linspace(FIRST, LAST, POINTS, dtype=torch.float64)
-    series = time.cos().float()
-    windows = series.to(args.device).unfold(0, args.window + 1, 1)
-    x, y = windows[:, :-1].unsqueeze(2), windows[:, -1:]
-    print(f"{len(x)} windows of {args.window} points; the last {HELD_OUT} validate")
-
-    model, ours = train(False, x, y, args)
-    with torch.no_grad():
-        predicted = model(x[-HELD_OUT:]).squeeze(1).cpu()
-    path = args.out / "forecast_cosine.png"
-    plot(time, series, predicted, path)
-    print(f"plot: {path}")
-    if args.stock:
-        # In float32 a state of 200 units predicts to about 1e-5; 1e-7 is the square of 3e-4.
-        return 0 if same_curve(ours, train(True, x, y, args)[1], floor=1e-7) else 1
-    return 0
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    options = parser(__doc__)
-    add = options.add_argument
-    add("--stock", action="store_true", help="train a torch loop too; exit 1 if losses differ")
-    add("--window", type=int, default=500, help="points read before the one predicted")
-    add("--hidden", type=int, default=200)
-    add("--batch", type=int, default=100)
-    add("--epochs", type=int, default=10)
-    add("--lr", type=float, default=1e-3)
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    options.set_defaults(out=Path(__file__).parent / "out")  # here for the plot
-    return options.parse_args(argv)
+    options = trainer(
+        __doc__,
+        updates=200,
+        window=(500, "points read before the one predicted"),
+        hidden=200,
+        batch=100,
+        lr=1e-3,
+        clip=1.0,
+    )
+    # In float32 a state of 200 units predicts to about 1e-5; 1e-7 is the square of 3e-4.
+    return run(__file__, options.parse_args(argv), train, ["linear"], draw, floor=1e-7)
 
 
 if __name__ == "__main__":

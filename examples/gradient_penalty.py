@@ -8,7 +8,7 @@ A critic f reads a sequence and gives it a number; a generator turns noise into 
 with m at a random point between a real and a generated sequence (Gulrajani et al. 2017,
 arXiv:1704.00028, algorithm 1 with its constants). The penalty is made of a gradient, so its own
 gradient passes through the backward pass of the critic. cuDNN has no second derivatives of a
-recurrent layer; torch.nn has without it, and --stock compares the losses of the first steps.
+recurrent layer; torch.nn has without it, and --stock compares the losses of the first updates.
 
 Real data: sine waves of random phase and a period of 8 to 16 steps. Both networks are a recurrent
 layer and a linear one. Printed are the mean |grad f|, which should come near 1, and
@@ -26,11 +26,9 @@ import math
 from typing import Any
 
 import torch
-from common import Run, now, parser, same_curve, save
+from common import Runs, Training, new_figure, run, trainer
+from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import trange
-
-import fastrnn
 
 NOISE, PENALTY, CRITIC_STEPS = 4, 10.0, 5
 
@@ -63,21 +61,22 @@ def gradient_norm(critic: Sequences, real: Tensor, fake: Tensor) -> Tensor:
     """|grad f| at a random point between each pair; can be differentiated again."""
     share = torch.rand_like(real[:1, :, :1])
     between = torch.lerp(fake, real, share).requires_grad_()
-    (gradient,) = torch.autograd.grad(critic(between).mean(0).sum(), between, create_graph=True)
+    with torch.backends.cudnn.flags(enabled=False):
+        judged = critic(between)
+    (gradient,) = torch.autograd.grad(judged.mean(0).sum(), between, create_graph=True)
     return gradient.square().sum((0, 2)).sqrt()
 
 
-def train(library: Any, args: argparse.Namespace) -> tuple[Run, dict[str, list[float]]]:
-    torch.manual_seed(args.seed)
-    critic = Sequences(library, args.cell, 1, args.hidden).to(args.device)
-    generator = Sequences(library, args.cell, NOISE, args.hidden).to(args.device)
+def train(library: Any, cell: str, args: argparse.Namespace) -> Training:
+    critic = Sequences(library, cell, 1, args.hidden).to(args.device)
+    generator = Sequences(library, cell, NOISE, args.hidden).to(args.device)
     optimizers = [
         torch.optim.Adam(module.parameters(), lr=args.lr, betas=(0.0, 0.9))
         for module in (critic, generator)
     ]
-    run, log = Run(), {"distance": [], "norm": []}
-    start = now(args.device)
-    for _ in trange(args.updates, desc=library.__name__):
+    distances, norms = [], []
+    for _ in range(args.updates):
+        losses = []
         for _ in range(CRITIC_STEPS):
             real = sines(args)
             with torch.no_grad():
@@ -88,42 +87,46 @@ def train(library: Any, args: argparse.Namespace) -> tuple[Run, dict[str, list[f
             optimizers[0].zero_grad()
             loss.backward()
             optimizers[0].step()
-            run.losses.append(loss.item())
+            losses.append(loss.detach())
         optimizers[1].zero_grad()
         (-critic(generator(noise(args))).mean()).backward()
         optimizers[1].step()
-        log["distance"].append(distance.item())
-        log["norm"].append(norm.mean().item())
-    run.seconds = now(args.device) - start
-    return run, log
+        distances.append(distance.item())
+        norms.append(norm.mean().item())
+        yield torch.stack(losses).mean()
+    with torch.no_grad():
+        drawn = generator(noise(args))[:, :4, 0].t().tolist()
+    return {"distance": distances, "norm": norms, "drawn": drawn}
 
 
-def tenths(values: list[float]) -> str:
-    return " ".join(f"{part.mean():.2f}" for part in torch.tensor(values).tensor_split(10))
+def draw(runs: Runs) -> Figure:
+    (of,) = runs.values()
+    figures = of["fastrnn"]
+    figure, (norm, distance, waves) = new_figure(1, 3, width=12)
+    norm.plot(figures["norm"], color="tab:blue")
+    norm.axhline(1, color="grey", linewidth=0.8)
+    norm.set(title="norm of the critic's gradient", xlabel="updates of the generator")
+    distance.plot(figures["distance"], color="tab:blue")
+    distance.set(title="estimated Wasserstein distance", xlabel="updates of the generator")
+    for wave in figures["drawn"]:
+        waves.plot(wave)
+    waves.set(title="sequences made of noise", xlabel="step")
+    return figure
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parser(__doc__)
-    add = options.add_argument
-    add("--stock", action="store_true", help="train with torch.nn too; exit 1 if losses differ")
-    add("--cell", choices=("lstm", "gru", "rnn"), default="gru")
-    add("--hidden", type=int, default=32)
-    add("--batch", type=int, default=32)
-    add("--steps", type=int, default=24, help="length of the sequences")
-    add("--updates", type=int, default=200, help="of the generator")
-    add("--lr", type=float, default=3e-3)
+    options = trainer(
+        __doc__,
+        updates=(200, "of the generator"),
+        hidden=32,
+        batch=32,
+        steps=(24, "length of the sequences"),
+        lr=3e-3,
+    )
+    options.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="gru")
     args = options.parse_args(argv)
-    run, log = train(fastrnn, args)
-    print(f"{run.seconds:.1f} s; means of each tenth of the run:")
-    print(f"  estimated distance {tenths(log['distance'])}")
-    print(f"  norm of the critic's gradient {tenths(log['norm'])}")
-    save(args.out, "gradient_penalty", {**log, "seconds": run.seconds})
-    if args.stock:
-        args.updates = min(10, args.updates)  # two networks that react to each other: chaos
-        with torch.backends.cudnn.flags(enabled=False):
-            stock, _ = train(torch.nn, args)
-        return 0 if same_curve(train(fastrnn, args)[0], stock, floor=1.0) else 1
-    return 0
+    # Two networks that react to each other: differences of rounding soon grow large.
+    return run(__file__, args, train, [args.cell], draw, first=10, floor=1.0, loose=math.inf)
 
 
 if __name__ == "__main__":

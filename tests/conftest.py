@@ -1,7 +1,11 @@
 """Settings and fixtures of all tests."""
 
+import importlib
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 # What torch's deterministic mode asks for on a GPU, before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -35,3 +39,19 @@ def _reproducible() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Import an example as running it would, with its folder first on sys.path."""
+    folder = Path(__file__).parent.parent / "examples"
+    monkeypatch.syspath_prepend(str(folder))
+    names = [path.stem for path in folder.glob("*.py")]
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # such small matrices gain nothing from more
+    yield importlib.import_module
+    torch.set_num_threads(threads)
+    for name in names:
+        sys.modules.pop(name, None)

@@ -1,0 +1,104 @@
+"""Stacked recurrent layers: the character model with one to four of them.
+
+Deep RNN: the output of a layer is the input of the layer above it, each with a state of its own.
+
+    h^l_t = LSTM_l(h^{l-1}_t, h^l_{t-1})      l = 1 ... L,  h^0_t = E[x_t]
+    p(x_{t+1}) = softmax(W h^L_t + b)
+
+This is the stack of Graves 2013, arXiv:1308.0850, without his connections that skip layers;
+Pascanu et al. 2013, arXiv:1312.6026, ask what depth is good for. More layers of the same width are
+also more parameters, so that a comparison at equal width says little: here the width shrinks with
+the depth, and the recurrent layers of all models have about the same number of parameters.
+Deeper models need more steps one after the other, which is part of the result.
+
+    python examples/stacked_layers.py --plot
+    python examples/stacked_layers.py --cell gru --hidden 256
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import char_lm
+from common import COLOURS, Runs, Training, new_figure, run, trainer
+from matplotlib.figure import Figure
+
+GATES = {"rnn": 1, "gru": 3, "lstm": 4}  # rows of the weights, in units of the width
+DEPTHS = {"1 layer": 1, "2 layers": 2, "3 layers": 3, "4 layers": 4}
+
+
+def parameters(cell: str, embedding: int, hidden: int, layers: int) -> int:
+    """Of all recurrent layers: two weights and two biases each."""
+    inputs = embedding + (layers - 1) * hidden
+    return GATES[cell] * hidden * (inputs + layers * (hidden + 2))
+
+
+def width(layers: int, args: argparse.Namespace) -> int:
+    """The largest width, in eights, with no more parameters than one layer of --hidden units."""
+    allowed = parameters(args.cell, args.embedding, args.hidden, 1)
+    fits = (
+        hidden
+        for hidden in range(args.hidden, 8, -8)
+        if parameters(args.cell, args.embedding, hidden, layers) <= allowed
+    )
+    return next(fits, 8)
+
+
+def train(library: Any, variant: str, args: argparse.Namespace) -> Training:
+    layers = DEPTHS[variant]
+    hidden = width(layers, args)
+    shape = {"layers": layers, "hidden": hidden, "prompt": "The ", "length": 0, "temperature": 1.0}
+    figures = yield from char_lm.train(library, args.cell, argparse.Namespace(**vars(args) | shape))
+    return {
+        "perplexity": figures["perplexity"],
+        "width": hidden,
+        "parameters": parameters(args.cell, args.embedding, hidden, layers),
+    }
+
+
+def draw(runs: Runs) -> Figure:
+    figure, (curves, quality, cost) = new_figure(1, 3, width=12)
+    figure.suptitle("Next character by stacked layers of about equally many parameters")
+    shades = [0.35, 0.55, 0.75, 1.0]
+    for (variant, of), shade in zip(runs.items(), shades, strict=False):
+        losses = of["fastrnn"]["losses"]
+        share = [100 * i / (len(losses) - 1) for i in range(len(losses))]
+        label = f"{variant} of {of['fastrnn']['width']}"
+        curves.plot(share, losses, color=COLOURS["lstm"], alpha=shade, label=label)
+    curves.set(title="training", xlabel="% of training", ylabel="loss", ylim=(1.0, 3.5))
+    curves.legend()
+
+    layers = [str(DEPTHS[variant]) for variant in runs]
+    found = [of["fastrnn"]["perplexity"] for of in runs.values()]
+    quality.bar_label(quality.bar(layers, found, color=COLOURS["lstm"]), fmt="%.2f")
+    quality.set(title="perplexity on text not trained on", xlabel="layers", ylim=(1, None))
+
+    for library, colour in (("torch.nn", "tab:grey"), ("fastrnn", COLOURS["lstm"])):
+        times = [of[library]["step"] * 1e3 for of in runs.values() if library in of]
+        if times:
+            cost.plot(layers, times, "o-", color=colour, label=library)
+    cost.set(title="time of an update", xlabel="layers", ylabel="ms", ylim=(0, None))
+    cost.legend()
+    return figure
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = trainer(
+        __doc__,
+        updates=400,
+        hidden=(192, "units of the model with one layer"),
+        embedding=(64, "width of a character"),
+        dropout=(0.0, "between layers"),
+        chars=(400_000, "how much of the text to use"),
+        batch=32,
+        steps=(64, "characters per window"),
+        lr=3e-3,
+        clip=1.0,
+    )
+    options.add_argument("--cell", choices=tuple(GATES), default="lstm")
+    return run(__file__, options.parse_args(argv), train, list(DEPTHS), draw)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
