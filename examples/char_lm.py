@@ -27,7 +27,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from common import COLOURS, Runs, Training, new_figure, run, trainer, update
+from common import COLOURS, Runs, Training, new_figure, plot_losses, run, trainer, update
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -114,10 +114,8 @@ def draw(runs: Runs) -> Figure:
     for cell, of in runs.items():
         figures = of["fastrnn"]
         label = f"{cell.upper()}: perplexity {figures['perplexity']:.2f} on text not trained on"
-        share = torch.linspace(0, 100, len(figures["losses"]))
-        axes.plot(share, figures["losses"], color=COLOURS[cell], label=label)
-    axes.set(title="Next character", xlabel="% of training", ylabel="training loss")
-    axes.set_ylim(0.5, 3.5)
+        plot_losses(axes, figures, color=COLOURS[cell], label=label)
+    axes.set(title="Next character", ylim=(0.5, 3.5))
     axes.legend()
     return figure
 

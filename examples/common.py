@@ -31,6 +31,7 @@ HELP = {
     "updates": "steps of the optimizer",
     "batch": "sequences in a batch",
     "hidden": "units of each recurrent layer",
+    "steps": "length of a sequence",
     "lr": "learning rate",
     "clip": "largest norm of the gradient",
 }
@@ -217,6 +218,14 @@ def new_figure(
     return figure, axes
 
 
+def plot_losses(axes: Any, figures: dict[str, Any], **style: Any) -> None:
+    """The loss curve of one run."""
+    losses = figures["losses"]
+    share = [100 * (i + 0.5) / len(losses) for i in range(len(losses))]
+    axes.plot(share, losses, **style)
+    axes.set(xlabel="% of training", ylabel="training loss")
+
+
 def save(folder: Path | None, name: str, figures: dict[str, Any]) -> None:
     """Write figures as JSON, floats to six digits, if a folder was asked for."""
     if folder:
@@ -272,7 +281,7 @@ def same_curve(
     relative to the stock loss, or to `floor` where that is smaller: a loss so small that it
     is itself made of rounding errors is not worth comparing closer.
     """
-    a, b = torch.tensor(ours).double(), torch.tensor(stock).double()
+    a, b = (torch.tensor(losses, dtype=torch.double) for losses in (ours, stock))
     early = _relative(a[:first], b[:first], floor)
     tenths = [
         torch.stack([part.mean() for part in x.tensor_split(min(10, len(x)))]) for x in (a, b)

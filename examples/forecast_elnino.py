@@ -105,9 +105,9 @@ def of_the_calendar(series: Tensor, known: int) -> dict[str, Tensor]:
 def draw(runs: Runs) -> Figure:
     figure, (track, error) = new_figure(2, height=7.5)
     best = min(runs, key=lambda cell: runs[cell]["fastrnn"]["error"])
-    series = temperatures()[-HELD_OUT:]
-    year = FIRST_YEAR + (len(temperatures()) - HELD_OUT + torch.arange(HELD_OUT)) / 12
-    track.plot(year, series, color="black", linewidth=1, label="measured")
+    series = temperatures().tolist()
+    year = [FIRST_YEAR + month / 12 for month in range(len(series))][-HELD_OUT:]
+    track.plot(year, series[-HELD_OUT:], color="black", linewidth=1, label="measured")
     for i, forecast in enumerate(runs[best]["fastrnn"]["forecasts"]):
         part = slice(AHEAD * i, AHEAD * (i + 1))
         label = f"{best.upper()}, twelve months from each January" if i == 0 else None

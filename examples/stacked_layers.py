@@ -2,7 +2,7 @@
 
 Deep RNN: the output of a layer is the input of the layer above it, each with a state of its own.
 
-    h^l_t = LSTM_l(h^{l-1}_t, h^l_{t-1})      l = 1 ... L,  h^0_t = E[x_t]
+    h^l_t = GRU_l(h^{l-1}_t, h^l_{t-1})       l = 1 ... L,  h^0_t = E[x_t]
     p(x_{t+1}) = softmax(W h^L_t + b)
 
 This is the stack of Graves 2013, arXiv:1308.0850, without his connections that skip layers;
@@ -12,7 +12,7 @@ the depth, and the recurrent layers of all models have about the same number of 
 Deeper models need more steps one after the other, which is part of the result.
 
     python examples/stacked_layers.py --plot
-    python examples/stacked_layers.py --cell gru --hidden 256
+    python examples/stacked_layers.py --cell lstm --hidden 256
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import argparse
 from typing import Any
 
 import char_lm
-from common import COLOURS, Runs, Training, new_figure, run, trainer
+from common import Runs, Training, new_figure, plot_losses, run, trainer
 from matplotlib.figure import Figure
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}  # rows of the weights, in units of the width
+COLOUR = "tab:blue"
 DEPTHS = {"1 layer": 1, "2 layers": 2, "3 layers": 3, "4 layers": 4}
 
 
@@ -62,19 +63,17 @@ def draw(runs: Runs) -> Figure:
     figure.suptitle("Next character by stacked layers of about equally many parameters")
     shades = [0.35, 0.55, 0.75, 1.0]
     for (variant, of), shade in zip(runs.items(), shades, strict=False):
-        losses = of["fastrnn"]["losses"]
-        share = [100 * i / (len(losses) - 1) for i in range(len(losses))]
         label = f"{variant} of {of['fastrnn']['width']}"
-        curves.plot(share, losses, color=COLOURS["lstm"], alpha=shade, label=label)
-    curves.set(title="training", xlabel="% of training", ylabel="loss", ylim=(1.0, 3.5))
+        plot_losses(curves, of["fastrnn"], color=COLOUR, alpha=shade, label=label)
+    curves.set(title="training", ylim=(1.0, 3.5))
     curves.legend()
 
     layers = [str(DEPTHS[variant]) for variant in runs]
     found = [of["fastrnn"]["perplexity"] for of in runs.values()]
-    quality.bar_label(quality.bar(layers, found, color=COLOURS["lstm"]), fmt="%.2f")
+    quality.bar_label(quality.bar(layers, found, color=COLOUR), fmt="%.2f")
     quality.set(title="perplexity on text not trained on", xlabel="layers", ylim=(1, None))
 
-    for library, colour in (("torch.nn", "tab:grey"), ("fastrnn", COLOURS["lstm"])):
+    for library, colour in (("torch.nn", "tab:grey"), ("fastrnn", COLOUR)):
         times = [of[library]["step"] * 1e3 for of in runs.values() if library in of]
         if times:
             cost.plot(layers, times, "o-", color=colour, label=library)
@@ -93,10 +92,10 @@ def main(argv: list[str] | None = None) -> int:
         chars=(400_000, "how much of the text to use"),
         batch=32,
         steps=(64, "characters per window"),
-        lr=3e-3,
+        lr=5e-3,
         clip=1.0,
     )
-    options.add_argument("--cell", choices=tuple(GATES), default="lstm")
+    options.add_argument("--cell", choices=tuple(GATES), default="gru")
     return run(__file__, options.parse_args(argv), train, list(DEPTHS), draw)
 
 

@@ -113,7 +113,7 @@ def draw(runs: Runs) -> Figure:
     strip.set(xlim=(-3.2, len(film["truth"]) + 0.2), ylim=(-3.2, 1.6))
     strip.set_title("A clip of a counter, and the digit read in each frame (wrong ones in red)")
     for i, frame in enumerate(film["frames"]):
-        image = torch.tensor(frame).view(8, 8)
+        image = [frame[row : row + 8] for row in range(0, 64, 8)]
         strip.imshow(image, "gray", vmin=-50, vmax=150, extent=(i + 0.03, i + 0.97, 0.55, 1.49))
     rows = [("digit", film["truth"])]
     rows += [(variant, of["fastrnn"]["film"]["read"]) for variant, of in runs.items()]
