@@ -111,7 +111,7 @@ def test_truncated_bptt(train, seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_elman_ball(train, seed):
-    runs = train("elman_ball", "--updates 150 --hidden 48 --longest 12 --batch 32", seed)
+    runs = train("elman_ball", "--updates 350 --hidden 48 --longest 12 --batch 32", seed)
     of = runs["relu"]["fastrnn"]
     assert of["network near walls"] < 0.7 * of["last velocity near walls"]
 
