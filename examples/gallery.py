@@ -1,0 +1,121 @@
+"""Run the examples beside torch.nn and show what came out: ``make gallery``.
+
+README.md of this folder says, in each section, which example it shows and which of its figures:
+
+    <!-- results: char_lm perplexity -->
+    <!-- /results -->
+
+Between the two go the picture and a table, both from the files that the example wrote and that are
+kept in gallery/. Several figures: FIGURE | FIGURE.
+
+    python examples/gallery.py                    all of them, about half an hour on two cores
+    python examples/gallery.py char_lm melody     only these
+    python examples/gallery.py --no-run           only write the page again
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent
+PAGE, KEPT, OUT = FOLDER / "README.md", FOLDER / "gallery", FOLDER / "out"
+RESULTS = re.compile(r"(<!-- results: (\w+) (.*?) -->\n).*?(<!-- /results -->)", re.DOTALL)
+SUMMARY = re.compile(r"(<!-- summary -->\n).*?(<!-- /summary -->)", re.DOTALL)
+TITLE = re.compile(r"^## (.*?)\n(?:(?!^## ).)*?<!-- results: (\w+) ", re.DOTALL | re.MULTILINE)
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((KEPT / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(*rows: list[str]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
+
+
+def how_fast(runs: dict[str, Any]) -> str:
+    """Times of an update with torch.nn by those with fastrnn, from the least to the largest."""
+    ratios = sorted(of["torch.nn"]["step"] / of["fastrnn"]["step"] for of in runs.values())
+    return " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (ratios[0], ratios[-1])))
+
+
+def section(name: str, figures: list[str]) -> str:
+    """Picture, figures and times of one example."""
+    record = load(name)
+    rows = [["", *figures, "update, fastrnn", "update, torch.nn", "ratio", "same losses"]]
+    for variant, of in record["runs"].items():
+        ours, stock = of["fastrnn"], of["torch.nn"]
+        shown = [f"{ours[figure]:.4g}" if figure in ours else "" for figure in figures]
+        times = [f"{1e3 * one['step']:.1f} ms" for one in (ours, stock)]
+        agree = "yes" if record["agreement"][variant] else "**no**"
+        rows.append([variant, *shown, *times, how_fast({variant: of}), agree])
+    return f"\n![{name}](gallery/{name}.png)\n\n{table(*rows)}\n"
+
+
+def summary(page: str) -> str:
+    """One row for each example: how long it trains, and how much longer with torch.nn."""
+    rows = [["example", "training, fastrnn", "training, torch.nn", "update: torch.nn / fastrnn"]]
+    rows[0].append("same losses")
+    machines = {}
+    for title, name in TITLE.findall(page):
+        record = load(name)
+        environment = record["environment"]
+        seconds = [
+            f"{sum(of[library]['seconds'] for of in record['runs'].values()):.0f} s"
+            for library in ("fastrnn", "torch.nn")
+        ]
+        anchor = re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+        agree = "yes" if all(record["agreement"].values()) else "**no**"
+        rows.append([f"[{title}](#{anchor})", *seconds, how_fast(record["runs"]), agree])
+        machine = (
+            f"{environment['device']}, {environment['threads']} threads, torch "
+            f"{environment['torch']}, {environment['date'][:10]}, commit {environment['commit']}"
+            f"{' with uncommitted changes' if environment['dirty'] else ''}"
+        )
+        machines.setdefault(machine, []).append(name)
+    where = [f"Measured on {machine}: {', '.join(names)}." for machine, names in machines.items()]
+    return f"\n{table(*rows)}\n" + "\n".join(where) + "\n\n"
+
+
+def written(page: str) -> str:
+    """The page with its tables as the kept results have them."""
+    page = RESULTS.sub(lambda m: f"{m[1]}{section(m[2], m[3].split(' | '))}{m[4]}", page)
+    return SUMMARY.sub(lambda m: f"{m[1]}{summary(page)}{m[2]}", page)
+
+
+def main(argv: list[str] | None = None) -> int:
+    page = PAGE.read_text(encoding="utf-8")
+    every = [name for _, name in TITLE.findall(page)]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(every)}")
+    parser.add_argument("--no-run", action="store_true", help="write the page from what is kept")
+    args = parser.parse_args(argv)
+    if unknown := set(args.names) - set(every):
+        parser.error(f"no section of {PAGE} shows {', '.join(sorted(unknown))}")
+    failed = []
+    for name in [] if args.no_run else args.names or every:
+        print(f"\n{name}", flush=True)
+        # All go to a folder that git ignores first: each records whether anything has changed.
+        command = [sys.executable, f"examples/{name}.py", "--stock", "--plot"]
+        command += ["--out", str(OUT.relative_to(FOLDER.parent))]
+        if subprocess.run(command, cwd=FOLDER.parent).returncode:
+            failed.append(name)
+    KEPT.mkdir(exist_ok=True)
+    for name in [] if args.no_run else args.names or every:
+        for file in OUT.glob(f"{name}.*"):
+            shutil.copy(file, KEPT)
+    PAGE.write_text(written(page), encoding="utf-8")
+    if failed:
+        print(f"failed, or losses that differ: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
