@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         clip=1.0,
         prompt=("The ", "how the text to be written begins"),
         length=(300, "characters to write"),
-        temperature=(0.7, "below 1 the likelier characters get likelier"),
+        temperature=0.7,
     )
     options.add_argument("--cell", choices=("lstm", "gru", "rnn"), help="only this one")
     args = options.parse_args(argv)

@@ -35,7 +35,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad, relu
 from torch.nn.utils.rnn import pad_sequence
 
-TRAINING, HELD_OUT, WIDTH = 1200, 1000, 5  # images of digits; numbers in the test; of the beam
+KNOWN, HELD_OUT = slice(1157), slice(1157, None)  # images: there begins the block of a writer
+NUMBERS, WIDTH = 1000, 5  # in the test; of the beam
 ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
 ONES = f"{ONES} fifteen sixteen seventeen eighteen nineteen".split()
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
@@ -88,31 +89,30 @@ class Captioner(torch.nn.Module):
 
 
 def train(library: Any, cell: str, args: argparse.Namespace) -> Training:
-    known, held_out = slice(TRAINING), slice(TRAINING, None)
     model = Captioner(library, args.hidden).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.updates)
     for _ in range(args.updates):
         numbers = torch.randint(100, (args.batch,))
-        images = pictures(known, numbers, args.noise).to(args.device)
+        images = pictures(KNOWN, numbers, args.noise).to(args.device)
         right = CODED[:, numbers].to(args.device)
         before = pad(right[:-1].clamp(min=0), (0, 0, 1, 0))  # each letter's predecessor
         logits, _ = model(before, model.look(images))
         loss = cross_entropy(logits.flatten(0, 1), right.flatten(), ignore_index=-1)
         yield update(loss, optimizer, args.clip)
         schedule.step()
-    numbers = torch.randint(100, (HELD_OUT,))
-    images = pictures(held_out, numbers, args.noise)
+    numbers = torch.randint(100, (NUMBERS,))
+    images = pictures(HELD_OUT, numbers, args.noise)
     greedy, beam = (model.write(images.to(args.device), width) for width in (1, WIDTH))
     found = list(zip([NAMES[i] for i in numbers], greedy, beam, strict=True))
     # For the picture: first images, one whose likeliest name greedy search misses, the least clear.
-    unclear = min(range(HELD_OUT), key=lambda i: beam[i][0][1])
+    unclear = min(range(NUMBERS), key=lambda i: beam[i][0][1])
     astray = [i for i, (_, a, b) in enumerate(found) if a[0][0] != b[0][0]]
     return {
-        "greedy": sum(a[0][0] == name for name, a, _ in found) / HELD_OUT,
-        "beam": sum(b[0][0] == name for name, _, b in found) / HELD_OUT,
-        "among five": sum(name in dict(b) for name, _, b in found) / HELD_OUT,
-        "likelier by beam": sum(b[0][1] > 1.001 * a[0][1] for _, a, b in found) / HELD_OUT,
+        "greedy": sum(a[0][0] == name for name, a, _ in found) / NUMBERS,
+        "beam": sum(b[0][0] == name for name, _, b in found) / NUMBERS,
+        "among five": sum(name in dict(b) for name, _, b in found) / NUMBERS,
+        "likelier by beam": sum(b[0][1] > 1.001 * a[0][1] for _, a, b in found) / NUMBERS,
         "examples": [
             {"image": images[i].tolist(), "name": found[i][0], "greedy": greedy[i], "beam": beam[i]}
             for i in [*range(8), (astray or [8])[0], unclear]

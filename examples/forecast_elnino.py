@@ -5,7 +5,7 @@ Many to many: after every month the network forecasts the next twelve at once.
     h_t = GRU(x_t, h_{t-1})                   x_t: temperature of month t, standardised
     (x_{t+1}, ..., x_{t+12}) ~ W h_t + b      trained on the squared error of all twelve
 
-To forecast all steps at once is the "direct" strategy of Ben Taieb et al. 2012, arXiv:1108.3259.
+All steps at once by one model is the "MIMO" strategy of Ben Taieb et al. 2012, arXiv:1108.3259.
 The series is real: sea surface temperature at the coast of Peru in degrees Celsius, every month
 from 1950 to 2010, as statsmodels brings it along. The last fifteen years are held out: from
 every month of them a forecast is made with what was known until then. It has to beat
@@ -96,7 +96,8 @@ def of_the_calendar(series: Tensor, known: int) -> dict[str, Tensor]:
     calendar = following(mean)[: len(series)]
     anomaly = (series - mean[: len(series)]).unsqueeze(1)
     rates = torch.linspace(0, 1, 101, device=series.device)
-    faded = [calendar + anomaly * rate ** torch.arange(1, AHEAD + 1) for rate in rates]
+    months = torch.arange(1, AHEAD + 1, device=series.device)
+    faded = [calendar + anomaly * rate**months for rate in rates]
     truth = following(series[:known])
     best = min(faded, key=lambda x: mse_loss(x[: len(truth)], truth).item())
     return {"calendar mean": calendar, "fading anomaly": best}
@@ -130,17 +131,16 @@ def draw(runs: Runs) -> Figure:
 
 
 def main(argv: list[str] | None = None) -> int:
+    window = (60, "months in a sequence of training")
+    noise = (0.1, "added to the input in training, in standard deviations")
     options = trainer(
-        __doc__,
-        updates=600,
-        hidden=24,
-        batch=32,
-        window=(60, "months in a sequence of training"),
-        noise=(0.1, "added to the input in training, in standard deviations"),
-        lr=5e-3,
-        clip=1.0,
+        __doc__, updates=600, hidden=24, batch=32, window=window, noise=noise, lr=5e-3, clip=1.0
     )
-    return run(__file__, options.parse_args(argv), train, list(COLOURS), draw)
+    args = options.parse_args(argv)
+    if args.window <= AHEAD:
+        options.error(f"--window must be more than {AHEAD}, got {args.window}")
+    # Rounding: an RNN of torch.nn, begun with weights 2e-8 off, is 1.4e-2 from itself, too.
+    return run(__file__, args, train, list(COLOURS), draw, loose=5e-2)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def summary(page: str) -> str:
             f"{sum(of[library]['seconds'] for of in record['runs'].values()):.0f} s"
             for library in ("fastrnn", "torch.nn")
         ]
-        anchor = re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+        anchor = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
         agree = "yes" if all(record["agreement"].values()) else "**no**"
         rows.append([f"[{title}](#{anchor})", *seconds, how_fast(record["runs"]), agree])
         machine = (
@@ -100,17 +100,22 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := set(args.names) - set(every):
         parser.error(f"no section of {PAGE} shows {', '.join(sorted(unknown))}")
     failed = []
-    for name in [] if args.no_run else args.names or every:
+    names = [] if args.no_run else args.names or every
+    for name in names:
         print(f"\n{name}", flush=True)
+        for old in OUT.glob(f"{name}.*"):
+            old.unlink()
         # All go to a folder that git ignores first: each records whether anything has changed.
         command = [sys.executable, f"examples/{name}.py", "--stock", "--plot"]
         command += ["--out", str(OUT.relative_to(FOLDER.parent))]
         if subprocess.run(command, cwd=FOLDER.parent).returncode:
             failed.append(name)
     KEPT.mkdir(exist_ok=True)
-    for name in [] if args.no_run else args.names or every:
+    for name in names:
         for file in OUT.glob(f"{name}.*"):
             shutil.copy(file, KEPT)
+    if missing := [name for name in every if not (KEPT / f"{name}.json").is_file()]:
+        parser.error(f"there are no results of {', '.join(missing)}, so the page is not written")
     PAGE.write_text(written(page), encoding="utf-8")
     if failed:
         print(f"failed, or losses that differ: {', '.join(failed)}", file=sys.stderr)

@@ -6,14 +6,15 @@ A critic f reads a sequence and gives it a number; a generator turns noise into 
     generator:  minimise  -E[f(G(z))]
 
 with m at a random point between a real and a generated sequence (Gulrajani et al. 2017,
-arXiv:1704.00028, algorithm 1 with its constants). The penalty is made of a gradient, so its own
-gradient passes through the backward pass of the critic. cuDNN has no second derivatives of a
-recurrent layer; torch.nn has without it, and --stock compares the losses of the first updates.
+arXiv:1704.00028, algorithm 1 with its penalty, betas and updates of the critic). The penalty is
+made of a gradient, so its own gradient passes through the backward pass of the critic. cuDNN has no
+second derivatives of a recurrent layer; torch.nn has without it, and --stock compares the losses of
+the first updates.
 
-Real data: sine waves of random phase and a period of 8 to 16 steps. Both networks are a recurrent
-layer and a linear one. Printed are the mean |grad f|, which should come near 1, and
-E[f(x)] - E[f(G(z))], the estimate of the Wasserstein distance: it grows while the critic learns
-to tell the two apart, and falls when the generator has caught up.
+The sequences to imitate are sine waves of random phase and a period of 8 to 16 steps. Both networks
+are a recurrent layer and a linear one; f is the mean over all steps. The mean |grad f| should come
+near 1. E[f(x)] - E[f(G(z))], the estimate of the Wasserstein distance, grows while the critic
+learns to tell the two apart, and falls when the generator has caught up.
 
     python examples/gradient_penalty.py
     python examples/gradient_penalty.py --stock --cell lstm
@@ -26,7 +27,7 @@ import math
 from typing import Any
 
 import torch
-from common import Runs, Training, new_figure, run, trainer
+from common import Runs, Training, new_figure, run, trainer, update
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -84,13 +85,8 @@ def train(library: Any, cell: str, args: argparse.Namespace) -> Training:
             norm = gradient_norm(critic, real, fake)
             distance = critic(real).mean() - critic(fake).mean()
             loss = PENALTY * (norm - 1).square().mean() - distance
-            optimizers[0].zero_grad()
-            loss.backward()
-            optimizers[0].step()
-            losses.append(loss.detach())
-        optimizers[1].zero_grad()
-        (-critic(generator(noise(args))).mean()).backward()
-        optimizers[1].step()
+            losses.append(update(loss, optimizers[0], math.inf))
+        update(-critic(generator(noise(args))).mean(), optimizers[1], math.inf)
         distances.append(distance.item())
         norms.append(norm.mean().item())
         yield torch.stack(losses).mean()

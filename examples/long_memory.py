@@ -30,7 +30,7 @@ import math
 from typing import Any
 
 import torch
-from common import COLOURS, Runs, Training, new_figure, run, trainer, update
+from common import COLOURS, Runs, Training, new_figure, remember, run, trainer, update
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import mse_loss
@@ -62,8 +62,7 @@ class Memory(torch.nn.Module):
         self.linear = torch.nn.Linear(hidden, 1)
         self.scale = SCALE if task == "counting" else 1
         if cell == "lstm":
-            with torch.no_grad():
-                self.recurrent.bias_hh_l0[hidden : 2 * hidden] += 2
+            remember(self.recurrent, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """The answer after each step, (T, B)."""
@@ -77,7 +76,7 @@ def train(library: Any, variant: str, args: argparse.Namespace) -> Training:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.updates)
     for i in range(args.updates):
         longest = math.ceil(args.steps * min(1, 2 * (i + 1) / args.updates))
-        steps = int(torch.randint(2, longest + 2, ()))
+        steps = int(torch.randint(2, max(longest, 2) + 1, ()))
         x = drawn(task, steps, args.batch).to(args.device)
         error = mse_loss(model(x)[-1], x.prod(2).sum(0))
         yield update(error / model.scale**2, optimizer, args.clip)
@@ -101,12 +100,13 @@ def draw(runs: Runs) -> Figure:
             of = runs[f"{task}, {cell}"]["fastrnn"]
             one.semilogy(of["lengths"], of["errors"], "o-", color=colour, label=cell.upper())
             if "1 + 1 + 1 + ..." in of:
-                axes[1, 1].plot(of["1 + 1 + 1 + ..."], color=colour, label=cell.upper())
+                answers = of["1 + 1 + 1 + ..."]
+                axes[1, 1].plot(range(1, len(answers) + 1), answers, color=colour)
         one.set(title=task, xlabel="length of the sequence", ylabel="error", xlim=0)
         one.axhline(1, color="0.3", linewidth=0.8, linestyle=":")
         one.axvspan(of["lengths"][TENTHS.index(10)], of["lengths"][-1], color="0.93", zorder=0)
     axes[0, 0].legend()
-    axes[1, 1].plot([0, of["lengths"][-1]], [0, of["lengths"][-1]], "k:", label="sum")
+    axes[1, 1].axline((0, 0), slope=1, color="black", linestyle=":", label="sum")
     axes[1, 1].axvspan(of["lengths"][TENTHS.index(10)], of["lengths"][-1], color="0.93", zorder=0)
     axes[1, 1].set(title="1 + 1 + 1 + ...", xlabel="steps", ylabel="answer", xlim=0, ylim=0)
     axes[1, 1].legend()
@@ -118,6 +118,8 @@ def main(argv: list[str] | None = None) -> int:
     options = trainer(__doc__, updates=600, hidden=64, batch=32, steps=100, lr=5e-3, clip=1.0)
     # Rounding decides at which update a network finds out, so only the beginnings are compared.
     args = options.parse_args(argv)
+    if args.steps < 10:
+        options.error(f"--steps must be at least 10, got {args.steps}")
     return run(__file__, args, train, VARIANTS, draw, first=20, loose=math.inf)
 
 

@@ -1,14 +1,14 @@
 """One to many: a folk-like melody from a start note, written as MIDI.
 
     h_t = LSTM(E[x_t], h_{t-1})           x_t is a note, pitch and duration together; or GRU, RNN
-    p(x_{t+1}) = softmax(W h_t + b)       over all notes that occur, and the end of the song
+    p(x_{t+1}) = softmax(W h_t + b)       over all notes that occur, and the end; h_t with dropout
 
 It learns from real songs, each right note given ("teacher forcing"); in use x_{t+1} is drawn from
 softmax((W h_t + b) / temperature) and fed back. After Eck & Schmidhuber 2002 ("Finding temporal
 structure in music") and, for folk songs in ABC notation, Sturm et al. 2016, arXiv:1604.08723.
 Data: "Deutscher Liederhort" (Erk & Boehme) in the Essen folksong collection, brought along by
-music21 for non-commercial use; the songs in major, in C. Perplexity: of how many notes the next
-seems to be drawn, in songs of which no variant was trained on; beside it that of counts plus one.
+music21 for non-commercial use; the songs in major, in C. Perplexity is that of songs of which no
+variant was trained on; beside it that of counts plus one.
 
     python examples/melody.py --plot --temperature 0.8     melody.mid and a picture in examples/out
 """
@@ -140,10 +140,10 @@ def draw(runs: Runs) -> Figure:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = trainer(
-        __doc__, cell="lstm", updates=500, hidden=128, batch=32, lr=5e-3, clip=1.0, temperature=0.8
-    ).parse_args(argv)
-    return run(__file__, args, train, [args.cell], draw)
+    numbers = {"updates": 500, "hidden": 128, "batch": 32, "lr": 5e-3, "clip": 1.0}
+    options = trainer(__doc__, **numbers, temperature=0.8)
+    options.add_argument("--cell", choices=tuple(COLOURS), default="lstm")
+    return run(__file__, args := options.parse_args(argv), train, [args.cell], draw)
 
 
 if __name__ == "__main__":

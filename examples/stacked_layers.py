@@ -43,7 +43,7 @@ def width(layers: int, args: argparse.Namespace) -> int:
         for hidden in range(args.hidden, 8, -8)
         if parameters(args.cell, args.embedding, hidden, layers) <= allowed
     )
-    return next(fits, 8)
+    return next(fits, min(8, args.hidden))
 
 
 def train(library: Any, variant: str, args: argparse.Namespace) -> Training:

@@ -20,30 +20,23 @@ and now and then something passes in front of the camera.
 from __future__ import annotations
 
 import argparse
-from functools import cache
 from typing import Any
 
+import digits_to_words
 import torch
 from common import Runs, Training, new_figure, run, trainer, update
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import cross_entropy, relu
 
-TRAINING = 1200  # images
 VARIANTS = ("frame alone", "unidirectional", "bidirectional")
 NOISE, HIDDEN_FRAMES, STAY, TURN = 0.35, 0.35, 0.7, 0.2
 
 
-@cache
-def digits() -> tuple[list[Tensor], list[Tensor]]:
-    """Images of each digit with pixels from 0 to 1: those for training, and those for the test."""
-    pixels, values = load_digits(return_X_y=True)
-    images, labels = torch.tensor(pixels / 16).float(), torch.tensor(values)
-    return tuple(  # type: ignore[return-value]
-        [images[part][labels[part] == digit] for digit in range(10)]
-        for part in (slice(TRAINING), slice(TRAINING, None))
-    )
+def of_each_digit(part: slice) -> list[Tensor]:
+    """Ten tensors of images, (N, 64), with pixels from 0 to 1."""
+    images, values = (x[part] for x in digits_to_words.digits())
+    return [images[values == digit].flatten(1) for digit in range(10)]
 
 
 def films(images: list[Tensor], clips: int, frames: int) -> tuple[Tensor, Tensor]:
@@ -82,7 +75,7 @@ class Tagger(torch.nn.Module):
 
 
 def train(library: Any, variant: str, args: argparse.Namespace) -> Training:
-    known, held_out = digits()
+    known, held_out = map(of_each_digit, (digits_to_words.KNOWN, digits_to_words.HELD_OUT))
     model = Tagger(library, variant, args.hidden).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.updates)

@@ -9,10 +9,8 @@ from window to window, but gradients stop between them:
 
 Many to many: a letter passes, and 10 to 40 steps later a question mark asks which one it was; then
 comes the next letter. With k = 5 no gradient ever leads from a question to its letter. With k = 20
-some do, the nearest; what the network learns of them holds for those farther away, too.
-
-All make one update for each batch. Memory is what autograd keeps of a window for its backward
-pass. fastrnn's `bptt=k` gives the same gradients by one call, with the memory of full BPTT.
+some do, the nearest; what it learns of them holds for those farther away, too. Memory is what
+autograd keeps of a window for its backward pass. `bptt=k` gives the same gradients by one call.
 
     python examples/truncated_bptt.py --plot
 """
@@ -111,7 +109,7 @@ def train(library: Any, variant: str, args: argparse.Namespace) -> Training:
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         yield loss
-    costs = {"MiB kept": kept(model, x[:k]) / 2**20}
+    costs = {"MiB kept": kept(model, x[:k].clone()) / 2**20}
     costs |= both_ways(model, x, answers, k) if library is fastrnn else {}
     torch.manual_seed(args.seed)  # the same questions for all variants
     x, answers = (part.to(args.device) for part in questions(args.steps, 500))
@@ -142,7 +140,10 @@ def draw(runs: Runs) -> Figure:
 def main(argv: list[str] | None = None) -> int:
     options = trainer(__doc__, updates=250, hidden=64, batch=32, steps=200, lr=5e-3, clip=1.0)
     # When a network finds out how to remember hangs on rounding: only the beginning is compared.
-    return run(__file__, options.parse_args(argv), train, list(VARIANTS), draw, loose=math.inf)
+    args = options.parse_args(argv)
+    if args.steps < FARTHEST:
+        options.error(f"--steps must be at least {FARTHEST}, got {args.steps}")
+    return run(__file__, args, train, list(VARIANTS), draw, loose=math.inf)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import math
 from typing import Any
 
 import torch
-from common import COLOURS, Runs, Training, new_figure, run, trainer, update
+from common import COLOURS, Runs, Training, new_figure, plot_losses, remember, run, trainer, update
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
@@ -51,13 +51,12 @@ class Recall(torch.nn.Module):
         cell = variant.split()[0]
         self.recurrent = getattr(library, cell.upper())(args.symbols, args.hidden)
         self.linear = torch.nn.Linear(args.hidden, args.symbols)
-        with torch.no_grad():
-            if cell == "lstm":
-                self.recurrent.bias_hh_l0[args.hidden : 2 * args.hidden] += 1
-            if variant in (SCALED, UNCLIPPED):
+        if cell == "lstm":
+            remember(self.recurrent, 1)
+        if variant in (SCALED, UNCLIPPED):
+            with torch.no_grad():
                 self.recurrent.weight_hh_l0 *= 3
-                # What makes gradients explode makes rounding differences explode as well.
-                self.double()
+            self.double()  # what makes gradients explode makes rounding explode as well
 
     def encoded(self, sequences: Tensor) -> Tensor:
         return one_hot(sequences, self.linear.out_features).to(self.linear.weight.dtype)
@@ -121,11 +120,10 @@ def draw(runs: Runs) -> Figure:
     for (title, variants), one in zip(titles.items(), axes.flat[4:], strict=True):
         for variant in variants:
             figures = runs[variant]["fastrnn"]
-            share = torch.linspace(0, 100, len(figures["losses"]))
             label = f"{variant}: {figures['accuracy']:.0%} right in the end"
-            one.plot(share, figures["losses"], color=colours[variant], label=label)
+            plot_losses(one, figures, color=colours[variant], label=label)
         one.axhline(figures["loss of guessing"], color="0.3", linewidth=0.8, linestyle=":")
-        one.set(title=title, xlabel="% of training", ylabel="training loss", ylim=(0, 3.6))
+        one.set(title=title, ylim=(0, 3.6))
         one.legend(loc="upper right", fontsize="small")
     return figure
 

@@ -95,8 +95,9 @@ def sequence(
         states = [part._replace(h=part.h.to(of_h)) for part in states]
         return output.to(of_h), [final[0].to(of_h), *final[1:]], *states
 
-    alone = steps == directions == 1 and options.lengths is None and options.batch_sizes is None
-    if alone and options.reset is not None:
+    alone = directions == 1 and options.lengths is None and options.batch_sizes is None
+    is_fixed = torch.compiler.is_compiling() or not torch._C._is_tracing()  # jit would keep T = 1
+    if options.reset is not None and alone and is_fixed and steps == 1:
         # A policy that acts step by step: this only chooses the initial state.
         checks.check_alike(input, [*(state or ()), *fresh], ())
         state = _begun(options.reset.view(batch, 1), state, fresh)

@@ -96,6 +96,31 @@ def test_options_in_one_graph_for_all_sizes(cls: Any, names: tuple[str, ...]) ->
         check(ours, module(x, **options), x, module)
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_one_step_of_a_policy_in_a_graph(cls: Any) -> None:
+    module = make(cls, bidirectional=False)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for batch in (3, 4):
+        x, _, reset = batch_of(1, batch)
+        torch._dynamo.mark_dynamic(x, 1)
+        torch._dynamo.mark_dynamic(reset, 1)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            ours = compiled(x, reset=reset)
+        check(ours, module(x, reset=reset), x, module)
+
+
+def test_export_of_resets_alone() -> None:
+    """One step with resets is a case of its own in Python, but no limit on T."""
+    net = make(fastrnn.GRU, bidirectional=False).eval()
+    x, _, reset = batch_of(7, 3)
+    dims = {0: torch.export.Dim("T", min=2, max=64)}
+    program = torch.export.export(
+        net, (x.detach(),), {"reset": reset}, dynamic_shapes={"input": dims, "reset": dims}
+    )
+    x, _, reset = batch_of(2, 3)
+    torch.testing.assert_close(program.module()(x, reset=reset), net(x, reset=reset))
+
+
 @pytest.mark.parametrize("cls", [fastrnn.LSTM, fastrnn.GRU])
 def test_gates_in_a_graph(cls: Any) -> None:
     module = make(cls, num_layers=1)

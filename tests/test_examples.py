@@ -32,7 +32,7 @@ def test_char_lm_layers(example, tmp_path, capsys):
         of = figures["runs"]["lstm"][library]
         assert len(of["losses"]) == 90
         assert of["losses"][-1] < of["losses"][0] - 1
-        assert of["seconds"] > 90 * of["step"] * 0.5 > 0
+        assert of["seconds"] > of["step"] > 0
 
 
 def test_char_lm_writes_no_file_unasked(example, tmp_path, monkeypatch, capsys):

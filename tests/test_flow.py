@@ -173,23 +173,28 @@ def test_one_step_begins_anew(name, given_fresh, given_state):
     """A reset before the only step, as of a policy that acts, whatever was there before."""
     for seed in range(40):
         module, x, hx, _ = draw(seed, name, torch.float64)
+        if module.bidirectional and seed > 8:  # the other direction does not begin anew
+            continue
         x = x[:1].detach().requires_grad_()
         reset = torch.rand(1, x.shape[1]) < 0.5
-        if seed % 2 and not module.bidirectional:  # whose other direction does not begin anew
+        if seed % 2 and not module.bidirectional:
             hx = [
                 part.detach().masked_fill(reset.t(), float("nan")).requires_grad_() for part in hx
             ]
         zeros = [torch.zeros_like(part) for part in hx]
         fresh = [torch.randn_like(part, requires_grad=True) for part in hx]
         given = {"reset": reset, **({"reset_state": fresh} if given_fresh else {})}
-        y, final, _ = one_by_one(
+        y, final, states = one_by_one(
             module, x, hx if given_state else zeros, None, reset, fresh if given_fresh else zeros,
             None,
         )  # fmt: skip
         leaves = [x, *(hx if given_state else ()), *(fresh if given_fresh else ())]
         leaves += module.parameters()
-        output, last = call(module, x, hx if given_state else None, given)
-        exact = [y, *final]
+        output, last, *found = call(
+            module, x, hx if given_state else None, given, return_states=seed % 3 == 0
+        )
+        last += [part for of_all in found for part in of_all if part is not None]
+        exact = [y, *final, *(states if found else ())]
         cotangents = [torch.randn_like(part) for part in exact]
         exact_grads = torch.autograd.grad(exact, leaves, cotangents, allow_unused=True)
         grads = torch.autograd.grad([output, *last], leaves, cotangents, allow_unused=True)
