@@ -52,7 +52,8 @@ def section(name: str, figures: list[str]) -> str:
     rows = [["", *figures, "update, fastrnn", "update, torch.nn", "ratio", "same losses"]]
     for variant, of in record["runs"].items():
         ours, stock = of["fastrnn"], of["torch.nn"]
-        shown = [f"{ours[figure]:.4g}" if figure in ours else "" for figure in figures]
+        shown = [ours.get(figure, "") for figure in figures]
+        shown = [f"{x:.4g}" if isinstance(x, float) else str(x) for x in shown]
         times = [f"{1e3 * one['step']:.1f} ms" for one in (ours, stock)]
         agree = "yes" if record["agreement"][variant] else "**no**"
         rows.append([variant, *shown, *times, how_fast({variant: of}), agree])
