@@ -134,7 +134,7 @@ def draw(runs: Runs) -> Figure:
         right.plot(of["angle"], color=colour)
     left.axhline(475, color="0.3", linewidth=0.8, linestyle=":", label="solved")
     left.set(title="Return, mean of 100 episodes", xlabel="rollout")
-    left.legend(loc="center right")
+    left.legend(loc="lower right", bbox_to_anchor=(1, 0.13))
     right.set(title="An episode after training", xlabel="step", ylabel="angle in degrees")
     figure.suptitle("Rollout: loop {ms by loop:.0f} ms, reset= {ms by reset=:.0f} ms".format(**of))
     return figure
