@@ -23,7 +23,7 @@ lint: $(VENV)/dev.stamp
 verify: $(VENV)/verify.stamp
 	$(BIN)/python -m fastrnn verify --cases 500
 
-# The examples beside torch.nn, their pictures and tables: half an hour on two cores.
+# The examples beside torch.nn, their pictures and tables: twenty minutes on two cores.
 gallery: $(VENV)/examples.stamp
 	$(BIN)/python examples/gallery.py
 

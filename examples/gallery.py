@@ -8,7 +8,7 @@ README.md of this folder says, in each section, which example it shows and which
 Between the two go the picture and a table, both from the files that the example wrote and that are
 kept in gallery/. Several figures: FIGURE | FIGURE.
 
-    python examples/gallery.py                    all of them, about half an hour on two cores
+    python examples/gallery.py                    all of them, about twenty minutes on two cores
     python examples/gallery.py char_lm melody     only these
     python examples/gallery.py --no-run           only write the page again
 """
