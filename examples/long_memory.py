@@ -104,10 +104,10 @@ def draw(runs: Runs) -> Figure:
                 axes[1, 1].plot(range(1, len(answers) + 1), answers, color=colour)
         one.set(title=task, xlabel="length of the sequence", ylabel="error", xlim=0)
         one.axhline(1, color="0.3", linewidth=0.8, linestyle=":")
+    for one in axes.flat:
         one.axvspan(of["lengths"][TENTHS.index(10)], of["lengths"][-1], color="0.93", zorder=0)
     axes[0, 0].legend()
     axes[1, 1].axline((0, 0), slope=1, color="black", linestyle=":", label="sum")
-    axes[1, 1].axvspan(of["lengths"][TENTHS.index(10)], of["lengths"][-1], color="0.93", zorder=0)
     axes[1, 1].set(title="1 + 1 + 1 + ...", xlabel="steps", ylabel="answer", xlim=0, ylim=0)
     axes[1, 1].legend()
     figure.supxlabel("grey: longer than any sequence in training", fontsize="small")

@@ -6,11 +6,10 @@
 It learns from real songs, each right note given ("teacher forcing"); in use x_{t+1} is drawn from
 softmax((W h_t + b) / temperature) and fed back. After Eck & Schmidhuber 2002 ("Finding temporal
 structure in music") and, for folk songs in ABC notation, Sturm et al. 2016, arXiv:1604.08723.
-Data: "Deutscher Liederhort" (Erk & Boehme) in the Essen folksong collection, brought along by
-music21 for non-commercial use; the songs in major, in C. Perplexity is that of songs of which no
-variant was trained on; beside it that of counts plus one.
+Data: "Deutscher Liederhort" (Erk & Boehme), Essen folksong collection, for non-commercial use, as
+music21 brings it along; songs in major, moved to C. No variant of a held-out song is trained on.
 
-    python examples/melody.py --plot --temperature 0.8     melody.mid and a picture in examples/out
+    python examples/melody.py --plot     melody.mid and a picture in examples/out
 """
 
 from __future__ import annotations
@@ -140,10 +139,10 @@ def draw(runs: Runs) -> Figure:
 
 
 def main(argv: list[str] | None = None) -> int:
-    numbers = {"updates": 500, "hidden": 128, "batch": 32, "lr": 5e-3, "clip": 1.0}
-    options = trainer(__doc__, **numbers, temperature=0.8)
-    options.add_argument("--cell", choices=tuple(COLOURS), default="lstm")
-    return run(__file__, args := options.parse_args(argv), train, [args.cell], draw)
+    made = trainer(__doc__, updates=500, hidden=128, batch=32, lr=5e-3, clip=1.0, temperature=0.8)
+    made.add_argument("--cell", choices=tuple(COLOURS), default="lstm")
+    args = made.parse_args(argv)
+    return run(__file__, args, train, [args.cell], draw)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def utterances() -> tuple[list[list[Word]], list[list[Word]]]:
         for words, tags in UTTERANCE.findall(file.read_text("utf-8").replace("\n\t", " ")):
             pairs = zip(words.split(), tags.split(), strict=True)
             said = [(word, tag.split("|")[0]) for word, tag in pairs if "|" in tag]
-            found += [said] * bool(said)
+            found += [said] if said else []
         recordings.append(found)
     held_out = recordings[7::10]  # friends at home and radio; no recording in parts is cut in two
     return tuple([*chain(*x)] for x in ([r for r in recordings if r not in held_out], held_out))

@@ -95,10 +95,11 @@ def sequence(
         states = [part._replace(h=part.h.to(of_h)) for part in states]
         return output.to(of_h), [final[0].to(of_h), *final[1:]], *states
 
-    alone = directions == 1 and options.lengths is None and options.batch_sizes is None
-    is_fixed = torch.compiler.is_compiling() or not torch._C._is_tracing()  # jit would keep T = 1
-    if options.reset is not None and alone and is_fixed and steps == 1:
-        # A policy that acts step by step: this only chooses the initial state.
+    # Before the only step, as of a policy that acts, a reset just chooses the initial state. That
+    # T is 1 is asked last, and of calls with resets only: torch.export takes it for a limit on T.
+    is_whole = directions == 1 and options.lengths is None and options.batch_sizes is None
+    is_jit = not torch.compiler.is_compiling() and torch._C._is_tracing()  # it would keep T = 1
+    if options.reset is not None and is_whole and not is_jit and steps == 1:
         checks.check_alike(input, [*(state or ()), *fresh], ())
         state = _begun(options.reset.view(batch, 1), state, fresh)
         options, fresh = options._replace(reset=None, reset_state=None), []

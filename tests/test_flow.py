@@ -184,17 +184,16 @@ def test_one_step_begins_anew(name, given_fresh, given_state):
         zeros = [torch.zeros_like(part) for part in hx]
         fresh = [torch.randn_like(part, requires_grad=True) for part in hx]
         given = {"reset": reset, **({"reset_state": fresh} if given_fresh else {})}
-        y, final, states = one_by_one(
-            module, x, hx if given_state else zeros, None, reset, fresh if given_fresh else zeros,
-            None,
-        )  # fmt: skip
+        begin, anew = hx if given_state else zeros, fresh if given_fresh else zeros
+        y, final, states = one_by_one(module, x, begin, None, reset, anew, None)
         leaves = [x, *(hx if given_state else ()), *(fresh if given_fresh else ())]
         leaves += module.parameters()
-        output, last, *found = call(
-            module, x, hx if given_state else None, given, return_states=seed % 3 == 0
+        wanted = seed % 3 == 0
+        output, last, *all_states = call(
+            module, x, hx if given_state else None, given, return_states=wanted
         )
-        last += [part for of_all in found for part in of_all if part is not None]
-        exact = [y, *final, *(states if found else ())]
+        last += [part for found in all_states for part in found if part is not None]
+        exact = [y, *final, *(states if wanted else ())]
         cotangents = [torch.randn_like(part) for part in exact]
         exact_grads = torch.autograd.grad(exact, leaves, cotangents, allow_unused=True)
         grads = torch.autograd.grad([output, *last], leaves, cotangents, allow_unused=True)
