@@ -3,16 +3,24 @@
 The modules may be ours or torch.nn's. Weights go into the parameters that are there, and come out
 as copies. Arguments such as dropout rates, and activations other than the usual ones, are not in
 the weights.
+
+An array is a tensor, or whatever numpy reads as real numbers of any type, such as a list of lists.
+A weight with a parametrization, as those of ``torch.nn.utils.parametrizations``, is assigned
+through it; if the parametrization cannot represent the values, as `spectral_norm` cannot most, it
+is an error. So is a weight that a hook computes, as with ``torch.nn.utils.prune``: load before.
+After an error all parameters are what they were.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import RNNBase
+from torch.nn.utils import parametrize
 
 __all__ = ["from_flashrnn", "from_haste", "from_keras", "to_flashrnn", "to_haste", "to_keras"]
 
@@ -23,7 +31,7 @@ _GRU = [1, 0, 2]  # z, r, n
 _KERAS = {"LSTM": [0, 1, 2, 3], "GRU": _GRU, "GRU_RESET_BEFORE": _GRU, **_RNNS}
 _LSTM = [0, 2, 1, 3]  # i, g, f, o
 _HASTE = {"LSTM": _LSTM, "GRU": _GRU, "LAYERNORM_LSTM": _LSTM, "LAYERNORM_GRU": _GRU}
-_FLASHRNN = ("LSTM", "GRU", "RNN_TANH", "SLSTM")
+_FLASHRNN = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "SLSTM": 4}  # gates
 
 
 def from_keras(module: RNNBase, weights: Sequence[Sequence[Any]]) -> None:
@@ -42,9 +50,10 @@ def from_keras(module: RNNBase, weights: Sequence[Sequence[Any]]) -> None:
     Raises
     ------
     TypeError
-        If Keras has no such layer.
+        If Keras has no such layer, or something is no array of real numbers.
     ValueError
-        If the number or shapes of the arrays do not fit the module.
+        If the number or shapes of the arrays do not fit the module, or a weight of the module
+        cannot be loaded.
 
     Examples
     --------
@@ -72,8 +81,10 @@ def from_keras(module: RNNBase, weights: Sequence[Sequence[Any]]) -> None:
                 f"{directions} direction(s), got {len(arrays)}"
             )
         for d in range(directions):
-            kernel, recurrent, *bias = map(_tensor, arrays[d * count : (d + 1) * count])
-            values = {"weight_ih": kernel.t(), "weight_hh": recurrent.t()}
+            kernel, recurrent, *bias = (
+                _tensor(f"weights[{k}][{i}]", arrays[i]) for i in range(d * count, (d + 1) * count)
+            )
+            values = {"weight_ih": _transposed(kernel), "weight_hh": _transposed(recurrent)}
             if bias and module.mode == "GRU":
                 values["bias_ih"], values["bias_hh"] = _rows(f"the bias of weights[{k}]", bias[0])
             elif bias:
@@ -92,12 +103,13 @@ def to_keras(module: RNNBase) -> list[list[Any]]:
     Returns
     -------
     list of list of numpy.ndarray
-        For each layer, what its ``set_weights()`` takes; see `from_keras`.
+        For each layer, what its ``set_weights()`` takes; see `from_keras`. Of a bfloat16 module
+        they are float32, which is exact, because numpy has no bfloat16.
 
     Raises
     ------
     TypeError, ValueError
-        If Keras has no such layer.
+        If Keras has no such layer, or a weight has no values.
 
     Examples
     --------
@@ -112,7 +124,10 @@ def to_keras(module: RNNBase) -> list[list[Any]]:
     for k in range(module.num_layers):
         arrays = []
         for d in range(_directions(module)):
-            own = _values(module, _suffix(k, d), order)
+            own = {
+                name: value.float() if value.dtype == torch.bfloat16 else value
+                for name, value in _values(module, _suffix(k, d), order).items()
+            }
             arrays += [own["weight_ih"].t(), own["weight_hh"].t()]
             if module.mode == "GRU" and module.bias:
                 arrays.append(torch.stack([own["bias_ih"], own["bias_hh"]]))
@@ -137,9 +152,9 @@ def from_haste(module: RNNBase, state_dict: Mapping[str, Any]) -> None:
     Raises
     ------
     TypeError
-        If haste has no such layer.
+        If haste has no such layer, or something is no array of real numbers.
     ValueError
-        If names or shapes do not fit the module.
+        If names or shapes do not fit the module, or a weight of the module cannot be loaded.
 
     Examples
     --------
@@ -152,14 +167,14 @@ def from_haste(module: RNNBase, state_dict: Mapping[str, Any]) -> None:
     """
     order = _HASTE[_mode(module, "haste", _HASTE)]
     _refuse(module, "haste", proj_size=0, num_heads=1, num_layers=1, bidirectional=False, bias=True)
-    given = {name: _tensor(value) for name, value in state_dict.items()}
+    given = {name: _tensor(name, value) for name, value in state_dict.items()}
     if given.keys() != (expected := _haste_names(module)):
         raise ValueError(
             f"state_dict must have {', '.join(sorted(expected))}, got {', '.join(sorted(given))}"
         )
     values = {
-        "weight_ih": given["kernel"].t(),
-        "weight_hh": given["recurrent_kernel"].t(),
+        "weight_ih": _transposed(given["kernel"]),
+        "weight_hh": _transposed(given["recurrent_kernel"]),
         "bias_ih": given["bias"],
         "bias_hh": given.get("recurrent_bias", torch.zeros_like(given["bias"])),
     }
@@ -186,7 +201,7 @@ def to_haste(module: RNNBase) -> dict[str, Tensor]:
     Raises
     ------
     TypeError, ValueError
-        If haste has no such layer.
+        If haste has no such layer, or a weight has no values.
 
     Examples
     --------
@@ -243,9 +258,9 @@ def from_flashrnn(module: RNNBase, r: Any, b: Any, weight_ih: Any = None) -> Non
     Raises
     ------
     TypeError
-        If FlashRNN has no such function.
+        If FlashRNN has no such function, or something is no array of real numbers.
     ValueError
-        If the shapes do not fit the module.
+        If the shapes do not fit the module, or a weight of the module cannot be loaded.
 
     Examples
     --------
@@ -256,9 +271,9 @@ def from_flashrnn(module: RNNBase, r: Any, b: Any, weight_ih: Any = None) -> Non
     >>> slstm.bias_ih_l0.sum().item()
     24.0
     """
-    is_gru = _mode(module, "FlashRNN", _FLASHRNN) == "GRU"
+    mode = _mode(module, "FlashRNN", _FLASHRNN)
     _refuse(module, "FlashRNN", proj_size=0, num_layers=1, bidirectional=False, bias=True)
-    r, b = _tensor(r), _tensor(b)
+    r, b, is_gru = _tensor("r", r), _tensor("b", b), mode == "GRU"
     count, heads, units = _shape_of_heads(module)
     _expect("r", r, (count, heads, units, units))
     _expect("b", b, (count + is_gru, heads, units))
@@ -269,7 +284,7 @@ def from_flashrnn(module: RNNBase, r: Any, b: Any, weight_ih: Any = None) -> Non
         of_ih, of_hh = b, torch.zeros_like(b)
     values = {"weight_hh": r.flatten(0, 2), "bias_ih": of_ih.flatten(), "bias_hh": of_hh.flatten()}
     if weight_ih is not None:
-        values["weight_ih"] = _tensor(weight_ih)
+        values["weight_ih"] = _tensor("weight_ih", weight_ih)
     _load(module, {f"{name}_l0": value for name, value in values.items()})
 
 
@@ -291,7 +306,7 @@ def to_flashrnn(module: RNNBase) -> tuple[Tensor, Tensor]:
     Raises
     ------
     TypeError, ValueError
-        If FlashRNN has no such function.
+        If FlashRNN has no such function, or a weight has no values.
 
     Examples
     --------
@@ -314,8 +329,35 @@ def to_flashrnn(module: RNNBase) -> tuple[Tensor, Tensor]:
     return r[[2, 0, 1]], torch.cat([b_hh[2:], b_ih[:2] + b_hh[:2], b_ih[2:]])
 
 
-def _tensor(value: Any) -> Tensor:
-    return torch.as_tensor(value).detach()
+def _tensor(name: str, value: Any) -> Tensor:
+    """A given array; if it is no tensor, in float64, which is exact for all that is narrower."""
+    if isinstance(value, Tensor):
+        if value.is_complex():
+            raise TypeError(f"{name} must be of real numbers, got {value.dtype}")
+        return _present(name, value).detach()
+    import numpy  # here, because fastrnn and torch do without it
+
+    try:
+        # Copied to what torch can read: writable, of this machine's byte order, without gaps.
+        array = numpy.asarray(value).astype(numpy.float64, order="C", casting="same_kind")
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must be a tensor or an array of real numbers, got "
+            f"{type(value).__name__}: {error}"
+        ) from error
+    return torch.from_numpy(array)
+
+
+def _present(name: str, value: Tensor | None) -> Tensor:
+    if value is None or value.is_meta:
+        what = "None" if value is None else "a tensor on the meta device"
+        raise ValueError(f"{name} must be a tensor with values, got {what}")
+    return value
+
+
+def _transposed(value: Tensor) -> Tensor:
+    """A matrix transposed; the shape of anything else is refused later."""
+    return value.t() if value.dim() == 2 else value
 
 
 def _mode(module: RNNBase, library: str, accepted: Iterable[str]) -> str:
@@ -328,8 +370,7 @@ def _mode(module: RNNBase, library: str, accepted: Iterable[str]) -> str:
 def _shape_of_heads(module: RNNBase) -> tuple[int, int, int]:
     """Gates, heads, and hidden units of a head."""
     heads = getattr(module, "num_heads", 1)
-    count = module.get_parameter("weight_ih_l0").shape[0] // module.hidden_size
-    return count, heads, module.hidden_size // heads
+    return _FLASHRNN[module.mode], heads, module.hidden_size // heads
 
 
 def _refuse(module: RNNBase, library: str, **accepted: Any) -> None:
@@ -369,9 +410,15 @@ def _in_order(value: Tensor, order: list[int], hidden: int) -> Tensor:
 def _values(module: RNNBase, suffix: str, order: list[int]) -> dict[str, Tensor]:
     """Copies of the parameters of a direction, by their names without suffix."""
     names = next(names for names in module._all_weights if names[0] == f"weight_ih{suffix}")
+    for hook in module._forward_pre_hooks.values():
+        # torch.nn.utils.weight_norm and prune compute a weight anew before each call.
+        if getattr(hook, "name", getattr(hook, "_tensor_name", None)) in names:
+            hook(module, ())
     return {
         name.removesuffix(suffix): _in_order(
-            getattr(module, name).detach().to("cpu", copy=True), order, module.hidden_size
+            _present(name, getattr(module, name)).detach().to("cpu", copy=True),
+            order,
+            module.hidden_size,
         )
         for name in names
     }
@@ -388,9 +435,41 @@ def _ours(
 
 @torch.no_grad()
 def _load(module: RNNBase, values: Mapping[str, Tensor]) -> None:
-    """Copy values into the parameters, none of them if one does not fit."""
-    pairs = [(name, module.get_parameter(name), value) for name, value in values.items()]
-    for name, parameter, value in pairs:
-        _expect(f"{name}, after conversion,", value, parameter.shape)
-    for _, parameter, value in pairs:
-        parameter.copy_(value)
+    """Put values into the parameters, none of them if one does not fit."""
+    todo = []
+    for name, value in values.items():
+        is_parametrized = parametrize.is_parametrized(module, name)
+        own: Any = module.get_submodule(f"parametrizations.{name}") if is_parametrized else None
+        # Tried on a copy: some change with each call.
+        trial = copy.deepcopy(own)
+        current = _present(name, trial() if is_parametrized else getattr(module, name))
+        _expect(f"{name}, after conversion,", value, current.shape)
+        # Converted before anything is changed: that may fail, and a value be part of the module.
+        value = torch.empty_like(current, memory_format=torch.contiguous_format).copy_(value)
+        if is_parametrized:
+            _try(name, trial, value)
+            todo.append((own.right_inverse, value))
+        elif isinstance(current, torch.nn.Parameter):
+            todo.append((current.copy_, value))
+        else:
+            raise ValueError(
+                f"{name} must be a parameter, but a hook computes it from others: load before "
+                "weight_norm, spectral_norm or prune, or after their removal"
+            )
+    for put, value in todo:
+        put(value)
+
+
+def _try(name: str, parametrizations: Any, value: Tensor) -> None:
+    """Raise if parametrizations cannot represent a value."""
+    try:
+        parametrizations.right_inverse(value.clone())
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{name} has a parametrization that takes no values: {error}") from error
+    # Rounding was at most 6 units, with orthogonal, and half a unit of a half precision.
+    wide = torch.promote_types(value.dtype, torch.float32)
+    allowed = 16 * torch.finfo(wide).eps + torch.finfo(value.dtype).eps
+    given, found = value.to(wide), parametrizations().to(wide)
+    if not (found - given).norm() <= allowed * given.norm():  # nor if it is not a number
+        kinds = ", ".join(type(part).__name__.lstrip("_") for part in parametrizations)
+        raise ValueError(f"{name} must be values that its parametrization can have: {kinds}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastrnn
 from fastrnn.convert import (
@@ -262,6 +265,316 @@ def test_flashrnn(kind, heads):
     assert torch.equal(other.weight_ih_l0, kept)
     from_flashrnn(other, back_r, back_b, module.weight_ih_l0)
     torch.testing.assert_close(other(torch.from_numpy(x))[0], y)
+
+
+# Whatever holds numbers, in whatever surroundings.
+
+
+class HasArray:
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self):
+        return self.array
+
+
+def read_only(array):
+    array = array.copy()
+    array.setflags(write=False)
+    return array
+
+
+ARRAYS = {
+    "read-only": read_only,
+    "lists": lambda a: a.tolist(),
+    "arrays in a list": list,
+    "float16": lambda a: a.astype(np.float16),
+    "float64": lambda a: a.astype(np.float64),
+    "longdouble": lambda a: a.astype(np.longdouble),
+    "integers": lambda a: a.astype(np.int8),
+    "big-endian": lambda a: a.astype(">f4"),
+    "little-endian": lambda a: a.astype("<f4"),
+    "negative strides": lambda a: np.flip(np.ascontiguousarray(np.flip(a))),
+    "gaps": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
+    "columns first": np.asfortranarray,
+    "__array__": HasArray,
+    "tensor": torch.tensor,
+    "bfloat16": lambda a: torch.tensor(a, dtype=torch.bfloat16),
+    "int tensor": lambda a: torch.tensor(a, dtype=torch.int64),
+    "requires grad": lambda a: torch.tensor(a, requires_grad=True),
+}
+SURROUNDINGS = {
+    "plain": contextlib.nullcontext,
+    "meta": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+}
+
+
+def integers(*shape):
+    """Numbers that every type holds exactly."""
+    return RNG.integers(-8, 9, size=shape).astype(np.float32)
+
+
+GIVEN = {
+    "keras": (
+        lambda module, kernel, recurrent, bias, _: from_keras(module, [[kernel, recurrent, bias]]),
+        [(INPUTS, 3 * H), (H, 3 * H), (2, 3 * H), ()],
+    ),
+    "haste": (
+        lambda module, kernel, recurrent, bias, recurrent_bias: from_haste(
+            module,
+            {
+                "kernel": kernel,
+                "recurrent_kernel": recurrent,
+                "bias": bias,
+                "recurrent_bias": recurrent_bias,
+            },
+        ),
+        [(INPUTS, 3 * H), (H, 3 * H), (3 * H,), (3 * H,)],
+    ),
+    "flashrnn": (
+        lambda module, r, b, weight_ih, _: from_flashrnn(module, r, b, weight_ih),
+        [(3, 1, H, H), (4, 1, H), (3 * H, INPUTS), ()],
+    ),
+}
+
+
+@pytest.mark.parametrize("around", SURROUNDINGS)
+@pytest.mark.parametrize("kind", ARRAYS)
+@pytest.mark.parametrize("library", GIVEN)
+def test_arrays_of_every_kind(library, kind, around):
+    load, shapes = GIVEN[library]
+    arrays = [integers(*shape) for shape in shapes]
+    module, expected = fastrnn.GRU(INPUTS, H), fastrnn.GRU(INPUTS, H)
+    load(expected, *(torch.tensor(array) for array in arrays))
+    given = [ARRAYS[kind](array) if array.ndim else None for array in arrays]
+    with SURROUNDINGS[around]():
+        load(module, *given)
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(module.get_parameter(name), parameter), name
+    module(torch.randn(5, 2, INPUTS))[0].sum().backward()
+
+
+def test_numpy_scalars_and_a_default_dtype():
+    module = fastrnn.RNN(1, 1, dtype=torch.float32)
+    torch.set_default_dtype(torch.float64)
+    try:
+        from_keras(module, [[[[np.float32(0.5)]], [[np.int16(2)]], [np.float64(-3)]]])
+        assert [array.dtype for array in to_keras(module)[0]] == [np.float32] * 3
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [array.item() for array in to_keras(module)[0]] == [0.5, 2, -3]
+    assert module.weight_hh_l0.dtype == torch.float32
+
+
+@pytest.mark.parametrize("around", SURROUNDINGS)
+def test_conversions_from_ours_in_any_surroundings(around):
+    module = fastrnn.GRU(INPUTS, H)
+    expected = [*to_keras(module)[0], *to_haste(module).values(), *to_flashrnn(module)]
+    with SURROUNDINGS[around]():
+        found = [*to_keras(module)[0], *to_haste(module).values(), *to_flashrnn(module)]
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_bfloat16_to_keras_is_float32():
+    module, back = (fastrnn.LSTM(INPUTS, H, dtype=torch.bfloat16) for _ in range(2))
+    arrays = to_keras(module)[0]
+    assert [array.dtype for array in arrays] == [np.float32] * 3
+    wide = fastrnn.LSTM(INPUTS, H)
+    wide.load_state_dict(module.state_dict())
+    for a, b in zip(arrays, to_keras(wide)[0], strict=True):
+        np.testing.assert_array_equal(a, b)
+    from_keras(back, [arrays])
+    assert torch.equal(back.weight_hh_l0, module.weight_hh_l0)
+    assert to_haste(module)["kernel"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "must be a tensor or an array of real numbers, got NoneType"),
+        ("kernel", "must be a tensor or an array of real numbers, got str"),
+        ([[1.0], [1.0, 2.0]], "must be a tensor or an array of real numbers, got list"),
+        (np.zeros((H, 3 * H), complex), "must be a tensor or an array of real numbers, got ndarr"),
+        (torch.zeros(H, 3 * H, dtype=torch.complex64), "must be of real numbers, got torch.comp"),
+        (torch.zeros(H, 3 * H, device="meta"), "must be a tensor with values, got a tensor on the"),
+        (np.zeros((1, H, 3 * H)), "must be of shape"),
+        (np.zeros(3 * H), "must be of shape"),
+        (np.float32(1), "must be of shape"),
+    ],
+)
+@pytest.mark.parametrize("library", GIVEN)
+def test_what_is_no_array(library, value, message):
+    load, shapes = GIVEN[library]
+    arrays = [integers(*shape) if shape else None for shape in shapes]
+    module = fastrnn.GRU(INPUTS, H)
+    before = copied(module)
+    with pytest.raises((TypeError, ValueError), match=message):
+        load(module, *arrays[:1], value, *arrays[2:])
+    assert_same(module, before)
+
+
+# Modules whose weights are not plain parameters.
+
+
+def copied(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_same(module, state):
+    now = module.state_dict()
+    assert now.keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(now[name], value), name
+
+
+CONVERSIONS = {
+    "keras": (to_keras, from_keras),
+    "haste": (to_haste, from_haste),
+    "flashrnn": (lambda m: (*to_flashrnn(m), m.weight_ih_l0), lambda m, g: from_flashrnn(m, *g)),
+}
+
+
+@pytest.mark.parametrize("cls", [fastrnn.GRU, torch.nn.GRU])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("library", CONVERSIONS)
+def test_weight_norm(library, dtype, cls):
+    give, take = CONVERSIONS[library]
+    source, target, back = (cls(INPUTS, H, dtype=dtype) for _ in range(3))
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        parametrizations.weight_norm(target, name)
+    parameters = dict(target.named_parameters())
+    take(target, give(source))
+    assert all(target.get_parameter(name) is p for name, p in parameters.items())
+    tolerance = 2 * torch.finfo(dtype).eps
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        torch.testing.assert_close(
+            getattr(target, name), getattr(source, name), rtol=tolerance, atol=tolerance
+        )
+    x = torch.randn(5, 2, INPUTS, dtype=dtype)
+    torch.testing.assert_close(target(x)[0], source(x)[0])
+    take(back, give(target))
+    assert torch.equal(back.weight_hh_l0, target.weight_hh_l0)
+
+
+def test_what_was_given_may_be_changed_afterwards():
+    module = parametrizations.weight_norm(fastrnn.LSTM(INPUTS, H), "weight_hh_l0")
+    r, b = torch.randn(4, 1, H, H), torch.randn(4, 1, H)
+    from_flashrnn(module, r, b)
+    before = copied(module)
+    r.zero_()
+    b.zero_()
+    assert_same(module, before)
+
+
+def test_a_part_of_the_module_is_given():
+    module = fastrnn.LSTM(INPUTS, H)
+    r = module.weight_hh_l0.detach().view(4, 1, H, H)
+    expected = r.flip(0).flatten(0, 2).clone()
+    from_flashrnn(module, r.flip(0), torch.zeros(4, 1, H))
+    assert torch.equal(module.weight_hh_l0, expected)
+
+
+def test_orthogonal():
+    module = fastrnn.RNN(INPUTS, H)
+    parametrizations.orthogonal(module, "weight_hh_l0")
+    kernel, _, bias = to_keras(module)[0]
+    other = np.linalg.qr(random(H, H))[0]
+    from_keras(module, [[kernel, other, bias]])
+    np.testing.assert_allclose(to_keras(module)[0][1], other, rtol=1e-5, atol=1e-6)
+    before = copied(module)
+    with pytest.raises(ValueError, match=r"weight_hh_l0 must be values that .* can have: Orthog"):
+        from_keras(module, [[kernel * 0, random(H, H), bias]])
+    assert_same(module, before)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, value):
+        return 2 * value
+
+
+def no_inverse(module, name):
+    parametrize.register_parametrization(module, name, Doubled())
+
+
+def trivial(module, name):
+    parametrizations.orthogonal(module, name, use_trivialization=False, orthogonal_map="cayley")
+
+
+@pytest.mark.parametrize("library", CONVERSIONS)
+@pytest.mark.parametrize(
+    ("norm", "message"),
+    [
+        (parametrizations.spectral_norm, "must be values that its parametrization can have: Spect"),
+        (no_inverse, "has a parametrization that takes no values: .* does not implement"),
+        (trivial, "has a parametrization that takes no values: It is not possible to assign"),
+    ],
+)
+def test_parametrizations_without_the_values(norm, message, library):
+    give, take = CONVERSIONS[library]
+    source, target = fastrnn.RNN(INPUTS, H), fastrnn.RNN(INPUTS, H)
+    if library == "haste":
+        source, target = fastrnn.GRU(INPUTS, H), fastrnn.GRU(INPUTS, H)
+    norm(target, "weight_hh_l0")
+    before = copied(target)
+    with pytest.raises(ValueError, match=f"weight_hh_l0 {message}"):
+        take(target, give(source))
+    assert_same(target, before)
+
+
+def test_zeros_with_weight_norm():
+    """A norm of zero has no direction: the weight would be NaN."""
+    module = parametrizations.weight_norm(fastrnn.RNN(INPUTS, H), "weight_hh_l0")
+    before = copied(module)
+    with pytest.raises(ValueError, match="must be values that its parametrization can have: Wei"):
+        from_keras(module, [[np.ones((INPUTS, H)), np.zeros((H, H)), np.ones(H)]])
+    assert_same(module, before)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("library", CONVERSIONS)
+@pytest.mark.parametrize(
+    ("norm", "part"),
+    [
+        (torch.nn.utils.weight_norm, "weight_hh_l0_g"),
+        (lambda m, name: prune.random_unstructured(m, name, 0.5), "weight_hh_l0_orig"),
+    ],
+)
+def test_weights_that_a_hook_computes(norm, part, library):
+    """They are given as the next call would use them, and not loaded."""
+    give, take = CONVERSIONS[library]
+    source, target, plain = (fastrnn.GRU(INPUTS, H) for _ in range(3))
+    norm(target, "weight_hh_l0")
+    with torch.no_grad():
+        target.get_parameter(part).mul_(2)
+    take(plain, give(target))
+    x = torch.randn(5, 2, INPUTS)
+    torch.testing.assert_close(plain(x)[0], target(x)[0])
+    before = copied(target)
+    with pytest.raises(ValueError, match="weight_hh_l0 must be a parameter, but a hook computes"):
+        take(target, give(source))
+    assert_same(target, before)
+
+
+@pytest.mark.parametrize("library", CONVERSIONS)
+def test_modules_without_values(library):
+    give, take = CONVERSIONS[library]
+    good = fastrnn.GRU(INPUTS, H)
+    given, before = give(good), copied(good)
+    meta, without = fastrnn.GRU(INPUTS, H, device="meta"), fastrnn.GRU(INPUTS, H)
+    without.bias_hh_l0 = None
+    for module, message in (
+        (meta, "weight_hh_l0|weight_ih_l0 must be a tensor with values, got a tensor on the meta"),
+        (without, "bias_hh_l0 must be a tensor with values, got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            give(module)
+        kept = {name: p.clone() for name, p in module.named_parameters() if not p.is_meta}
+        with pytest.raises(ValueError, match=message):
+            take(module, given)
+        assert all(torch.equal(module.get_parameter(name), p) for name, p in kept.items())
+    assert_same(good, before)
 
 
 # Errors
