@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from .. import _arguments
-from . import registry, results
+from . import registry, results, terminal
 from .environment import environment
 from .measure import measure_all
 from .providers import BASELINE, PROVIDERS, default_providers
@@ -71,12 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=terminal.path,
         metavar="DIR",
         help="folder for the files (default: bench/results/latest, or that of --render)",
     )
     parser.add_argument(
-        "--compare", type=Path, metavar="OLD.json", help="a results.json to compare with"
+        "--compare", type=terminal.path, metavar="OLD.json", help="a results.json to compare with"
     )
     parser.add_argument(
         "--threshold",
@@ -86,7 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="drop of a case's ratio since OLD.json that is a regression (default: 10)",
     )
     parser.add_argument(
-        "--render", type=Path, metavar="RESULTS.json", help="measure nothing, show these results"
+        "--render",
+        type=terminal.path,
+        metavar="RESULTS.json",
+        help="measure nothing, show these results",
     )
 
 
@@ -120,7 +123,8 @@ def run(args: argparse.Namespace) -> int:
                 flag = f"--{value}" if flag == "--suite" else flag
                 raise _arguments.UsageError(f"{flag} has no meaning with --render")
         shown = results.load(args.render)
-        return _show(shown, args.out or args.render.parent, old, args.threshold / 100)
+        paths = _write(_made(args.out or args.render.parent), shown)
+        return _show(shown, paths, old, args.threshold / 100)
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases, providers = _cases(args, device), _providers(args, device)
     if not any(PROVIDERS[name].gap(case, device) is None for case in cases for name in providers):
@@ -129,31 +133,39 @@ def run(args: argparse.Namespace) -> int:
         (case, name) for case in cases for name in providers
     }:
         raise _arguments.UsageError(f"{args.compare} has none of the {len(cases)} cases to measure")
-    args.out = args.out or Path("bench/results/latest")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _arguments.UsageError(f"cannot write to {args.out}: {error.strerror}") from error
-    if not os.access(args.out, os.W_OK):
-        raise _arguments.UsageError(f"cannot write to {args.out}: Permission denied")
-
+    args.out = _made(args.out or Path("bench/results/latest"))
     found = _measure_all(args, cases, providers, device)
+    paths = _write(args.out, found)  # before anything is printed, which may fail
     for gap in _gaps(cases, providers, device):
         print(gap)
-    status = _show(found, args.out, old, args.threshold / 100)
+    status = _show(found, paths, old, args.threshold / 100)
     measured = len(results.by_case(found.rows))
     if measured < len(cases):
         print(f"interrupted after {measured} of {len(cases)} cases")
     return status or int(measured < len(cases))
 
 
-def _show(found: Results, folder: Path, old: Sequence[Row] | None, threshold: float) -> int:
-    """Print and write everything; the exit status."""
+def _made(folder: Path) -> Path:
+    """A folder to write to, made if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _arguments.UsageError(f"cannot write to {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise _arguments.UsageError(f"cannot write to {folder}: Permission denied")
+    return folder
+
+
+def _show(
+    found: Results, paths: Sequence[Path], old: Sequence[Row] | None, threshold: float
+) -> int:
+    """Print everything; the exit status."""
     from rich.console import Console
 
     from . import report
 
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    console = Console(width=None if is_terminal else 200, highlight=False)
     for table in (
         report.results_table(found.rows),
         report.providers_table(found.rows),
@@ -165,7 +177,7 @@ def _show(found: Results, folder: Path, old: Sequence[Row] | None, threshold: fl
             console.print(report.to_rich(table))
     console.print(report.limits_line(found))
     console.print(report.totals(found.rows))
-    for path in _write(folder, found):
+    for path in paths:
         console.print(os.path.relpath(path), soft_wrap=True)
     bad = any(row.status != "ok" for row in found.rows if row.is_ours)
     if old is not None:

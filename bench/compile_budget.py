@@ -35,6 +35,7 @@ from triton.compiler import ASTSource
 from .. import _arguments
 from ..kernels import configs, launch, persistent, stepwise
 from ..kernels.cells import CELLS
+from . import terminal
 
 DEVICES = ("a100", "h100", "b200", "mi300x")
 FAULTS = ("spills", "shared memory", "no matrix instructions", "narrow exchange", "narrow loads")
@@ -284,7 +285,9 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, _Code]:
         file.write(cubin)
         file.flush()
         command = [str(TOOLS / "cuobjdump"), "-res-usage", "-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True
+        ).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert usage
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@\S+ )?([A-Z][\w.]*)(.*?);", text, re.M)
@@ -384,11 +387,14 @@ def _numbers(text: str) -> list[int]:
     return [int(word) for word in text.split()] or [0]
 
 
+@terminal.printing()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 1 if a variant breaks a budget, else 0."""
     parser = argparse.ArgumentParser(prog="python -m fastrnn.bench.compile_budget")
     parser.add_argument("--devices", nargs="+", choices=DEVICES, default=DEVICES)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/compile_budget.csv"))
+    parser.add_argument(
+        "--out", type=terminal.path, default=Path("bench/results/compile_budget.csv")
+    )
     parser.add_argument("--jobs", type=_arguments.positive, default=2, help="processes")
     parser.add_argument("--quick", action="store_true", help="three hidden sizes only")
     parser.add_argument(
@@ -400,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = [variant for variant in planned if _key(variant) not in known]
     measured = measure_all(missing, args.jobs)
     rows = []
-    with args.out.open("w", newline="") as file:
+    with args.out.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(FIELDS)
         for variant, use in planned.items():
@@ -425,7 +431,7 @@ def _row(variant: Variant, use: Use, measured: Measured) -> list[str]:
 
 def _known(path: Path) -> dict[tuple[str, ...], list[str]]:
     """The rows of a file."""
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         _, *rows = csv.reader(file)
     return {tuple(row[: len(Variant._fields)]): row for row in rows}
 
@@ -467,7 +473,8 @@ def _print_summary(rows: Sequence[list[str]]) -> None:
         most = max(int(row["registers"]) for row in of_device)
         numbers = (len(of_device), most, *(counts[fault] for fault in FAULTS))
         table.add_row(name, *map(str, numbers))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    Console(width=None if is_terminal else 120).print(table)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,9 @@ def _version(package: str) -> str:
 def _driver() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+        found = subprocess.run(
+            query, capture_output=True, encoding="utf-8", errors="replace", check=True
+        ).stdout.split()
     except (OSError, subprocess.CalledProcessError):
         found = []
     return found[0] if found else "unknown"
@@ -112,7 +114,12 @@ def _cpu_name() -> str:
 def _commit() -> tuple[str, bool]:
     def git(*args: str) -> str:
         done = subprocess.run(
-            ["git", *args], cwd=here.parent, capture_output=True, text=True, check=True
+            ["git", *args],
+            cwd=here.parent,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
         )
         return done.stdout.strip()
 

@@ -335,7 +335,7 @@ def _peak_mib(call: Call, device: torch.device) -> float | None:
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what is free but kept would not be counted
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_bytes(b"5")  # the peak begins anew
     except (AttributeError, OSError):
         return None
     resident = _resident_mib("VmRSS")
@@ -345,7 +345,7 @@ def _peak_mib(call: Call, device: torch.device) -> float | None:
 
 def _resident_mib(field: str) -> float:
     """VmRSS, the resident set, or VmHWM, its peak."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition(f"{field}:")[2].split()[0]) / 1024
 
 

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from .. import nn, planner
-from . import results
+from . import results, terminal
 from .environment import Environment, environment
 from .measure import measure_all
 from .providers import default_providers, problem_of
@@ -47,6 +47,7 @@ _RESERVE = 5.0  # seconds that are left for writing
 _TAIL = 4000  # characters of a program's output that are kept
 
 
+@terminal.printing()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all of it.
 
@@ -61,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status.
     """
     parser = argparse.ArgumentParser(prog="python -m fastrnn.bench.on_gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, help="folder (default bench/results/<device>-<date>)")
+    parser.add_argument(
+        "--out", type=terminal.path, help="folder (default bench/results/<device>-<date>)"
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default 9)")
     parser.add_argument("--commit", help="of the checkout, where git is not there to tell")
     parser.add_argument("--only", choices=("tests", "sanitizer", "bench"), help="one part alone")
@@ -131,8 +134,8 @@ def _run(command: list[str], seconds: float) -> dict[str, Any]:
     environ = {**os.environ, "PYTHONPATH": str(_ROOT), "TRITON_INTERPRET": "0"}
     # In a group of its own, so that no child goes on using the GPU.
     process = subprocess.Popen(
-        command, cwd=_ROOT, env=environ, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        command, cwd=_ROOT, env=environ, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
     )  # fmt: skip
     status: int | str
     try:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .._arguments import UsageError
+from . import terminal
 from .providers import OURS
 from .registry import Case
 from .report import totals
@@ -27,6 +28,7 @@ _MODES = {"forward": "inference", "training": "training"}
 _BATCHES = ((1, 1, "B = 1"), (2, 16, "B = 8 to 16"), (17, 2**31, "B from 32"))
 
 
+@terminal.printing()
 def main(argv: Sequence[str] | None = None) -> int:
     """Rewrite the table of one device.
 
@@ -41,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status.
     """
     parser = argparse.ArgumentParser(prog="python -m fastrnn.bench.readme", description=__doc__)
-    parser.add_argument("results", type=Path, help="a results.json below bench/results")
-    parser.add_argument("--readme", type=Path, default=_ROOT / "README.md")
+    parser.add_argument("results", type=terminal.path, help="a results.json below bench/results")
+    parser.add_argument("--readme", type=terminal.path, default=_ROOT / "README.md")
     args = parser.parse_args(argv)
     try:
         found = load(args.results)

@@ -262,7 +262,7 @@ def save(folder: Path | None, name: str, figures: dict[str, Any]) -> None:
         text = json.dumps(_rounded(figures), indent=1) + "\n"
         # A list of numbers reads better in one line than in hundreds.
         text = _NUMBERS.sub(lambda match: " ".join(match[0].split()), text)
-        (folder / f"{name}.json").write_text(text)
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
 
 
 def _rounded(x: Any) -> Any:

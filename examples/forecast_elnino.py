@@ -36,7 +36,7 @@ HELD_OUT = 15 * 12  # months at the end
 
 @cache
 def temperatures() -> Tensor:
-    lines = in_package("statsmodels", "datasets/elnino/elnino.csv").read_text().splitlines()
+    lines = in_package("statsmodels", "datasets/elnino/elnino.csv").read_text("utf-8").splitlines()
     return torch.tensor([[float(x) for x in line.split(",")[1:]] for line in lines[1:]]).flatten()
 
 

@@ -77,7 +77,8 @@ def peak(device: str) -> float:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
     # Not getrusage's: that of a new process begins with that of the one that started it.
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 2**10
+    status = Path("/proc/self/status").read_text("utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
 
 
 def measure(way: str, args: argparse.Namespace) -> dict[str, float]:
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{args.steps} steps of {args.batch} sequences, {args.hidden} units:")
     for way in ("torch.nn", "plain", "True", str(args.chunk)):
         command = [sys.executable, __file__, *(argv or sys.argv[1:]), "--measure", way]
-        table[way] = json.loads(subprocess.check_output(command, text=True))
+        table[way] = json.loads(subprocess.check_output(command, encoding="utf-8"))
         name = "recompute=" * bool(options_of(way)) + way
         print(f"  {name:16} {table[way]['MiB']:6.0f} MiB {table[way]['seconds']:6.2f} s")
     before, start = peak(args.device), now(args.device)

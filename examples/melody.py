@@ -56,7 +56,7 @@ def songs() -> list[list[Song]]:
     """Songs of at most 64 notes and without ties; E0001, E0001A, ... are variants, in one list."""
     found: dict[str, list[Song]] = {}
     files = sorted(in_package("music21", "corpus/essenFolksong").glob("erk?0.abc"))
-    for number, *abc in ABC.findall("".join(file.read_text() for file in files)):
+    for number, *abc in ABC.findall("".join(file.read_text("utf-8") for file in files)):
         if "-" not in abc[-1] and 0 < len(song := read(*abc)) <= 64:
             found.setdefault(number, []).append(song)
     return list(found.values())

@@ -13,6 +13,7 @@ import torch
 
 from . import __version__
 from ._arguments import UsageError, device, dtype, natural, positive, require
+from .bench.terminal import printing
 
 
 class _Parser(argparse.ArgumentParser):
@@ -125,7 +126,8 @@ def _verify(args: argparse.Namespace) -> int:
     from .testing import LIMIT, WORST, verify
 
     errors, out = Console(stderr=True), Console()
-    out.width = max(out.width, 110)  # the table's; a pipe would get 80
+    # The table's, with what folds in it where that is unwieldy; a pipe would get 80.
+    out.width = max(out.width, 110 if out.is_terminal else 132)
     total = (len(args.cells) if args.only is not None else args.cases) * len(args.dtype)
     columns = ("verify", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, transient=True) as progress:
@@ -144,11 +146,11 @@ def _verify(args: argparse.Namespace) -> int:
         caption=f"passes: rms ratio <= {LIMIT:g} and worst <= {WORST:g} units of unavoidable error",
     )
     for heading in ("cell", "dtype", "path"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for heading in ("cases", "tensors", "rms ours / torch.nn", "worst units"):
         table.add_column(heading, justify="right")
     for heading in ("worst tensor", ""):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for row in summaries:
         worst = row.worst
         table.add_row(
@@ -218,6 +220,7 @@ _COMMANDS: dict[str, tuple[str, Any, Any]] = {
 }
 
 
+@printing()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 

@@ -4,8 +4,10 @@ import argparse
 import csv
 import dataclasses
 import importlib.util
+import io
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastrnn.__main__ import main
 from fastrnn.bench import (
     built,
     cli,
@@ -412,6 +415,7 @@ def test_bad_values_are_named(option, text, message):
 
 
 TINY = ["--cells=gru", "--T=3", "--B=2", "--H=8", "--device=cpu", "--seconds=1e-3"]
+TINY_GRID = {"steps": [3], "batches": [2], "hidden": [8]}
 
 
 def test_run_writes_all_files(tmp_path, capsys):
@@ -436,6 +440,9 @@ def test_run_writes_all_files(tmp_path, capsys):
     assert cli.run(parse("--render", str(out / "results.json"), "--out", str(again))) == 0
     assert capsys.readouterr().out.splitlines()[:8] == printed.splitlines()[:8]
     assert results.load(again / "results.json") == found
+    deeper = tmp_path / "a" / "new" / "one"
+    assert cli.run(parse("--render", str(out / "results.json"), "--out", str(deeper))) == 0
+    assert results.load(deeper / "results.json") == found
     (out / "report.html").unlink()
     assert cli.run(parse("--render", str(out / "results.json"))) == 0
     assert (out / "report.html").exists()
@@ -505,7 +512,7 @@ def test_an_interrupted_run_shows_what_it_has(tmp_path, monkeypatch, capsys):
 
 def test_run_compares(tmp_path, capsys):
     args = parse(*TINY, "--out", str(tmp_path), "--compare", str(tmp_path / "old.json"))
-    cases = registry.grid(cells=["gru"], steps=[3], batches=[2], hidden=[8])
+    cases = registry.grid(cells=["gru"], **TINY_GRID)
     env = environment(CPU, "")
     for ratio, status in ((1000.0, 1), (0.001, 0)):
         old = [make_row(case, ratio, ratio / 10) for case in cases]
@@ -522,8 +529,10 @@ def test_run_refuses_before_measuring(tmp_path, found, monkeypatch):
     results.write_json(tmp_path / "old.json", found)
     with pytest.raises(ValueError, match="has none of the 2 cases"):
         cli.run(args)
-    with pytest.raises(ValueError, match=r"cannot write to .*old.json: File exists"):
-        cli.run(parse(*TINY, "--out", str(tmp_path / "old.json")))
+    old = str(tmp_path / "old.json")
+    for options in (TINY, ("--render", old)):
+        with pytest.raises(ValueError, match=r"cannot write to .*old.json: File exists"):
+            cli.run(parse(*options, "--out", old))
     with pytest.raises(ValueError, match="--full is a suite"):
         cli.run(parse("--full", "--T=3"))
     with pytest.raises(ValueError, match="no case of --quick has such"):
@@ -543,6 +552,64 @@ def test_run_fails_on_a_wrong_result(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "measure", wrong)
     assert cli.run(parse(*TINY, "--out", str(tmp_path))) == 1
     assert "2 wrong" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
+def test_output_of_any_encoding(tmp_path, monkeypatch, found, encoding):
+    old, out = str(tmp_path / "old.json"), io.TextIOWrapper(io.BytesIO(), encoding)
+    results.write_json(Path(old), found)
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["bench", "--render", old, "--compare", old]) == 1  # there is a wrong one
+    written = out.buffer.getvalue().decode(encoding)
+    assert "? slower" in written
+    assert "2.00 ? 2.00" in written
+    assert "report.html" in written
+
+
+def test_files_are_written_before_anything_is_printed(tmp_path, monkeypatch, found):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError("no space left on device")
+
+    results.write_json(tmp_path / "old.json", found)
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(OSError, match="no space left"):
+        cli.run(parse("--render", str(tmp_path / "old.json")))
+    assert (tmp_path / "report.html").exists()
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.run(parse("--render", str(tmp_path / "old.json"))) == 1
+
+
+def test_a_locale_without_utf_8(tmp_path, found):
+    """Nor is any file opened in the encoding of the locale."""
+    old = tmp_path / "old.json"
+    rows = [make_row(case, 0.001) for case in registry.grid(cells=["gru"], **TINY_GRID)]
+    results.write_json(old, found._replace(rows=rows))
+    command = [sys.executable, "-X", "warn_default_encoding", "-m", "fastrnn", "bench", *TINY]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path), "--compare", str(old)],
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        capture_output=True,
+        encoding="ascii",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 cases in both, 0 regressions" in done.stdout
+    assert (tmp_path / "report.html").exists()
+    assert not re.findall(rf"^{re.escape(str(ROOT))}/(?!\.).*EncodingWarning.*", done.stderr, re.M)
+
+
+def test_a_home_in_an_option_is_expanded(tmp_path, monkeypatch, found):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    for option in ("out", "compare", "render"):
+        assert getattr(parse(f"--{option}=~/x"), option) == tmp_path / "x"
+        with pytest.raises(argparse.ArgumentError, match="'~nobody-here/x' is in a home that is"):
+            parse(f"--{option}=~nobody-here/x")
+    assert parse("--out=x/~").out == Path("x/~")
+    results.write_json(tmp_path / "results.json", found)
+    (tmp_path / "README.md").write_text("<!-- speed: cpu -->\nold<!-- /speed -->\n")
+    assert readme.main(["~/results.json", "--readme=~/README.md"]) == 0
+    assert "old" not in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_options_do_not_import_matplotlib():
@@ -609,8 +676,15 @@ def test_on_gpu_leaves_its_evidence(fake_gpu, monkeypatch, tmp_path, capsys, sta
 
 def test_on_gpu_stops_in_time(fake_gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("measured"))
-    assert on_gpu.main(["--only", "bench", "--out", str(tmp_path), "--minutes", "0.01"]) == 1
-    assert json.loads((tmp_path / "gpu.json").read_text())["failed"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert on_gpu.main(["--only=bench", "--out=~/below", "--minutes=0.01"]) == 1
+    assert json.loads((tmp_path / "below" / "gpu.json").read_text())["failed"]
+
+
+def test_on_gpu_reads_output_of_any_encoding():
+    code = "import sys; sys.stdout.buffer.write(b'\\xe2\\x96\\xbc \\xff')"
+    found = on_gpu._run([sys.executable, "-c", code], 60)
+    assert (found["status"], found["output"]) == (0, "▼ �")
 
 
 def test_on_gpu_keeps_what_the_tests_found(fake_gpu, monkeypatch, tmp_path):
