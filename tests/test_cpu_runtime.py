@@ -178,6 +178,88 @@ def test_forked_before_our_first_call(two_threads):
     assert python(code).stdout == "0\n"
 
 
+FORK = """
+import os, signal, sys, threading, torch, fastrnn
+from fastrnn.cpu import machine
+from fastrnn.planner import use_path
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+gru, x = fastrnn.GRU(5, 9), torch.randn(7, 3, 5)
+with use_path("torch"):
+    expected, _ = gru(x)
+busy, forked = threading.Event(), threading.Event()
+longest = 1
+
+def linger():
+    if not busy.is_set():
+        busy.set()
+        forked.wait(longest)
+
+{other}
+busy.wait()
+child = os.fork()
+forked.set()
+if child == 0:
+    child = os.fork()  # and a child of the child
+    status = 1
+    try:
+        signal.alarm(30)
+        with use_path("loop"):
+            y, _ = gru(x)
+        y.sum().backward()
+        torch.testing.assert_close(y, expected)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0
+        print(machine.kernel_gap(torch.float32, False), flush=True)
+    finally:
+        os._exit(status != 0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+IMPORTING = """
+class Finder:
+    def find_spec(name, *others):
+        if name == "llvmlite.binding.module":
+            linger()
+
+sys.meta_path.insert(0, Finder)
+threading.Thread(target=machine._has_compiler).start()
+"""
+
+COMPILING = """
+import llvmlite.binding as llvm
+from fastrnn.cpu import engine
+llvm.ffi.register_lock_callback(linger, lambda: None)
+threading.Thread(target=lambda: engine.kernels("gru")).start()
+"""
+
+ANOTHER_LIBRARY = """
+import llvmlite.binding as llvm
+llvm.ffi.register_lock_callback(linger, lambda: None)
+threading.Thread(target=llvm.get_process_triple).start()
+"""
+
+CUT_OFF = "no kernels after a fork while another thread compiled some"
+
+
+@can_fork
+@pytest.mark.parametrize(
+    ("other", "gap"),
+    [
+        (IMPORTING, "None"),
+        (COMPILING, "None"),
+        ("machine._MAX_WAIT, longest = 0.1, 60" + COMPILING, CUT_OFF),
+        ("longest = 60" + ANOTHER_LIBRARY, CUT_OFF),
+        ("machine.compiling.acquire(); busy.set()", "None"),
+    ],
+    ids=["importing", "compiling", "compiling for long", "another library", "same thread"],
+)
+def test_forked_while_a_thread_compiles(other, gap):
+    """Its locks stay locked in the child."""
+    done = python(FORK.format(other=other))
+    assert done.stdout.splitlines() == [gap, gap, "0"], done.stderr
+
+
 class Encoded(Dataset):
     """Runs a layer for every item, as an encoder in front of a model would."""
 
@@ -265,6 +347,47 @@ def test_a_user_without_a_home(monkeypatch, caplog):
     model, x = module_and_input(16)
     model(x)
     assert "Could not determine home directory" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("own", "shared", "folder"),
+    [
+        ("~", "", "HOME"),
+        ("~/kernels", "/shared", "HOME/kernels"),
+        ("/own/~", "/shared", "/own/~"),
+        ("own/kernels", "/shared", "own/kernels"),
+        ("", "/shared", "/shared/fastrnn"),
+        ("", "", "HOME/.cache/fastrnn"),
+        ("", "shared", "HOME/.cache/fastrnn"),
+        ("", "./shared", "HOME/.cache/fastrnn"),
+        ("", "~/shared", "HOME/.cache/fastrnn"),
+    ],
+)
+def test_folder_of_the_cache(tmp_path, monkeypatch, own, shared, folder):
+    for name, value in (("HOME", str(tmp_path)), ("USERPROFILE", str(tmp_path))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FASTRNN_CACHE_DIR", own)
+    monkeypatch.setenv("XDG_CACHE_HOME", shared)
+    assert engine.cache_folder() == Path(folder.replace("HOME", str(tmp_path)))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="users' homes are guessed")
+def test_folder_of_another_user(monkeypatch):
+    import pwd
+
+    user = pwd.getpwuid(os.getuid())
+    monkeypatch.setenv("FASTRNN_CACHE_DIR", f"~{user.pw_name}/kernels")
+    assert engine.cache_folder() == Path(user.pw_dir) / "kernels"
+
+
+def test_a_folder_of_nobody(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("FASTRNN_CACHE_DIR", "~no-such-user/kernels")
+    monkeypatch.setattr(engine, "_loaded", {})
+    monkeypatch.chdir(tmp_path)
+    model, x = module_and_input(16)
+    model(x)
+    assert "cannot keep compiled kernels: Could not determine home directory" in caplog.text
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_name_of_a_file_depends_on_all_sources(monkeypatch):

@@ -8,7 +8,6 @@ import hashlib
 import logging
 import os
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,17 +83,6 @@ class Kernels(NamedTuple):
     owner: Any
 
 
-_compiling = threading.Lock()
-
-
-def _after_fork() -> None:
-    global _compiling
-    _compiling = threading.Lock()  # another thread of the parent may have held it
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
 _loaded: dict[tuple[str, Target], Kernels] = {}
 
 
@@ -113,7 +101,7 @@ def kernels(cell: str) -> Kernels:
     assert target is not None
     found = _loaded.get((cell, target))
     if found is None:
-        with _compiling:
+        with machine.compiling:
             found = _loaded.get((cell, target)) or _load(cell, target)
             _loaded[cell, target] = found
     return found
@@ -190,6 +178,10 @@ def optimized(cell: str, target: Target, for_: Any) -> Any:
 def cache_folder() -> Path:
     """Say where compiled kernels are kept: ``$FASTRNN_CACHE_DIR``, else in the user's cache.
 
+    That variable may begin with ``~`` or ``~user``, which not everything that sets variables
+    expands. A relative path is one from the working directory, but a relative
+    ``$XDG_CACHE_HOME`` is ignored, as its specification asks.
+
     Returns
     -------
     pathlib.Path
@@ -200,10 +192,11 @@ def cache_folder() -> Path:
         If the user has no home.
     """
     own = os.environ.get("FASTRNN_CACHE_DIR")
-    if own:
-        return Path(own)
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrnn"
+        if own:
+            return Path(own).expanduser()
+        return (shared if shared.is_absolute() else Path.home() / ".cache") / "fastrnn"
     except RuntimeError as error:
         raise OSError(str(error)) from error
 

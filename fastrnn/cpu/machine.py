@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
 import platform
-from typing import NamedTuple
+import sys
+import threading
+from typing import Any, NamedTuple
 
 import torch
 
@@ -57,10 +60,12 @@ def target() -> Target | None:
 
 @functools.cache
 def _has_compiler() -> bool:
-    try:
-        importlib.import_module("llvmlite.binding")
-    except (ImportError, OSError):  # not there, or not for this system
-        return False
+    with compiling:
+        try:
+            importlib.import_module("llvmlite.binding")
+        except (ImportError, OSError):  # not there, or not for this system
+            return False
+        importlib.import_module(f"{__package__}.native")
     return True
 
 
@@ -78,6 +83,8 @@ def kernel_gap(dtype: torch.dtype, projected: bool) -> str | None:
     str or None
         A clause, or None if there are kernels.
     """
+    if _is_cut_off:
+        return "no kernels after a fork while another thread compiled some"
     if not _has_compiler():
         return "no kernels without llvmlite"
     if target() is None:
@@ -87,16 +94,60 @@ def kernel_gap(dtype: torch.dtype, projected: bool) -> str | None:
     return "no kernel of ours for projections" if projected else None
 
 
+# Forks. A child has no thread but the one that forked: what the others had locked stays locked in
+# it, and what they were changing stays half changed.
+
+# Held around all calls into LLVM, and all imports for them, because a module that another thread
+# is importing cannot be imported in the child. Reentrant: who holds it may fork, in a handler of
+# logging for instance.
+compiling = threading.RLock()
+
+# Seconds for which a fork waits. Compiling a cell takes one, or 12 where eight processes share two
+# cores; for ever if that thread waits in turn for something that the thread that forks holds.
+_MAX_WAIT = 30.0
+
 _is_forked = False
+_is_cut_off = False  # LLVM was in use when this process was forked
 
 
-def _after_fork() -> None:
-    global _is_forked
+def _before_fork() -> None:
+    compiling.acquire(timeout=_MAX_WAIT)
+
+
+def _after_fork_in_parent() -> None:
+    with contextlib.suppress(RuntimeError):  # the wait was in vain, and another thread holds it
+        compiling.release()
+
+
+def _after_fork_in_child() -> None:
+    global compiling, _is_forked, _is_cut_off
     _is_forked = True
+    try:
+        compiling.release()
+    except RuntimeError:
+        compiling, _is_cut_off = threading.RLock(), True
+    _is_cut_off = _is_cut_off or _is_llvmlite_locked()
+
+
+def _is_llvmlite_locked() -> bool:
+    """Whether a thread that is not ours was calling LLVM, as one of numba's may."""
+    ffi: Any = sys.modules.get("llvmlite.binding.ffi")
+    try:
+        lock = ffi.lib._lock._lock
+        is_free = lock.acquire(blocking=False)
+        if is_free:
+            lock.release()
+    except AttributeError:  # not imported, or a version that has it somewhere else
+        return False
+    return not is_free
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )
 
 
 def is_forked() -> bool:
