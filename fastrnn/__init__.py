@@ -5,7 +5,7 @@ from ._version import __version__
 from .compile import allow_compile
 from .diagnose import diagnose
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from .patch import patched, replace, restore
+from .patch import patched, replace, restore, to_torch
 from .variants import SLSTM, LayerNormGRU, LayerNormLSTM, PeepholeLSTM, ResetBeforeGRU
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "patched",
     "replace",
     "restore",
+    "to_torch",
 ]

@@ -1,26 +1,29 @@
-"""Swap recurrent modules inside existing models, and undo it."""
+"""Swap recurrent modules inside existing models, to ours and back."""
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
+import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from .nn import REPLACED, REPLACEMENTS, class_like, plain_class
+from .nn import _PLAIN, REPLACED, REPLACEMENTS, _Convertible, _Layers, class_like, plain_class
 
 _STOCK = {ours: stock for stock, ours in REPLACEMENTS.items()}
 
 Selector = str | type[torch.nn.Module]
+# The class that a module gets, or why it is kept; None if it is not recurrent.
+_Choice = type[torch.nn.Module] | str | None
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `replace` or `restore` did.
+    """What `replace`, `restore` or `to_torch` did.
 
     Attributes
     ----------
@@ -86,36 +89,13 @@ def replace(
     >>> report.kept
     {'head': 'excluded'}
     """
-    included, excluded = _selectors("include", include), _selectors("exclude", exclude)
-    report = Report()
-    for module, names in _modules(model).items():
-        name = names[0]
-        if isinstance(module, tuple(_STOCK)):
-            continue
-        if not isinstance(module, tuple(REPLACEMENTS)):
-            if isinstance(module, torch.jit.ScriptModule) and _scripted_recurrent(module):
-                report.kept[name] = "compiled by TorchScript"
-            continue
-        ours = REPLACEMENTS.get(plain_class(module))
-        if included is not None and not _selected(names, module, included):
-            report.kept[name] = "not included"
-        elif excluded is not None and _selected(names, module, excluded):
-            report.kept[name] = "excluded"
-        elif ours is None:
-            report.kept[name] = f"{type(module).__name__} is a subclass that may compute otherwise"
-        elif "forward" in vars(module):
-            report.kept[name] = "its forward is overridden on the instance"
-        else:
-            module.__class__ = class_like(module, ours)
-            module.__dict__[REPLACED] = True
-            report.swapped[name] = f"torch.nn.{ours.__name__} -> fastrnn.{ours.__name__}"
-    return report
+    return _swap(model, _our_class, include, exclude)
 
 
 def restore(model: torch.nn.Module) -> Report:
     """Undo `replace`: give every module that it swapped its torch.nn class back.
 
-    Modules that were built as ours are not touched.
+    Modules that were built as ours are not touched; `to_torch` takes those too.
 
     Parameters
     ----------
@@ -135,20 +115,57 @@ def restore(model: torch.nn.Module) -> Report:
     swapped 1, kept 0
       0: fastrnn.GRU -> torch.nn.GRU
     """
-    report = Report()
-    for module, (name, *_) in _modules(model).items():
-        if not isinstance(module, tuple(_STOCK)):
-            continue
-        stock = _STOCK.get(plain_class(module))
-        if not vars(module).get(REPLACED):
-            report.kept[name] = "built as ours"
-        elif stock is None:
-            report.kept[name] = f"its class was changed again, to {type(module).__name__}"
-        else:
-            module.__class__ = class_like(module, stock)
-            del module.__dict__[REPLACED]
-            report.swapped[name] = f"fastrnn.{stock.__name__} -> torch.nn.{stock.__name__}"
-    return report
+    return _swap(model, _class_before)
+
+
+def to_torch(
+    model: torch.nn.Module,
+    include: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] | None = None,
+) -> Report:
+    """Turn every module of ours inside a model into torch.nn's of the same name, in place.
+
+    For tools that look for torch's own classes, such as Opacus, quantisation, TorchScript and
+    ONNX. Only the class of each module changes, as in `replace`, so optimizers stay valid.
+    `replace` makes them ours again, and with them whatever else is recurrent and torch.nn's.
+    The method ``to_torch`` of a module makes a second module instead.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        May itself be a recurrent module.
+    include, exclude : str, type, or iterable of these, optional
+        Which modules, as for `replace`; classes are ours or torch.nn's.
+
+    Returns
+    -------
+    Report
+        What torch.nn does not have is kept: an option such as zoneout, a cell such as that of
+        `LayerNormLSTM`.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a module, or a selector neither a string nor a class.
+
+    Notes
+    -----
+    Recurrent and weight dropout do nothing in evaluation: to convert a trained module that has
+    them, set its attributes ``recurrent_dropout`` and ``weight_dropout`` to 0 before.
+
+    A model that calls its layers with arguments that torch.nn does not have, such as ``lengths``,
+    gets a TypeError from them afterwards.
+
+    Examples
+    --------
+    >>> import torch, fastrnn
+    >>> model = torch.nn.Sequential(fastrnn.LSTM(4, 8), fastrnn.GRU(8, 2, zoneout=0.1))
+    >>> print(fastrnn.to_torch(model))
+    swapped 1, kept 1
+      0: fastrnn.LSTM -> torch.nn.LSTM
+      1: kept, torch.nn.GRU has no zoneout, got 0.1
+    """
+    return _swap(model, _torch_class, include, exclude)
 
 
 @contextlib.contextmanager
@@ -187,9 +204,91 @@ def patched() -> Iterator[None]:
 
 
 # Blocks of different threads may overlap: the first to open binds, the last to end restores.
-_patching = threading.Lock()
+_patching = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_patching.acquire,
+        after_in_parent=_patching.release,
+        after_in_child=_patching.release,
+    )
 _open_blocks = 0
 _before: list[tuple[Any, str, type]] = []
+
+
+def _swap(
+    model: torch.nn.Module,
+    choose: Callable[[torch.nn.Module], _Choice],
+    include: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] | None = None,
+) -> Report:
+    """Give the modules inside a model the classes that are chosen for them."""
+    included, excluded = _selectors("include", include), _selectors("exclude", exclude)
+    report = Report()
+    for module, names in _modules(model).items():
+        name, chosen = names[0], choose(module)
+        if chosen is None:
+            continue
+        if included is not None and not _selected(names, module, included):
+            report.kept[name] = "not included"
+        elif excluded is not None and _selected(names, module, excluded):
+            report.kept[name] = "excluded"
+        elif isinstance(chosen, str):
+            report.kept[name] = chosen
+        else:
+            report.swapped[name] = f"{_shown(plain_class(module))} -> {_shown(chosen)}"
+            module.__class__ = class_like(module, chosen)
+            if chosen in _STOCK:
+                module.__dict__[REPLACED] = True
+            else:
+                for attribute in (REPLACED, *_PLAIN):
+                    module.__dict__.pop(attribute, None)
+    return report
+
+
+def _shown(cls: type[torch.nn.Module]) -> str:
+    return f"{'fastrnn' if cls in _STOCK else 'torch.nn'}.{cls.__name__}"
+
+
+def _our_class(module: torch.nn.Module) -> _Choice:
+    """Choose for `replace`."""
+    if isinstance(module, _Convertible):
+        return None
+    if not isinstance(module, tuple(REPLACEMENTS)):
+        scripted = isinstance(module, torch.jit.ScriptModule) and _scripted_recurrent(module)
+        return "compiled by TorchScript" if scripted else None
+    return _unlike(module, REPLACEMENTS) or REPLACEMENTS[plain_class(module)]
+
+
+def _torch_class(module: torch.nn.Module) -> _Choice:
+    """Choose for `to_torch`."""
+    if not isinstance(module, _Convertible):
+        return f"torch.nn has no {type(module).__name__}" if isinstance(module, _Layers) else None
+    if why := _unlike(module, _STOCK):
+        return why
+    try:
+        module.to_torch()
+    except ValueError as error:
+        return str(error)
+    return _STOCK[plain_class(module)]
+
+
+def _class_before(module: torch.nn.Module) -> _Choice:
+    """Choose for `restore`."""
+    chosen = _torch_class(module)
+    if chosen is None:
+        return None
+    if not vars(module).get(REPLACED):
+        return "built as ours"
+    if plain_class(module) not in _STOCK:
+        return f"its class was changed again, to {type(module).__name__}"
+    return chosen
+
+
+def _unlike(module: torch.nn.Module, classes: Iterable[type[torch.nn.Module]]) -> str | None:
+    """Why a module need not compute what the one of these classes that it derives from does."""
+    if plain_class(module) not in classes:
+        return f"{type(module).__name__} is a subclass that may compute otherwise"
+    return "its forward is overridden on the instance" if "forward" in vars(module) else None
 
 
 def _modules(model: Any) -> dict[torch.nn.Module, list[str]]:

@@ -1,4 +1,4 @@
-"""replace(), restore() and patched()."""
+"""replace(), restore(), to_torch() and patched()."""
 
 import copy
 import pickle
@@ -52,6 +52,8 @@ NAMES = {
     "cells.2": "RNNCell",
 }
 ALL_SWAPPED = {name: f"torch.nn.{cls} -> fastrnn.{cls}" for name, cls in NAMES.items()}
+ALL_BACK = {name: f"fastrnn.{cls} -> torch.nn.{cls}" for name, cls in NAMES.items()}
+BACK = [fastrnn.restore, fastrnn.to_torch]
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -79,6 +81,12 @@ def model() -> nn.Module:
     return Model().double()
 
 
+@pytest.fixture
+def ours() -> nn.Module:
+    with fastrnn.patched():
+        return Model().double()
+
+
 # replace() and restore().
 
 
@@ -98,9 +106,7 @@ def test_replace_and_restore(model: nn.Module, training: bool) -> None:
         with fastrnn.planner.use_path(path):
             assert_same(run(model), before)
     undone = fastrnn.restore(model)
-    assert undone.swapped == {
-        name: f"fastrnn.{cls} -> torch.nn.{cls}" for name, cls in NAMES.items()
-    }
+    assert undone.swapped == ALL_BACK
     assert undone.kept == {}
     assert types(model) == classes
     assert snapshot(model) == state
@@ -151,19 +157,20 @@ def test_selection(model: nn.Module, include: Any, exclude: Any, expected: set[s
         assert type(model.get_submodule(name)) is getattr(library, cls)
 
 
+@pytest.mark.parametrize("function", [fastrnn.replace, fastrnn.to_torch])
 @pytest.mark.parametrize("argument", ["include", "exclude"])
-def test_bad_selector(model: nn.Module, argument: str) -> None:
+def test_bad_selector(model: nn.Module, argument: str, function: Callable[..., Any]) -> None:
     classes = types(model)
     for value in (["rnn", 3], [model.rnn], [None]):
         expected = f"{argument} takes name patterns and classes, got {type(value[-1]).__name__}"
         with pytest.raises(TypeError, match=f"^{expected}$"):
-            fastrnn.replace(model, **{argument: value})
+            function(model, **{argument: value})
     with pytest.raises(TypeError):
-        fastrnn.replace(model, **{argument: 3})
+        function(model, **{argument: 3})
     assert types(model) == classes
 
 
-@pytest.mark.parametrize("function", [fastrnn.replace, fastrnn.restore])
+@pytest.mark.parametrize("function", [fastrnn.replace, *BACK])
 def test_bad_model(function: Callable[..., Any]) -> None:
     for value in (None, nn.LSTM, {"lstm": nn.LSTM(1, 1)}):
         expected = f"model must be a torch.nn.Module, got {type(value).__name__}"
@@ -172,14 +179,15 @@ def test_bad_model(function: Callable[..., Any]) -> None:
         assert str(caught.value) == expected
 
 
+@pytest.mark.parametrize("back", BACK)
 @pytest.mark.parametrize("cls", OURS)
-def test_root(cls: type) -> None:
+def test_root(cls: type, back: Callable[..., Any]) -> None:
     module = stock_class(cls)(2, 3)
     assert set(fastrnn.replace(module, include="rnn").kept) == {""}
     report = fastrnn.replace(module)
     assert type(module) is cls
     assert f"  (root): torch.nn.{cls.__name__} -> fastrnn.{cls.__name__}" in str(report)
-    assert fastrnn.restore(module).swapped.keys() == {""}
+    assert back(module).swapped.keys() == {""}
     assert type(module) is stock_class(cls)
 
 
@@ -216,12 +224,13 @@ def test_replace_twice(model: nn.Module) -> None:
 
 
 def test_built_as_ours_stays_ours() -> None:
-    model = nn.ModuleDict({"ours": fastrnn.GRU(2, 3), "stock": nn.GRU(2, 3)})
+    modules = {"ours": fastrnn.GRU(2, 3), "variant": fastrnn.SLSTM(2, 3), "stock": nn.GRU(2, 3)}
+    model = nn.ModuleDict(modules)
     assert list(fastrnn.replace(model).swapped) == ["stock"]
     report = fastrnn.restore(model)
     assert list(report.swapped) == ["stock"]
-    assert report.kept == {"ours": "built as ours"}
-    assert [type(m) for m in model.values()] == [fastrnn.GRU, nn.GRU]
+    assert report.kept == {"ours": "built as ours", "variant": "built as ours"}
+    assert [type(m) for m in model.values()] == [fastrnn.GRU, fastrnn.SLSTM, nn.GRU]
 
 
 def test_restore_leaves_what_was_converted_by_hand() -> None:
@@ -242,14 +251,26 @@ def test_restore_leaves_what_got_another_class() -> None:
     assert not report.swapped
 
 
-def test_shared_module() -> None:
+@pytest.mark.parametrize("back", BACK)
+def test_option_that_was_set_later_is_not_dropped(back: Callable[..., Any]) -> None:
+    model = nn.Sequential(nn.GRU(2, 3))
+    fastrnn.replace(model)
+    model[0].zoneout = 0.1
+    assert back(model).kept == {"0": "torch.nn.GRU has no zoneout, got 0.1"}
+    model[0].zoneout = 0.0
+    assert list(back(model).swapped) == ["0"]
+    assert vars(model[0]).keys() == vars(nn.GRU(2, 3)).keys()
+
+
+@pytest.mark.parametrize("back", BACK)
+def test_shared_module(back: Callable[..., Any]) -> None:
     shared = nn.GRU(3, 3)
     model = nn.Sequential(shared, nn.Identity(), shared)
     report = fastrnn.replace(model)
     assert list(report.swapped) == ["0"]
     assert model[0] is model[2] is shared
     assert type(shared) is fastrnn.GRU
-    assert list(fastrnn.restore(model).swapped) == ["0"]
+    assert list(back(model).swapped) == ["0"]
     assert type(model[2]) is nn.GRU
 
 
@@ -275,8 +296,9 @@ def test_shared_parameters() -> None:
     assert model[1].weight_hh_l0 is model[0].weight_hh_l0 is model[1]._flat_weights[1]
 
 
+@pytest.mark.parametrize("back", BACK)
 @pytest.mark.parametrize("cls", OURS)
-def test_parametrized(cls: type) -> None:
+def test_parametrized(cls: type, back: Callable[..., Any]) -> None:
     stock, ours = stock_class(cls), cls
     name = "weight_hh" if cls in CELL_CLASSES else "weight_hh_l0"
     module = parametrizations.weight_norm(stock(3, 3).double(), name)
@@ -298,14 +320,14 @@ def test_parametrized(cls: type) -> None:
         module(x)  # torch keeps the weights of the last call, and copies no graphs
     twin = copy.deepcopy(module)
     for restored in (module, twin):
-        assert list(fastrnn.restore(restored).swapped) == [""]
+        assert list(back(restored).swapped) == [""]
         assert type(restored).__bases__ == own.__bases__ == (stock,)
         assert not isinstance(restored, ours)
     assert_same(results(), before)
     fastrnn.replace(module)
     parametrize.remove_parametrizations(module, name)
     assert type(module) is ours
-    fastrnn.restore(module)
+    back(module)
     assert type(module) is stock
 
 
@@ -324,8 +346,8 @@ def test_optimizer_goes_on(model: nn.Module) -> None:
     for m, replaced in ((model, True), (twin, False)):
         optimizer = torch.optim.Adam(m.parameters(), lr=0.01)
         for step in range(4):
-            if replaced and step == 2:
-                fastrnn.replace(m)
+            if replaced and step > 0:
+                (fastrnn.replace, fastrnn.to_torch)[step % 2](m)
             torch.manual_seed(step)
             m(torch.randn(3, 6, 5, dtype=torch.float64)).square().sum().backward()
             optimizer.step()
@@ -343,7 +365,7 @@ def test_hooks_fire(model: nn.Module) -> None:
     run(model)
     expected = fired.copy()
     assert len(expected) == 3 * len(NAMES)
-    for change in (fastrnn.replace, fastrnn.restore):
+    for change in (fastrnn.replace, fastrnn.restore, fastrnn.replace, fastrnn.to_torch):
         change(model)
         fired.clear()
         run(model)
@@ -377,6 +399,153 @@ def test_state_dict_of_replaced(model: nn.Module) -> None:
     assert list(before) == list(after)
     assert all(before[name].data_ptr() == after[name].data_ptr() for name in before)
     Model().double().load_state_dict(after)
+
+
+# to_torch(), where it is not restore().
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_to_torch_and_replace(ours: nn.Module, training: bool) -> None:
+    ours.train(training)
+    before, state, classes = run(ours), snapshot(ours), types(ours)
+    report = fastrnn.to_torch(ours)
+    assert (report.swapped, report.kept) == (ALL_BACK, {})
+    assert types(ours) == types(Model())
+    assert snapshot(ours) == state
+    assert_same(run(ours), before)
+    assert (fastrnn.to_torch(ours).swapped, fastrnn.to_torch(ours).kept) == ({}, {})
+    assert fastrnn.replace(ours).swapped == ALL_SWAPPED
+    assert types(ours) == classes
+    assert_same(run(ours), before)
+
+
+def test_to_torch_takes_what_replace_swapped_and_what_was_built_as_ours() -> None:
+    model = nn.Sequential(nn.GRU(2, 3), fastrnn.GRU(3, 3), nn.GRU(3, 3))
+    fastrnn.replace(model, include="0")
+    assert list(fastrnn.to_torch(model).swapped) == ["0", "1"]
+    assert list(fastrnn.replace(model).swapped) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        ("encoder.*", fastrnn.LSTM, {"encoder.gru"}),
+        ([nn.GRU, fastrnn.RNNCell], None, {"encoder.gru", "cells.2"}),
+        (None, nn.RNNBase, {"cells.0", "cells.1", "cells.2"}),
+    ],
+)
+def test_to_torch_selection(
+    ours: nn.Module, include: Any, exclude: Any, expected: set[str]
+) -> None:
+    report = fastrnn.to_torch(ours, include, exclude)
+    assert report.swapped.keys() == expected
+    assert report.kept.keys() == set(NAMES) - expected
+    assert set(report.kept.values()) <= {"not included", "excluded"}
+    for name, cls in NAMES.items():
+        library = nn if name in expected else fastrnn
+        assert type(ours.get_submodule(name)) is getattr(library, cls)
+
+
+class OwnGRU(fastrnn.GRU):
+    pass
+
+
+def test_to_torch_says_what_it_keeps() -> None:
+    model = nn.ModuleDict(
+        {
+            "identity": fastrnn.RNN(2, 4, nonlinearity="identity"),
+            "identity_cell": fastrnn.RNNCell(2, 4, nonlinearity="identity"),
+            "recurrent_dropout": fastrnn.GRU(2, 4, recurrent_dropout=0.1),
+            "zoneout": fastrnn.LSTM(2, 4, zoneout=(0.1, 0.2)),
+            "weight_dropout": fastrnn.LSTM(2, 4, weight_dropout=0.1),
+            "heads": fastrnn.GRU(2, 4, num_heads=2),
+            "variant": fastrnn.LayerNormLSTM(2, 4),
+            "subclass": OwnGRU(2, 4),
+            "overridden": fastrnn.GRU(2, 4),
+            "linear": nn.Linear(2, 4),
+            "stock": nn.GRU(2, 4),
+            "plain": fastrnn.GRU(2, 4),
+        }
+    )
+    model["overridden"].forward = lambda x: x
+    state, classes = snapshot(model), types(model)
+    report = fastrnn.to_torch(model)
+    assert report.swapped == {"plain": "fastrnn.GRU -> torch.nn.GRU"}
+    assert report.kept == {
+        "identity": "torch.nn.RNN has no nonlinearity 'identity'",
+        "identity_cell": "torch.nn.RNNCell has no nonlinearity 'identity'",
+        "recurrent_dropout": "torch.nn.GRU has no recurrent_dropout, got 0.1",
+        "zoneout": "torch.nn.LSTM has no zoneout, got (0.1, 0.2)",
+        "weight_dropout": "torch.nn.LSTM has no weight_dropout, got 0.1",
+        "heads": "torch.nn.GRU has no num_heads, got 2",
+        "variant": "torch.nn has no LayerNormLSTM",
+        "subclass": "OwnGRU is a subclass that may compute otherwise",
+        "overridden": "its forward is overridden on the instance",
+    }
+    assert types(model) == {**classes, "plain": nn.GRU}
+    assert snapshot(model) == state
+
+
+def test_to_torch_after_noise_was_switched_off() -> None:
+    """In evaluation these kinds of dropout do nothing."""
+    lstm = fastrnn.LSTM(2, 3, recurrent_dropout=0.1, weight_dropout=0.2).eval()
+    x = torch.randn(5, 4, 2)
+    before = lstm(x)[0]
+    lstm.recurrent_dropout = lstm.weight_dropout = 0.0
+    assert not fastrnn.to_torch(lstm).kept
+    assert vars(lstm).keys() == vars(nn.LSTM(2, 3)).keys()
+    torch.testing.assert_close(lstm(x)[0], before)
+
+
+def test_converted_model_is_all_of_torch(ours: nn.Module) -> None:
+    """Its file can be read where fastrnn is not, and its layers take what torch.nn's do."""
+    assert b"fastrnn" in pickle.dumps(ours)
+    fastrnn.replace(ours)
+    fastrnn.to_torch(ours)
+    assert b"fastrnn" not in pickle.dumps(ours)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lengths'"):
+        ours.rnn(torch.zeros(2, 3, 4, dtype=torch.float64), lengths=torch.tensor([1, 2]))
+
+
+def test_script(ours: nn.Module) -> None:
+    with pytest.raises(torch.jit.frontend.NotSupportedError):
+        torch.jit.script(ours)
+    x = torch.randn(3, 6, 5, dtype=torch.float64)
+    before = ours.eval()(x)
+    fastrnn.to_torch(ours)
+    torch.testing.assert_close(torch.jit.script(ours)(x), before)
+
+
+@pytest.mark.filterwarnings("ignore")  # of all of torch.ao.quantization
+def test_quantize_dynamic() -> None:
+    model = nn.ModuleDict({"lstm": fastrnn.LSTM(4, 8), "cell": fastrnn.LSTMCell(8, 8)})
+    fastrnn.to_torch(model)
+    quantized = torch.ao.quantization.quantize_dynamic(model)
+    dynamic = torch.ao.nn.quantized.dynamic
+    assert [type(m) for m in quantized.values()] == [dynamic.LSTM, dynamic.LSTMCell]
+    assert [type(m) for m in model.values()] == [nn.LSTM, nn.LSTMCell]
+
+
+def test_compiled_model(ours: nn.Module) -> None:
+    """It is compiled again for the other class."""
+    torch._dynamo.reset()
+    x = torch.randn(3, 6, 5, dtype=torch.float64)
+    compiled = torch.compile(ours.eval(), backend="eager")
+    before = compiled(x)
+    for change in (fastrnn.to_torch, fastrnn.replace):
+        assert len(change(compiled).swapped) == len(NAMES)
+        torch.testing.assert_close(compiled(x), before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_opacus() -> None:
+    validators = pytest.importorskip("opacus.validators")
+    model = nn.Sequential(fastrnn.LSTM(2, 3), fastrnn.GRU(3, 3))
+    assert validators.ModuleValidator.is_valid(model)
+    fastrnn.to_torch(model)
+    fixed = validators.ModuleValidator.fix(model)
+    assert [type(m).__name__ for m in fixed] == ["DPLSTM", "DPGRU"]
+    assert not model.load_state_dict(fixed.state_dict(), strict=False).missing_keys
 
 
 # patched().
