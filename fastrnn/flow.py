@@ -92,3 +92,52 @@ def make_marks(
     if lengths is not None:
         both = [part.masked_fill(held, HOLD) for part in both]
     return torch.stack(both[:directions])
+
+
+def without_unasked(
+    marks: Tensor,
+    dy: Tensor | None,
+    d_traces: Sequence[Tensor],
+    d_final: Sequence[Tensor],
+    bit: int,
+) -> tuple[Tensor, Tensor]:
+    """Find the steps that no gradient comes to, and mark them for backward.
+
+    Nothing after a reset depends on what was before. If that is not a number, gradients of what
+    comes after must be numbers all the same; but 0 times NaN is NaN, so that backward has to leave
+    out what it is not asked for.
+
+    Parameters
+    ----------
+    marks : uint8 Tensor of shape (D, T, B)
+    dy : Tensor of shape (T, B, D * P), optional
+    d_traces : sequence of Tensor of shape (T, B, D * H)
+    d_final : sequence of Tensor of shape (D, B, P) and (D, B, H)
+        Gradients of the output, the states of all steps, and the final states.
+    bit : int
+        What such a step is marked with, in place of FRESH and CUT.
+
+    Returns
+    -------
+    marks : uint8 Tensor of shape (D, T, B)
+    unasked : bool Tensor of shape (D, T, B)
+        Those steps; not those that a row does not have.
+    """
+    directions = marks.shape[0]
+    held, fresh = (marks & HOLD) != 0, (marks & FRESH) != 0
+    asked, at_end = torch.zeros_like(held), torch.zeros_like(held[:, 0])
+    for part in d_traces if dy is None else (dy, *d_traces):
+        asked = asked | (part.unflatten(-1, (directions, -1)) != 0).any(-1).permute(2, 0, 1)
+    for part in d_final:
+        at_end = at_end | (part != 0).any(-1)
+    unasked = []
+    for d in range(directions):
+        # In the order in which backward meets the steps; it leaves a sequence after a fresh one.
+        is_asked, is_fresh = (part[d] if d else part[d].flip(0) for part in (asked & ~held, fresh))
+        count = is_asked.cumsum(0) + at_end[d]
+        before = torch.cat([torch.zeros_like(count[:1]), count[:-1]])
+        in_others = before.masked_fill(~is_fresh.roll(1, 0), 0).cummax(0).values
+        is_none = count == in_others
+        unasked.append(is_none if d else is_none.flip(0))
+    found = torch.stack(unasked) & ~held
+    return torch.where(found, marks & START | bit, marks), found

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import cpu, planner, products
 from .cells import CELLS, Weights
-from .flow import FRESH, HOLD, START, Flow
+from .flow import CUT, FRESH, HOLD, START, Flow, without_unasked
 from .kernels.configs import Choice, Device
 from .reference import zero_state
 
@@ -241,6 +241,10 @@ def layer_backward(
     by_direction = _by_direction(weights, problem.directions)
     initial = state or zero_state(cell, x, problem.batch, weights, problem.directions)
     traces, activations = saved[: kernel.n_states - 1], saved[kernel.n_states - 1 :]
+    dead = None
+    if flow.marks is not None:
+        marks, unasked = without_unasked(flow.marks, dy, d_traces, d_final, CUT)
+        dead, flow = unasked | ((marks & HOLD) != 0), flow._replace(marks=marks)
     past: Tensor | tuple[Tensor, Tensor]
     with _products(problem):
         if activations or not kernel.n_saved:
@@ -269,7 +273,10 @@ def layer_backward(
         dx = x.new_zeros(flat.shape) if needs_x else None
         d_weights: list[Tensor] = []
         for d, w in enumerate(by_direction):
-            gates = d_gates[d].flatten(0, 1)
+            own_x, gates = flat, d_gates[d].flatten(0, 1)
+            if dead is not None:
+                own_x = _without(dead[d], flat)
+                gates.masked_fill_(dead[d].view(-1, 1), 0.0)
             d_rh, d_apart = gates[:, :columns], gates[:, columns:]
             if d_fresh:
                 d_fresh[0][d] += _d_fresh_rh(d_gates[d, ..., :columns], flow, d) @ w.w_hh
@@ -277,12 +284,13 @@ def layer_backward(
                 products.add_d_x(dx, d_rh, d_apart, w.w_ih)
             if needs_weights and groups:
                 before = _h_before(y, initial[0], flow, d).flatten(0, 1)
+                before = before if dead is None else _without(dead[d], before)
                 d_weights += products.d_weights_by_group(
-                    d_rh, d_apart, flat, before, w=w, steps=problem.steps, groups=groups
+                    d_rh, d_apart, own_x, before, w=w, steps=problem.steps, groups=groups
                 )
             elif needs_weights:
-                d_w_hh = _d_w_hh(d_rh, y, initial[0], flow, d)
-                d_weights += products.d_weights(d_rh, d_apart, flat, d_w_hh, w)
+                d_w_hh = _d_w_hh(d_rh, y, initial[0], flow, d, dead)
+                d_weights += products.d_weights(d_rh, d_apart, own_x, d_w_hh, w)
     d_fresh = [part.to(x.dtype) for part in d_fresh] or [torch.zeros_like(p) for p in flow.fresh]
     return None if dx is None else dx.view(x.shape), d_initial, d_fresh, d_weights
 
@@ -295,10 +303,17 @@ def _d_fresh_rh(d_rh: Tensor, flow: Flow, d: int) -> Tensor:
     return torch.where(is_fresh, d_rh, 0.0).sum(0, dtype=torch.float32).to(d_rh.dtype)
 
 
-def _d_w_hh(d_rh: Tensor, y: Tensor, h_0: Tensor, flow: Flow, d: int) -> Tensor:
+def _without(dead: Tensor, rows: Tensor) -> Tensor:
+    """Rows (T * B, ·) with zeros where a direction has no gradient: a factor that may be NaN."""
+    return rows.masked_fill(dead.view(-1, 1), 0.0)
+
+
+def _d_w_hh(
+    d_rh: Tensor, y: Tensor, h_0: Tensor, flow: Flow, d: int, dead: Tensor | None
+) -> Tensor:
     """The gradient of one direction's recurrent weights, from (T * B, G * H)."""
-    if flow.marks is not None:
-        return d_rh.t() @ _h_before(y, h_0, flow, d).flatten(0, 1)
+    if dead is not None:
+        return d_rh.t() @ _without(dead[d], _h_before(y, h_0, flow, d).flatten(0, 1))
     h = _of_direction(y, h_0, d).flatten(0, 1)
     return products.d_w_hh(d_rh, h, y.shape[1], h_0[d], d == 1)
 

@@ -1,15 +1,16 @@
-"""First and second derivatives of ``reference.layer``, for what has no others."""
+"""Derivatives of ``reference.layer`` and of functions of rows, for what has no others."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .flow import Flow
+from .flow import HOLD, Flow, without_unasked
 
 
 def first(
@@ -83,6 +84,10 @@ def second(
         As long as `wanted`.
     """
     keep_graph = torch.is_grad_enabled()
+    n_results = 1 + len(d_final) + len(d_traces)
+    if flow.marks is not None and not any(wanted[:n_results]):
+        marks, _ = without_unasked(flow.marks, dy, d_traces, d_final, HOLD)
+        flow = flow._replace(marks=marks)
     with _recording():
         groups = ((x,), state, weights, flow.fresh, d_final, d_traces)
         (x,), state, weights, fresh, d_final, d_traces = (
@@ -99,6 +104,50 @@ def second(
         wrt = [t for t, needed in zip(every, wanted, strict=True) if needed and t is not None]
         found = iter(_grad(grads, wrt, [g for _, g in asked], keep_graph))
     return [next(found) if needed else None for needed in wanted]
+
+
+def by_rows(
+    function: Callable[..., Tensor], rows: Sequence[Tensor], weights: Sequence[Tensor]
+) -> Tensor:
+    """Call a function of rows whose backward leaves out those that it is not asked for.
+
+    Parameters
+    ----------
+    function : callable
+        ``function(*rows, *weights) -> Tensor``, every row of which depends on the same one of each
+        of `rows`; if that is not a number, gradients are numbers where its own is 0.
+    rows : sequence of Tensor of shape (..., ·)
+    weights : sequence of Tensor
+
+    Returns
+    -------
+    Tensor of shape (..., ·)
+    """
+    return _ByRows.apply(function, len(rows), *rows, *weights)
+
+
+class _ByRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Any, count: int, *tensors: Tensor) -> Tensor:
+        ctx.function, ctx.count = function, count
+        ctx.save_for_backward(*tensors)
+        return function(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, d_result: Tensor) -> Any:
+        keep_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            leaves = _aliases(ctx.saved_tensors, keep_graph)
+            rows = leaves[: ctx.count]
+            if not torch._C._functorch.is_legacy_batchedtensor(d_result):
+                # No row that is a number: its gradient's derivative by d_result is not 0.
+                unasked = (d_result == 0).all(-1, keepdim=True)
+                rows = [
+                    part.masked_fill(unasked & ~part.isfinite().all(-1, keepdim=True), 0.0)
+                    for part in rows
+                ]
+            result = ctx.function(*rows, *leaves[ctx.count :])
+            return None, None, *_grad([result], leaves, [d_result], keep_graph)
 
 
 @contextlib.contextmanager

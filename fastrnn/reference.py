@@ -1,8 +1,7 @@
 """Recurrent cells and one loop over them, in plain differentiable PyTorch.
 
-This is the definition of what every other path computes: the oracle of the tests
-and of ``fastrnn verify`` (run in float64), and the path that second derivatives
-take. It is written to be read, not to be fast.
+This is the definition of what every other path computes: the oracle of the tests (run in
+float64), and the path that second derivatives take. It is written to be read, not to be fast.
 
 Shapes used in the whole package:
 
@@ -130,7 +129,11 @@ def layer(
     for d in range(directions):
         flat = weights[d * per_direction : (d + 1) * per_direction]
         w = Weights.unpack(flat, len(CELLS[cell].extras))
-        wx = CELLS[cell].input_part(x, w).flatten(0, -2).split(sizes)
+        own = x
+        if flow.marks is not None:
+            # What a row does not have may be anything; as a factor it would reach the gradients.
+            own = x.masked_fill(((flow.marks[d] & HOLD) != 0).unsqueeze(-1), 0.0)
+        wx = CELLS[cell].input_part(own, w).flatten(0, -2).split(sizes)
         s = tuple(part[d] for part in state)
         outputs: list[State] = []
         for t in reversed(range(len(sizes))) if d else range(len(sizes)):
@@ -151,12 +154,15 @@ def layer(
 
 def _step(cell: str, wx: Tensor, state: State, w: Weights, flow: Flow, d: int, t: int) -> State:
     """One step of a direction, as the marks want it."""
+    before = state
     if flow.marks is not None:
         mark = flow.marks[d, t].unsqueeze(-1)
-        cut, fresh = (mark & CUT) != 0, (mark & FRESH) != 0
-        replaced = [part[d] for part in flow.fresh] or [torch.zeros_like(part) for part in state]
+        cut, fresh, held = ((mark & bit) != 0 for bit in (CUT, FRESH, HOLD))
+        # A state that is held is no factor of anything here: it too may be anything.
+        replaced = [part[d].masked_fill(held, 0.0) for part in flow.fresh]
+        replaced = replaced or [torch.zeros_like(part) for part in state]
         state = tuple(
-            torch.where(fresh, new, torch.where(cut, old.detach(), old))
+            torch.where(fresh | held, new, torch.where(cut, old.detach(), old))
             for new, old in zip(replaced, state, strict=True)
         )
     drop, *zones = flow.noise or (None,)
@@ -167,12 +173,11 @@ def _step(cell: str, wx: Tensor, state: State, w: Weights, flow: Flow, d: int, t
             after if not zone.numel() else torch.lerp(after, before, zone[d, t])
             for zone, before, after in zip(zones, state, new, strict=True)
         )
-    if not torch.compiler.is_compiling() and _watching.record is not None:
-        _watching.record.append(new)
+    if not torch.compiler.is_compiling() and is_watched():
+        _watching.record.append(new)  # type: ignore[union-attr]
     if flow.marks is None:
         return new
-    held = (mark & HOLD) != 0
-    return tuple(torch.where(held, a, b) for a, b in zip(state, new, strict=True))
+    return tuple(torch.where(held, a, b) for a, b in zip(before, new, strict=True))
 
 
 class _Watching(threading.local):
@@ -197,6 +202,16 @@ def watch(record: list[State]) -> Iterator[None]:
         yield
     finally:
         _watching.record = before
+
+
+def is_watched() -> bool:
+    """Tell whether `watch` keeps the states of this thread's calls.
+
+    Returns
+    -------
+    bool
+    """
+    return _watching.record is not None
 
 
 def _with_rest(new: State, old: State) -> State:

@@ -240,6 +240,26 @@ def test_nan_does_not_pass_a_reset(mode):
     assert results["y0"].isnan().any(dim=(1, 2)).tolist() == [t == 2 for t in range(STEPS)]
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_no_gradient_comes_to_is_left_out(mode, bad, keep):
+    """Steps that a row does not have, and a sequence whose output nothing depends on."""
+    layer = Layer("lstm" if mode in ("flag", "resident") else "gru", 2, bptt=None)
+    clean = draw(layer)
+    d_rows = [part.clone() for part in (clean.d_y, *clean.d_traces)]
+    for part in d_rows:
+        part[2, 0] = 0.0  # between two resets
+    clean = clean._replace(d_y=d_rows[0], d_traces=d_rows[1:])
+    dirty = clean._replace(x=clean.x.clone())
+    dirty.x[2, 0] = bad
+    dirty.x[((clean.flow.marks[0] & flow.HOLD) != 0)] = bad
+    results, right = (by_kernels(layer, numbers, keep=keep) for numbers in (dirty, clean))
+    assert_right(layer, right, by_reference(layer, clean))
+    for name, part in results.items():
+        if name.startswith("d_"):
+            assert same_bits(part, right[name]), name
+
+
 @pytest.mark.parametrize("marked", [False, True])
 def test_groups(monkeypatch, marked):
     take(monkeypatch, "resident")

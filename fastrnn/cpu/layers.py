@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import gradients, products, reference
 from ..cells import Weights
-from ..flow import Flow
+from ..flow import CUT, HOLD, Flow, without_unasked
 from ..reference import zero_state
 from . import loop, machine
 from .rows import Breaks, Rows, breaks, select
@@ -288,7 +289,31 @@ def layer_backward(
         )  # fmt: skip
     arguments = (x, state, weights, batch_sizes, bidirectional, flow)
     saved = saved or layer_forward(cell, *arguments, ALL, False)[3]
-    problem = _Problem(cell, *arguments)
+    options = (saved, needs_x, needs_weights, groups)
+    found = _backward(cell, dy, d_final, d_traces, *arguments, *options)
+    if flow.marks is None or _are_finite(found):
+        return found
+    marks, unasked = without_unasked(flow.marks, dy, d_traces, d_final, CUT)
+    if not bool(unasked.any()):
+        return found
+    arguments = (*arguments[:-1], flow._replace(marks=marks))
+    return _backward(cell, dy, d_final, d_traces, *arguments, *options, unasked)
+
+
+def _are_finite(found: tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]]) -> bool:
+    """Whether gradients are numbers; all of them are if those of the weights are."""
+    dx, d_state, d_fresh, d_weights = found
+    tensors = d_weights or [*d_state, *d_fresh, *([] if dx is None else [dx])]
+    total: Any = sum(part.sum(dtype=torch.float64) for part in tensors)
+    return bool(total.isfinite())
+
+
+def _backward(
+    cell, dy, d_final, d_traces, x, state, weights, batch_sizes, bidirectional, flow, saved,
+    needs_x, needs_weights, groups, unasked=None,
+):  # fmt: skip
+    """`layer_backward` from what was saved, perhaps without some steps."""
+    problem = _Problem(cell, x, state, weights, batch_sizes, bidirectional, flow)
     rows, dtype, selection = problem.rows, problem.dtype, problem.selection
     count = rows.total
     d_selected = [selection.sequences(part.to(dtype)) for part in d_final]
@@ -324,6 +349,14 @@ def layer_backward(
         )
         for whole, part in zip(d_fresh, d_of_fresh, strict=False):
             selection.put_sequences(whole[d : d + 1], part[None])
+        own_x, left_out = problem.x, None
+        if unasked is not None:
+            left_out = selection.rows(unasked[d].reshape(-1)).unsqueeze(1)
+            own_x, *projected = (
+                part.masked_fill(left_out, 0.0) for part in (problem.x, *projected)
+            )
+            for part in (d_rh, d_apart):
+                part.masked_fill_(left_out, 0.0)
         if dx is not None:
             products.add_d_x(dx, d_rh, d_apart, w.w_ih)
         if not needs_weights:
@@ -332,15 +365,16 @@ def layer_backward(
             h_0 = initial_d[0] if state else h.new_zeros(rows.batch, problem.size_h)
             h_prev = rows.previous(h, h_0, d == 1)
             h_prev = h_prev if found is None else found.replace(h_prev, 0)
+            h_prev = h_prev if left_out is None else h_prev.masked_fill_(left_out, 0.0)
             if groups:
                 d_weights += _by_group(
-                    groups, x, problem, w, (d_rh, d_apart, problem.x, h_prev, *projected)
+                    groups, x, problem, w, (d_rh, d_apart, own_x, h_prev, *projected)
                 )
                 continue
             d_w_hh = d_rh.t() @ h_prev
         else:
             d_w_hh = products.d_w_hh(d_rh, h, rows.batch, initial_d[0] if state else None, d == 1)
-        d_weights += products.d_weights(d_rh, d_apart, problem.x, d_w_hh, w)
+        d_weights += products.d_weights(d_rh, d_apart, own_x, d_w_hh, w)
         if projected:
             d_weights.append(projected[0].t() @ projected[1])
     if dx is not None:
@@ -393,6 +427,10 @@ def _reference_backward(
     needs_weights, groups,
 ):  # fmt: skip
     """`layer_backward` by the reference, of every group apart."""
+    if flow.marks is not None and not groups:
+        # A step that is not asked for is as good as none.
+        marks, _ = without_unasked(flow.marks, dy, d_traces, d_final, HOLD)
+        flow = flow._replace(marks=marks)
     dtype = compute_dtype(x.dtype)
     dy = None if dy is None else dy.to(dtype)
     d_final, d_traces = _as(d_final, dtype), _as(d_traces, dtype)
