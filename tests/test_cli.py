@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import fastrnn.cpu
 import fastrnn.planner
-from fastrnn import testing
+from fastrnn import flow, heads, testing
 from fastrnn.__main__ import main
 
 
@@ -80,9 +85,56 @@ def test_plan_shows_the_kernels(capsys):
     assert "us a step by the model" in forward
 
 
-def test_verify_passes(capsys):
-    assert main(["verify", "--cases", "20", "--seed", "3"]) == 0
-    assert "40 cases, 0 failed: ok" in capsys.readouterr().out
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_verify_passes(capsys, dtype):
+    assert main(["verify", "--cases", "150", "--seed", "3", "--dtype", dtype]) == 0
+    assert "150 cases, 0 failed: ok" in capsys.readouterr().out
+
+
+def _shifted(make_marks):
+    """Marks whose truncation is a step off, in every path alike."""
+
+    def make(steps, batch, directions, device, lengths, reset, bptt):
+        return make_marks(steps, batch, directions, device, lengths, reset, bptt and bptt + 1)
+
+    return make
+
+
+def _from_the_end(make_marks):
+    """Marks with which the reverse direction begins at the last step of all rows."""
+
+    def make(steps, batch, directions, device, lengths, reset, bptt):
+        marks = make_marks(steps, batch, directions, device, lengths, reset, bptt)
+        if directions == 2 and lengths is not None:
+            marks[1] &= ~flow.HOLD
+        return marks
+
+    return make
+
+
+@pytest.mark.parametrize("fault", [_shifted, _from_the_end])
+def test_verify_shares_no_reading_of_the_options(monkeypatch, fault):
+    """What all paths have in common is not common with the oracle."""
+    monkeypatch.setattr(flow, "make_marks", fault(flow.make_marks))
+    _, failures = testing.verify(["gru"], [torch.float64], cases=30)
+    assert failures
+
+
+def test_verify_sees_heads_that_are_normalised_together(monkeypatch):
+    """The formula of layer normalisation over all units of a layer, where heads are apart."""
+
+    def together(of_one, num_heads, cell, x, state, weights, batch_sizes, bidirectional, marks):
+        per_direction = len(weights) // (2 if bidirectional else 1)
+        whole = list(weights)
+        for k in range(1, len(weights), per_direction):
+            blocks = weights[k].unflatten(0, (-1, num_heads, weights[k].shape[1]))
+            whole[k] = torch.cat([torch.block_diag(*gate) for gate in blocks])
+        return of_one(cell, x, state, whole, batch_sizes, bidirectional, marks)
+
+    monkeypatch.setattr(heads, "layer", together)
+    for cell, is_seen in (("gru", False), ("layernorm_gru", True)):
+        _, failures = testing.verify([cell], [torch.float64], cases=40)
+        assert bool(failures) == is_seen
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -115,6 +167,62 @@ def test_verify_reports_an_exception(capsys, monkeypatch):
     monkeypatch.setattr(fastrnn.cpu, "layer_forward", broken)
     assert main(["verify", "--cells", "gru", "--cases", "1", "--dtype", "float64"]) == 1
     assert "raised ZeroDivisionError: on purpose" in capsys.readouterr().out
+
+
+def test_verify_names_every_cell_whole(capsys):
+    main(["verify", "--cases", "1", "--dtype", "float64"])
+    out = capsys.readouterr().out
+    assert all(f" {name} " in out for name in testing.MODULES)
+    assert "…" not in out
+
+
+# Whatever standard output is.
+
+PLAN = ["plan", "--cell", "lstm", "--H", "4"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
+def test_output_of_any_encoding(monkeypatch, encoding):
+    def broken(*args):
+        raise ZeroDivisionError("1 → 0")
+
+    out, errors = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", errors)
+    monkeypatch.setattr(fastrnn.cpu, "layer_forward", broken)
+    assert main(["verify", "--cells", "gru", "--cases", "1", "--dtype", "float64"]) == 1
+    print("→", file=errors, flush=True)
+    written = out.buffer.getvalue().decode(encoding)
+    assert "ZeroDivisionError: 1 ? 0" in written
+    assert "| gru " in written, "the table is in ASCII"
+    assert "1 failed: FAIL" in written
+
+
+def test_what_stands_in_for_standard_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert main(PLAN) == 0
+    assert ": " in sys.stdout.getvalue()
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(PLAN) == 0
+    monkeypatch.setattr(
+        sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii", errors="xmlcharrefreplace")
+    )
+    assert main(PLAN) == 0
+    assert sys.stdout.errors == "xmlcharrefreplace", "what the user chose stays"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_is_gone(unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastrnn", *PLAN],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_cases_cover_every_argument():
