@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +14,34 @@ from . import ops
 from .cells import CELLS
 from .options import Options
 
+Check = TypeVar("Check", bound=Callable)
 
+
+def _untraced(check: Check) -> Check:
+    """Let a check ask for sizes without torch.jit's tracer, which warns of those that decide."""
+
+    @functools.wraps(check)
+    def call(*args, **kwargs):
+        if not ops.is_traced():
+            return check(*args, **kwargs)
+        tracer: Any = torch._C
+        state = tracer._get_tracing_state()
+        tracer._set_tracing_state(None)
+        try:
+            return check(*args, **kwargs)
+        finally:
+            tracer._set_tracing_state(state)
+
+    return call  # type: ignore[return-value]
+
+
+@_untraced
 def check_weights(cell: str, weights: Sequence[Tensor], directions: int, num_heads: int = 1) -> int:
     """Raise unless the weights make whole layers; returns how many a direction has."""
+    for k, weight in enumerate(weights):
+        if not isinstance(weight, Tensor):
+            kind = type(weight).__name__
+            raise TypeError(f"expected Tensor as element {k} in argument 2, but got {kind}")
     if [w.dim() for w in weights[:2]] != [2, 2]:
         raise ValueError(
             f"the weights of a {cell} layer begin with w_ih and w_hh, both 2-D; got "
@@ -22,8 +49,7 @@ def check_weights(cell: str, weights: Sequence[Tensor], directions: int, num_hea
         )
     extras = CELLS[cell].extras
     width = weights[0].shape[0]
-    # Not divmod, which sizes that torch.jit traces do not have.
-    hidden, rest = width // CELLS[cell].n_gates, width % CELLS[cell].n_gates
+    hidden, rest = divmod(width, CELLS[cell].n_gates)
     size_h = weights[1].shape[-1] if CELLS[cell].n_states > 1 and num_heads == 1 else hidden
     projected = size_h != hidden
     vectors = sum(w.dim() == 1 for w in weights)
@@ -130,6 +156,7 @@ def zoneout_rates(
     return zoneout if any(zoneout) else 0.0
 
 
+@_untraced
 def check_options(cell: str, options: Options, input: Tensor, steps: int, batch: int) -> None:
     """Raise unless the options that torch does not have are of the right kinds and shapes."""
     probability("dropout", options.dropout)
@@ -187,11 +214,17 @@ def reset_states(
     """The states after a reset, for every row; empty for zeros."""
     if options.reset_state is None:
         return []
+    _check_reset_state(cell, options, shapes)
+    return [part.expand(*shape) for part, shape in zip(options.reset_state, shapes, strict=True)]
+
+
+@_untraced
+def _check_reset_state(cell: str, options: Options, shapes: Sequence[tuple[int, int, int]]) -> None:
     if options.reset is None:
         raise ValueError("reset_state was given without reset")
     if isinstance(options.reset_state, Tensor):
         raise ValueError(f"reset_state of {cell} must be a tuple of {len(shapes)}, got a tensor")
-    state = list(options.reset_state)
+    state: Any = options.reset_state
     check_count(cell, cell, state)
     for k, part in enumerate(state):
         if not isinstance(part, Tensor):
@@ -202,13 +235,22 @@ def reset_states(
                 f"reset_state[{k}] must be of shape {(count, batch, width)} or "
                 f"{(count, 1, width)}, got {tuple(part.shape)}"
             )
-    return [part.expand(*shape) for part, shape in zip(state, shapes, strict=True)]
 
 
 def check_input(
     input: Tensor, input_size: int, batch_first: bool, batch_sizes: Tensor | None
 ) -> tuple[int, int]:
     """Raise unless the input fits; returns T and B."""
+    steps, batch = _check_input(input, input_size, batch_first, batch_sizes)
+    if batch_sizes is None:  # again, for the tracer to see
+        steps, batch = input.shape[1::-1] if batch_first else input.shape[:2]
+    return steps, batch
+
+
+@_untraced
+def _check_input(
+    input: Tensor, input_size: int, batch_first: bool, batch_sizes: Tensor | None
+) -> tuple[int, int]:
     dims = 3 if batch_sizes is None else 2
     if input.dim() != dims:
         raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
@@ -249,6 +291,7 @@ def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> tuple[int, int]:
     return len(sizes), sizes[0] if sizes else 0
 
 
+@_untraced
 def check_state(cell: str, state: Sequence[Tensor], shapes: Sequence[tuple[int, int, int]]) -> None:
     check_count(cell, cell, state)
     for k, (part, shape) in enumerate(zip(state, shapes, strict=True)):
@@ -258,6 +301,13 @@ def check_state(cell: str, state: Sequence[Tensor], shapes: Sequence[tuple[int, 
         if part.shape != shape:
             which = f"hidden[{k}]" if len(state) > 1 else "hidden"
             raise RuntimeError(f"Expected {which} size {shape}, got {list(part.shape)}")
+
+
+@_untraced
+def is_step(input: Tensor, state: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor) -> bool:
+    """Tell whether input and states of a cell have the sizes of its weights."""
+    sizes = (input.shape[0], w_hh.shape[-1], w_ih.shape[-1])
+    return all((*part.shape, input.shape[1]) == sizes for part in state)
 
 
 def check_count(name: str, cell: str, state: Sequence[Tensor]) -> None:
@@ -293,5 +343,5 @@ def can_look(tensor: Tensor) -> bool:
     -------
     bool
     """
-    is_traced = torch.compiler.is_compiling() or torch._C._is_tracing() or ops.transformed()
-    return tensor.is_cpu and not is_traced
+    is_recorded = torch.compiler.is_compiling() or ops.is_traced() or ops.transformed()
+    return tensor.is_cpu and not is_recorded

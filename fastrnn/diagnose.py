@@ -7,6 +7,7 @@ state of every step: exact, and slow.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -193,7 +194,7 @@ class Diagnosis:
         with matplotlib.rc_context(_STYLE):
             figure = _draw(self)
             if path is not None:
-                figure.savefig(path, dpi=120)
+                figure.savefig(os.path.expanduser(path), dpi=120)
         return figure
 
 
@@ -336,11 +337,11 @@ class _Run:
         if isinstance(input, PackedSequence):
             self.order = input.unsorted_indices
             _, lengths = pad_packed_sequence(input)
-        self.lengths = torch.full((batch,), steps)
+        self.lengths = torch.full((batch,), steps, device="cpu")
         if lengths is not None:
-            self.lengths = torch.as_tensor(lengths).detach().cpu().reshape(-1)
+            self.lengths = torch.as_tensor(lengths, device="cpu").detach().reshape(-1)
         #: Which rows have which steps.
-        self.there = torch.arange(steps)[:, None] < self.lengths
+        self.there = torch.arange(steps, device="cpu")[:, None] < self.lengths
 
     def direction(self, n: int) -> Direction:
         """All about one direction of a layer, the n-th in the order of ``h_n``."""
@@ -423,7 +424,7 @@ class _Run:
 
 def _rms(norms: Tensor, counts: Any) -> Tensor:
     """Root mean square over the last dimension, of so many rows that are not zeros."""
-    mean = norms.square().sum(-1) / torch.as_tensor(counts).clamp(min=1)
+    mean = norms.square().sum(-1) / torch.as_tensor(counts, device=norms.device).clamp(min=1)
     return mean.sqrt()
 
 

@@ -258,7 +258,8 @@ class _Layers(_torch.RNNBase):
             path = self._path(input, hx)
             if self._fits(input, hx):
                 return self._run_fitting(path, input, hx)
-            if path == "torch":
+            if path == "torch" or self._is_for_torch(input, hx):
+                self._check_before_torch(input, hx)
                 return super().forward(input, hx)
         if isinstance(input, PackedSequence):
             return _run_packed(self, input, hx, given)
@@ -284,6 +285,39 @@ class _Layers(_torch.RNNBase):
         noise = self.recurrent_dropout or self.zoneout or self.weight_dropout
         return not noise and self.num_heads == 1
 
+    def _is_for_torch(self, input: Any, hx: Any) -> bool:
+        """Whether torch.nn is to run a call that was planned otherwise.
+
+        With weights that our operators do not know; and to refuse, in its words, a weight that is
+        None and a state of a packed sequence that is not 3-D.
+        """
+        if self.mode == "RNN_IDENTITY":
+            return False
+        weights = self._parameters.values()  # this call's; see `_path`
+        if any(weight is None for weight in weights):
+            return True
+        if not ops.are_known(*weights) and planner.forced_path() is None:
+            return True
+        is_packed = isinstance(input, PackedSequence)
+        return is_packed and any(part.dim() != 3 for part in _states(hx))
+
+    def _check_before_torch(self, input: Any, hx: Any) -> None:
+        """Check what torch.nn does not: what an LSTM gets with packed sequences of equal lengths.
+
+        oneDNN would read and write beyond the memory of what is too small.
+        """
+        if self.mode != "LSTM" or not isinstance(input, PackedSequence) or torch._C._is_tracing():
+            return
+        if sequences.is_ragged(input.batch_sizes) or any(w is None for w in self._flat_weights):
+            return
+        self.check_input(input.data, input.batch_sizes)
+        if hx is not None and self._is_state(hx) and [p.dim() > 2 for p in hx] == [True, True]:
+            count = self.num_layers * (2 if self.bidirectional else 1)
+            widths = (self.proj_size or self.hidden_size, self.hidden_size)
+            for k, (part, width) in enumerate(zip(hx, widths, strict=True)):
+                size, text = (count, int(input.batch_sizes[0]), width), f"hidden[{k}] size {{}}"
+                self.check_hidden_size(part, size, f"Expected {text}, got {{}}")
+
     def _path(self, input: Any, hx: Any) -> str:
         """Choose the path; what torch.nn will refuse, with its checks of the arguments, is its.
 
@@ -294,7 +328,11 @@ class _Layers(_torch.RNNBase):
         """
         packed = isinstance(input, PackedSequence)
         x = input.data if packed else input
-        if packed:
+        if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
+            return "torch"  # mostly to be refused
+        if torch._C._is_tracing():  # sizes are not to be asked for
+            steps, batch = 0, 0
+        elif packed:
             steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
         elif x.dim() == 3:
             steps, batch = x.shape[1::-1] if self.batch_first else x.shape[:2]
@@ -302,14 +340,13 @@ class _Layers(_torch.RNNBase):
             steps, batch = x.shape[0], 1
         else:
             return "torch"  # to be refused
-        if x.is_cpu and ops.autocasts("cpu"):
+        if x.is_cpu and ops.autocasts("cpu") and not torch._C._is_tracing():
             return "loop"  # torch.nn.LSTM fails on some CPUs
         state: Sequence[Tensor] = ()
         if hx is not None:
-            single = isinstance(hx, Tensor)
-            state = (hx,) if single else hx
-            if single is isinstance(self, LSTM) or not all(isinstance(s, Tensor) for s in state):
+            if not self._is_state(hx):
                 return "torch"  # to be refused
+            state = _states(hx)
             if any(part.dtype != x.dtype for part in state):
                 # torch promotes some and refuses the others
                 return "loop" if self.mode == "RNN_IDENTITY" else "torch"
@@ -324,25 +361,36 @@ class _Layers(_torch.RNNBase):
             directions=2 if self.bidirectional else 1,
         )
 
+    def _is_state(self, hx: Any) -> bool:
+        """Whether an argument is of the kind of the state: a tensor, for an LSTM several."""
+        if not isinstance(self, LSTM):
+            return isinstance(hx, Tensor)
+        return isinstance(hx, (tuple, list)) and all(isinstance(part, Tensor) for part in hx)
+
     def _fits(self, input: Any, hx: Any) -> bool:
         """Whether torch.nn's checks of the arguments would find nothing, for an ordinary call."""
-        if hx is not None and isinstance(hx, Tensor) is isinstance(self, LSTM):
+        if hx is not None and not self._is_state(hx):
             return False
         weights, state = self._flat_weights, _states(hx)
         tensors = (*weights, *state)
         count = self.num_layers * (2 if self.bidirectional else 1)
         per_direction = (4 if self.bias else 2) + (self.proj_size > 0)
+        if torch._C._is_tracing():  # which warns of sizes that decide something
+            return False
         if not (
             type(input) is Tensor
+            and input.layout == torch.strided
+            and not input.is_nested
             and input.dim() == 3
             and input.shape[2] == self.input_size
             and input.shape[0] * input.shape[1] > 0
-            and all(isinstance(part, Tensor) for part in state)
             and len(weights) == len(self._parameters) == count * per_direction
             and all(map(operator.is_, weights, self._parameters.values()))
-            and all(t.dtype == input.dtype and t.device == input.device for t in tensors)
+            and all(
+                t is not None and t.dtype == input.dtype and t.device == input.device
+                for t in tensors
+            )
             and not torch._C._is_any_autocast_enabled()
-            and not torch._C._is_tracing()
         ):
             return False
         batch = input.shape[0 if self.batch_first else 1]
@@ -409,7 +457,7 @@ def _add_batch(given: dict[str, Any], batch_dim: int) -> None:
         if value is None:
             continue
         if name == "lengths" and not isinstance(value, Tensor):
-            given[name] = torch.tensor([value])
+            given[name] = torch.tensor([value], device="cpu")
         elif name == "lengths":
             given[name] = value.reshape(1) if value.dim() == 0 else value
         elif name == "reset_state":
@@ -477,8 +525,9 @@ def _check_state_dims(module: Any, hx: Any, batched: bool) -> None:
     if not module._is_paired:
         name = type(module).__name__
         raise TypeError(f"hx of {name} must be a tensor, got {type(hx).__name__}")
-    # An LSTM's tuple of one is an IndexError, as in torch.nn.
-    found = [part.dim() for part in (hx[0], hx[1], *hx[2:])]
+    # An LSTM's tuple of one is an IndexError, as in torch.nn, which looks at the first two.
+    count = CELLS[module._cell].n_states
+    found = [part.dim() for part in (hx[0], hx[1], *hx[2:count])]
     if any(count != dims for count in found):
         names = "hx and cx" if len(found) == 2 else "all parts of hx"
         raise RuntimeError(

@@ -12,16 +12,21 @@ torch's dispatcher.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _VF, Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
 
-from . import cpu, gpu, gradients, reference, transforms
+from . import cpu, flops, gpu, gradients, reference, transforms
+from ._imports import when_imported
 from .cells import CELLS
 from .flow import PLAIN, Flow
 
@@ -166,8 +171,12 @@ def _save(ctx: Any, *groups: Sequence[Tensor | None]) -> None:
 
 
 def _load(ctx: Any) -> Iterator[list[Any]]:
-    flat = iter(ctx.saved_tensors)
-    return ([next(flat) for _ in range(size)] for size in ctx.group_sizes)
+    return _groups(ctx.saved_tensors, ctx.group_sizes)
+
+
+def _groups(flat: Sequence[Any], sizes: Sequence[int]) -> Iterator[list[Any]]:
+    parts = iter(flat)
+    return ([next(parts) for _ in range(size)] for size in sizes)
 
 
 def _or_zeros(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
@@ -188,12 +197,13 @@ def _gradients(cell, dy, d_final, d_traces, arguments, saved, needs_x, needs_wei
     if forward_mode() or any(batched(t) for t in (dy, *d_final, *d_traces) if t is not None):
         layer_arguments = (x, state, weights, batch_sizes, bidirectional, Flow(*flow))
         return gradients.first(cell, dy, d_final, d_traces, *layer_arguments)
-    tensors = (x, *state, *weights, *flow[1], *d_final, *d_traces, dy, *saved)
-    if not torch.is_grad_enabled() and is_plain(*tensors):
+    if not is_plain(x, *state, *weights, *flow[1], *d_final, *d_traces, dy, *saved):
+        layer_backward: Any = torch.ops.fastrnn.layer_backward
+    elif torch.is_grad_enabled():
+        layer_backward = _layer_backward
+    else:
         layer_backward = _backend(x).layer_backward
         arguments = (x, state, weights, batch_sizes, bidirectional, Flow(*flow))
-    else:
-        layer_backward = torch.ops.fastrnn.layer_backward
     dx, d_state, d_fresh, d_weights = layer_backward(
         cell, dy, d_final, d_traces, *arguments, saved, needs_x, needs_weights, 0
     )
@@ -237,7 +247,11 @@ def _layer_autograd(ctx, dy, d_final, d_traces, _d_saved):
 
 
 class _Layer(torch.autograd.Function):
-    """``fastrnn::layer`` as autograd has it without torch.library, which takes its time."""
+    """``fastrnn::layer`` as autograd has it without torch.library.
+
+    That takes its time, and leaves work to the garbage collector: what it flattens lists of tensors
+    with is a function that refers to itself, a new one in each pass.
+    """
 
     @staticmethod
     def forward(
@@ -272,9 +286,8 @@ def _cell_setup(ctx, inputs, output):
     _save(ctx, (x,), state, weights, saved)
 
 
-def _cell_autograd(ctx, d_new_state, _d_saved):
+def _cell_gradients(ctx, d_new_state, needs_x, needs_weights):
     (x,), state, weights, saved = _load(ctx)
-    _, needs_x, _, needs_weights, _ = ctx.needs_input_grad
     arguments = (x[None], _steps(state), weights, None, False, *PLAIN)
     dx, d_state, _, d_weights = _gradients(
         ctx.cell,
@@ -284,10 +297,34 @@ def _cell_autograd(ctx, d_new_state, _d_saved):
         arguments,
         saved,
         needs_x,
-        any(needs_weights),
+        needs_weights,
     )
-    d_state = [part.squeeze(0) for part in d_state]
-    return None, dx if dx is None else dx.squeeze(0), d_state, d_weights, None
+    return dx if dx is None else dx.squeeze(0), [part.squeeze(0) for part in d_state], d_weights
+
+
+def _cell_autograd(ctx, d_new_state, _d_saved):
+    _, needs_x, _, needs_weights, _ = ctx.needs_input_grad
+    grads = _cell_gradients(ctx, d_new_state, needs_x, any(needs_weights))
+    return None, *grads, None
+
+
+class _Cell(torch.autograd.Function):
+    """``fastrnn::cell`` without torch.library, as `_Layer`."""
+
+    @staticmethod
+    def forward(ctx, cell, n_states, x, *tensors):
+        arguments = (cell, x, list(tensors[:n_states]), list(tensors[n_states:]), cpu.ALL)
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.fastrnn.cell(*arguments)
+        _cell_setup(ctx, arguments, output)
+        return tuple(output[0])
+
+    @staticmethod
+    def backward(ctx, *d_new_state):
+        needs_x, *needs = ctx.needs_input_grad[2:]
+        needs_weights = any(needs[len(d_new_state) :])
+        dx, d_state, d_weights = _cell_gradients(ctx, d_new_state, needs_x, needs_weights)
+        return None, None, dx, *d_state, *d_weights
 
 
 def _backward_setup(ctx, inputs, output):
@@ -300,7 +337,7 @@ def _backward_setup(ctx, inputs, output):
     _save(ctx, (dy,), d_final, d_traces, (x,), state, weights, (batch_sizes, marks), fresh, noise)
 
 
-def _backward_autograd(ctx, g_dx, g_d_state, g_d_fresh, g_d_weights):
+def _backward_gradients(ctx, g_dx, g_d_state, g_d_fresh, g_d_weights, wanted):
     """Differentiate the gradients: run the reference twice through torch's own autograd.
 
     What the forward saved is an input here as well, but it is a function of x, state and
@@ -310,18 +347,65 @@ def _backward_autograd(ctx, g_dx, g_d_state, g_d_fresh, g_d_weights):
     flow = Flow(marks, fresh, noise)
     arguments = (x, state, weights, batch_sizes, ctx.bidirectional, flow)
     gs = [g_dx, *g_d_state, *g_d_fresh, *(g_d_weights or [None] * len(weights))]
+    return gradients.second(ctx.cell, dy, d_final, d_traces, *arguments, gs, wanted)
+
+
+def _backward_autograd(ctx, g_dx, g_d_state, g_d_fresh, g_d_weights):
     needs = ctx.needs_input_grad
-    wanted = [needs[1], *needs[2], *needs[3], needs[4], *needs[5], *needs[10], *needs[6]]
-    grads = iter(gradients.second(ctx.cell, dy, d_final, d_traces, *arguments, gs, wanted))
-    d_dy = next(grads)
-    d_d_final, d_d_traces = ([next(grads) for _ in part] for part in (d_final, d_traces))
-    d_x = next(grads)
-    d_state, d_fresh = ([next(grads) for _ in part] for part in (state, fresh))
-    d_noise, d_saved = [None] * len(noise), [None] * ctx.n_saved
+    groups = ([needs[1]], needs[2], needs[3], [needs[4]], needs[5], needs[10], needs[6])
+    wanted = [needed for group in groups for needed in group]
+    grads = _backward_gradients(ctx, g_dx, g_d_state, g_d_fresh, g_d_weights, wanted)
+    (d_dy,), d_d_final, d_d_traces, (d_x,), d_state, d_fresh, d_weights = _groups(
+        grads, [len(group) for group in groups]
+    )
+    d_noise, d_saved = [None] * len(needs[11]), [None] * ctx.n_saved
     return (
-        None, d_dy, d_d_final, d_d_traces, d_x, d_state, list(grads), None, None, None, d_fresh,
+        None, d_dy, d_d_final, d_d_traces, d_x, d_state, d_weights, None, None, None, d_fresh,
         d_noise, d_saved, None, None, None,
     )  # fmt: skip
+
+
+class _LayerBackward(torch.autograd.Function):
+    """``fastrnn::layer_backward`` without torch.library, as `_Layer`.
+
+    Beside tensors its arguments are groups of what has no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, cell, sizes, others, saved, asked, *tensors):
+        (dy,), d_final, d_traces, (x,), state, fresh, weights = _groups(tensors, sizes)
+        batch_sizes, bidirectional, marks, noise = others
+        arguments = (
+            cell, dy, d_final, d_traces, x, state, weights, batch_sizes, bidirectional, marks,
+            fresh, noise, saved, *asked, 0,
+        )  # fmt: skip
+        _backward_setup(ctx, arguments, None)
+        with torch._C._AutoDispatchBelowAutograd():
+            dx, *groups = torch.ops.fastrnn.layer_backward(*arguments)
+        ctx.sizes = [len(group) for group in groups]
+        # Autograd forbids to overwrite a view that comes of an operator with other results.
+        return dx.detach(), *(part for group in groups for part in group)
+
+    @staticmethod
+    def backward(ctx, g_dx, *gs):
+        g_d_state, g_d_fresh, g_d_weights = _groups(gs, ctx.sizes)
+        wanted = ctx.needs_input_grad[5:]
+        grads = _backward_gradients(ctx, g_dx, g_d_state, g_d_fresh, g_d_weights, wanted)
+        return *[None] * 5, *grads
+
+
+def _layer_backward(
+    cell, dy, d_final, d_traces, x, state, weights, batch_sizes, bidirectional, marks, fresh, noise,
+    saved, needs_x, needs_weights, _,
+):  # fmt: skip
+    """``fastrnn::layer_backward`` through `_LayerBackward`."""
+    groups = ([dy], d_final, d_traces, [x], state, fresh, weights)
+    others = (batch_sizes, bidirectional, marks, noise)
+    dx, *grads = _LayerBackward.apply(
+        cell, [len(group) for group in groups], others, saved, (needs_x, needs_weights),
+        *(part for group in groups for part in group),
+    )  # fmt: skip
+    return dx, *_groups(grads, (len(state), len(fresh), len(weights) if needs_weights else 0))
 
 
 torch.library.register_autograd("fastrnn::layer", _layer_autograd, setup_context=_layer_setup)
@@ -358,6 +442,19 @@ for _name in _SCHEMAS:
     torch.library.register_vmap(f"fastrnn::{_name}", partial(_by_elements, _op))
 
 
+# What looks at operators beyond the dispatcher.
+
+
+def _register_fallbacks(lowering: Any) -> None:
+    """Tell inductor to call the operators, also where it may not find that out by itself."""
+    for name in _SCHEMAS:
+        lowering.make_fallback(getattr(torch.ops.fastrnn, name).default, warn=False)
+
+
+flops.register()
+when_imported("torch._inductor.lowering", _register_fallbacks)
+
+
 # Autocast.
 
 
@@ -367,9 +464,16 @@ def autocasts(device: str) -> bool:
 
 
 def autocast_dtypes(
-    cell: str, x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]
+    cell: str,
+    x: Tensor,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    is_whole: bool = True,
 ) -> tuple[torch.dtype, torch.dtype] | None:
     """What an enclosing ``torch.autocast`` region asks for, as torch.nn would have it.
+
+    `is_whole` is false of a step, and of packed sequences of different lengths.
 
     Returns
     -------
@@ -377,7 +481,8 @@ def autocast_dtypes(
         The dtype to compute in and of the cell state, and that of the output and h. On
         CUDA both are the autocast dtype. On the CPU torch.nn autocasts the GEMMs only, so
         that LSTM and GRU keep the wider dtype of their state, an Elman network does not,
-        and a projected h, being the result of a GEMM, does not either.
+        and a projected h, being the result of a GEMM, does not either. A whole LSTM is one
+        operation of oneDNN, if this CPU has it in the autocast dtype.
     """
     device = x.device.type
     if not autocasts(device):
@@ -389,11 +494,43 @@ def autocast_dtypes(
         return low, low
     compute = torch.promote_types(low, state[-1].dtype if state else x.dtype)
     is_projected = (len(weights) - len(CELLS[cell].extras)) % 2
+    is_whole = is_whole and not is_projected and (is_traced() or x.numel() > 0)
+    if cell == "lstm" and is_whole and _is_one_operation(low, x.dtype):
+        return low, low
     return compute, low if is_projected else compute
 
 
-def _autocast(op: Any, cell: str, x: Tensor, state: Any, weights: Any, *rest: Any) -> Any:
-    dtypes = autocast_dtypes(cell, x, state, weights)
+def _is_one_operation(low: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether oneDNN runs torch's LSTM as a whole in `low`, from an input of `dtype`."""
+    settings: Any = torch.backends.mkldnn.enabled, torch.is_grad_enabled()
+    return _try_one_operation(low, dtype, *settings)
+
+
+# For compilers; by torch.compiler.assume_constant_result it would import all of Dynamo.
+_is_one_operation._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _try_one_operation(
+    low: torch.dtype, dtype: torch.dtype, is_enabled: bool, is_recorded: bool
+) -> bool:
+    """Try it: it depends on the CPU, and on the settings that a result is remembered for."""
+    with _python_dispatch._disable_current_modes(), torch.autocast("cpu", low):
+        like: Any = {"device": "cpu"}
+        x, state = torch.zeros(1, 1, 1, dtype=dtype, **like), torch.zeros(1, 1, 1, **like)
+        weights = [torch.zeros(4, 1, **like)] * 2
+        options = (False, 1, 0.0, True, False, False)
+        try:
+            y, *_ = _VF.lstm(x, (state, state), weights, *options)
+        except RuntimeError:  # not on this CPU
+            return False
+    return y.dtype == low
+
+
+def _autocast(
+    op: Any, is_whole: bool, cell: str, x: Tensor, state: Any, weights: Any, *rest: Any
+) -> Any:
+    dtypes = autocast_dtypes(cell, x, state, weights, is_whole=is_whole and x.dim() == 3)
     with torch.autocast(x.device.type, enabled=False):
         if dtypes is None:
             return op(cell, x, state, weights, *rest)
@@ -416,7 +553,7 @@ def _as_in_forward(
 for _key in ("AutocastCPU", "AutocastCUDA"):
     for _name in ("layer", "cell"):
         _op = getattr(torch.ops.fastrnn, _name).default
-        torch.library.impl(f"fastrnn::{_name}", _key)(partial(_autocast, _op))
+        torch.library.impl(f"fastrnn::{_name}", _key)(partial(_autocast, _op, _name == "layer"))
     torch.library.impl("fastrnn::layer_backward", _key)(_as_in_forward)
 
 
@@ -442,8 +579,7 @@ def layer(
     """
     save = cpu.NOTHING
     # What torch.jit traces is mostly for inference; with gradients, backward begins with a forward.
-    for_inference = not torch.compiler.is_compiling() and torch._C._is_tracing()
-    if differentiated(x, *state, *weights, *flow.fresh) and not for_inference:
+    if differentiated(x, *state, *weights, *flow.fresh) and not is_traced():
         save = cpu.STATES if recompute else cpu.ALL
     arguments = (cell, x, state, weights, batch_sizes, bidirectional)
     if transform() == "func" and not torch.compiler.is_compiling():
@@ -469,10 +605,13 @@ def cell_step(
 ) -> list[Tensor]:
     """``reference.cell_step`` through the operator."""
     save = cpu.ALL if differentiated(x, *state, *weights) else cpu.NOTHING
+    if save == cpu.ALL and is_plain(x, *state, *weights):
+        return list(_Cell.apply(cell, len(state), x, *state, *weights))
     return torch.ops.fastrnn.cell(cell, x, state, weights, save)[0]
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_ORDINARY = {*_PLAIN, type(None)}
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
@@ -482,13 +621,36 @@ def is_plain(*tensors: Tensor | None) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
+        and not is_traced()
         and all(t is None or (type(t) in _PLAIN and not t.is_neg()) for t in tensors)
         and not torch._C._len_torch_dispatch_stack()
         and not transformed()
         and not autocasts("cpu")
         and not autocasts("cuda")
     )
+
+
+def is_traced() -> bool:
+    """Whether torch.jit records what is called."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+def are_known(*tensors: Tensor | None) -> bool:
+    """Whether our operators take these for what they are.
+
+    What a subclass of Tensor that overrides operations makes of ours, it does not say; of torch's
+    own it does.
+    """
+    classes = set(map(type, tensors))
+    return classes <= _ORDINARY or all(map(_is_known, classes - _ORDINARY))
+
+
+@functools.cache
+def _is_known(cls: Any) -> bool:
+    if issubclass(cls, (FakeTensor, FunctionalTensor)):
+        return True
+    is_left_alone = cls.__torch_dispatch__ is Tensor.__torch_dispatch__
+    return is_left_alone and cls.__torch_function__ is torch._C._disabled_torch_function_impl
 
 
 def transformed() -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import _VF, Tensor
 
-from . import checks, heads, ops, planner, reference
+from . import checks, gradients, heads, ops, planner, reference
 from . import flow as flows
 from .cells import CELLS, Weights
 from .flow import Flow
@@ -81,7 +81,10 @@ def sequence(
     fresh = checks.reset_states(cell, options, shapes)
 
     others = (*weights, *(state or ()), *fresh)
-    dtypes = ops.autocast_dtypes(cell, input, state or (), weights[:per_direction])
+    is_packed = options.batch_sizes is not None and is_ragged(options.batch_sizes)
+    dtypes = ops.autocast_dtypes(
+        cell, input, state or (), weights[:per_direction], is_whole=not is_packed
+    )
     if dtypes is not None:
         compute, of_h = dtypes
         with torch.autocast(input.device.type, enabled=False):
@@ -98,8 +101,8 @@ def sequence(
     # Before the only step, as of a policy that acts, a reset just chooses the initial state. That
     # T is 1 is asked last, and of calls with resets only: torch.export takes it for a limit on T.
     is_whole = directions == 1 and options.lengths is None and options.batch_sizes is None
-    is_jit = not torch.compiler.is_compiling() and torch._C._is_tracing()  # it would keep T = 1
-    if options.reset is not None and is_whole and not is_jit and steps == 1:
+    is_fixed = ops.is_traced()  # it would keep T = 1
+    if options.reset is not None and is_whole and not is_fixed and steps == 1:
         checks.check_alike(input, [*(state or ()), *fresh], ())
         state = _begun(options.reset.view(batch, 1), state, fresh)
         options, fresh = options._replace(reset=None, reset_state=None), []
@@ -111,7 +114,7 @@ def sequence(
         (steps, batch, input.shape[-1], hidden // num_heads),
         input,
         others,
-        packed=options.batch_sizes is not None and is_ragged(options.batch_sizes),
+        packed=is_packed,
         projected=size_h != hidden,
         layers=num_layers,
         directions=directions,
@@ -152,8 +155,11 @@ def sequence(
         bidirectional=options.bidirectional,
         flow=flow,
         dropout=dropout,
-        layer=_layer_of(path, options.recompute, bool(options.return_states), num_heads),
-    )
+        layer=_layer_of(
+            path, options.recompute, bool(options.return_states), num_heads,
+            options.reset is not None,
+        ),
+    )  # fmt: skip
     output = results[-1].y
     if options.batch_first:
         output = output.transpose(0, 1)
@@ -193,15 +199,42 @@ def states_of(
 
 
 def _layer_of(
-    path: str, recompute: bool | int, traced: bool, num_heads: int
+    path: str, recompute: bool | int, traced: bool, num_heads: int, begins_anew: bool = False
 ) -> Callable[..., reference.Result]:
     """The function that runs one layer on a path."""
-    layer = reference.layer
+    layer = _with_resets if begins_anew else reference.layer
     if path == "loop":
         layer = partial(ops.layer, recompute=bool(recompute), traced=traced)
         if not isinstance(recompute, bool):
             layer = partial(_in_chunks, layer, recompute)
     return layer if num_heads == 1 else partial(heads.layer, layer, num_heads)
+
+
+def _with_resets(
+    cell: str,
+    x: Tensor,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    batch_sizes: None,
+    bidirectional: bool,
+    flow: Flow,
+) -> reference.Result:
+    """``reference.layer``, with gradients also where what lies before a reset is not a number.
+
+    Autograd would multiply it by 0. The operator's backward leaves out what nothing depends on, but
+    begins with another forward, so it is for this case only, and for where nobody may look.
+    """
+    arguments = (cell, x, state, weights, batch_sizes, bidirectional, flow)
+    is_plain = ops.is_plain(x, *weights) and not reference.is_watched() and x.is_floating_point()
+    if not is_plain or not ops.differentiated(x, *state, *weights, *flow.fresh):
+        return reference.layer(*arguments)
+    if checks.can_look(x):
+        result = reference.layer(*arguments)
+        values = (x, *state, result.y, *result.traces)
+        total: Any = sum(part.detach().sum(dtype=torch.float64) for part in values)
+        if bool(total.isfinite()):
+            return result
+    return ops.layer(*arguments, traced=True)
 
 
 def _in_chunks(
@@ -341,9 +374,16 @@ def _gates(
 
     `inputs` are those of every layer, `h` and `h_0` as in `States` and for `sequence`.
     """
+
+    def of_rows(x: Tensor, before: Tensor, *weights: Tensor) -> Tensor:
+        w = Weights.unpack(weights, len(CELLS[cell].extras))
+        wx, rh = CELLS[cell].input_part(x, w), CELLS[cell].recurrent_part(before, w)
+        return CELLS[cell].gates(wx, rh)  # type: ignore[misc]
+
     parts = []
-    directions = h.shape[1] // len(inputs)
-    for n in range(h.shape[1]):
+    count = len(weights) // per_direction
+    directions = count // len(inputs)
+    for n in range(count):
         d = n % directions
         own, first = h[:, n], h_0[n : n + 1]
         before = torch.cat([own[1:], first] if d else [first, own[:-1]])
@@ -353,19 +393,24 @@ def _gates(
             before = torch.where(mark & flows.CUT != 0, before.detach(), before)
             fresh = flow.fresh[0][n] if flow.fresh else torch.zeros_like(first)
             before = torch.where(mark & flows.FRESH != 0, fresh, before)
+        x = inputs[n // directions]
         if flow.noise and flow.noise[0].numel():
             before = before * flow.noise[0][n]
+        if flow.marks is not None:
+            held = mark & flows.HOLD != 0
+            x, before = x.masked_fill(held, 0.0), before.masked_fill(held, 0.0)
         of_n = weights[n * per_direction : (n + 1) * per_direction]
         of_heads = []
         for k in range(num_heads):
             own_rows = heads.rows(cell, of_n, k, num_heads) if num_heads > 1 else of_n
-            w = Weights.unpack(own_rows, len(CELLS[cell].extras))
-            wx = CELLS[cell].input_part(inputs[n // directions], w)
-            rh = CELLS[cell].recurrent_part(heads.columns(before, k, num_heads), w)
-            of_heads.append(CELLS[cell].gates(wx, rh))  # type: ignore[misc]
+            own_before = heads.columns(before, k, num_heads)
+            if flow.marks is not None and ops.is_plain(x, *weights):
+                of_heads.append(gradients.by_rows(of_rows, (x, own_before), own_rows))
+            else:
+                of_heads.append(of_rows(x, own_before, *own_rows))
         gates = heads.join(of_heads, CELLS[cell].n_gates) if num_heads > 1 else of_heads[0]
         if flow.marks is not None:
-            gates = gates.masked_fill(mark & flows.HOLD != 0, 0.0)
+            gates = gates.masked_fill(held, 0.0)
         parts.append(gates)
     return torch.stack(parts, dim=1)
 
@@ -382,7 +427,7 @@ def _padded(
     steps, batch = sizes
     batch_sizes = options.batch_sizes
     assert batch_sizes is not None
-    row = torch.arange(batch)[:, None]
+    row = torch.arange(batch, device=batch_sizes.device)[:, None]
     lengths = (row < batch_sizes).sum(1)
     x, _ = _VF._pad_packed_sequence(input, batch_sizes, False, 0.0, steps)
     options = options._replace(batch_sizes=None, lengths=lengths)
@@ -490,6 +535,9 @@ def choose_path(
         if cell in ATEN_LAYERS and not (marked or noisy):
             return "torch"
         return "reference" if is_step else "loop"  # a loop over T would be recorded for one T only
+    has_stock = cell in (ATEN_STEPS if is_step else ATEN_LAYERS) and not (marked or noisy)
+    if has_stock and not ops.are_known(input, *others) and planner.forced_path() is None:
+        return "torch"
     return planner.path(
         cell,
         *sizes,
@@ -520,7 +568,8 @@ def is_ragged(batch_sizes: Tensor) -> bool:
     bool
         False also while a compiler traces, which must not ask for values.
     """
-    return not torch.compiler.is_compiling() and bool(batch_sizes[0] != batch_sizes[-1])
+    is_recorded = torch.compiler.is_compiling() or ops.is_traced()
+    return not is_recorded and bool(batch_sizes[0] != batch_sizes[-1])
 
 
 def step(
@@ -559,14 +608,13 @@ def step(
     path = choose_path(cell, (1, batch, input.shape[1], hidden), input, is_step=True)
     if path == "torch":
         return _aten_step(cell, input, state, weights)
-    sizes = (batch, hidden, w_ih.shape[-1])
-    if any((*part.shape, input.shape[1]) != sizes for part in state):
+    if not checks.is_step(input, state, w_ih, w_hh):
         # Refused in ATen's words.
         _aten_step(cell if cell in ATEN_STEPS else "rnn_tanh", input, state, weights)
         raise RuntimeError(f"hidden states must be of shape {(batch, hidden)}")
 
     step = ops.cell_step if path == "loop" else reference.cell_step
-    dtypes = ops.autocast_dtypes(cell, input, state, weights)
+    dtypes = ops.autocast_dtypes(cell, input, state, weights, is_whole=False)
     if dtypes is None:
         checks.check_alike(input, state, weights)
         return step(cell, input, state, weights)

@@ -517,7 +517,6 @@ def test_a_packed_batch_is_checked_before_it_is_sorted():
     assert fastrnn.LSTM(3, 5, zoneout=(0.0, 0.0)).to_torch()
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")
 def test_a_traced_call_does_not_trust_its_example():
     gru, x = fastrnn.GRU(3, 5).requires_grad_(False), torch.randn(4, 2, 3)
     traced = torch.jit.trace(
@@ -527,6 +526,30 @@ def test_a_traced_call_does_not_trust_its_example():
         traced(x, torch.tensor([1, 4])), gru(x, lengths=torch.tensor([1, 4]))[0]
     )
     assert traced(x, torch.tensor([5, -1])).isnan().all()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_traces_of_every_option_serve_other_sizes(name):
+    """Without a warning, which would be an error here."""
+    cls, options = MODULES[name]
+    module = cls(3, 5, num_layers=2, bidirectional=True, **options).requires_grad_(False)
+
+    def run(x, lengths, reset, *fresh):
+        given = {"lengths": lengths, "reset": reset, "reset_state": as_argument([*fresh])}
+        y, _, states = module(x, **given, bptt=3, return_states=True)
+        return y, states.h
+
+    def arguments(steps, batch):
+        fresh = [torch.randn(4, 1, 5) for _ in range(CELLS[module._cell].n_states)]
+        fresh[0] = fresh[0][..., : module.proj_size or 5]
+        lengths = torch.randint(0, steps + 1, (batch,))
+        return torch.randn(steps, batch, 3), lengths, torch.rand(steps, batch) < 0.3, *fresh
+
+    traced = torch.jit.trace(run, arguments(7, 3), check_trace=False)
+    for sizes in ((7, 3), (4, 5), (9, 1)):
+        given = arguments(*sizes)
+        for a, b in zip(traced(*given), run(*given), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_states_under_autocast_have_the_dtype_of_h():

@@ -1,11 +1,16 @@
 """Uses of autograd beyond one backward pass in training, for layers and cells alike."""
 
+import gc
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from compare import FORMS, KINDS, LAYERS, Call, assert_same, check, on_paths, pair
+from compare import CELLS, FORMS, KINDS, LAYERS, Call, assert_same, check, on_paths, pair
 from torch.func import functional_call, grad
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastrnn.planner import use_path
@@ -166,3 +171,116 @@ def test_functional_grad(kind: str, path: str | None) -> None:
         )
     names = ["x", *params]
     assert_same({"x": dx, **by_func}, dict(zip(names, expected, strict=True)))
+
+
+class Watched(TorchDispatchMode):
+    """Sees every operation, so that ours are operators of torch.library."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives_of_operators(kind: str) -> None:
+    ours, _ = pair64(kind)
+    with use_path("loop"):
+        expected = Call(ours, **F64).run(ours, order=3)
+        with Watched():
+            assert_same(Call(ours, **F64).run(ours, order=3), expected)
+
+
+@on_paths(KINDS)
+def test_first_gradients_may_be_overwritten(kind: str, path: str | None) -> None:
+    ours, _ = pair(kind)
+    with use_path(path):
+        results, leaves = Call(ours).forward(ours)
+        loss = sum(t.square().sum() for t in results.values())
+        grads = torch.autograd.grad(loss, [*leaves, *ours.parameters()], create_graph=True)
+        for part in grads:
+            part.mul_(2)
+        assert all(part.requires_grad for part in grads)
+
+
+@pytest.fixture
+def collector_at_rest() -> Iterator[None]:
+    """Keep the garbage collector from running unasked, and from what there was before."""
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def differentiate(module: Any, leaves: Any, args: Any, options: Any) -> list[torch.Tensor]:
+    """A module's results, and first and second derivatives."""
+    used = [t for t in tree_leaves(module(*args, **options)) if isinstance(t, torch.Tensor)]
+    found = list(used)
+    for create_graph in (True, False):
+        loss = sum(t.square().sum() for t in used if t.requires_grad)
+        used = torch.autograd.grad(loss, leaves, create_graph=create_graph, materialize_grads=True)
+        found += used
+    return found
+
+
+def left_over(*args: Any) -> int:
+    """How many objects `differentiate` leaves to the garbage collector."""
+    differentiate(*args)
+    gc.collect()
+    for _ in range(3):
+        differentiate(*args)
+    return gc.collect()
+
+
+def ways(kind: str) -> dict[str, dict[str, Any]]:
+    """Options of a call, by a name for messages."""
+    if kind in CELLS:
+        return {"plain": {}}
+    return {
+        "plain": {},
+        "lengths": {"lengths": torch.tensor([4, 0, 2])},
+        "reset": {"reset": torch.arange(12).view(4, 3) % 5 == 1, "return_states": True},
+        "recompute": {"recompute": True},
+        "chunks": {"recompute": 2},
+    }
+
+
+@on_paths(KINDS)
+@pytest.mark.usefixtures("collector_at_rest")
+def test_no_garbage(kind: str, path: str | None) -> None:
+    """No more objects that refer to each other than torch.nn leaves behind."""
+    ours, stock = pair(kind)
+    x = Call(ours).x.requires_grad_()
+    of_ours, of_stock = [x, *ours.parameters()], [x, *stock.parameters()]
+    with use_path(path):
+        counts = {
+            name: left_over(ours, of_ours, (x,), options) for name, options in ways(kind).items()
+        }
+        if kind in LAYERS:
+            packed = pack_sequence(list(x.detach().unbind(1)))
+            counts["packed"] = left_over(ours, of_ours[1:], (packed,), {})
+    allowed = left_over(stock, of_stock, (x,), {})
+    assert all(count <= allowed for count in counts.values()), (counts, allowed)
+
+
+@on_paths(KINDS)
+@pytest.mark.usefixtures("collector_at_rest")
+def test_tensors_die_with_their_last_name(kind: str, path: str | None) -> None:
+    """Results, gradients and what is saved for backward do not wait for the garbage collector."""
+    ours, _ = pair(kind)
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def pack(part: torch.Tensor) -> torch.Tensor:
+        alias = part.detach()  # an output that is saved as it is would refer to itself
+        made.append(weakref.ref(alias))
+        return alias
+
+    for name, options in ways(kind).items():
+        x = Call(ours).x.requires_grad_()
+        with use_path(path), torch.autograd.graph.saved_tensors_hooks(pack, lambda part: part):
+            found = differentiate(ours, [x, *ours.parameters()], (x,), options)
+        made += [weakref.ref(t) for t in (x, *found)]
+        del found, x
+        alive = [t.shape for t in (ref() for ref in made) if t is not None]
+        assert not alive, name

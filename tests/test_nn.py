@@ -1,5 +1,6 @@
 """The sequence modules against torch.nn's: interface, errors, results and gradients."""
 
+import contextlib
 import itertools
 import warnings
 from typing import Any
@@ -25,10 +26,11 @@ from compare import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import fastrnn
+from fastrnn import ops
 from fastrnn.planner import use_path
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -580,6 +582,42 @@ def test_autocast_does_not_narrow_float64(
             call_in_autocast(module, call.x, hx)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["lstm", "lstm_proj", "gru", "rnn_tanh"])
+def test_autocast_as_this_machine_has_it(
+    kind: str, low: torch.dtype, state: torch.dtype | None, grad: bool
+) -> None:
+    """Results have torch.nn's dtypes, with oneDNN; where it cannot compute them, ours runs."""
+    ours, stock = pair(kind)
+    # The last batch is empty, which oneDNN does not get to see.
+    for form, rows in (("batched", 3), ("unbatched", 3), ("packed", 3), ("batched", 0)):
+        call = Call(ours, form, steps=20, batch=rows, hx=state is not None)
+        hx = [part.to(state) for part in call.hx or ()]
+        arguments = (call.wrap(call.x), *([tuple(hx) if len(hx) > 1 else hx[0]] if hx else []))
+
+        def dtypes(module: Any, arguments: Any = arguments) -> list[torch.dtype]:
+            with torch.autocast("cpu", dtype=low), torch.set_grad_enabled(grad):
+                y, final = module(*arguments)
+            return [part.dtype for part in (getattr(y, "data", y), *tree_leaves(final))]
+
+        mine = dtypes(ours)
+        with contextlib.suppress(RuntimeError):
+            assert mine == dtypes(stock), (form, rows)
+
+
+def test_autocast_is_tried_out_of_sight() -> None:
+    """What this machine can do is found without whoever looks at operations seeing it."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ops._try_one_operation.cache_clear()
+    with FlopCounterMode(display=False) as counter:
+        ops._is_one_operation(torch.bfloat16, torch.float32)
+    assert ops._try_one_operation.cache_info().misses == 1
+    assert counter.get_total_flops() == 0
+
+
 @on_paths(["rnn_identity", "rnn_identity_cell"])
 def test_autocast_of_identity(kind: str, path: str | None) -> None:
     ours, _ = pair(kind)
@@ -646,14 +684,39 @@ def test_fx_takes_modules_as_leaves() -> None:
             torch.fx.symbolic_trace(module)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")
+@pytest.mark.parametrize("hx", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_jit_trace(kind: str) -> None:
-    """At a length and batch where calls would run on our loop."""
+def test_jit_trace(kind: str, hx: bool) -> None:
+    """At a length and batch where calls would run on our loop; a warning of ours is an error."""
     module = pair(kind)[0]
     call = Call(module, steps=64)
-    traced = torch.jit.trace(module, (call.x,))
-    torch.testing.assert_close(traced(call.x), module(call.x))
+    arguments: tuple[Any, ...] = (call.x,)
+    if hx:
+        arguments += (tuple(call.hx) if len(call.hx) > 1 else call.hx[0],)
+    traced = torch.jit.trace(module, arguments)
+    torch.testing.assert_close(traced(*arguments), module(*arguments))
+    other = Call(module, steps=9, batch=2)
+    if not hx:
+        torch.testing.assert_close(traced(other.x), module(other.x))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.jit.trace(module, arguments, check_trace=False)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if "identity" not in kind])
+def test_jit_trace_of_packed_sequences(kind: str) -> None:
+    class Packed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = pair(kind, batch_first=False)[0]
+
+        def forward(self, data: torch.Tensor, batch_sizes: torch.Tensor) -> torch.Tensor:
+            return self.layers(PackedSequence(data, batch_sizes))[0].data
+
+    module = Packed()
+    x = torch.randn(8, 3, module.layers.input_size)
+    packed = pack_padded_sequence(x, torch.tensor([8, 5, 2]))
+    traced = torch.jit.trace(module, packed[:2])
+    torch.testing.assert_close(traced(*packed[:2]), module(*packed[:2]))
 
 
 def test_names_of_a_subclass_do_not_collide() -> None:
@@ -695,3 +758,133 @@ def test_attributes_that_were_changed_afterwards():
     lstm.num_layers = 1
     x = torch.randn(40, 3, 4)
     torch.testing.assert_close(lstm(x)[0], lstm.to_torch()(x)[0])
+
+
+# What torch.nn refuses, and what it knows that we do not.
+
+
+def arguments_of_any_kind(cls: type) -> list[tuple[Any, ...]]:
+    """Inputs and states that are wrong in some way, or right."""
+    x, h = torch.randn(20, 3, 5), torch.randn(1, 3, 4)
+    packed = pack_padded_sequence(x, [20, 20, 3])
+    unsorted = pack_padded_sequence(x, [3, 20, 20], enforce_sorted=False)
+    inputs = [x, x[:, 0], x[0, 0], x[None], x.double(), x.long(), x[..., :2], x[:0], None, 3, [1.0]]
+    inputs += [x.numpy(), packed, unsorted, x.to_mkldnn(), x.to_sparse()]
+    states = [None, h, h[0], h[0, 0], 0, "x", (h,), (h, h), [h, h], (h, h, h), (None, None), (h, 1)]
+    states += [
+        (),
+        (h[0], h[0]),
+        (h, h[0]),
+        h.double(),
+        (h.double(), h),
+        h.numpy(),
+        h[:, :2],
+        h[..., :2],
+    ]
+    # torch.nn does not look at a packed LSTM's state, and some would go wrong in memory.
+    few = [None, (h, h), [h, h], (h[0], h[0]), 0, "x"] if cls is fastrnn.LSTM else states
+    return [
+        (one, state)
+        for one in inputs
+        for state in (few if isinstance(one, PackedSequence) else states)
+    ]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_arguments_of_any_kind(cls: type, grad: bool) -> None:
+    ours, stock = (each(5, 4) for each in both(cls))
+    for arguments in arguments_of_any_kind(cls):
+        with torch.set_grad_enabled(grad):
+            mine, theirs = (result(module, arguments) for module in (ours, stock))
+        assert mine == theirs, arguments
+
+
+def result(module: Any, arguments: Any) -> Any:
+    """The shapes of the results, or the error in the first line of its words."""
+    try:
+        found = tree_leaves(module(*arguments))
+    except Exception as error:  # whatever it is, ours must be the same
+        return type(error), str(error).partition("\n")[0]
+    return [(type(part), part.shape, part.dtype) for part in found if part is not None]
+
+
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"])
+@pytest.mark.parametrize("steps", [2, 60])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_weight_that_is_none(cls: type, steps: int, name: str) -> None:
+    x = torch.randn(steps, 3, 5)
+    modules = [each(5, 4) for each in both(cls)]
+    for module in modules:
+        setattr(module, name, None)
+    mine, theirs = (outcome(lambda m=module: m(x)) for module in modules)
+    assert mine == theirs
+    if name == "weight_ih_l0":  # torch.nn asks for its dtype
+        return
+    assert mine[0] is TypeError
+    with pytest.raises(TypeError, match="expected Tensor as element"):
+        modules[0](x, lengths=torch.tensor([steps, 1, 0]))
+
+
+def test_identity_with_a_weight_that_is_none() -> None:
+    rnn = fastrnn.RNN(5, 4, nonlinearity="identity")
+    rnn.bias_hh_l0 = None
+    with pytest.raises(TypeError, match="expected Tensor as element 3 in argument 2"):
+        rnn(torch.randn(20, 3, 5))
+
+
+@pytest.mark.parametrize("steps", [3, 60])
+def test_packed_sequences_of_wrong_sizes(steps: int) -> None:
+    """torch.nn.LSTM hands them to oneDNN, which reads and writes beyond their memory."""
+    lstm = fastrnn.LSTM(5, 4)
+    packed = pack_padded_sequence(torch.randn(steps, 3, 5), [steps] * 3)
+    for rows, width in ((2, 4), (1, 4), (3, 2)):
+        h, c = torch.zeros(1, 3, 4), torch.zeros(1, rows, width)
+        with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size \(1, 3, 4\), got"):
+            lstm(packed, (h, c))
+    h = torch.zeros(1, 1, 100, 4)
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[0\] size \(1, 3, 4\), got"):
+        lstm(packed, (h, h))
+    for width in (2, 7, 100):
+        wrong = pack_padded_sequence(torch.randn(steps, 3, width), [steps] * 3)
+        with pytest.raises(RuntimeError, match=f"Expected 5, got {width}"):
+            lstm(wrong)
+
+
+class Named(torch.Tensor):
+    """A subclass whose results are of it too, as torch.Tensor makes them."""
+
+
+@pytest.mark.parametrize("of", ["input", "weights"])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_subclasses_of_tensor(cls: type, of: str) -> None:
+    """They belong to torch's own kernels, wherever ours would run."""
+    ours, stock = (each(5, 4) for each in both(cls))
+    stock.load_state_dict(ours.state_dict())
+    x = torch.randn(60, 3, 5)
+    if of == "input":
+        x = x.as_subclass(Named)
+    else:
+        for module in (ours, stock):
+            for name, value in list(module.named_parameters()):
+                setattr(module, name, torch.nn.Parameter(value.detach().as_subclass(Named)))
+    results = [tree_leaves(module(x)) for module in (ours, stock)]
+    for a, b in zip(*results, strict=True):
+        assert type(a) is type(b) is Named
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("cls", [fastrnn.GRU, fastrnn.RNN])
+def test_expanded_weights(cls: type, batch_first: bool) -> None:
+    """torch's older per-sample gradients, by a subclass in place of the weights."""
+    from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+
+    modules = [each(5, 4, batch_first=batch_first) for each in both(cls)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    x = torch.randn(3, 60, 5) if batch_first else torch.randn(60, 3, 5)
+    for module in modules:
+        call = call_for_per_sample_grads(module, batch_size=3, batch_first=batch_first)
+        call(x)[0].sum().backward()
+    for a, b in zip(*(module.parameters() for module in modules), strict=True):
+        torch.testing.assert_close(a.grad_sample, b.grad_sample)

@@ -11,6 +11,11 @@ from torch import Tensor
 from ..flow import CUT, FRESH, HOLD
 
 
+def _arange(stop: int) -> Tensor:
+    # A program's default device may be another one.
+    return torch.arange(stop, device="cpu")
+
+
 class Rows(NamedTuple):
     """How N rows fall into T steps: all of one size (padded) or shrinking (packed).
 
@@ -46,8 +51,8 @@ class Rows(NamedTuple):
     def sequence(self) -> Tensor:
         """The number of the sequence of every row."""
         if self.batch_sizes is None:
-            return torch.arange(self.batch).repeat(self.steps)
-        return torch.arange(self.total) - self._offsets()[self._step()]
+            return _arange(self.batch).repeat(self.steps)
+        return _arange(self.total) - self._offsets()[self._step()]
 
     def _offsets(self) -> Tensor:
         assert self.batch_sizes is not None
@@ -55,7 +60,7 @@ class Rows(NamedTuple):
 
     def _step(self) -> Tensor:
         assert self.batch_sizes is not None
-        return torch.repeat_interleave(torch.arange(self.steps), self.batch_sizes)
+        return torch.repeat_interleave(_arange(self.steps), self.batch_sizes)
 
     def previous(self, rows: Tensor, initial: Tensor, reverse: bool) -> Tensor:
         """For every row, the value one step earlier in the direction of the pass."""
@@ -149,7 +154,7 @@ def select(marks: Tensor | None, rows: Rows) -> tuple[Rows, Selection]:
     if not rows.batch or int(lengths.min()) == rows.steps:
         return rows, Selection()
     lengths, order = lengths.sort(descending=True, stable=True)
-    alive = torch.arange(rows.steps)[:, None] < lengths
+    alive = _arange(rows.steps)[:, None] < lengths
     sizes = alive.sum(1)
     steps, batch = int((sizes > 0).sum()), int((lengths > 0).sum())
     step, sequence = alive.nonzero(as_tuple=True)

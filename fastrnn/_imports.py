@@ -1,0 +1,50 @@
+"""Adding to modules of torch that importing fastrnn must not import, for the time they take."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+
+def when_imported(name: str, add: Callable[[ModuleType], None]) -> None:
+    """Call ``add(module)`` when a module has been imported; at once if it was.
+
+    Parameters
+    ----------
+    name : str
+        Its full name.
+    add : callable
+    """
+    if name in sys.modules:
+        # Not from there, where it is incomplete while another thread imports it.
+        add(importlib.import_module(name))
+    else:
+        sys.meta_path.insert(0, _Finder(name, add))
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds one module as Python does, and calls a function after it has run."""
+
+    def __init__(self, name: str, add: Callable[[ModuleType], None]) -> None:
+        self.name, self.add = name, add
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        run = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            sys.meta_path.remove(self)
+            run(module)
+            self.add(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
