@@ -26,7 +26,7 @@ def when_imported(name: str, add: Callable[[ModuleType], None]) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module as Python does, and calls a function after it has run."""
+    """Finds one module as Python does, and calls a function after it has run, each time."""
 
     def __init__(self, name: str, add: Callable[[ModuleType], None]) -> None:
         self.name, self.add = name, add
@@ -42,7 +42,6 @@ class _Finder(importlib.abc.MetaPathFinder):
         run = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            sys.meta_path.remove(self)
             run(module)
             self.add(module)
 
