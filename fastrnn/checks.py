@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,28 +13,8 @@ from . import ops
 from .cells import CELLS
 from .options import Options
 
-Check = TypeVar("Check", bound=Callable)
 
-
-def _untraced(check: Check) -> Check:
-    """Let a check ask for sizes without torch.jit's tracer, which warns of those that decide."""
-
-    @functools.wraps(check)
-    def call(*args, **kwargs):
-        if not ops.is_traced():
-            return check(*args, **kwargs)
-        tracer: Any = torch._C
-        state = tracer._get_tracing_state()
-        tracer._set_tracing_state(None)
-        try:
-            return check(*args, **kwargs)
-        finally:
-            tracer._set_tracing_state(state)
-
-    return call  # type: ignore[return-value]
-
-
-@_untraced
+@ops.untraced
 def check_weights(cell: str, weights: Sequence[Tensor], directions: int, num_heads: int = 1) -> int:
     """Raise unless the weights make whole layers; returns how many a direction has."""
     for k, weight in enumerate(weights):
@@ -156,7 +135,7 @@ def zoneout_rates(
     return zoneout if any(zoneout) else 0.0
 
 
-@_untraced
+@ops.untraced
 def check_options(cell: str, options: Options, input: Tensor, steps: int, batch: int) -> None:
     """Raise unless the options that torch does not have are of the right kinds and shapes."""
     probability("dropout", options.dropout)
@@ -218,7 +197,7 @@ def reset_states(
     return [part.expand(*shape) for part, shape in zip(options.reset_state, shapes, strict=True)]
 
 
-@_untraced
+@ops.untraced
 def _check_reset_state(cell: str, options: Options, shapes: Sequence[tuple[int, int, int]]) -> None:
     if options.reset is None:
         raise ValueError("reset_state was given without reset")
@@ -247,7 +226,7 @@ def check_input(
     return steps, batch
 
 
-@_untraced
+@ops.untraced
 def _check_input(
     input: Tensor, input_size: int, batch_first: bool, batch_sizes: Tensor | None
 ) -> tuple[int, int]:
@@ -291,7 +270,7 @@ def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> tuple[int, int]:
     return len(sizes), sizes[0] if sizes else 0
 
 
-@_untraced
+@ops.untraced
 def check_state(cell: str, state: Sequence[Tensor], shapes: Sequence[tuple[int, int, int]]) -> None:
     check_count(cell, cell, state)
     for k, (part, shape) in enumerate(zip(state, shapes, strict=True)):
@@ -303,7 +282,7 @@ def check_state(cell: str, state: Sequence[Tensor], shapes: Sequence[tuple[int, 
             raise RuntimeError(f"Expected {which} size {shape}, got {list(part.shape)}")
 
 
-@_untraced
+@ops.untraced
 def is_step(input: Tensor, state: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor) -> bool:
     """Tell whether input and states of a cell have the sizes of its weights."""
     sizes = (input.shape[0], w_hh.shape[-1], w_ih.shape[-1])

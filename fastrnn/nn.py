@@ -340,7 +340,7 @@ class _Layers(_torch.RNNBase):
             steps, batch = x.shape[0], 1
         else:
             return "torch"  # to be refused
-        if x.is_cpu and ops.autocasts("cpu") and not torch._C._is_tracing():
+        if x.is_cpu and ops.autocasts("cpu"):
             return "loop"  # torch.nn.LSTM fails on some CPUs
         state: Sequence[Tensor] = ()
         if hx is not None:

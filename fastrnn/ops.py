@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import _VF, Tensor
@@ -455,6 +455,35 @@ flops.register()
 when_imported("torch._inductor.lowering", _register_fallbacks)
 
 
+# torch.jit.
+
+
+def is_traced() -> bool:
+    """Whether torch.jit records what is called."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def untraced(function: Function) -> Function:
+    """Let a function run unseen by torch.jit's tracer, which warns of sizes that decide."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if not is_traced():
+            return function(*args, **kwargs)
+        tracer: Any = torch._C
+        state = tracer._get_tracing_state()
+        tracer._set_tracing_state(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            tracer._set_tracing_state(state)
+
+    return call  # type: ignore[return-value]
+
+
 # Autocast.
 
 
@@ -511,6 +540,7 @@ _is_one_operation._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
+@untraced
 def _try_one_operation(
     low: torch.dtype, dtype: torch.dtype, is_enabled: bool, is_recorded: bool
 ) -> bool:
@@ -628,11 +658,6 @@ def is_plain(*tensors: Tensor | None) -> bool:
         and not autocasts("cpu")
         and not autocasts("cuda")
     )
-
-
-def is_traced() -> bool:
-    """Whether torch.jit records what is called."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
 def are_known(*tensors: Tensor | None) -> bool:
