@@ -33,8 +33,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .. import _arguments
+from ..cells import CELLS
 from ..kernels import configs, launch, persistent, stepwise
-from ..kernels.cells import CELLS
 from . import terminal
 
 DEVICES = ("a100", "h100", "b200", "mi300x")
@@ -49,8 +49,10 @@ _POINTERS = {
     torch.uint8: "*u8",
 }
 
-# The grid. Other activations of the RNN compile as tanh does, and float16 as bfloat16.
-_CELLS = ("lstm", "gru", "rnn_tanh")
+# The grid. Other activations of the RNN compile as tanh does, and float16 as bfloat16. Of cells
+# that are an LSTM and something more, fewer sizes.
+_CELLS = ("lstm", "gru", "rnn_tanh", "peephole_lstm", "slstm")
+_LARGE_CELLS = ("peephole_lstm", "slstm")
 _RUNS = (
     *("inference", "training", "backward", "recompute"),
     *("training marked", "backward marked", "training fresh", "backward fresh"),
@@ -141,10 +143,13 @@ def plan(devices: Sequence[str] = DEVICES, *, quick: bool = False) -> dict[Varia
     found: dict[Variant, Use] = {}
     for problem in itertools.product(devices, _CELLS, _RUNS, _PRODUCTS, _HIDDEN, _BATCH, (1, 2)):
         name, cell, run, (dtype, precision), hidden, batch, directions = problem
-        if not _in_grid(name, run, dtype, precision, hidden, quick):
+        few = quick or cell in _LARGE_CELLS
+        if not _in_grid(name, run, dtype, precision, hidden, few):
+            continue
+        if cell in _LARGE_CELLS and name != "h100" and dtype != "bfloat16":
             continue
         itemsize = _DTYPES[dtype].itemsize
-        shape = configs.Shape(CELLS[cell].n_gates, batch, hidden, directions, itemsize, precision)
+        shape = configs.Shape.of(CELLS[cell], batch, hidden, directions, itemsize, precision)
         choice = configs.choose(shape, configs.DEVICES[name], backward=_is_backward(run))
         assert choice is not None  # stepwise takes everything
         variant = Variant(cell, run, dtype, precision, hidden, name, *choice.config[:6])
@@ -153,7 +158,7 @@ def plan(devices: Sequence[str] = DEVICES, *, quick: bool = False) -> dict[Varia
     return dict(sorted(found.items()))
 
 
-def _in_grid(device: str, run: str, dtype: str, precision: str, hidden: int, quick: bool) -> bool:
+def _in_grid(device: str, run: str, dtype: str, precision: str, hidden: int, few: bool) -> bool:
     common = hidden in _COMMON
     if configs.DEVICES[device].target == "hip" and precision == "tf32x3":
         return False  # triton 3.6 to 3.9 refuse it for gfx942
@@ -161,7 +166,7 @@ def _in_grid(device: str, run: str, dtype: str, precision: str, hidden: int, qui
         return common and device == "h100" and precision == "tf32"
     if run == "recompute" or _is_marked(run):  # the others plus some loads
         return common and device == "h100" and dtype == "bfloat16"
-    if quick or common:
+    if few or common:
         return common
     # The choice differs between devices and precisions by what fits: fewer sizes will do.
     if device == "h100":
@@ -217,21 +222,24 @@ def _compile(variant: Variant, target: GPUTarget) -> Any:
     if target.backend == "hip":
         arguments.pop("maxnreg", None)
     signature: dict[str, Any] = {}
-    constants: dict[str, Any] = {}
-    aligned: list[tuple[int, ...]] = []
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[Any]] = {}
+
+    def kind(value: Any, path: tuple[int, ...], is_constant: bool) -> Any:
+        """The type of an argument, or of a part of a tuple, that is found by `path`."""
+        if is_constant or value is None:
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(kind(part, (*path, j), False) for j, part in enumerate(value))
+        if not isinstance(value, torch.Tensor):
+            return "i32"
+        attributes[path] = [["tt.divisibility", 16]]
+        return _POINTERS[value.dtype]
+
     for i, parameter in enumerate(kernel.params):
-        name, value = parameter.name, arguments.pop(parameter.name)
-        if parameter.is_constexpr or value is None:
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = _POINTERS[value.dtype]
-            aligned.append((i,))
-        elif isinstance(value, tuple):
-            signature[name] = tuple(_POINTERS[part.dtype] for part in value)
-            aligned += [(i, j) for j in range(len(value))]
-        else:
-            signature[name] = "i32"
-    attributes = {path: [["tt.divisibility", 16]] for path in aligned}
+        value = arguments.pop(parameter.name)
+        signature[parameter.name] = kind(value, (i,), parameter.is_constexpr)
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=arguments)
 
@@ -252,26 +260,25 @@ def _recorded(variant: Variant) -> tuple[Any, dict[str, Any]]:
     name = "backward_kernel" if _is_backward(variant.run) else "forward_kernel"
     kernel = getattr(module, name)
     way, _, flow = variant.run.partition(" ")
-    options: dict[str, Any] = {}
-    if flow:
-        options["marks"] = tensor(1, steps, batch, dtype=torch.uint8)
-    if flow == "fresh":
-        options["fresh"] = states
+    operands = launch.Operands(
+        r,
+        tensor(1, cell.n_gates * hidden),
+        tensor(1, cell.n_extra * hidden) if cell.n_extra else None,
+        states,
+        tensor(1, steps, batch, dtype=torch.uint8) if flow else None,
+        states if flow == "fresh" else (),
+        tensor(1, batch, cell.n_gates * hidden) if flow == "fresh" else None,
+    )
     with mock.patch.object(module, name, mock.MagicMock()) as stand_in:
         if _is_backward(way):
             saved = tensor(1, steps, batch, cell.n_saved * hidden)
-            past = saved if way == "backward" else (gates, gates)
             traces = [tensor(*y.shape, dtype=torch.float32)] * (cell.n_states - 1)
-            if flow == "fresh":
-                options["d_traces"] = [y] * (cell.n_states - 1)
-            arguments = (cell, y, states, r, states, y, traces, past, config, variant.precision)
-            launch.backward(*arguments, **options)
+            past = launch.Past(y, traces, (saved,) if way == "backward" else (gates, gates))
+            given = y, states, [y] * (cell.n_states - 1) if flow == "fresh" else []
+            launch.backward(cell, config, variant.precision, operands, past, given)
         else:
-            options |= {"traced": way == "training", "save": way == "training"}
-            if flow == "fresh":
-                options["fresh_rh"] = tensor(1, batch, cell.n_gates * hidden)
-            bias = tensor(1, cell.n_gates * hidden)
-            launch.forward(cell, gates, r, bias, states, config, variant.precision, **options)
+            keep = {"traced": way == "training", "save": way == "training"}
+            launch.forward(cell, config, variant.precision, gates, operands, **keep)
     return kernel, dict(stand_in.__getitem__.return_value.call_args.kwargs)
 
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import planner
+from .. import devices
 from ..kernels import exchange
 from ..kernels.exchange import counter_of, publish_state, receive_state
 
@@ -69,7 +69,7 @@ def loop(device: torch.device, steps: int) -> Callable[[], None] | None:
     callable or None
         None for a device whose programs may not wait for each other.
     """
-    facts = planner.gpu(device.index)
+    facts = devices.gpu(device.index)
     if facts is None or facts.target != "cuda":
         return None
     state = torch.empty(steps, _ROWS, _HIDDEN, dtype=torch.bfloat16, device=device)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import planner
+from .. import devices
 from .registry import Case
 
 
@@ -56,7 +56,7 @@ def tolerances_of(case: Case, device: torch.device) -> Tolerances:
     steps = case.steps * case.num_layers
     n_recurrent, n_summed = terms, steps * case.batch + terms
     is_tf32 = (
-        device.type == "cuda" and case.dtype == "float32" and planner.float32_precision() == "tf32"
+        device.type == "cuda" and case.dtype == "float32" and devices.float32_precision() == "tf32"
     )
     if is_tf32:
         eps = torch.finfo(torch.float16).eps  # which has as many bits

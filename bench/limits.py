@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import planner
+from .. import devices
 from .providers import problem_of
 from .registry import Case
 
@@ -149,9 +149,9 @@ class Limits:
         problem = problem_of(case, self.device)
         if self.device.type == "cpu":
             return uses_threads(case)
-        if planner.kernel_gap(problem) is not None:
+        if devices.kernel_gap(problem) is not None:
             return True
-        forward, _ = planner.choose_kernels(problem)
+        forward, _ = devices.choose_kernels(problem)
         return forward.config.schedule != "resident"
 
 
@@ -172,7 +172,7 @@ def on_equal_terms(device: torch.device) -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     with torch.cuda.device(device):
-        if planner.float32_precision() == "tf32":
+        if devices.float32_precision() == "tf32":
             matmul.fp32_precision = "tf32"
         try:
             yield

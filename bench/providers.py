@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import gpu, nn, planner, reference
+from .. import crossover, devices, nn, planner, reference
+from ..call import Call
+from ..cells import CELLS
 from ..kernels.configs import SCHEDULES
 from . import others
 from .built import Built, Tensors, flat, make_module
@@ -93,7 +95,7 @@ def problem_of(case: Case, device: torch.device) -> planner.Problem:
     fastrnn.planner.Problem
     """
     dtype = getattr(torch, case.dtype)
-    facts, precision = gpu.facts(torch.empty(0, dtype=dtype, device=device))
+    facts, precision = devices.facts(torch.empty(0, dtype=dtype, device=device))
     return planner.Problem(
         case.kind,
         case.steps,
@@ -114,7 +116,7 @@ def problem_of(case: Case, device: torch.device) -> planner.Problem:
 
 def _forced_gap(path: str, case: Case, device: torch.device) -> str | None:
     problem = problem_of(case, device)
-    if path in SCHEDULES and (gap := planner.kernel_gap(problem)) is not None:
+    if path in SCHEDULES and (gap := devices.kernel_gap(problem)) is not None:
         return gap
     try:
         with planner.use_path(path):
@@ -136,16 +138,16 @@ def _compile_gap(case: Case, device: torch.device) -> str | None:
 
 
 def _build_compiled(case: Case, baseline: torch.nn.Module, inputs: Tensors) -> Built:
-    cell = case.kind
+    cell = CELLS[case.kind]
     parameters = [weight.detach().clone().requires_grad_() for weight in baseline.parameters()]
     unrolled = max(n for n in range(1, _MAX_UNROLLED + 1) if case.steps % n == 0)
 
     def some_steps(x: Tensor, state: list[Tensor], weights: list[Tensor]) -> Any:
-        y, final, _ = reference.layer(cell, x, state, weights)
+        y, final, _ = reference.layer(Call(cell, x, state, weights))
         return y, final
 
     def one_step(x: Tensor, state: list[Tensor], weights: list[Tensor]) -> Any:
-        return reference.cell_step(cell, x, state, weights)
+        return reference.step(Call(cell, x, state, weights))
 
     # Every case is compiled afresh; after some recompilations dynamo would give up, in silence.
     torch._dynamo.reset()
@@ -155,7 +157,7 @@ def _build_compiled(case: Case, baseline: torch.nn.Module, inputs: Tensors) -> B
     def run(x: Tensor, *given: Tensor) -> list[Tensor]:
         if case.is_step:
             return list(compiled(x, list(given), parameters))
-        state = reference.zero_state(cell, x, case.batch, parameters, 1)
+        state = Call(cell, x, [], parameters).initial()
         outputs = []
         for part in x.split(unrolled):
             y, state = compiled(part, state, parameters)
@@ -170,7 +172,7 @@ def _registry() -> dict[str, Provider]:
         f"fastrnn:{path}": Provider(
             functools.partial(_forced_gap, path), functools.partial(_build_fastrnn, path=path)
         )
-        for path in ("loop", *SCHEDULES, "torch", "reference")
+        for path in (*planner.OURS, *SCHEDULES, "torch", "reference")
     }
 
     def other(
@@ -247,7 +249,7 @@ def plan_name(plan: planner.Plan, case: Case) -> str:
     -------
     str
     """
-    if plan.path != "loop" or plan.kernels is None:
+    if plan.path != "kernels" or plan.kernels is None:
         return plan.path
     used = plan.kernels[: 2 if case.mode == "training" else 1]
     return ", ".join(dict.fromkeys(choice.config.schedule for choice in used))
@@ -269,7 +271,7 @@ def torch_algorithm(case: Case, device: torch.device) -> str:
     if case.is_step:
         return "ATen"
     if device.type == "cpu":
-        is_fast_half = case.is_half and planner.multiplies(getattr(torch, case.dtype))
+        is_fast_half = case.is_half and crossover.multiplies(getattr(torch, case.dtype))
         takes = case.dtype == "float32" or is_fast_half
         is_fused = case.cell == "lstm" and not case.ragged and torch.backends.mkldnn.is_available()
         return "oneDNN" if is_fused and takes else "ATen"
@@ -279,4 +281,4 @@ def torch_algorithm(case: Case, device: torch.device) -> str:
     # Since then torch gives bfloat16 to it.
     if not version or (case.dtype == "bfloat16" and version < 91300):
         return "ATen"
-    return f"cuDNN {planner.cudnn_algorithm(problem_of(case, device))}"
+    return f"cuDNN {devices.cudnn_algorithm(problem_of(case, device))}"

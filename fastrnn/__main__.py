@@ -58,8 +58,9 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from .devices import float32_precision, gpu
     from .kernels.configs import DEVICES
-    from .planner import Problem, float32_precision, gpu, plan
+    from .planner import Problem, plan
 
     if args.projected and args.cell != "lstm":
         raise UsageError(f"--projected is for lstm, not {args.cell}")
@@ -168,17 +169,18 @@ def _verify(args: argparse.Namespace) -> int:
     for failure in failures:
         out.print(f"FAIL {failure.case}\n  {failure.what}\n  {failure.command}", markup=False)
     failed = bool(failures) or not all(row.passed for row in summaries)
-    count = sum(row.cases for row in summaries if row.path == "loop")
+    count = sum(row.cases for row in summaries if row.path == "kernels")
     print(f"{count} cases, {len(failures)} failed: {'FAIL' if failed else 'ok'}")
     return int(failed)
 
 
 def _add_warmup(parser: argparse.ArgumentParser) -> None:
-    from .cpu import CPU_CELLS as CELLS
+    from .cells import CELLS
 
+    names = [cell.name for cell in CELLS.values() if cell.is_pointwise]
     parser.add_argument(
-        "--cells", nargs="+", choices=CELLS, default=list(CELLS), metavar="CELL",
-        help=f"any of {', '.join(CELLS)} (default all)",
+        "--cells", nargs="+", choices=names, default=names, metavar="CELL",
+        help=f"any of {', '.join(names)} (default all)",
     )  # fmt: skip
 
 
@@ -189,11 +191,12 @@ def _warmup(args: argparse.Namespace) -> int:
     if gap is not None:
         print(f"nothing to compile: {gap}")
         return 1
+    from .cells import CELLS
     from .cpu import engine
 
     for cell in args.cells:
         start = time.perf_counter()
-        engine.kernels(cell)
+        engine.kernels(CELLS[cell])
         print(f"{cell:13}{time.perf_counter() - start:6.2f} s")
     with contextlib.suppress(OSError):  # which was logged
         print(f"kept in {engine.cache_folder()}")

@@ -1,57 +1,234 @@
-"""Checks of arguments, with torch's texts where torch has one."""
+"""Checks of arguments, with torch's texts where torch has one.
+
+`checked` makes the record of a call of layers, `checked_step` that of a step. What depends on
+shapes and numbers alone is remembered: a layer is called with the same ones again and again.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
-from .cells import CELLS
+from .call import Call
+from .cells import CELLS, Cell
+from .context import can_look, untraced
+from .flow import PLAIN, Flow
 from .options import Options
 
 
-@ops.untraced
-def check_weights(cell: str, weights: Sequence[Tensor], directions: int, num_heads: int = 1) -> int:
-    """Raise unless the weights make whole layers; returns how many a direction has."""
-    for k, weight in enumerate(weights):
-        if not isinstance(weight, Tensor):
-            kind = type(weight).__name__
-            raise TypeError(f"expected Tensor as element {k} in argument 2, but got {kind}")
-    if [w.dim() for w in weights[:2]] != [2, 2]:
-        raise ValueError(
-            f"the weights of a {cell} layer begin with w_ih and w_hh, both 2-D; got "
-            f"{len(weights)} weights of shapes {[tuple(w.shape) for w in weights[:2]]}"
+def checked(
+    cell: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequence[Tensor],
+    options: Options,
+) -> Call:  # fmt: skip
+    """Make the record of a call, or raise if the arguments do not fit each other.
+
+    Parameters
+    ----------
+    cell : str
+        Key of ``fastrnn.cells.CELLS``.
+    input, hx, weights, options
+        As for ``fastrnn.functional.sequence``.
+
+    Returns
+    -------
+    Call
+        Time first, with the states after a reset in its flow.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As for ``fastrnn.functional.lstm``.
+    """
+    of_cell, weights, state = CELLS[cell], list(weights), () if hx is None else list(hx)
+    num_layers = _check_numbers(of_cell, input, hx, weights, options)
+    x = input.transpose(0, 1) if options.batch_first else input
+    sizes, bidirectional = options.batch_sizes, options.bidirectional
+    call = Call(of_cell, x, state, weights, sizes, bidirectional, PLAIN, num_layers, options)
+    if options.lengths is not None or options.reset is not None:
+        _check_flow(call)
+    if options.reset_state is None:
+        return call
+    _check_reset_state(call)
+    pairs = zip(options.reset_state, call.shapes(), strict=True)
+    return call._replace(flow=Flow(None, [part.expand(*shape) for part, shape in pairs]))
+
+
+def checked_step(cell: str, x: Tensor, hx: Sequence[Tensor] | None, weights: Sequence[Any]) -> Call:
+    """Make the record of a single step.
+
+    Parameters
+    ----------
+    cell : str
+        Key of ``fastrnn.cells.CELLS``.
+    x : Tensor of shape (B, I)
+    hx : sequence of Tensor of shape (B, H), or None
+    weights : (w_ih, w_hh, b_ih, b_hh)
+        The biases may be None.
+
+    Returns
+    -------
+    Call
+        Whose input and state may not have the sizes of the weights: see `is_step`.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As for ``fastrnn.functional.lstm_cell``.
+    """
+    of_cell, (*_, b_ih, b_hh) = CELLS[cell], weights
+    if (b_ih is None) != (b_hh is None):
+        raise ValueError("b_ih and b_hh must be given both or neither")
+    if x.dim() != 2:
+        raise RuntimeError(f"input must have 2 dimensions, got {x.dim()}")
+    given = list(weights[:2] if b_ih is None else weights)
+    _check_cell(of_cell, given)
+    if hx is None:
+        hx = [x.new_zeros(x.shape[0], given[1].shape[-1])] * of_cell.n_states
+    _check_count(f"{cell}_cell", of_cell, hx)
+    return Call(of_cell, x, hx, given)
+
+
+@untraced
+def is_step(call: Call) -> bool:
+    """Tell whether input and states of a step have the sizes of its weights.
+
+    Parameters
+    ----------
+    call : Call
+
+    Returns
+    -------
+    bool
+    """
+    w_ih, w_hh = call.weights[:2]
+    sizes = (call.x.shape[0], w_hh.shape[-1], w_ih.shape[-1])
+    return all((*part.shape, call.x.shape[1]) == sizes for part in call.state)
+
+
+def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Remember results, of arguments that have a hash: symbolic sizes and lists have none."""
+    remembering = functools.lru_cache(maxsize=1024, typed=True)(function)
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*arguments)
+        try:
+            return remembering(*arguments)
+        except TypeError:
+            return function(*arguments)
+
+    return call
+
+
+@untraced
+def _check_numbers(
+    cell: Cell, input: Tensor, hx: Any, weights: Sequence[Tensor], options: Options
+) -> int:
+    """Check all that is remembered; returns the number of layers."""
+    packed = None if options.batch_sizes is None else _check_batch_sizes(input, options)
+    states = None if hx is None else tuple([part.shape for part in hx])
+    shapes = input.shape, states, _shapes(weights), packed
+    batch_first, bidirectional, dropout, _ = options[:4]
+    numbers = (cell, shapes, batch_first, bidirectional, dropout, *options[8:])
+    return _layers_of(*numbers)
+
+
+@untraced
+def _check_cell(cell: Cell, weights: Sequence[Tensor]) -> None:
+    _layers_of_weights(cell, _shapes(weights), False, 1)
+
+
+def _shapes(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    if not all(map(torch.is_tensor, tensors)):
+        k, other = next((k, t) for k, t in enumerate(tensors) if not torch.is_tensor(t))
+        kind = type(other).__name__
+        raise TypeError(f"expected Tensor as element {k} in argument 2, but got {kind}")
+    return tuple([tensor.shape for tensor in tensors])
+
+
+@_remembered
+def _layers_of(
+    cell: Cell, shapes: Any, batch_first: Any, bidirectional: Any, dropout: Any, *options: Any
+) -> int:
+    """Shapes are those of input, states and weights, and of a packed batch T and B."""
+    shape, states, weights, packed = shapes
+    return_states, bptt, recompute, recurrent_dropout, zoneout, num_heads = options
+    num_layers, size_h = _layers_of_weights(cell, weights, bidirectional, num_heads)
+    dims, input_size = 3 if packed is None else 2, weights[0][1]
+    if len(shape) != dims:
+        raise RuntimeError(f"input must have {dims} dimensions, got {len(shape)}")
+    if shape[-1] != input_size:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {input_size}, got {shape[-1]}"
         )
-    extras = CELLS[cell].extras
-    width = weights[0].shape[0]
-    hidden, rest = divmod(width, CELLS[cell].n_gates)
-    size_h = weights[1].shape[-1] if CELLS[cell].n_states > 1 and num_heads == 1 else hidden
-    projected = size_h != hidden
-    vectors = sum(w.dim() == 1 for w in weights)
-    biased = vectors * (2 + projected) > (len(weights) - vectors) * len(extras)
+    steps, batch = packed or (shape[1::-1] if batch_first else shape[:2])
+    if states is not None:
+        _check_count(cell.name, cell, states)
+    for k, state in enumerate(states or ()):
+        hidden = weights[0][0] // cell.n_gates
+        expected = (num_layers * (2 if bidirectional else 1), batch, hidden if k else size_h)
+        if torch.compiler.is_compiling() and len(state) == 3:
+            # The batch of a packed sequence is known only when the graph runs, and checked then.
+            torch._check(state[1] == batch)
+        if state != expected:
+            which = f"hidden[{k}]" if len(states) > 1 else "hidden"
+            raise RuntimeError(f"Expected {which} size {expected}, got {list(state)}")
+    if steps == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    probability("dropout", dropout)
+    probability("recurrent_dropout", recurrent_dropout)
+    zoneout_rates(cell, zoneout)
+    if bptt is not None:
+        _check_steps("bptt", bptt, "None or ")
+    if not isinstance(recompute, bool):
+        _check_steps("recompute", recompute, "True, False or ")
+    if return_states not in (False, True, "gates"):
+        raise ValueError(f"return_states must be False, True or 'gates', got {return_states!r}")
+    if return_states == "gates" and cell.activations is None:
+        raise ValueError(f"return_states='gates' is for cells that have some, not for {cell.name}")
+    return num_layers
+
+
+@_remembered
+def _layers_of_weights(
+    cell: Cell, shapes: Sequence[tuple[int, ...]], bidirectional: bool, num_heads: int
+) -> tuple[int, int]:
+    """Raise unless weights make whole layers; returns how many, and the size of h."""
+    directions, name = 2 if bidirectional else 1, cell.name
+    if [len(shape) for shape in shapes[:2]] != [2, 2]:
+        raise ValueError(
+            f"the weights of a {name} layer begin with w_ih and w_hh, both 2-D; got "
+            f"{len(shapes)} weights of shapes {[tuple(shape) for shape in shapes[:2]]}"
+        )
+    width = shapes[0][0]
+    hidden, rest = width // cell.n_gates, width % cell.n_gates
+    size_h = shapes[1][-1] if cell.n_states > 1 and num_heads == 1 else hidden
+    projected = bool(size_h != hidden)
+    vectors = sum(len(shape) == 1 for shape in shapes)
+    biased = vectors * (2 + projected) > (len(shapes) - vectors) * len(cell.extras)
     width_hh = heads(num_heads, hidden) if num_heads != 1 else size_h
-    per_direction = 2 + 2 * biased + projected + len(extras)
-    if rest or len(weights) % (directions * per_direction):
+    per_direction = 2 + 2 * biased + projected + len(cell.extras)
+    if rest or len(shapes) % (directions * per_direction):
         raise ValueError(
-            f"{len(weights)} weights, the first of shape {tuple(weights[0].shape)}, do not make "
-            f"whole {cell} layers with {directions} direction(s) and {per_direction} weights each"
+            f"{len(shapes)} weights, the first of shape {tuple(shapes[0])}, do not make "
+            f"whole {name} layers with {directions} direction(s) and {per_direction} weights each"
         )
-    for start in range(0, len(weights), per_direction):
+    for start in range(0, len(shapes), per_direction):
         first_layer = start < directions * per_direction
-        size_in = weights[0].shape[1] if first_layer else size_h * directions
+        size_in = shapes[0][1] if first_layer else size_h * directions
         expected = [(width, size_in), (width, width_hh)] + [(width,), (width,)] * biased
-        expected += [(size_h, hidden)] * projected + [(e.blocks * hidden,) for e in extras]
+        expected += [(size_h, hidden)] * projected + [(e.blocks * hidden,) for e in cell.extras]
         for k, shape in enumerate(expected):
-            if weights[start + k].shape != shape:
+            if shapes[start + k] != shape:
                 raise ValueError(
-                    f"weight {start + k} must be of shape {shape}, "
-                    f"got {tuple(weights[start + k].shape)}"
+                    f"weight {start + k} must be of shape {shape}, got {tuple(shapes[start + k])}"
                 )
-    return per_direction
+    return len(shapes) // (directions * per_direction), size_h
 
 
 def heads(num_heads: int, hidden_size: int, proj_size: int = 0) -> int:
@@ -103,17 +280,13 @@ def probability(name: str, value: float) -> float:
     return value
 
 
-def zoneout_rates(
-    cell: str, zoneout: float | Sequence[float], n_states: int
-) -> float | Sequence[float]:
+def zoneout_rates(cell: Cell, zoneout: float | Sequence[float]) -> float | Sequence[float]:
     """Return the zoneout of a cell, or raise if it is none.
 
     Parameters
     ----------
-    cell : str
-        For the error.
+    cell : Cell
     zoneout : float or sequence of float
-    n_states : int
 
     Returns
     -------
@@ -126,60 +299,49 @@ def zoneout_rates(
     """
     if not isinstance(zoneout, (tuple, list)):
         return probability("zoneout", zoneout)  # type: ignore[arg-type]
-    if len(zoneout) != n_states:
+    if len(zoneout) != cell.n_states:
         raise ValueError(
-            f"zoneout of {cell} must be a number or {n_states} numbers, got {len(zoneout)}"
+            f"zoneout of {cell.name} must be a number or {cell.n_states} numbers, "
+            f"got {len(zoneout)}"
         )
     for zone in zoneout:
         probability("zoneout", zone)
     return zoneout if any(zoneout) else 0.0
 
 
-@ops.untraced
-def check_options(cell: str, options: Options, input: Tensor, steps: int, batch: int) -> None:
-    """Raise unless the options that torch does not have are of the right kinds and shapes."""
-    probability("dropout", options.dropout)
-    probability("recurrent_dropout", options.recurrent_dropout)
-    zoneout_rates(cell, options.zoneout, CELLS[cell].n_states)
-    for name in ("bptt", "recompute"):
-        value = getattr(options, name)
-        if (name == "recompute" and isinstance(value, bool)) or (name == "bptt" and value is None):
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            accepted = "True, False or " if name == "recompute" else "None or "
-            raise ValueError(f"{name} must be {accepted}a number of steps from 1 on, got {value!r}")
-    if options.return_states not in (False, True, "gates"):
-        raise ValueError(
-            f"return_states must be False, True or 'gates', got {options.return_states!r}"
-        )
-    if options.return_states == "gates" and CELLS[cell].gates is None:
-        raise ValueError(f"return_states='gates' is for cells that have some, not for {cell}")
-    lengths, reset = options.lengths, options.reset
-    if lengths is not None:
-        _check_lengths(options, lengths, input, steps, batch)
+@untraced
+def _check_flow(call: Call) -> None:
+    options = call.options
+    if options.lengths is not None:
+        _check_lengths(call, options.lengths)
+    reset = options.reset
     if reset is not None:
-        shape = (batch, steps) if options.batch_first else (steps, batch)
+        shape = (call.batch, call.steps) if options.batch_first else (call.steps, call.batch)
         if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
             kind = reset.dtype if isinstance(reset, Tensor) else type(reset).__name__
             raise ValueError(f"reset must be a tensor of torch.bool, got {kind}")
         if reset.shape != shape:
             raise ValueError(f"reset must be of shape {shape}, got {tuple(reset.shape)}")
-        if reset.device != input.device:
-            raise ValueError(f"reset must be on {input.device} like input, is on {reset.device}")
+        if reset.device != call.x.device:
+            raise ValueError(f"reset must be on {call.x.device} like input, is on {reset.device}")
 
 
-def _check_lengths(
-    options: Options, lengths: Tensor, input: Tensor, steps: int, batch: int
-) -> None:
-    if options.batch_sizes is not None:
+def _check_steps(name: str, value: Any, others: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be {others}a number of steps from 1 on, got {value!r}")
+
+
+def _check_lengths(call: Call, lengths: Tensor) -> None:
+    steps, batch, device = call.steps, call.batch, call.x.device
+    if call.options.batch_sizes is not None:
         raise ValueError("lengths cannot be used with a packed sequence, which has its own")
     if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int64, torch.int32):
         kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
         raise ValueError(f"lengths must be a tensor of torch.int64 or torch.int32, got {kind}")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths must be of shape {(batch,)}, got {tuple(lengths.shape)}")
-    if lengths.device != input.device and not lengths.is_cpu:
-        raise ValueError(f"lengths must be on {input.device} like input, is on {lengths.device}")
+    if lengths.device != device and not lengths.is_cpu:
+        raise ValueError(f"lengths must be on {device} like input, is on {lengths.device}")
     if can_look(lengths) and batch:
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > steps:
@@ -187,24 +349,15 @@ def _check_lengths(
             raise ValueError(f"lengths must be from 0 to the {steps} steps of input, got {wrong}")
 
 
-def reset_states(
-    cell: str, options: Options, shapes: Sequence[tuple[int, int, int]]
-) -> list[Tensor]:
-    """The states after a reset, for every row; empty for zeros."""
-    if options.reset_state is None:
-        return []
-    _check_reset_state(cell, options, shapes)
-    return [part.expand(*shape) for part, shape in zip(options.reset_state, shapes, strict=True)]
-
-
-@ops.untraced
-def _check_reset_state(cell: str, options: Options, shapes: Sequence[tuple[int, int, int]]) -> None:
-    if options.reset is None:
+@untraced
+def _check_reset_state(call: Call) -> None:
+    state, shapes, name = call.options.reset_state, call.shapes(), call.cell.name
+    if call.options.reset is None:
         raise ValueError("reset_state was given without reset")
-    if isinstance(options.reset_state, Tensor):
-        raise ValueError(f"reset_state of {cell} must be a tuple of {len(shapes)}, got a tensor")
-    state: Any = options.reset_state
-    check_count(cell, cell, state)
+    if isinstance(state, Tensor):
+        raise ValueError(f"reset_state of {name} must be a tuple of {len(shapes)}, got a tensor")
+    assert state is not None
+    _check_count(name, call.cell, state)
     for k, part in enumerate(state):
         if not isinstance(part, Tensor):
             raise ValueError(f"reset_state[{k}] must be a tensor, got {type(part).__name__}")
@@ -216,43 +369,11 @@ def _check_reset_state(cell: str, options: Options, shapes: Sequence[tuple[int, 
             )
 
 
-def check_input(
-    input: Tensor, input_size: int, batch_first: bool, batch_sizes: Tensor | None
-) -> tuple[int, int]:
-    """Raise unless the input fits; returns T and B."""
-    steps, batch = _check_input(input, input_size, batch_first, batch_sizes)
-    if batch_sizes is None:  # again, for the tracer to see
-        steps, batch = input.shape[1::-1] if batch_first else input.shape[:2]
-    return steps, batch
-
-
-@ops.untraced
-def _check_input(
-    input: Tensor, input_size: int, batch_first: bool, batch_sizes: Tensor | None
-) -> tuple[int, int]:
-    dims = 3 if batch_sizes is None else 2
-    if input.dim() != dims:
-        raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
-    if input.shape[-1] != input_size:
-        raise RuntimeError(
-            "input.size(-1) must be equal to input_size. "
-            f"Expected {input_size}, got {input.shape[-1]}"
-        )
-    if batch_sizes is not None:
-        if batch_first:
-            raise ValueError("batch_first cannot be used with batch_sizes")
-        steps, batch = _check_batch_sizes(batch_sizes, input.shape[0])
-    else:
-        steps, batch = input.shape[:2]
-        if batch_first:
-            steps, batch = batch, steps
-    if steps == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    return steps, batch
-
-
-def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> tuple[int, int]:
-    """Raise unless these are the sizes of T steps with `rows` rows in all; returns T and B."""
+def _check_batch_sizes(input: Tensor, options: Options) -> tuple[int, int]:
+    """T and B."""
+    batch_sizes: Any = options.batch_sizes
+    if options.batch_first:
+        raise ValueError("batch_first cannot be used with batch_sizes")
     if (batch_sizes.dim(), batch_sizes.device.type, batch_sizes.dtype) != (1, "cpu", torch.int64):
         raise ValueError(
             "batch_sizes must be a 1-D int64 tensor on the CPU, got "
@@ -261,7 +382,7 @@ def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> tuple[int, int]:
     if torch.compiler.is_compiling():
         return batch_sizes.shape[0], int(batch_sizes[0])
     sizes = batch_sizes.tolist()
-    shrinking = all(a >= b for a, b in itertools.pairwise(sizes))
+    shrinking, rows = all(a >= b for a, b in itertools.pairwise(sizes)), input.shape[0]
     if sizes and (not shrinking or sizes[-1] < 1 or sum(sizes) != rows):
         raise ValueError(
             f"batch_sizes must be positive, must not grow and must add up to the {rows} rows "
@@ -270,57 +391,36 @@ def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> tuple[int, int]:
     return len(sizes), sizes[0] if sizes else 0
 
 
-@ops.untraced
-def check_state(cell: str, state: Sequence[Tensor], shapes: Sequence[tuple[int, int, int]]) -> None:
-    check_count(cell, cell, state)
-    for k, (part, shape) in enumerate(zip(state, shapes, strict=True)):
-        if torch.compiler.is_compiling() and part.dim() == 3:
-            # The batch of a packed sequence is known only when the graph runs, and checked then.
-            torch._check(part.shape[1] == shape[1])
-        if part.shape != shape:
-            which = f"hidden[{k}]" if len(state) > 1 else "hidden"
-            raise RuntimeError(f"Expected {which} size {shape}, got {list(part.shape)}")
-
-
-@ops.untraced
-def is_step(input: Tensor, state: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor) -> bool:
-    """Tell whether input and states of a cell have the sizes of its weights."""
-    sizes = (input.shape[0], w_hh.shape[-1], w_ih.shape[-1])
-    return all((*part.shape, input.shape[1]) == sizes for part in state)
-
-
-def check_count(name: str, cell: str, state: Sequence[Tensor]) -> None:
+def _check_count(name: str, cell: Cell, state: Sequence[Tensor]) -> None:
     # Of cells with one state the caller does not choose how many there are.
-    if len(state) != (count := CELLS[cell].n_states):
+    if len(state) != (count := cell.n_states):
         raise RuntimeError(f"{name} expects {'two' if count == 2 else count} hidden states")
 
 
-def check_alike(input: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-    """Raise unless all tensors share the device and dtype of the input."""
-    for kind, tensors in (("hidden", state), ("parameter", weights)):
-        for other in tensors:
-            if other.device != input.device:
-                raise RuntimeError(
-                    f"Input and {kind} tensors are not at the same device, "
-                    f"found input tensor at {input.device} and {kind} tensor at {other.device}"
-                )
-            if other.dtype != input.dtype:
-                raise RuntimeError(
-                    f"Input and {kind} tensors are not the same dtype, "
-                    f"found input tensor with {input.dtype} and {kind} tensor with {other.dtype}"
-                )
-
-
-def can_look(tensor: Tensor) -> bool:
-    """Tell whether the values of a tensor may decide something, now and without waiting.
+def check_alike(call: Call) -> None:
+    """Raise unless all tensors of a call share the device and dtype of its input.
 
     Parameters
     ----------
-    tensor : Tensor
+    call : Call
 
-    Returns
-    -------
-    bool
+    Raises
+    ------
+    RuntimeError
     """
-    is_recorded = torch.compiler.is_compiling() or ops.is_traced() or ops.transformed()
-    return tensor.is_cpu and not is_recorded
+    x = call.x
+    dtype, device = x.dtype, x.device
+    for kind, tensors in (
+        ("hidden", call.state), ("parameter", call.weights), ("hidden", call.flow.fresh),
+    ):  # fmt: skip
+        for other in tensors:
+            if other.device != device:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not at the same device, "
+                    f"found input tensor at {device} and {kind} tensor at {other.device}"
+                )
+            if other.dtype != dtype:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not the same dtype, "
+                    f"found input tensor with {dtype} and {kind} tensor with {other.dtype}"
+                )

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from . import planner, reference
-from .cells import CELLS, State
+from .cells import CELLS
 from .nn import REPLACEMENTS, _Layers, plain_class
 from .options import States
+from .reference import State
 
 #: Gradients vanish if those of the first step are smaller than those of the last by this factor,
 VANISHING = 1e-3
@@ -30,7 +31,6 @@ LOW, HIGH = 0.05, 0.95
 #: Share of an activation's values from which the verdict calls it saturated.
 SATURATED = 0.5
 
-_GATES = {1: ("h",), 3: ("r", "z", "n"), 4: ("i", "f", "g", "o")}
 _TANH = ("g", "n", "tanh(c)")
 
 
@@ -273,7 +273,7 @@ def diagnose(
                 lengths=lengths,
                 reset=reset,
                 reset_state=reset_state,
-                return_states="gates" if CELLS[own._cell].gates else True,
+                return_states="gates" if CELLS[own._cell].activations else True,
                 bptt=bptt,
             )
         value = _squares(own, hidden) if loss is None else loss(output, hidden)
@@ -387,7 +387,7 @@ class _Run:
         values = {}
         if self.gates is not None:
             gates = self.gates[:, n].detach().cpu()[self.there]
-            names = _GATES[CELLS[self.cell].n_gates]
+            names = CELLS[self.cell].gates
             values = dict(zip(names, gates.chunk(len(names), dim=-1), strict=True))
         if self.cell in ("lstm", "peephole_lstm"):
             values["tanh(c)"] = self._series(self.record, n, 1)[self.there].tanh()
@@ -409,7 +409,7 @@ class _Run:
         flat = dict(zip(module._flat_weights_names, module._flat_weights, strict=True))
         w_hh = flat[f"weight_hh_{name}"].detach().cpu().double()
         w_hr = flat.get(f"weight_hr_{name}")
-        names = _GATES[cell.n_gates] if self.cell != "slstm" else ("i", "f", "z", "o")
+        names = cell.gates
         found = {}
         for gate, blocks in zip(names, w_hh.chunk(cell.n_gates), strict=True):
             blocks = blocks.unflatten(0, (module.num_heads, -1))
@@ -455,7 +455,7 @@ def _verdict(h: Trajectory, activations: dict[str, Activation]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Text in columns, names to the left, numbers to the right, nothing for NaN."""
+    """Text in columns, names to the left, numbers to the right, a dash for NaN."""
     texts = [[_text(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *texts, strict=True)]
     return [
@@ -469,7 +469,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 def _text(value: Any) -> str:
     text = value if isinstance(value, str) else f"{value:.3g}"
-    return "" if text in ("nan", "nan%") else text
+    return "-" if text in ("nan", "nan%") else text
 
 
 # Blue and orange are told apart with any colour vision.

@@ -7,7 +7,7 @@ for each direction, step and row, which every path reads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,11 +35,6 @@ class Flow(NamedTuple):
     marks: Tensor | None = None
     fresh: Sequence[Tensor] = ()
     noise: Sequence[Tensor] = ()
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors that may need a gradient."""
-        return list(self.fresh)
 
 
 PLAIN = Flow()
@@ -94,13 +89,7 @@ def make_marks(
     return torch.stack(both[:directions])
 
 
-def without_unasked(
-    marks: Tensor,
-    dy: Tensor | None,
-    d_traces: Sequence[Tensor],
-    d_final: Sequence[Tensor],
-    bit: int,
-) -> tuple[Tensor, Tensor]:
+def without_unasked(marks: Tensor, given: Any, bit: int) -> tuple[Tensor, Tensor]:
     """Find the steps that no gradient comes to, and mark them for backward.
 
     Nothing after a reset depends on what was before. If that is not a number, gradients of what
@@ -110,10 +99,8 @@ def without_unasked(
     Parameters
     ----------
     marks : uint8 Tensor of shape (D, T, B)
-    dy : Tensor of shape (T, B, D * P), optional
-    d_traces : sequence of Tensor of shape (T, B, D * H)
-    d_final : sequence of Tensor of shape (D, B, P) and (D, B, H)
-        Gradients of the output, the states of all steps, and the final states.
+    given : fastrnn.call.Cotangents
+        Gradients of the output, the final states, and the states of all steps.
     bit : int
         What such a step is marked with, in place of FRESH and CUT.
 
@@ -123,6 +110,7 @@ def without_unasked(
     unasked : bool Tensor of shape (D, T, B)
         Those steps; not those that a row does not have.
     """
+    dy, d_final, d_traces = given
     directions = marks.shape[0]
     held, fresh = (marks & HOLD) != 0, (marks & FRESH) != 0
     asked, at_end = torch.zeros_like(held), torch.zeros_like(held[:, 0])

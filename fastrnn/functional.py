@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .checks import checked, checked_step
 from .options import Options, States
-from .sequences import sequence, step
+from .paths import run, run_step
 
 __all__ = [
     "Options",
@@ -28,6 +29,42 @@ __all__ = [
 ]
 
 NONLINEARITIES = ("tanh", "relu", "identity")
+
+
+def sequence(
+    cell: str,
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    options: Options = Options(),  # noqa: B008
+) -> tuple[Any, ...]:
+    """Check the arguments, plan, and run all layers of any cell.
+
+    Parameters
+    ----------
+    cell : str
+        Key of ``fastrnn.cells.CELLS``.
+    input : Tensor
+    hx : sequence of Tensor, or None
+        The initial state, a tensor of shape (L * D, B, ·) for each that the cell has.
+    weights : sequence of Tensor
+        As for `lstm`, with the cell's extra weights last in each direction.
+    options : Options
+
+    Returns
+    -------
+    output : Tensor
+    final : sequence of Tensor
+        Shaped as `hx`.
+    states : States
+        Only if asked for.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As for `lstm`.
+    """
+    return run(checked(cell, input, hx, weights, options))
 
 
 def lstm(
@@ -125,7 +162,7 @@ def lstm(
 
     Notes
     -----
-    See ``fastrnn.reference.lstm_step`` for the formula and its source.
+    See ``fastrnn.cells.lstm`` for the formula and its source.
 
     Examples
     --------
@@ -137,21 +174,9 @@ def lstm(
     True
     """
     options = Options(
-        batch_first=batch_first,
-        bidirectional=bidirectional,
-        dropout=dropout,
-        training=training,
-        batch_sizes=batch_sizes,
-        lengths=lengths,
-        reset=reset,
-        reset_state=reset_state,
-        return_states=return_states,
-        bptt=bptt,
-        recompute=recompute,
-        recurrent_dropout=recurrent_dropout,
-        zoneout=zoneout,
-        num_heads=num_heads,
-    )
+        batch_first, bidirectional, dropout, training, batch_sizes, lengths, reset, reset_state,
+        return_states, bptt, recompute, recurrent_dropout, zoneout, num_heads,
+    )  # fmt: skip
     output, (h, c), *states = sequence("lstm", input, hx, weights, options)
     return output, (h, c), *states
 
@@ -205,7 +230,7 @@ def gru(
 
     Notes
     -----
-    See ``fastrnn.reference.gru_step`` for the formula and its source.
+    See ``fastrnn.cells.gru`` for the formula and its source.
 
     Examples
     --------
@@ -218,21 +243,10 @@ def gru(
     (torch.Size([5, 3, 16]), torch.Size([2, 3, 8]))
     """
     options = Options(
-        batch_first=batch_first,
-        bidirectional=bidirectional,
-        dropout=dropout,
-        training=training,
-        batch_sizes=batch_sizes,
-        lengths=lengths,
-        reset=reset,
-        reset_state=_in_list(reset_state),
-        return_states=return_states,
-        bptt=bptt,
-        recompute=recompute,
-        recurrent_dropout=recurrent_dropout,
-        zoneout=zoneout,
-        num_heads=num_heads,
-    )
+        batch_first, bidirectional, dropout, training, batch_sizes, lengths, reset,
+        _in_list(reset_state), return_states, bptt, recompute, recurrent_dropout, zoneout,
+        num_heads,
+    )  # fmt: skip
     output, (h,), *states = sequence("gru", input, _in_list(hx), weights, options)
     return output, h, *states
 
@@ -297,21 +311,10 @@ def rnn(
     True
     """
     options = Options(
-        batch_first=batch_first,
-        bidirectional=bidirectional,
-        dropout=dropout,
-        training=training,
-        batch_sizes=batch_sizes,
-        lengths=lengths,
-        reset=reset,
-        reset_state=_in_list(reset_state),
-        return_states=return_states,
-        bptt=bptt,
-        recompute=recompute,
-        recurrent_dropout=recurrent_dropout,
-        zoneout=zoneout,
-        num_heads=num_heads,
-    )
+        batch_first, bidirectional, dropout, training, batch_sizes, lengths, reset,
+        _in_list(reset_state), return_states, bptt, recompute, recurrent_dropout, zoneout,
+        num_heads,
+    )  # fmt: skip
     output, (h,), *states = sequence(
         _rnn_cell_name(nonlinearity), input, _in_list(hx), weights, options
     )
@@ -357,8 +360,7 @@ def lstm_cell(
     >>> h.shape, c.shape
     (torch.Size([3, 8]), torch.Size([3, 8]))
     """
-    state = None if hx is None else list(hx)
-    h, c = step("lstm", input, state, w_ih, w_hh, b_ih, b_hh)
+    h, c = run_step(checked_step("lstm", input, hx, (w_ih, w_hh, b_ih, b_hh)))
     return h, c
 
 
@@ -397,7 +399,7 @@ def gru_cell(
     >>> fastrnn.functional.gru_cell(torch.randn(3, 4), None, *m.parameters()).shape
     torch.Size([3, 8])
     """
-    return step("gru", input, None if hx is None else [hx], w_ih, w_hh, b_ih, b_hh)[0]
+    return run_step(checked_step("gru", input, _in_list(hx), (w_ih, w_hh, b_ih, b_hh)))[0]
 
 
 def rnn_cell(
@@ -438,8 +440,8 @@ def rnn_cell(
     >>> fastrnn.functional.rnn_cell(torch.randn(3, 4), None, *m.parameters()).shape
     torch.Size([3, 8])
     """
-    state = None if hx is None else [hx]
-    return step(_rnn_cell_name(nonlinearity), input, state, w_ih, w_hh, b_ih, b_hh)[0]
+    name, weights = _rnn_cell_name(nonlinearity), (w_ih, w_hh, b_ih, b_hh)
+    return run_step(checked_step(name, input, _in_list(hx), weights))[0]
 
 
 def _rnn_cell_name(nonlinearity: str) -> str:

@@ -10,68 +10,43 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .flow import HOLD, Flow, without_unasked
+from .call import Call, Cotangents, Gradients, Result
+from .flow import HOLD, without_unasked
 
 
-def first(
-    cell: str,
-    dy: Tensor | None,
-    d_final: Sequence[Tensor],
-    d_traces: Sequence[Tensor],
-    x: Tensor,
-    state: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    bidirectional: bool,
-    flow: Flow,
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+def first(call: Call, given: Cotangents) -> Gradients:
     """Compute the gradients of a layer.
 
     Parameters
     ----------
-    cell, x, state, weights, batch_sizes, bidirectional, flow
-        As for ``reference.layer``.
-    dy : Tensor shaped as y, or None
-        None for a cell, whose output is its state.
-    d_final, d_traces : sequence of Tensor
-        Of the final states and, unless empty, the traces.
+    call : Call
+        Of one layer.
+    given : Cotangents
 
     Returns
     -------
-    dx, d_state, d_fresh, d_weights
-        None where the results do not depend on an input.
+    Gradients
+        All of them; None where the results do not depend on an input.
     """
     keep_graph = torch.is_grad_enabled()
     with _recording():
-        groups = ((x,), state, weights, flow.fresh)
-        (x,), state, weights, fresh = (_aliases(tensors, keep_graph) for tensors in groups)
-        flow = flow._replace(fresh=fresh)
-        result = reference.layer(cell, x, state, weights, batch_sizes, bidirectional, flow)
-        outputs, cotangents = _pairs(result, dy, d_final, d_traces)
-        inputs = [x, *state, *fresh, *weights]
-        grads = iter(_grad(outputs, inputs, cotangents, keep_graph))
-    return next(grads), [next(grads) for _ in state], [next(grads) for _ in fresh], list(grads)
+        call = _with_leaves(call, keep_graph)
+        outputs, cotangents = _pairs(reference.layer(call), given)
+        state, fresh = call.state, call.flow.fresh
+        inputs = [call.x, *state, *fresh, *call.weights]
+        grads: Any = iter(_grad(outputs, inputs, cotangents, keep_graph))
+    dx, d_state = next(grads), [next(grads) for _ in state]
+    return Gradients(dx, d_state, [next(grads) for _ in fresh], list(grads))
 
 
 def second(
-    cell: str,
-    dy: Tensor | None,
-    d_final: Sequence[Tensor],
-    d_traces: Sequence[Tensor],
-    x: Tensor,
-    state: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    bidirectional: bool,
-    flow: Flow,
-    cotangents: Sequence[Tensor | None],
-    wanted: Sequence[bool],
+    call: Call, given: Cotangents, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """Compute the gradients of what `first` computes.
 
     Parameters
     ----------
-    cell, dy, d_final, d_traces, x, state, weights, batch_sizes, bidirectional, flow
+    call, given
         As for `first`.
     cotangents : sequence of Tensor or None
         Of dx, d_state, d_fresh and d_weights, one after another.
@@ -84,23 +59,22 @@ def second(
         As long as `wanted`.
     """
     keep_graph = torch.is_grad_enabled()
-    n_results = 1 + len(d_final) + len(d_traces)
-    if flow.marks is not None and not any(wanted[:n_results]):
-        marks, _ = without_unasked(flow.marks, dy, d_traces, d_final, HOLD)
-        flow = flow._replace(marks=marks)
+    n_results = 1 + len(given.d_final) + len(given.d_traces)
+    if call.flow.marks is not None and not any(wanted[:n_results]):
+        marks, _ = without_unasked(call.flow.marks, given, HOLD)
+        call = call._replace(flow=call.flow._replace(marks=marks))
     with _recording():
-        groups = ((x,), state, weights, flow.fresh, d_final, d_traces)
-        (x,), state, weights, fresh, d_final, d_traces = (
-            _aliases(tensors, keep_graph) for tensors in groups
+        call = _with_leaves(call, keep_graph)
+        given = Cotangents(
+            None if given.dy is None else _aliases([given.dy], keep_graph)[0],
+            _aliases(given.d_final, keep_graph),
+            _aliases(given.d_traces, keep_graph),
         )
-        dy = None if dy is None else _aliases([dy], keep_graph)[0]
-        flow = flow._replace(fresh=fresh)
-        result = reference.layer(cell, x, state, weights, batch_sizes, bidirectional, flow)
-        outputs, given = _pairs(result, dy, d_final, d_traces)
-        tensors = [x, *state, *fresh, *weights]
+        outputs, of_outputs = _pairs(reference.layer(call), given)
+        tensors = [call.x, *call.state, *call.flow.fresh, *call.weights]
         asked = [(t, g) for t, g in zip(tensors, cotangents, strict=True) if g is not None]
-        grads = _grad(outputs, [t for t, _ in asked], given, keep_graph=True)
-        every = [dy, *d_final, *d_traces, *tensors]
+        grads = _grad(outputs, [t for t, _ in asked], of_outputs, keep_graph=True)
+        every = [given.dy, *given.d_final, *given.d_traces, *tensors]
         wrt = [t for t, needed in zip(every, wanted, strict=True) if needed and t is not None]
         found = iter(_grad(grads, wrt, [g for _, g in asked], keep_graph))
     return [next(found) if needed else None for needed in wanted]
@@ -182,13 +156,16 @@ def _aliases(tensors: Sequence[Tensor], keep_graph: bool) -> list[Tensor]:
     ]
 
 
-def _pairs(
-    result: reference.Result,
-    dy: Tensor | None,
-    d_final: Sequence[Tensor],
-    d_traces: Sequence[Tensor],
-) -> tuple[list[Tensor], list[Tensor]]:
+def _with_leaves(call: Call, keep_graph: bool) -> Call:
+    """A call whose tensors are leaves of a graph of their own."""
+    groups = ([call.x], call.state, call.weights, call.flow.fresh)
+    (x,), state, weights, fresh = (_aliases(tensors, keep_graph) for tensors in groups)
+    return call._replace(x=x, state=state, weights=weights, flow=call.flow._replace(fresh=fresh))
+
+
+def _pairs(result: Result, given: Cotangents) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs and their cotangents; a cell has no gradient of y, which is its state."""
+    dy, d_final, d_traces = given
     outputs, cotangents = list(result.final), list(d_final)
     if dy is not None:
         outputs, cotangents = [result.y, *outputs], [dy, *cotangents]

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .cells import CELLS
-from .flow import PLAIN, Flow
-from .reference import Result
+from .call import Call, Result
+from .cells import Cell
+from .flow import Flow
 
 
 def columns(part: Tensor, head: int, num_heads: int) -> Tensor:
@@ -33,12 +33,12 @@ def columns(part: Tensor, head: int, num_heads: int) -> Tensor:
     return part if part.dim() == 1 else part.chunk(num_heads, dim=-1)[head]
 
 
-def rows(cell: str, weights: Sequence[Tensor], head: int, num_heads: int) -> list[Tensor]:
+def rows(cell: Cell, weights: Sequence[Tensor], head: int, num_heads: int) -> list[Tensor]:
     """Cut the rows of a head out of weights, each of which has some blocks of H rows.
 
     Parameters
     ----------
-    cell : str
+    cell : Cell
     weights : sequence of Tensor of shape (blocks * H, ...)
         The first is ``weight_ih``.
     head, num_heads : int
@@ -47,7 +47,7 @@ def rows(cell: str, weights: Sequence[Tensor], head: int, num_heads: int) -> lis
     -------
     list of Tensor of shape (blocks * H / num_heads, ...)
     """
-    units = weights[0].shape[0] // CELLS[cell].n_gates // num_heads
+    units = weights[0].shape[0] // cell.n_gates // num_heads
     return [
         weight.unflatten(0, (-1, num_heads, units))[:, head].flatten(0, 1) for weight in weights
     ]
@@ -69,65 +69,47 @@ def join(parts: Sequence[Tensor], blocks: int) -> Tensor:
     return torch.stack([part.unflatten(-1, (blocks, -1)) for part in parts], dim=-2).flatten(-3)
 
 
-def of_head(flow: Flow, head: int, num_heads: int) -> Flow:
-    """Cut what a layer is told about the flow of its state.
+def of_head(call: Call, head: int) -> Call:
+    """Make the call of one head of a layer of heads.
 
     Parameters
     ----------
-    flow : Flow
-    head, num_heads : int
+    call : Call
+        Of one layer, with ``weight_hh`` of shape (G * H, H / num_heads).
+    head : int
 
     Returns
     -------
-    Flow
+    Call
     """
-    fresh, noise = (
-        [columns(part, head, num_heads) for part in parts] for parts in (flow.fresh, flow.noise)
+    count = call.options.num_heads
+    fresh, noise = ([columns(part, head, count) for part in parts] for parts in call.flow[1:])
+    return call._replace(
+        state=[columns(part, head, count) for part in call.state],
+        weights=rows(call.cell, call.weights, head, count),
+        flow=Flow(call.flow.marks, fresh, noise),
+        options=call.options._replace(num_heads=1),
     )
-    return Flow(flow.marks, fresh, noise)
 
 
-def layer(
-    of_one: Callable[..., Result],
-    num_heads: int,
-    cell: str,
-    x: Tensor,
-    state: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None = None,
-    bidirectional: bool = False,
-    flow: Flow = PLAIN,
-) -> Result:
+def layer(of_one: Callable[[Call], Result], call: Call) -> Result:
     """Run a layer of heads, a call for each.
 
     Parameters
     ----------
     of_one : callable
         As ``reference.layer``.
-    num_heads : int
-    cell, x, state, weights, batch_sizes, bidirectional, flow
-        As for ``reference.layer``, with ``weight_hh`` of shape (G * H, H / num_heads).
+    call : Call
+        As for `of_head`.
 
     Returns
     -------
     Result
     """
-    results = [
-        of_one(
-            cell,
-            x,
-            [columns(part, k, num_heads) for part in state],
-            rows(cell, weights, k, num_heads),
-            batch_sizes,
-            bidirectional,
-            of_head(flow, k, num_heads),
-        )
-        for k in range(num_heads)
-    ]
+    results = [of_one(of_head(call, k)) for k in range(call.options.num_heads)]
     ys, finals, traces = zip(*results, strict=True)
-    directions = 2 if bidirectional else 1
     return Result(
-        join(ys, directions),
+        join(ys, call.directions),
         [torch.cat(parts, dim=-1) for parts in zip(*finals, strict=True)],
-        [join(parts, directions) for parts in zip(*traces, strict=True)],
+        [join(parts, call.directions) for parts in zip(*traces, strict=True)],
     )

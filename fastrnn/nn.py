@@ -9,23 +9,28 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Proxy
 from torch.nn.modules import rnn as _torch
 from torch.nn.utils import parametrize
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
-from . import checks, ops, planner, sequences
+from . import checks, context, forms, paths, planner
 from . import functional as F
-from .cells import CELLS
-from .options import Options, States
+from .cells import CELLS, Cell
+from .options import Options
 
 #: What sequence modules have beyond torch.nn's, and the values that mean nothing.
 _PLAIN = {"recurrent_dropout": 0.0, "zoneout": 0.0, "weight_dropout": 0.0, "num_heads": 1}
+
+#: What a call has beyond torch.nn's; None and False mean nothing.
+_BEYOND_TORCH = ("lengths", "reset", "reset_state", "return_states", "bptt", "recompute")
+
+#: Cells by the ``mode`` of a module.
+_OF_MODE = {name.upper(): cell for name, cell in CELLS.items()}
 
 #: Marks, on the instance, what ``replace`` turned into ours.
 REPLACED = "_fastrnn_replaced"
@@ -163,8 +168,7 @@ class _Layers(_torch.RNNBase):
         if recurrent_dropout:
             self.recurrent_dropout = checks.probability("recurrent_dropout", recurrent_dropout)
         if zoneout:
-            n_states = CELLS[self._cell].n_states
-            self.zoneout = checks.zoneout_rates(self._cell, zoneout, n_states)
+            self.zoneout = checks.zoneout_rates(CELLS[self._cell], zoneout)
         if weight_dropout:
             self.weight_dropout = checks.probability("weight_dropout", weight_dropout)
 
@@ -177,6 +181,10 @@ class _Layers(_torch.RNNBase):
     @property
     def _cell(self) -> str:
         return self.mode.lower()
+
+    @property
+    def _definition(self) -> Cell:
+        return _OF_MODE[self.mode]
 
     def extra_repr(self) -> str:
         """What torch.nn shows, and what it does not have."""
@@ -238,45 +246,36 @@ class _Layers(_torch.RNNBase):
         ValueError, RuntimeError
             If the arguments do not fit the module or each other; texts as in torch.nn.
         """
-        given = {}
-        if not (
-            lengths is reset is reset_state is bptt is None
-            and return_states is False
-            and recompute is False
-        ):
-            given = {
-                "lengths": lengths,
-                "reset": reset,
-                "reset_state": reset_state,
-                "return_states": return_states,
-                "bptt": bptt,
-                "recompute": recompute,
-            }
-        if _is_leaf(self, input):
-            return _leaf_call(self, input, hx, given)
-        if not given and self._is_stock and not torch.compiler.is_compiling():
-            path = self._path(input, hx)
-            if self._fits(input, hx):
-                return self._run_fitting(path, input, hx)
-            if path == "torch" or self._is_for_torch(input, hx):
-                self._check_before_torch(input, hx)
-                return super().forward(input, hx)
+        options = Options(
+            self.batch_first, self.bidirectional, self.dropout, self.training, None,
+            lengths, reset, reset_state, return_states, bptt, recompute,
+            self.recurrent_dropout, self.zoneout, self.num_heads,
+        )  # fmt: skip
+        if self._is_ordinary(input, hx):
+            return forms.run(self, input, hx, options)
+        beyond = [(name, getattr(options, name)) for name in _BEYOND_TORCH]
+        given = {name: value for name, value in beyond if value is not None and value is not False}
+        if forms.is_leaf(self, input):
+            return forms.leaf_call(self, input, hx, given)
+        if not given and self._is_for_torch(input, hx):
+            self._check_before_torch(input, hx)
+            return super().forward(input, hx)
         if isinstance(input, PackedSequence):
-            return _run_packed(self, input, hx, given)
+            return forms.run_packed(self, input, hx, options)
 
         batched = input.dim() == 3
         batch_dim = 0 if self.batch_first else 1
         if hx is not None:
-            _check_state_dims(self, hx, batched)
+            forms.check_state_dims(self, hx, batched)
         if not batched:
             input = input.unsqueeze(batch_dim)
-            hx = hx if hx is None else _map(lambda part: part.unsqueeze(1), hx)
-            _add_batch(given, batch_dim)
-        output, hidden, *states = _run(self, input, hx, None, given)
+            hx = hx if hx is None else forms.map_state(lambda part: part.unsqueeze(1), hx)
+            options = forms.with_batch(options, batch_dim)
+        output, hidden, *states = forms.run_checked(self, input, hx, options)
         if not batched:
             output = output.squeeze(batch_dim)
-            hidden = _map(lambda part: part.squeeze(1), hidden)
-            states = [_map_states(lambda part: part.squeeze(2), part) for part in states]
+            hidden = forms.map_state(lambda part: part.squeeze(1), hidden)
+            states = [forms.map_states(lambda part: part.squeeze(2), part) for part in states]
         return output, hidden, *states
 
     @property
@@ -285,21 +284,64 @@ class _Layers(_torch.RNNBase):
         noise = self.recurrent_dropout or self.zoneout or self.weight_dropout
         return not noise and self.num_heads == 1
 
-    def _is_for_torch(self, input: Any, hx: Any) -> bool:
-        """Whether torch.nn is to run a call that was planned otherwise.
+    def _is_ordinary(self, input: Any, hx: Any) -> bool:
+        """Whether torch.nn's checks would find nothing but what ours find, in the same words."""
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
+            return False
+        if type(input) is not Tensor or input.dim() != 3 or input.layout != torch.strided:
+            return False
+        if input.shape[2] != self.input_size:
+            return False
+        # Read once: computing parametrizations twice a call would not be harmless.
+        parameters, weights, dtype = self._parameters.values(), self._flat_weights, input.dtype
+        if len(parameters) != len(weights) or not all(map(operator.is_, parameters, weights)):
+            return False
+        if len(self._all_weights) != self.num_layers * (2 if self.bidirectional else 1):
+            return False
+        if weights[0] is None or weights[0].dtype != dtype:
+            return False
+        if hx is not None:
+            state = forms.states_in(hx)
+            if not self._is_state(hx) or len(state) != len(self._definition.states):
+                return False
+            width = self.proj_size or self.hidden_size
+            for part in state:
+                if part.dim() != 3 or part.dtype != dtype or part.shape[2] != width:
+                    return False
+                width = self.hidden_size
+        return not torch._C._is_any_autocast_enabled()
 
-        With weights that our operators do not know; and to refuse, in its words, a weight that is
-        None and a state of a packed sequence that is not 3-D.
+    def _is_for_torch(self, input: Any, hx: Any) -> bool:
+        """Whether torch.nn is to run a call, whatever the planner says.
+
+        With weights that our operators do not know; and to refuse, in its words, what it has no
+        layer for: input and state of other kinds, a weight that is None.
         """
+        if not self._is_stock or torch.compiler.is_compiling():
+            return False
+        is_packed = isinstance(input, PackedSequence)
+        x = input.data if is_packed else input
+        if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
+            return True
+        if not is_packed and x.dim() not in (2, 3):
+            return True
+        if not context.autocasts(x.device.type):
+            if hx is not None and not self._is_state(hx):
+                return True
+            if self.mode != "RNN_IDENTITY" and any(
+                part.dtype != x.dtype for part in forms.states_in(hx)
+            ):
+                return True  # torch promotes some and refuses the others
         if self.mode == "RNN_IDENTITY":
             return False
-        weights = self._parameters.values()  # this call's; see `_path`
+        weights = self._parameters.values()
         if any(weight is None for weight in weights):
             return True
-        if not ops.are_known(*weights) and planner.forced_path() is None:
+        if len(self._all_weights) != self.num_layers * (2 if self.bidirectional else 1):
+            return True  # it computes with what the attributes say
+        if not context.are_known(*weights) and planner.forced_path() is None:
             return True
-        is_packed = isinstance(input, PackedSequence)
-        return is_packed and any(part.dim() != 3 for part in _states(hx))
+        return is_packed and any(part.dim() != 3 for part in forms.states_in(hx))
 
     def _check_before_torch(self, input: Any, hx: Any) -> None:
         """Check what torch.nn does not: what an LSTM gets with packed sequences of equal lengths.
@@ -308,7 +350,7 @@ class _Layers(_torch.RNNBase):
         """
         if self.mode != "LSTM" or not isinstance(input, PackedSequence) or torch._C._is_tracing():
             return
-        if sequences.is_ragged(input.batch_sizes) or any(w is None for w in self._flat_weights):
+        if context.is_ragged(input.batch_sizes) or any(w is None for w in self._flat_weights):
             return
         self.check_input(input.data, input.batch_sizes)
         if hx is not None and self._is_state(hx) and [p.dim() > 2 for p in hx] == [True, True]:
@@ -318,242 +360,16 @@ class _Layers(_torch.RNNBase):
                 size, text = (count, int(input.batch_sizes[0]), width), f"hidden[{k}] size {{}}"
                 self.check_hidden_size(part, size, f"Expected {text}, got {{}}")
 
-    def _path(self, input: Any, hx: Any) -> str:
-        """Choose the path; what torch.nn will refuse, with its checks of the arguments, is its.
-
-        Reads the weights of the last call: computing parametrizations twice a call would
-        not be harmless, and only whether they need gradients matters here. If that differs
-        (parametrized weights, the last call without gradients), the path may be the slower
-        one; the weights that are computed with are always this call's.
-        """
-        packed = isinstance(input, PackedSequence)
-        x = input.data if packed else input
-        if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
-            return "torch"  # mostly to be refused
-        if torch._C._is_tracing():  # sizes are not to be asked for
-            steps, batch = 0, 0
-        elif packed:
-            steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
-        elif x.dim() == 3:
-            steps, batch = x.shape[1::-1] if self.batch_first else x.shape[:2]
-        elif x.dim() == 2:
-            steps, batch = x.shape[0], 1
-        else:
-            return "torch"  # to be refused
-        if x.is_cpu and ops.autocasts("cpu"):
-            return "loop"  # torch.nn.LSTM fails on some CPUs
-        state: Sequence[Tensor] = ()
-        if hx is not None:
-            if not self._is_state(hx):
-                return "torch"  # to be refused
-            state = _states(hx)
-            if any(part.dtype != x.dtype for part in state):
-                # torch promotes some and refuses the others
-                return "loop" if self.mode == "RNN_IDENTITY" else "torch"
-        return sequences.choose_path(
-            self.mode.lower(),
-            (steps, batch, self.input_size, self.hidden_size),
-            x,
-            (*self._flat_weights, *state),
-            packed=packed and sequences.is_ragged(input.batch_sizes),
-            projected=self.proj_size > 0,
-            layers=self.num_layers,
-            directions=2 if self.bidirectional else 1,
-        )
-
     def _is_state(self, hx: Any) -> bool:
-        """Whether an argument is of the kind of the state: a tensor, for an LSTM several."""
-        if not isinstance(self, LSTM):
+        """Whether an argument is of the kind of the state: a tensor, or as many as there are."""
+        if not self._is_paired:
             return isinstance(hx, Tensor)
         return isinstance(hx, (tuple, list)) and all(isinstance(part, Tensor) for part in hx)
-
-    def _fits(self, input: Any, hx: Any) -> bool:
-        """Whether torch.nn's checks of the arguments would find nothing, for an ordinary call."""
-        if hx is not None and not self._is_state(hx):
-            return False
-        weights, state = self._flat_weights, _states(hx)
-        tensors = (*weights, *state)
-        count = self.num_layers * (2 if self.bidirectional else 1)
-        per_direction = (4 if self.bias else 2) + (self.proj_size > 0)
-        if torch._C._is_tracing():  # which warns of sizes that decide something
-            return False
-        if not (
-            type(input) is Tensor
-            and input.layout == torch.strided
-            and not input.is_nested
-            and input.dim() == 3
-            and input.shape[2] == self.input_size
-            and input.shape[0] * input.shape[1] > 0
-            and len(weights) == len(self._parameters) == count * per_direction
-            and all(map(operator.is_, weights, self._parameters.values()))
-            and all(
-                t is not None and t.dtype == input.dtype and t.device == input.device
-                for t in tensors
-            )
-            and not torch._C._is_any_autocast_enabled()
-        ):
-            return False
-        batch = input.shape[0 if self.batch_first else 1]
-        widths = (self.proj_size or self.hidden_size, self.hidden_size)
-        return hx is None or [part.shape for part in state] == [
-            (count, batch, width) for width in widths[: 2 if isinstance(self, LSTM) else 1]
-        ]
-
-    def _run_fitting(self, path: str, input: Tensor, hx: Any) -> Any:
-        output, final = sequences.run_layers(
-            path,
-            self.mode.lower(),
-            input,
-            _states(hx),
-            self._flat_weights,  # type: ignore[arg-type]
-            self.bias,
-            self.num_layers,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-            self.batch_first,
-        )
-        return output, tuple(final) if isinstance(self, LSTM) else final[0]
 
     @property
     def _is_paired(self) -> bool:
         """Whether the state is more than h."""
-        return CELLS[self._cell].n_states > 1
-
-
-def _run_packed(module: Any, packed: PackedSequence, hx: Any, given: dict[str, Any]) -> Any:
-    data, batch_sizes, sorted_indices, unsorted_indices = packed
-    if hx is not None:
-        hx = module.permute_hidden(hx, sorted_indices)
-    steps, batch = len(batch_sizes), int(batch_sizes[0])
-
-    def sort(part: Any, dims: int) -> Any:
-        # What has another batch is refused later, in words.
-        fits = isinstance(part, Tensor) and part.dim() == dims and part.shape[1] == batch
-        if sorted_indices is None or not fits:
-            return part
-        return part.index_select(1, sorted_indices)
-
-    if given.get("reset") is not None:
-        reset = given["reset"]
-        if isinstance(reset, PackedSequence):
-            reset, _ = pad_packed_sequence(reset, total_length=max(steps, len(reset.batch_sizes)))
-        elif module.batch_first and isinstance(reset, Tensor):
-            reset = reset.transpose(0, -1)
-        given["reset"] = sort(reset, 2)
-    if given.get("reset_state") is not None:
-        given["reset_state"] = _map(lambda part: sort(part, 3), given["reset_state"])
-    output, hidden, *states = _run(module, data, hx, batch_sizes, given)
-    if unsorted_indices is not None:
-        states = [_map_states(lambda s: s.index_select(2, unsorted_indices), s) for s in states]
-    result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-    return result, module.permute_hidden(hidden, unsorted_indices), *states
-
-
-def _add_batch(given: dict[str, Any], batch_dim: int) -> None:
-    """Give the options of an unbatched call a batch of one."""
-    for name in ("lengths", "reset", "reset_state"):
-        value = given.get(name)
-        if value is None:
-            continue
-        if name == "lengths" and not isinstance(value, Tensor):
-            given[name] = torch.tensor([value], device="cpu")
-        elif name == "lengths":
-            given[name] = value.reshape(1) if value.dim() == 0 else value
-        elif name == "reset_state":
-            given[name] = _map(lambda part: part.unsqueeze(1), value)
-        elif isinstance(value, Tensor):
-            given[name] = value.unsqueeze(batch_dim)
-
-
-def _map_states(function: Callable[[Tensor], Tensor], states: States) -> States:
-    h, *others = states
-    return States(function(h), *(None if part is None else function(part) for part in others))
-
-
-def _run(
-    module: Any, input: Tensor, hx: Any, batch_sizes: Tensor | None, given: dict[str, Any]
-) -> Any:
-    """Check the arguments and call the function of ``fastrnn.functional``."""
-    if torch.compiler.is_compiling():
-        # What is stored on the module would leak out of the graph. The function checks too.
-        weights = [getattr(module, name) for name in module._flat_weights_names]
-    else:
-        module._update_flat_weights()
-        weights = module._flat_weights
-        if hx is None:
-            module.check_input(input, batch_sizes)
-        else:
-            module.check_forward_args(input, hx, batch_sizes)
-    if module.weight_dropout and module.training:
-        weights = [
-            torch.dropout(weight, module.weight_dropout, True) if "weight_hh" in name else weight
-            for name, weight in zip(module._flat_weights_names, weights, strict=True)
-        ]
-    paired = module._is_paired
-    reset_state = given.get("reset_state")
-    options = Options(
-        batch_first=module.batch_first and batch_sizes is None,
-        bidirectional=module.bidirectional,
-        dropout=module.dropout,
-        training=module.training,
-        batch_sizes=batch_sizes,
-        recurrent_dropout=module.recurrent_dropout,
-        zoneout=module.zoneout,
-        num_heads=module.num_heads,
-    )._replace(**given)
-    if reset_state is not None and not paired:
-        options = options._replace(reset_state=[reset_state])
-    state = hx if hx is None or paired else [hx]
-    output, final, *states = sequences.sequence(module._cell, input, state, weights, options)
-    return output, tuple(final) if paired else final[0], *states
-
-
-def _states(hx: Any) -> Sequence[Any]:
-    """The states that were given, as a sequence."""
-    return () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
-
-
-def _check_state_dims(module: Any, hx: Any, batched: bool) -> None:
-    kind, dims = ("batched 3-D", 3) if batched else ("unbatched 2-D", 2)
-    if isinstance(hx, Tensor):
-        if hx.dim() != dims:
-            raise RuntimeError(
-                f"For {kind} input, hx should also be {dims}-D but got {hx.dim()}-D tensor"
-            )
-        return
-    if not module._is_paired:
-        name = type(module).__name__
-        raise TypeError(f"hx of {name} must be a tensor, got {type(hx).__name__}")
-    # An LSTM's tuple of one is an IndexError, as in torch.nn, which looks at the first two.
-    count = CELLS[module._cell].n_states
-    found = [part.dim() for part in (hx[0], hx[1], *hx[2:count])]
-    if any(count != dims for count in found):
-        names = "hx and cx" if len(found) == 2 else "all parts of hx"
-        raise RuntimeError(
-            f"For {kind} input, {names} should also be {dims}-D "
-            f"but got ({', '.join(f'{count}-D' for count in found)}) tensors"
-        )
-
-
-def _map(function: Callable[[Tensor], Tensor], hx: Any) -> Any:
-    """Apply a function to every tensor of a state."""
-    return function(hx) if isinstance(hx, Tensor) else tuple(function(part) for part in hx)
-
-
-def _is_leaf(module: torch.nn.Module, input: Any) -> bool:
-    """Whether torch.fx traces a model that the module is part of."""
-    return isinstance(input, Proxy) and getattr(input.tracer, "root", None) is not module
-
-
-def _leaf_call(
-    module: torch.nn.Module, input: Any, hx: Any, given: dict[str, Any] | None = None
-) -> Any:
-    """Record a call of the module in a torch.fx graph, as torch.fx does for torch.nn's own."""
-    tracer = input.tracer
-    arguments = (input,) if hx is None else (input, hx)
-    path = tracer.path_of_module(module)
-    return tracer.create_proxy("call_module", path, arguments, given or {})
+        return len(self._definition.states) > 1
 
 
 class LSTM(_Convertible, _Layers, torch.nn.LSTM):
@@ -593,7 +409,7 @@ class LSTM(_Convertible, _Layers, torch.nn.LSTM):
     Notes
     -----
     Attributes, parameter names, initial values and `repr` are those of torch.nn.LSTM,
-    of which this is a subclass. ``fastrnn.reference.lstm_step`` has the formula.
+    of which this is a subclass. ``fastrnn.cells.lstm`` has the formula.
 
     Examples
     --------
@@ -624,7 +440,7 @@ class GRU(_Convertible, _Layers, torch.nn.GRU):
 
     Notes
     -----
-    A subclass of torch.nn.GRU; ``fastrnn.reference.gru_step`` has the formula.
+    A subclass of torch.nn.GRU; ``fastrnn.cells.gru`` has the formula.
 
     Examples
     --------
@@ -723,24 +539,27 @@ class _Cell(_Convertible, _torch.RNNCellBase):
         ValueError, RuntimeError
             If the arguments do not fit the module or each other; texts as in torch.nn.
         """
-        name = self._stock.__name__
-        if self._is_ordinary(input, hx):
+        name, given = self._stock.__name__, hx
+        if hx is None and type(input) is Tensor and input.dim() == 2:
+            zeros = input.new_zeros(input.shape[0], self.hidden_size)
+            given = zeros if self._n_states == 1 else (zeros, zeros)
+        if self._is_ordinary(input, given):
             weights = self._parameters
             return self._aten(
                 input,
-                hx,
+                given,
                 weights["weight_ih"],
                 weights["weight_hh"],
                 weights["bias_ih"],
                 weights["bias_hh"],
             )
-        if _is_leaf(self, input):
-            return _leaf_call(self, input, hx)
-        if self._is_handed_over(input):
-            return super().forward(input, hx)
+        if forms.is_leaf(self, input):
+            return forms.leaf_call(self, input, hx)
+        paired = isinstance(self, LSTMCell)
+        if not isinstance(input, Tensor) or (paired and isinstance(hx, Tensor)):
+            return super().forward(input, hx)  # mostly to be refused
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        paired = isinstance(self, LSTMCell)
         state = None if hx is None else (hx if paired else (hx,))
         for k, part in enumerate(() if state is None else state):
             if part.dim() not in (1, 2):
@@ -771,19 +590,11 @@ class _Cell(_Convertible, _torch.RNNCellBase):
             and all(type(part) is Tensor and part.dim() == 2 for part in state)
             and self._parameters.keys() == _STEP_WEIGHTS
             and self._aten is not None
-            and not ops.transformed()
+            and not context.transformed()
             and planner.forced_path() is None
         )
 
-    def _is_handed_over(self, input: Tensor) -> bool:
-        """Whether torch.nn's own forward runs the call, checks of the arguments included."""
-        if not isinstance(input, Tensor):
-            return True  # to be refused
-        # A batch of 1 stands for any: a step's path does not depend on it.
-        sizes = (1, 1, self.input_size, self.hidden_size)
-        return sequences.choose_path(self._cell_name, sizes, input, is_step=True) == "torch"
-
-    _cell_name: Any  # key of ``reference.CELLS``
+    _cell_name: Any  # key of ``fastrnn.cells.CELLS``
     _stateless: Any
     _aten: Any  # torch's function of one step, None for what torch has not
     _n_states = 1
@@ -810,7 +621,7 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
     """
 
     _stock, _cell_name = torch.nn.LSTMCell, "lstm"
-    _stateless, _aten = staticmethod(F.lstm_cell), staticmethod(sequences.ATEN_STEPS["lstm"])
+    _stateless, _aten = staticmethod(F.lstm_cell), staticmethod(paths.ATEN_STEPS["lstm"])
     _n_states = 2
 
 
@@ -831,7 +642,7 @@ class GRUCell(_Cell, torch.nn.GRUCell):
     """
 
     _stock, _cell_name = torch.nn.GRUCell, "gru"
-    _stateless, _aten = staticmethod(F.gru_cell), staticmethod(sequences.ATEN_STEPS["gru"])
+    _stateless, _aten = staticmethod(F.gru_cell), staticmethod(paths.ATEN_STEPS["gru"])
 
 
 class RNNCell(_Cell, torch.nn.RNNCell):
@@ -864,7 +675,7 @@ class RNNCell(_Cell, torch.nn.RNNCell):
 
     @property
     def _aten(self) -> Any:
-        return sequences.ATEN_STEPS.get(self._cell_name)
+        return paths.ATEN_STEPS.get(self._cell_name)
 
     def _stateless(self, *args: Any) -> Tensor:
         if self.nonlinearity not in F.NONLINEARITIES:

@@ -59,11 +59,12 @@ class Options(NamedTuple):
     @property
     def is_noisy(self) -> bool:
         """Whether there is recurrent dropout or zoneout."""
-        zoneout = self.zoneout if isinstance(self.zoneout, Sequence) else [self.zoneout]
-        return any(zoneout) or (self.training and self.recurrent_dropout > 0)
+        if self.training and self.recurrent_dropout:
+            return True
+        return any(self.zoneout) if isinstance(self.zoneout, Sequence) else bool(self.zoneout)
 
     @property
     def is_marked(self) -> bool:
         """Whether there are lengths, resets, truncated gradients, or all states are asked for."""
-        given = (self.lengths, self.reset, self.bptt)
-        return any(part is not None for part in given) or bool(self.return_states)
+        is_plain = self.lengths is self.reset is self.bptt is None
+        return not is_plain or bool(self.return_states)

@@ -176,7 +176,7 @@ def layers(
         for d, w in enumerate(of_layer):
             n = k * len(of_layer) + d
             begin, anew = ([part[:, n] for part in parts] for parts in (state, fresh))
-            found.append(_direction(cell, num_heads, x, begin, anew, w, walk, n, d == 1))
+            found.append(_direction(cell, num_heads, x, (begin, anew), w, walk, n, d == 1))
             outputs.append(found[-1][0][0])
         x = torch.cat(outputs, -1)
     states, final, gates = zip(*found, strict=True)
@@ -192,14 +192,17 @@ def _direction(
     cell: str,
     num_heads: int,
     x: Tensor,
-    state: Sequence[Tensor],
-    fresh: Sequence[Tensor],
+    given: tuple[Sequence[Tensor], Sequence[Tensor]],
     w: Mapping[str, Tensor],
     walk: Walk,
     n: int,
     reverse: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
-    """States of all steps (K, T, B, ·), final states (K, B, ·), gates (K, T, B, G * H)."""
+    """States of all steps (K, T, B, ·), final states (K, B, ·), gates (K, T, B, G * H).
+
+    From the states before the first step, and those after a reset.
+    """
+    state, fresh = given
     n_gates, step = _CELLS[cell]
     steps, heads = x.shape[1], num_heads
 

@@ -6,10 +6,12 @@ input parts differs in the last gates only, where it is `d_apart` (N, A * H), of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .cells import Weights
+from .call import Weights
 
 
 def add_d_x(dx: Tensor, d_rh: Tensor, d_apart: Tensor, w_ih: Tensor) -> None:
@@ -61,8 +63,7 @@ def d_weights_by_group(
     d_apart: Tensor,
     x: Tensor,
     h_prev: Tensor,
-    d_projected: Tensor | None = None,
-    h_full: Tensor | None = None,
+    projected: Sequence[Tensor] = (),
     *,
     w: Weights,
     steps: int,
@@ -77,8 +78,8 @@ def d_weights_by_group(
     x : Tensor of shape (N, I)
     h_prev : Tensor of shape (N, P)
         h before every step.
-    d_projected, h_full : Tensor of shape (N, P) and (N, H), optional
-        The gradient of the projected h, and h before the projection.
+    projected : sequence of Tensor of shape (N, P) and (N, H)
+        The gradient of the projected h, and h before the projection; empty without one.
     w : Weights
     steps, groups : int
 
@@ -100,8 +101,9 @@ def d_weights_by_group(
     result = [d_wx.transpose(1, 2) @ split(x), d_rh.transpose(1, 2) @ split(h_prev)]
     if w.b_ih is not None:
         result += [d_wx.sum(1), d_rh.sum(1)]
-    if d_projected is not None and h_full is not None:
-        result.append(split(d_projected).transpose(1, 2) @ split(h_full))
+    if projected:
+        d_projected, h_full = map(split, projected)
+        result.append(d_projected.transpose(1, 2) @ h_full)
     return result
 
 

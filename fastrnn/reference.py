@@ -1,144 +1,166 @@
-"""Recurrent cells and one loop over them, in plain differentiable PyTorch.
+"""One loop over the cells, in plain differentiable PyTorch.
 
 This is the definition of what every other path computes: the oracle of the tests (run in
 float64), and the path that second derivatives take. It is written to be read, not to be fast.
-
-Shapes used in the whole package:
-
-    T  time steps           B  batch            N  rows: T * B, or sum(lengths) if packed
-    I  input features       H  hidden units     P  size of h: H, or proj_size for a projected LSTM
-    G  gates of a cell      D  directions, 1 or 2
-
-Gate order is PyTorch's: LSTM ``i, f, g, o``; GRU ``r, z, n``.
+Shapes are those of ``call.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cells import CELLS, State, Weights
-from .flow import CUT, FRESH, HOLD, PLAIN, Flow
+from .call import Call, Result, Weights
+from .cells import CELLS, Cell, Engine
+from .flow import CUT, FRESH, HOLD, Flow
+
+State = tuple[Tensor, ...]
 
 
-class Result(NamedTuple):
-    """What a layer gives.
+def _normalise(v: Tensor, gain: Tensor) -> Tensor:
+    """Not ``torch.nn.functional.layer_norm``, whose third derivatives are wrong (torch 2.13)."""
+    centred = v - v.mean(dim=-1, keepdim=True)
+    variance = centred.square().mean(dim=-1, keepdim=True)
+    return centred * torch.rsqrt(variance + 1e-5) * gain
 
-    Attributes
+
+#: The cells on tensors.
+TORCH = Engine(
+    {
+        "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh,
+        "relu": torch.relu,
+        "exp": torch.exp,
+        "log_sigmoid": torch.nn.functional.logsigmoid,
+        "maximum": torch.maximum,
+        "where": torch.where,
+        "zeros_like": torch.zeros_like,
+        "normalise": _normalise,
+    }
+)
+
+
+for _cell in CELLS.values():  # before a compiler traces, which does not make functions
+    for _function in filter(None, (_cell.forward, _cell.activations)):
+        TORCH.bind(_function)
+
+
+def _product(v: Tensor, matrix: Tensor, bias: Tensor | None, gain: Tensor | None = None) -> Tensor:
+    """A part of the gates, with its bias, (..., G * H), from (..., I) or (..., P).
+
+    With a gain it is normalised, over all gates, before the bias is added.
+    """
+    if gain is None:
+        return torch.nn.functional.linear(v, matrix, bias)
+    normal = _normalise(torch.nn.functional.linear(v, matrix), gain)
+    return normal if bias is None else normal + bias
+
+
+class Steps:
+    """The steps of one direction of a layer.
+
+    Parameters
     ----------
-    y : Tensor of shape (T, B, D * P), or (N, D * P)
-    final : list of Tensor of shape (D, B, P) and, for LSTM, (D, B, H)
-        State after the last step of every row.
-    traces : list of Tensor of shape (T, B, D * H), or (N, D * H)
-        The states other than h after every step; empty if the cell has none, or if they were not
-        asked for.
+    cell : Cell
+    w : Weights
     """
 
-    y: Tensor
-    final: list[Tensor]
-    traces: list[Tensor]
+    def __init__(self, cell: Cell, w: Weights) -> None:
+        self.cell, self.w, self.extra = cell, w, w.blocks()
+        gains: Any = w.extras[:2] if cell.product == "normalised" else (None, None)
+        self.gain_ih, self.gain_hh = gains
+        self.forward = TORCH.bind(cell.forward)
+
+    def input_part(self, x: Tensor) -> Tensor:
+        """The input part of the gates of any steps, (..., G * H), from (..., I)."""
+        return _product(x, self.w.w_ih, self.w.b_ih, self.gain_ih)
+
+    def recurrent_part(self, h: Tensor) -> Tensor:
+        """The recurrent part of the gates, (..., G * H), from (..., P)."""
+        return _product(h, self.w.w_hh, self.w.b_hh, self.gain_hh)
+
+    def advance(self, wx: Tensor, h: Tensor, state: State) -> State:
+        """One step from the input part of the gates.
+
+        Parameters
+        ----------
+        wx : Tensor of shape (B, G * H)
+        h : Tensor of shape (B, P)
+            What is multiplied by the recurrent weights: the state's, perhaps after dropout.
+        state : tuple of Tensor
+
+        Returns
+        -------
+        tuple of Tensor
+            The new state, shaped as `state`.
+        """
+        count = self.cell.n_gates
+        rh: Any
+        if self.cell.product == "own":
+            rh = functools.partial(self._recurrent_parts, h)
+        else:
+            rh = self.recurrent_part(h).chunk(count, dim=-1)
+        new, _ = self.forward(wx.chunk(count, dim=-1), rh, state, self.extra)
+        return (new[0] if self.w.w_hr is None else new[0] @ self.w.w_hr.t(), *new[1:])
+
+    def _recurrent_parts(self, h: Tensor, first: int, last: int, factor: Any) -> Sequence[Tensor]:
+        hidden = self.w.w_hh.shape[0] // self.cell.n_gates
+        rows, bias = slice(first * hidden, last * hidden), self.w.b_hh
+        part = _product(factor * h, self.w.w_hh[rows], None if bias is None else bias[rows])
+        return part.chunk(last - first, dim=-1)
 
 
-def cell_step(cell: str, x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> State:
+def step(call: Call) -> State:
     """One step of a cell from its input: the two affine maps, then the pointwise part.
 
     Parameters
     ----------
-    cell : str
-        Key of ``CELLS``.
-    x : Tensor of shape (B, I)
-    state : sequence of Tensor of shape (B, P) and, for LSTM, (B, H)
-    weights : sequence of Tensor
-        One direction, in the order of ``torch.nn.RNNBase``.
+    call : Call
+        Of a single step.
 
     Returns
     -------
     tuple of Tensor
-        The new state, shaped as `state`.
+        The new state, shaped as that of `call`.
     """
-    w = Weights.unpack(weights, len(CELLS[cell].extras))
-    wx = CELLS[cell].input_part(x, w)
-    return CELLS[cell].advance(wx, state[0], tuple(state), w)
+    steps = Steps(call.cell, call.by_direction()[0])
+    return steps.advance(steps.input_part(call.x), call.state[0], tuple(call.state))
 
 
-def zero_state(
-    cell: str, x: Tensor, batch: int, weights: Sequence[Tensor], directions: int
-) -> list[Tensor]:
-    """Make the initial state of zeros of one layer.
-
-    Parameters
-    ----------
-    cell : str
-        Key of ``CELLS``.
-    x : Tensor
-        Gives dtype and device.
-    batch : int
-    weights : sequence of Tensor
-        Of the layer, as for `layer`.
-    directions : int
-
-    Returns
-    -------
-    list of Tensor of shape (D, B, P) and, for LSTM, (D, B, H)
-    """
-    hidden = weights[0].shape[0] // CELLS[cell].n_gates
-    widths = [weights[1].shape[1]] + [hidden] * (CELLS[cell].n_states - 1)
-    return [x.new_zeros(directions, batch, width) for width in widths]
-
-
-def layer(
-    cell: str,
-    x: Tensor,
-    state: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None = None,
-    bidirectional: bool = False,
-    flow: Flow = PLAIN,
-) -> Result:
+def layer(call: Call) -> Result:
     """One layer over a whole sequence, in one or both directions.
 
     Parameters
     ----------
-    cell : str
-        Key of ``CELLS``.
-    x : Tensor of shape (T, B, I), or (N, I) with `batch_sizes`
-    state : sequence of Tensor of shape (D, B, P) and, for LSTM, (D, B, H)
-        Initial state, zeros if empty.
-    weights : sequence of Tensor
-        All directions one after another, each in the order of ``torch.nn.RNNBase``.
-    batch_sizes : Tensor of shape (T,), optional
-        Rows alive at each step, never increasing, as in ``PackedSequence``; only with a plain
-        `flow`.
-    bidirectional : bool, default False
-    flow : Flow, optional
+    call : Call
+        Of one layer.
 
     Returns
     -------
     Result
     """
-    sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
-    directions = 2 if bidirectional else 1
-    state = state or zero_state(cell, x, sizes[0], weights, directions)
-    per_direction = len(weights) // directions
+    x, flow = call.x, call.flow
+    sizes = [x.shape[1]] * x.shape[0] if call.batch_sizes is None else call.batch_sizes.tolist()
+    state = call.initial()
     sequences, finals = [], []
-    for d in range(directions):
-        flat = weights[d * per_direction : (d + 1) * per_direction]
-        w = Weights.unpack(flat, len(CELLS[cell].extras))
+    for d, w in enumerate(call.by_direction()):
+        steps = Steps(call.cell, w)
         own = x
         if flow.marks is not None:
             # What a row does not have may be anything; as a factor it would reach the gradients.
             own = x.masked_fill(((flow.marks[d] & HOLD) != 0).unsqueeze(-1), 0.0)
-        wx = CELLS[cell].input_part(own, w).flatten(0, -2).split(sizes)
+        wx = steps.input_part(own).flatten(0, -2).split(sizes)
         s = tuple(part[d] for part in state)
         outputs: list[State] = []
         for t in reversed(range(len(sizes))) if d else range(len(sizes)):
             n = sizes[t]
-            new = _step(cell, wx[t], tuple(part[:n] for part in s), w, flow, d, t)
+            new = _step(steps, wx[t], tuple(part[:n] for part in s), flow, d, t)
             s = new if n == sizes[0] else _with_rest(new, s)
             outputs.append(_without_held(new, flow, d, t))
         sequence = outputs[::-1] if d else outputs
@@ -152,7 +174,7 @@ def layer(
     return Result(y, [torch.stack(parts) for parts in zip(*finals, strict=True)], traces)
 
 
-def _step(cell: str, wx: Tensor, state: State, w: Weights, flow: Flow, d: int, t: int) -> State:
+def _step(steps: Steps, wx: Tensor, state: State, flow: Flow, d: int, t: int) -> State:
     """One step of a direction, as the marks want it."""
     before = state
     if flow.marks is not None:
@@ -167,7 +189,7 @@ def _step(cell: str, wx: Tensor, state: State, w: Weights, flow: Flow, d: int, t
         )
     drop, *zones = flow.noise or (None,)
     h = state[0] if drop is None or not drop.numel() else state[0] * drop[d]
-    new = CELLS[cell].advance(wx, h, state, w)
+    new = steps.advance(wx, h, state)
     if zones:
         new = tuple(
             after if not zone.numel() else torch.lerp(after, before, zone[d, t])
@@ -228,56 +250,31 @@ def _without_held(state: State, flow: Flow, d: int, t: int) -> State:
 
 
 def stack(
-    cell: str,
-    x: Tensor,
-    state: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    num_layers: int,
-    *,
-    batch_sizes: Tensor | None = None,
-    bidirectional: bool = False,
-    flow: Flow = PLAIN,
-    dropout: Callable[[Tensor], Tensor] = lambda y: y,
-    layer: Callable[..., Result] = layer,
-) -> tuple[list[Result], list[Tensor]]:
-    """Several layers, `dropout` between them: what a whole ``torch.nn.LSTM`` computes.
+    call: Call, layer: Callable[[Call], Result] = layer
+) -> tuple[list[Tensor], list[Result], list[Tensor]]:
+    """Several layers, dropout between them: what a whole ``torch.nn.LSTM`` computes.
 
     Parameters
     ----------
-    cell, x
-        As for `layer`.
-    state, weights : sequence of Tensor
-        As for `layer`, of all layers one after another.
-    num_layers : int
-    batch_sizes, bidirectional
-        As for `layer`.
-    flow : Flow, optional
-        With `fresh` and `noise` of all layers one after another.
-    dropout : callable
-        Applied to the output of every layer but the last.
+    call : Call
     layer : callable
         Another path's function in place of the `layer` of this file.
 
     Returns
     -------
+    inputs : list of Tensor
+        Of every layer.
     results : list of Result
         Of every layer; the output of the last one is that of the stack.
     final : list of Tensor
-        Shaped as `state`.
+        Shaped as the initial state.
     """
-    directions = 2 if bidirectional else 1
-    per_layer = len(weights) // num_layers
-    results: list[Result] = []
-    for k in range(num_layers):
-        of_k = slice(k * directions, (k + 1) * directions)
-        w = weights[k * per_layer : (k + 1) * per_layer]
-        own = flow
-        if num_layers > 1 and flow is not PLAIN:
-            fresh, noise = ([part[of_k] for part in parts] for parts in (flow.fresh, flow.noise))
-            own = Flow(flow.marks, fresh, noise)
-        s = [part[of_k] for part in state] if num_layers > 1 else state
-        y = x if k == 0 else dropout(results[-1].y)
-        results.append(layer(cell, y, s, w, batch_sizes, bidirectional, own))
-    if num_layers == 1:
-        return results, results[0].final
-    return results, [torch.cat(parts) for parts in zip(*(r.final for r in results), strict=True)]
+    inputs, results = [call.x], [layer(call.layer(0, call.x))]
+    if call.num_layers == 1:
+        return inputs, results, results[0].final
+    for k in range(1, call.num_layers):
+        options = call.options
+        inputs.append(torch.dropout(results[-1].y, options.dropout, options.training))
+        results.append(layer(call.layer(k, inputs[-1])))
+    final = [torch.cat(parts) for parts in zip(*(r.final for r in results), strict=True)]
+    return inputs, results, final

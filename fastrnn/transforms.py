@@ -17,90 +17,48 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .call import Call, Result, split
 from .flow import Flow
 
 
-class _Call(NamedTuple):
-    """What a call of the operator has beside tensors, and how many of these are what."""
+class _Kind(NamedTuple):
+    """What a call of the operator has beside tensors.
 
-    cell: str
-    bidirectional: bool
+    Tensors are, as one list, those of ``Call.flat``; `call` is what fills in.
+    """
+
+    call: Call
     save: int
     traced: bool
-    counts: tuple[int, ...]  # state, weights, fresh, noise
+
+    @property
+    def n_states(self) -> int:
+        return self.call.cell.n_states
 
     @property
     def n_results(self) -> int:
         """How many results there are: y, the final states, the traces."""
-        n_states = reference.CELLS[self.cell].n_states
-        return 1 + n_states + (n_states - 1 if self.traced else 0)
+        return 1 + self.n_states + (self.n_states - 1 if self.traced else 0)
+
+    def batch_dims(self) -> list[int | None]:
+        """Where each tensor has its batch, if it has one that may be folded into."""
+        n_state, n_weights, n_fresh, n_noise = self.call.counts
+        noise = [1 if k == 0 else 2 for k in range(n_noise)]
+        return [1, 2, None, *[1] * n_state, *[None] * n_weights, *[1] * n_fresh, *noise]
+
+    def needs_loop(self, dims: Sequence[int | None]) -> bool:
+        """Whether something is mapped that has no batch: weights, or sizes of a packed batch."""
+        mapped: Any = self.call.with_flat(dims)
+        return mapped.batch_sizes is not None or any(dim is not None for dim in mapped.weights)
 
 
-class _Arguments(NamedTuple):
-    """The tensors of a call; those that may be mapped over without a loop have a batch."""
-
-    x: Tensor
-    marks: Tensor | None
-    batch_sizes: Tensor | None
-    state: Sequence[Tensor]
-    weights: Sequence[Tensor]
-    fresh: Sequence[Tensor]
-    noise: Sequence[Tensor]
-
-    @classmethod
-    def of(cls, call: _Call, tensors: Sequence[Any]) -> _Arguments:
-        """Group a flat list."""
-        return cls(*tensors[:3], *_split(tensors[3:], call.counts))
-
-    def flat(self) -> list[Tensor | None]:
-        return [*self[:3], *self.state, *self.weights, *self.fresh, *self.noise]
-
-    def for_operator(self, bidirectional: bool) -> tuple[Any, ...]:
-        """In the order of the schema, from `x` on."""
-        state, fresh, noise = list(self.state), list(self.fresh), list(self.noise)
-        weights = list(self.weights)
-        return self.x, state, weights, self.batch_sizes, bidirectional, self.marks, fresh, noise
-
-    def for_reference(self, bidirectional: bool) -> tuple[Any, ...]:
-        flow = Flow(self.marks, self.fresh, self.noise)
-        return self.x, self.state, self.weights, self.batch_sizes, bidirectional, flow
-
-
-# Where the batch is, in the order of `_Arguments.flat`: the dimension for x, marks, every state,
-# fresh state, and noise.
-def _batch_dims(arguments: _Arguments) -> list[int | None]:
-    noise = [1 if k == 0 else 2 for k in range(len(arguments.noise))]
-    return [
-        1, 2, None, *[1] * len(arguments.state), *[None] * len(arguments.weights),
-        *[1] * len(arguments.fresh), *noise,
-    ]  # fmt: skip
-
-
-def _split(flat: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
-    groups, start = [], 0
-    for count in counts:
-        groups.append(list(flat[start : start + count]))
-        start += count
-    return groups
-
-
-def layer(
-    cell: str,
-    x: Tensor,
-    state: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    bidirectional: bool,
-    flow: Flow,
-    save: int,
-    traced: bool,
-) -> reference.Result:
+def layer(call: Call, save: int, traced: bool) -> Result:
     """``reference.layer`` inside of ``torch.func`` transforms.
 
     Parameters
     ----------
-    cell, x, state, weights, batch_sizes, bidirectional, flow
-        As there.
+    call : Call
+        Of one layer.
     save : int
         What to keep for backward.
     traced : bool
@@ -110,12 +68,10 @@ def layer(
     -------
     Result
     """
-    counts = tuple(len(part) for part in (state, weights, flow.fresh, flow.noise))
-    call = _Call(cell, bidirectional, save, traced, counts)
-    arguments = _Arguments(x, flow.marks, batch_sizes, state, weights, flow.fresh, flow.noise)
-    y, *others = _Layer.apply(call, *arguments.flat())
-    n_states = reference.CELLS[cell].n_states
-    return reference.Result(y, others[:n_states], others[n_states : call.n_results - 1])
+    kind = _Kind(call.without_tensors(), save, traced)
+    y, *others = _Layer.apply(kind, *call.flat())
+    n_states = kind.n_states
+    return Result(y, others[:n_states], others[n_states : kind.n_results - 1])
 
 
 class _Layer(torch.autograd.Function):
@@ -125,23 +81,26 @@ class _Layer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(call, *tensors):
-        arguments = _Arguments.of(call, tensors).for_operator(call.bidirectional)
-        outputs = torch.ops.fastrnn.layer(call.cell, *arguments, call.save, call.traced)
-        y, final, traces, saved = outputs
+    def forward(kind, *flat):
+        call = kind.call.with_flat(flat)
+        marks, fresh, noise = call.flow
+        y, final, traces, saved = torch.ops.fastrnn.layer(
+            call.cell.name, call.x, call.state, call.weights, call.batch_sizes, call.bidirectional,
+            marks, fresh, noise, kind.save, kind.traced,
+        )  # fmt: skip
         return y, *final, *traces, *saved
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.call, *tensors = inputs
-        ctx.n_results = ctx.call.n_results
+        ctx.kind, *flat = inputs
+        ctx.n_results = ctx.kind.n_results
         saved = output[ctx.n_results :]
         ctx.mark_non_differentiable(*saved)
         # On a GPU backward needs the output too.
         saved = (output[0], *saved) if output[0].is_cuda and saved else saved
         ctx.n_saved = len(saved)
         ctx.results = [(part.shape, part.dtype, part.device) for part in output[: ctx.n_results]]
-        ctx.save_for_backward(*tensors, *saved)
+        ctx.save_for_backward(*flat, *saved)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -151,21 +110,18 @@ class _Layer(torch.autograd.Function):
             torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
             for grad, (shape, dtype, device) in zip(grads, ctx.results, strict=False)
         ]
-        arguments = _Arguments.of(ctx.call, tensors[:count])
         numbers = (len(cotangents), ctx.n_saved)
         dx, *rest = _Backward.apply(
-            ctx.call, numbers, 0, *cotangents, *tensors[count:], *arguments.flat()
+            ctx.kind, numbers, 0, *cotangents, *tensors[count:], *tensors[:count]
         )
-        return None, dx, None, None, *rest, *[None] * len(arguments.noise)
+        return None, dx, None, None, *rest, *[None] * ctx.kind.call.counts[3]
 
     @staticmethod
-    def vmap(info, in_dims, call, *tensors):
-        arguments = _Arguments.of(call, tensors)
-        if _needs_loop(call, in_dims[1:]):
-            return _loop(info, in_dims[1:], tensors, lambda *part: _Layer.apply(call, *part))
-        parts = _fold(info.batch_size, tensors, in_dims[1:], _batch_dims(arguments))
-        outputs = _Layer.apply(call, *parts)
-        n_results = call.n_results
+    def vmap(info, in_dims, kind, *flat):
+        if kind.needs_loop(in_dims[1:]):
+            return _loop(info, in_dims[1:], flat, lambda *part: _Layer.apply(kind, *part))
+        outputs = _Layer.apply(kind, *_fold(info.batch_size, flat, in_dims[1:], kind.batch_dims()))
+        n_results = kind.n_results
         results = [part.unflatten(1, (info.batch_size, -1)) for part in outputs[:n_results]]
         saved = outputs[n_results:]
         return (*results, *saved), (*[1] * n_results, *[None] * len(saved))
@@ -175,27 +131,37 @@ class _Backward(torch.autograd.Function):
     """``fastrnn::layer_backward``; its own derivatives are the reference's.
 
     With `groups` the batch consists of so many parts, one after another, and the gradients of the
-    weights are those of each part.
+    weights are those of each part. `numbers` count results and what was saved.
     """
 
     @staticmethod
-    def forward(call, numbers, groups, *tensors):
-        return _backward(call, numbers, groups, tensors)
+    def forward(kind, numbers, groups, *tensors):
+        n_results, n_saved = numbers
+        dy, *rest = tensors[:n_results]
+        d_final, d_traces = rest[: kind.n_states], rest[kind.n_states :]
+        saved = list(tensors[n_results : n_results + n_saved])
+        call = kind.call.with_flat(tensors[n_results + n_saved :])
+        marks, fresh, noise = call.flow
+        dx, d_state, d_fresh, d_weights = torch.ops.fastrnn.layer_backward(
+            call.cell.name, dy, d_final, d_traces, call.x, call.state, call.weights,
+            call.batch_sizes, call.bidirectional, marks, fresh, noise, saved, True, True, groups,
+        )  # fmt: skip
+        return dx, *d_state, *d_weights, *d_fresh
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.call, (ctx.n_results, ctx.n_saved), ctx.groups, *tensors = inputs
+        ctx.kind, (ctx.n_results, ctx.n_saved), ctx.groups, *tensors = inputs
         ctx.save_for_backward(*tensors[: ctx.n_results], *tensors[ctx.n_results + ctx.n_saved :])
 
     @staticmethod
     def backward(ctx, *grads):
-        tensors, call, n_results = ctx.saved_tensors, ctx.call, ctx.n_results
-        arguments = _Arguments.of(call, tensors[n_results:])
-        inputs = (arguments.x, *arguments.state, *arguments.weights, *arguments.fresh)
+        tensors, kind, n_results = ctx.saved_tensors, ctx.kind, ctx.n_results
+        call = kind.call.with_flat(tensors[n_results:])
+        inputs = (call.x, *call.state, *call.weights, *call.flow.fresh)
 
         def first(*variables):
             outputs, inputs = variables[:n_results], variables[n_results:]
-            return _by_reference(call, ctx.groups, arguments, inputs, outputs)
+            return _by_reference(kind, ctx.groups, call, inputs, outputs)
 
         results, pull = torch.func.vjp(first, *tensors[:n_results], *inputs)  # type: ignore[misc]
         found = pull(
@@ -205,18 +171,18 @@ class _Backward(torch.autograd.Function):
             )
         )
         d_cotangents, (dx, *rest) = found[:n_results], found[n_results:]
-        d_noise = [None] * len(arguments.noise)
+        d_noise = [None] * call.counts[3]
         return (
             None, None, None, *d_cotangents, *[None] * ctx.n_saved, dx, None, None, *rest, *d_noise
         )  # fmt: skip
 
     @staticmethod
-    def vmap(info, in_dims, call, numbers, groups, *tensors):
+    def vmap(info, in_dims, kind, numbers, groups, *tensors):
         (n_results, n_saved), dims, size = numbers, in_dims[3:], info.batch_size
         kept = slice(n_results + n_saved, None)
-        if _needs_loop(call, dims[kept]):
+        if kind.needs_loop(dims[kept]):
             return _loop(
-                info, dims, tensors, lambda *part: _Backward.apply(call, numbers, groups, *part)
+                info, dims, tensors, lambda *part: _Backward.apply(kind, numbers, groups, *part)
             )
         # Saved is what forward left for the folded batch, if it was folded.
         was_folded = any(dim is not None for dim in dims[kept])
@@ -225,13 +191,13 @@ class _Backward(torch.autograd.Function):
             size,
             [*tensors[:n_results], *tensors[kept]],
             [*dims[:n_results], *dims[kept]],
-            [*[1] * n_results, *_batch_dims(_Arguments.of(call, tensors[kept]))],
+            [*[1] * n_results, *kind.batch_dims()],
         )
         dx, *rest = _Backward.apply(
-            call, (n_results, len(saved)), size * max(1, groups),
+            kind, (n_results, len(saved)), size * max(1, groups),
             *parts[:n_results], *saved, *parts[n_results:],
         )  # fmt: skip
-        d_state, d_weights, d_fresh = _split(rest, _n_gradients(call))
+        d_state, d_weights, d_fresh = split(rest, kind.call.counts[:3])
 
         def unfold(parts, dim=1):
             return [part.unflatten(dim, (size, -1)) for part in parts]
@@ -243,75 +209,48 @@ class _Backward(torch.autograd.Function):
         return results, mapped
 
 
-def _n_gradients(call: _Call) -> tuple[int, ...]:
-    """How many gradients there are of state, weights and fresh states."""
-    return call.counts[:3]
-
-
 def _by_reference(
-    call: _Call,
-    groups: int,
-    arguments: _Arguments,
-    inputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
+    kind: _Kind, groups: int, call: Call, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """The gradients of `inputs`, those of arguments that have some, by the reference."""
+    """The gradients of `inputs`, those of a call that have some, by the reference."""
+    counts = call.counts[:3]
 
     def gradients(marks, noise, inputs, cotangents):
         def run(x, *others):
-            state, weights, fresh = _split(others, _n_gradients(call))
-            chosen = _Arguments(x, marks, arguments.batch_sizes, state, weights, fresh, noise)
-            result = reference.layer(call.cell, *chosen.for_reference(call.bidirectional))
-            return (result.y, *result.final, *(result.traces if call.traced else ()))
+            state, weights, fresh = split(others, counts)
+            flow = Flow(marks, fresh, noise)
+            chosen = call._replace(x=x, state=state, weights=weights, flow=flow)
+            result = reference.layer(chosen)
+            return (result.y, *result.final, *(result.traces if kind.traced else ()))
 
         return torch.func.vjp(run, *inputs)[1](tuple(cotangents))
 
+    marks, _, noise = call.flow
     if not groups:
-        return gradients(arguments.marks, arguments.noise, inputs, cotangents)
+        return gradients(marks, noise, inputs, cotangents)
 
-    def split(tensors, dims):
+    def unfold(tensors, dims):
         return [
             t if t is None or d is None or not t.numel() else t.unflatten(d, (groups, -1))
             for t, d in zip(tensors, dims, strict=True)
         ]
 
-    n_state, n_weights, n_fresh = _n_gradients(call)
+    n_state, n_weights, n_fresh = counts
     dims: list[int | None] = [1, *[1] * n_state, *[None] * n_weights, *[1] * n_fresh]
-    of_noise = [
-        (1 if k == 0 else 2) if part.numel() else None for k, part in enumerate(arguments.noise)
-    ]
-    (marks,) = split([arguments.marks], [2])
+    of_noise = [(1 if k == 0 else 2) if part.numel() else None for k, part in enumerate(noise)]
+    (marks,) = unfold([marks], [2])
     mapped = torch.func.vmap(
         gradients,
         in_dims=(None if marks is None else 2, of_noise, dims, [1] * len(cotangents)),
         out_dims=tuple(0 if d is None else d for d in dims),
     )
     found = mapped(
-        marks, split(arguments.noise, of_noise), split(inputs, dims),
-        split(cotangents, [1] * len(cotangents)),
+        marks, unfold(noise, of_noise), unfold(inputs, dims),
+        unfold(cotangents, [1] * len(cotangents)),
     )  # fmt: skip
     return tuple(
         part if d is None else part.flatten(d, d + 1) for part, d in zip(found, dims, strict=True)
     )
-
-
-def _backward(call: _Call, numbers: tuple[int, int], groups: int, tensors: Sequence[Any]) -> Any:
-    n_results, n_saved = numbers
-    n_states = reference.CELLS[call.cell].n_states
-    dy, *rest = tensors[:n_results]
-    saved = list(tensors[n_results : n_results + n_saved])
-    arguments = _Arguments.of(call, tensors[n_results + n_saved :])
-    operands = arguments.for_operator(call.bidirectional)
-    dx, d_state, d_fresh, d_weights = torch.ops.fastrnn.layer_backward(
-        call.cell, dy, rest[:n_states], rest[n_states:], *operands, saved, True, True, groups
-    )
-    return dx, *(d_state if arguments.state else ()), *d_weights, *d_fresh
-
-
-def _needs_loop(call: _Call, dims: Sequence[int | None]) -> bool:
-    """Whether something is mapped that has no batch: weights, or sizes of a packed batch."""
-    grouped = _Arguments.of(call, dims)
-    return grouped.batch_sizes is not None or any(dim is not None for dim in grouped.weights)
 
 
 def _fold(

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .cells import CELLS, Cell
-from .nn import _Layers, _map
+from .cells import CELLS
+from .forms import map_state
+from .nn import _Layers
 
 __all__ = ["SLSTM", "LayerNormGRU", "LayerNormLSTM", "PeepholeLSTM", "ResetBeforeGRU"]
 
@@ -28,7 +29,7 @@ class _Variant(_Layers):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # RNNBase knows how many gates these have, and no other names.
-        super().__init__({3: "GRU", 4: "LSTM"}[self._definition.n_gates], *args, **kwargs)
+        super().__init__({3: "GRU", 4: "LSTM"}[CELLS[self._cell].n_gates], *args, **kwargs)
         if self.proj_size and not self._is_paired:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         self.mode = self._cell.upper()
@@ -48,10 +49,6 @@ class _Variant(_Layers):
             self._flat_weights_names.extend(names)
         self._init_flat_weights()
         self._reset_extras()
-
-    @property
-    def _definition(self) -> Cell:
-        return CELLS[self._cell]
 
     @property
     def _is_stock(self) -> bool:
@@ -90,7 +87,7 @@ class _Variant(_Layers):
         """Put the sequences of every state in another order."""
         if permutation is None:
             return hx
-        return _map(lambda part: part.index_select(1, permutation), hx)
+        return map_state(lambda part: part.index_select(1, permutation), hx)
 
 
 class LayerNormLSTM(_Variant):
@@ -112,7 +109,7 @@ class LayerNormLSTM(_Variant):
 
     Notes
     -----
-    ``fastrnn.cells.layernorm.layernorm_lstm_step`` has the formula, that of Ba, Kiros & Hinton
+    ``fastrnn.cells.layernorm`` has the formula, that of Ba, Kiros & Hinton
     2016. Beyond the weights of torch.nn.LSTM there are ``gain_ih`` and ``gain_hh`` (4H,),
     ``gain_c`` and ``bias_c`` (H,). With `num_heads` every head is normalised by itself.
 
@@ -147,7 +144,7 @@ class LayerNormGRU(_Variant):
 
     Notes
     -----
-    ``fastrnn.cells.layernorm.layernorm_gru_step`` has the formula. Beyond the weights of
+    ``fastrnn.cells.layernorm`` has the formula. Beyond the weights of
     torch.nn.GRU there are ``gain_ih`` and ``gain_hh`` (3H,). With `num_heads` every head is
     normalised by itself.
 
@@ -182,7 +179,7 @@ class ResetBeforeGRU(_Variant):
 
     Notes
     -----
-    ``fastrnn.cells.reset_before.gru_reset_before`` has the formula. `fastrnn.GRU` resets after the
+    ``fastrnn.cells.reset_before`` has the formula. `fastrnn.GRU` resets after the
     product, as torch.nn.GRU, cuDNN and Keras by default. Weights are those of torch.nn.GRU.
 
     Examples
@@ -216,7 +213,7 @@ class PeepholeLSTM(_Variant):
 
     Notes
     -----
-    ``fastrnn.cells.peephole.peephole_lstm_step`` has the formula, that of Gers & Schmidhuber 2000.
+    ``fastrnn.cells.peephole`` has the formula, that of Gers & Schmidhuber 2000.
     Beyond the weights of torch.nn.LSTM there is ``weight_peephole`` (3H,), for i, f and o.
 
     Examples
@@ -251,7 +248,7 @@ class SLSTM(_Variant):
 
     Notes
     -----
-    ``fastrnn.cells.slstm.slstm_step`` has the formula, that of Beck et al. 2024. Gates are in the
+    ``fastrnn.cells.slstm`` has the formula, that of Beck et al. 2024. Gates are in the
     order i, f, z, o. There are four states, h, c, n and m, each a tensor of its own in `hx`;
     ``fastrnn.functional.States`` has them all.
 

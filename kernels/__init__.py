@@ -1,7 +1,8 @@
 """Triton kernels, imported as ``fastrnn.kernels``.
 
-A cell (``cells/``) is two functions on tiles; a schedule is one forward and one backward loop
-through time that knows no cell by name:
+A cell comes from ``fastrnn.cells``, where it is written once for every engine;
+``activations.py`` gives it to Triton, with the functions that it calls. A schedule is one forward
+and one backward loop through time that knows no cell by name:
 
 ``persistent.py``
     The recurrent weights stay on chip for the whole sequence: in one program (*resident*) or
@@ -10,15 +11,14 @@ through time that knows no cell by name:
     One launch for each step.
 
 ``exchange.py`` holds the protocols by which programs of a group wait for each other, ``tiles.py``
-and ``activations.py`` what both schedules are made of. ``configs.py`` chooses schedule and tiles
-by a model of a step's time, ``launch.py`` allocates and launches.
+what both schedules are made of. ``configs.py`` chooses schedule and tiles by a model of a step's
+time, ``launch.py`` allocates and launches.
 
-Files with ``@triton.jit`` functions import triton and nothing else, so that they can be read,
-interpreted and compiled without a GPU; ``configs.py`` imports nothing, ``launch.py`` alone imports
-torch. Nothing here imports the rest of the package.
+Of the package only ``cells`` is imported here, which imports nothing; ``launch.py`` alone imports
+torch, so that kernels can be read, interpreted and compiled, and plans be made, without it.
 
-Capitals are compile-time constants: H hidden units, BLOCK_B rows of the batch and BLOCK_H hidden
-units of a tile. T steps, B rows of the batch, D directions, G gates are known at run time or
-from shapes. ``unit0`` is the first hidden unit of a program; ``row`` its rows of the batch and
-``rows`` the same rows at a step, in the flattened (T, B).
+Capitals are compile-time constants: CELL the cell, H hidden units, BLOCK_B rows of the batch and
+BLOCK_H hidden units of a tile. T steps, B rows of the batch, D directions, G gates are known at
+run time or from shapes. ``unit0`` is the first hidden unit of a program; ``row`` its rows of the
+batch and ``rows`` the same rows at a step, in the flattened (T, B).
 """

@@ -1,7 +1,12 @@
-"""Activations for the cells."""
+"""The cells on tiles: what their functions call, and how a kernel gets one."""
+
+import functools
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+
+from ..cells import Cell, Engine
 
 
 @triton.jit
@@ -21,3 +26,83 @@ def tanh(x):
     near = 2.0 / 15.0 + square * near
     near = x + x * square * (-1.0 / 3.0 + square * near)
     return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def relu(x):
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
+def exp(x):
+    return tl.exp(x)
+
+
+@triton.jit
+def log_sigmoid(x):
+    """``min(x, 0) - log(1 + e)``, e = exp(-|x|), to about a unit in the last place of float32."""
+    e = tl.exp(-tl.abs(x))
+    # log(1 + e) = 2 atanh(s), s = e / (2 + e) <= 1/3: the series, without terms below 2e-8 of it.
+    s = e / (2.0 + e)
+    square = s * s
+    series = 1.0 / 11.0 + square * (1.0 / 13.0)
+    series = 1.0 / 9.0 + square * series
+    series = 1.0 / 7.0 + square * series
+    series = 1.0 / 5.0 + square * series
+    series = 1.0 / 3.0 + square * series
+    return tl.minimum(x, 0.0) - 2.0 * (s + s * square * series)
+
+
+@triton.jit
+def maximum(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def where(condition, x, y):
+    return tl.where(condition, x, y)
+
+
+@triton.jit
+def zeros_like(x):
+    return tl.zeros_like(x)
+
+
+#: The cells on Triton's tiles, in float32. The interpreter wants to see `tl` in every function.
+ENGINE = Engine(
+    {
+        "sigmoid": sigmoid,
+        "tanh": tanh,
+        "relu": relu,
+        "exp": exp,
+        "log_sigmoid": log_sigmoid,
+        "maximum": maximum,
+        "where": where,
+        "zeros_like": zeros_like,
+        "tl": tl,
+    },
+    compile=triton.jit,
+)
+
+
+class Bound(NamedTuple):
+    """A cell as one constant of a kernel; the fields are those of `Cell`."""
+
+    forward: Any
+    backward: Any
+    n_gates: int
+    n_saved: int
+    n_apart: int
+    n_extra: int
+
+    @property
+    def cache_key(self) -> str:
+        """By which Triton finds compiled kernels on disk again: the source of the functions too."""
+        return f"{self.forward.cache_key} {self.backward.cache_key} {self[2:]}"
+
+
+@functools.cache
+def bound(cell: Cell) -> Bound:
+    """Bind a cell, which must be pointwise, for kernels."""
+    functions = ENGINE.bind(cell.forward), ENGINE.bind(cell.backward)
+    return Bound(*functions, cell.n_gates, cell.n_saved, cell.n_apart, cell.n_extra)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from ..cells import Cell
 
 
 class Device(NamedTuple):
@@ -69,6 +71,9 @@ class Shape(NamedTuple):
         Bytes of an element of the weights.
     precision : {'ieee', 'tf32', 'tf32x3'}
         Of products of float32.
+    n_more : int
+        Tiles that a thread holds beyond those of an LSTM: of further states, and rows of extra
+        weights.
     """
 
     n_gates: int
@@ -77,6 +82,13 @@ class Shape(NamedTuple):
     directions: int
     itemsize: int
     precision: str
+    n_more: int = 0
+
+    @classmethod
+    def of(cls, cell: Cell, *others: Any) -> Shape:
+        """Describe a problem of a cell by the fields from `batch` to `precision`."""
+        shape = cls(cell.n_gates, *others)
+        return shape._replace(n_more=max(cell.n_states - 2, 0) + cell.n_extra)
 
 
 class Config(NamedTuple):
@@ -230,9 +242,10 @@ def candidates(shape: Shape, device: Device, *, backward: bool = False) -> Itera
             continue  # more than half of its rows would be empty
         for block_h in (16, 32, 64, 128):
             yield from _on_chip(shape, device, backward, block_b, block_h)
-    # Larger blocks, or float32 in fewer threads, spill.
+    # Larger blocks, or float32 or more tiles in fewer threads, spill.
     kind, narrow = _kind(shape), _narrow(shape)
-    block_k, num_warps = (64, 4) if kind == "half" else (32, _WARPS[device.target])
+    block_k = 64 if kind == "half" else 32
+    num_warps = 4 if kind == "half" and not shape.n_more else _WARPS[device.target]
     more_rows = (64,) if not narrow else ()
     if kind == "ieee":
         more_rows, block_k = (32,), 16 if narrow else 32
@@ -273,7 +286,8 @@ def _in_registers(config: Config, shape: Shape, backward: bool) -> bool:
     several = 4 if shape.n_gates == 1 else 1  # elements of one gate take so much less
     padded = -(-shape.hidden_size // config.block_k) * config.block_k
     if config.schedule == "resident":
-        return tile <= several * limits.resident[narrow and backward]
+        is_tight = narrow or (kind == "tf32x3" and shape.n_more > 0)
+        return tile <= several * limits.resident[is_tight and backward]
     if backward:
         fits = tile <= several * limits.backward[narrow]
         return fits and config.block_b * padded <= _BACKWARD_TILE
@@ -283,16 +297,16 @@ def _in_registers(config: Config, shape: Shape, backward: bool) -> bool:
         return False
     # These spill although the formula below sees room.
     wide = config.block_h > 16
-    if kind == "tf32" and shape.n_gates > 2 and wide and padded > 256:
+    if kind == "tf32" and shape.n_gates > 2 and wide and padded > (128 if shape.n_more else 256):
         return False
     if kind == "tf32x3":
-        widest = 128 if wide or shape.n_gates == 3 else 256
+        widest = 128 if wide or shape.n_gates == 3 or shape.n_more else 256
         if padded > widest or (shape.n_gates > 2 and wide):
             return False
-    if kind == "ieee" and shape.n_gates == 3:
+    if kind == "ieee" and (shape.n_gates == 3 or (shape.n_more and config.block_k < 64)):
         return False
     h = config.block_b * padded * shape.itemsize / 4 / _THREADS
-    per_element = _PER_ELEMENT_OF_ONE if shape.n_gates == 1 else _PER_ELEMENT
+    per_element = _PER_ELEMENT_OF_ONE if shape.n_gates == 1 else _PER_ELEMENT + shape.n_more
     return h + per_element * tile <= limits.forward[narrow]
 
 

@@ -12,9 +12,12 @@ gate gradients only; those of the weights and the input are GEMMs over all steps
 
     wx, rh         (D, T, B, G * H)  input part of the gates with b_ih; recurrent part with b_hh
     r, b           (D, G * H, H)     recurrent weights; b_hh (D, G * H) or None
+    extra          (D, E * H)        what weights a cell has beyond these, or None
     states         (T, B, D * H)     y, the h of every step, where it is also exchanged; then
                                      the other states (c) after every step, in float32
     saved          (D, T, B, S * H)  activations for backward
+    past                             saved, or wx and rh with its bias, to compute them again
+    d_out                            gradients of the states: of y alone, or of all
     d_gates        (D, T, B, (G + A) * H)  gradients of the recurrent parts, then of the input
                                      parts of the gates in which the two differ
     initial, final (D, B, H)         each state before the first step and after the last
@@ -44,13 +47,13 @@ from .tiles import (
     HOLD,
     add,
     choose,
-    load_bias,
     load_columns,
     load_mark,
     load_past,
     load_rows,
     load_states,
     load_tiles,
+    load_vectors,
     mark_gradients,
     mark_received,
     multiply_columns,
@@ -69,6 +72,7 @@ def forward_kernel(
     wx_ptr,
     r_ptr,
     b_ptr,
+    extra_ptr,
     initial_ptrs,
     marks_ptr,
     fresh_ptrs,
@@ -76,15 +80,12 @@ def forward_kernel(
     state_ptrs,
     saved_ptr,
     final_ptrs,
-    counter_ptr,
-    error_ptr,
+    exchange_ptrs,
     T,
     B,
     first_tile,
     H: tl.constexpr,
-    FORWARD: tl.constexpr,
-    N_GATES: tl.constexpr,
-    N_SAVED: tl.constexpr,
+    CELL: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -99,12 +100,17 @@ def forward_kernel(
     row = row0 + tl.arange(0, BLOCK_B)
     row_mask = row < B
     width = directions * H
+    N_GATES: tl.constexpr = CELL.n_gates
+    N_SAVED: tl.constexpr = CELL.n_saved
+    counter_ptr, error_ptr = exchange_ptrs
 
     # Move every pointer to this program's direction.
     direction_rows = i_direction * T.to(tl.int64) * B
     r_ptr += i_direction * N_GATES * H * H
     if b_ptr is not None:
         b_ptr += i_direction * N_GATES * H
+    if extra_ptr is not None:
+        extra_ptr += i_direction * CELL.n_extra * H
     wx_ptr += direction_rows * (N_GATES * H)
     initial_ptrs = shift(initial_ptrs, i_direction * B.to(tl.int64) * H)
     final_ptrs = shift(final_ptrs, i_direction * B.to(tl.int64) * H)
@@ -118,7 +124,8 @@ def forward_kernel(
         counter_ptr = counter_of(counter_ptr, i_direction * tiles + i_tile)
 
     columns = load_columns(r_ptr, unit0, H, N_GATES, BLOCK_H, BLOCK_K)
-    bias = load_bias(b_ptr, unit0, H, BLOCK_H, N_GATES)
+    bias = load_vectors(b_ptr, unit0, H, BLOCK_H, N_GATES)
+    extra = load_vectors(extra_ptr, unit0, H, BLOCK_H, CELL.n_extra)
     dtype = state_ptrs[0].dtype.element_ty
     state = load_states(initial_ptrs, row, H, row_mask, unit0, H, BLOCK_H)
     if PROTOCOL == "local":
@@ -139,7 +146,7 @@ def forward_kernel(
             block, bias, mark, fresh_rh_ptr, row, row_mask, unit0, H, N_GATES, BLOCK_B, BLOCK_H
         )
         before = refresh(state, mark, fresh_ptrs, row, row_mask, unit0, H, BLOCK_H)
-        state, saved = FORWARD(wx, rh, before)
+        state, saved = CELL.forward(wx, rh, before, extra)
         if marks_ptr is not None:
             state = choose(mark, HOLD, before, state)
 
@@ -176,33 +183,24 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "B", "first_tile"])
 def backward_kernel(
-    dy_ptr,
-    d_trace_ptrs,
+    d_out_ptrs,
     d_final_ptrs,
     r_ptr,
+    extra_ptr,
     initial_ptrs,
     marks_ptr,
     fresh_ptrs,
     state_ptrs,
-    saved_ptr,
-    wx_ptr,
-    rh_ptr,
+    past_ptrs,
     d_gates_ptr,
     d_initial_ptrs,
     d_fresh_ptrs,
-    mail_ptr,
-    counter_ptr,
-    error_ptr,
+    exchange_ptrs,
     T,
     B,
     first_tile,
     H: tl.constexpr,
-    FORWARD: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    N_GATES: tl.constexpr,
-    N_SAVED: tl.constexpr,
-    N_APART: tl.constexpr,
-    SLICES: tl.constexpr,
+    CELL: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -218,26 +216,26 @@ def backward_kernel(
     row = row0 + tl.arange(0, BLOCK_B)
     row_mask = row < B
     width = directions * H
+    SLICES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    N_GATES: tl.constexpr = CELL.n_gates
+    N_PAST: tl.constexpr = CELL.n_saved if len(past_ptrs) == 1 else N_GATES
+    N_GRADIENTS: tl.constexpr = N_GATES + CELL.n_apart
+    counter_ptr, error_ptr, mail_ptr = exchange_ptrs
 
     direction_rows = i_direction * T.to(tl.int64) * B
     r_ptr += i_direction * N_GATES * H * H
+    if extra_ptr is not None:
+        extra_ptr += i_direction * CELL.n_extra * H
     initial_ptrs = shift(initial_ptrs, i_direction * B.to(tl.int64) * H)
     d_final_ptrs = shift(d_final_ptrs, i_direction * B.to(tl.int64) * H)
     d_initial_ptrs = shift(d_initial_ptrs, i_direction * B.to(tl.int64) * H)
     state_ptrs = shift(state_ptrs, i_direction * H)
-    if dy_ptr is not None:
-        dy_ptr += i_direction * H
-    if d_trace_ptrs is not None:
-        d_trace_ptrs = shift(d_trace_ptrs, i_direction * H)
+    d_out_ptrs = shift(d_out_ptrs, i_direction * H)
     if fresh_ptrs is not None:
         fresh_ptrs = shift(fresh_ptrs, i_direction * B.to(tl.int64) * H)
         d_fresh_ptrs = shift(d_fresh_ptrs, i_direction * B.to(tl.int64) * H)
-    if saved_ptr is None:
-        wx_ptr += direction_rows * (N_GATES * H)
-        rh_ptr += direction_rows * (N_GATES * H)
-    else:
-        saved_ptr += direction_rows * (N_SAVED * H)
-    d_gates_ptr += direction_rows * ((N_GATES + N_APART) * H)
+    past_ptrs = shift(past_ptrs, direction_rows * (N_PAST * H))
+    d_gates_ptr += direction_rows * (N_GRADIENTS * H)
     group = i_direction * tiles + i_tile
     if PROTOCOL == "counter":
         counter_ptr = counter_of(counter_ptr, group)
@@ -245,6 +243,7 @@ def backward_kernel(
         mail_ptr = mailboxes_of(mail_ptr, group, SLICES, BLOCK_B, BLOCK_H)
 
     r_rows = load_rows(r_ptr, unit0, H, N_GATES, BLOCK_H, BLOCK_N)
+    extra = load_vectors(extra_ptr, unit0, H, BLOCK_H, CELL.n_extra)
     d_state = load_states(d_final_ptrs, row, H, row_mask, unit0, H, BLOCK_H)
     to_before = tl.where(i_direction == 0, -B, B).to(tl.int64)
     rows = row + tl.where(i_direction == 0, T - 1, 0).to(tl.int64) * B
@@ -255,15 +254,14 @@ def backward_kernel(
     if fresh_ptrs is not None:
         d_fresh = zeros_like(d_state)
     past = load_past(
-        dy_ptr, d_trace_ptrs, state_ptrs, initial_ptrs, fresh_ptrs, saved_ptr, wx_ptr, rh_ptr,
-        mark, rows, rows + to_before, T == 1, row, width, row_mask, unit0,
-        H, BLOCK_H, FORWARD, N_GATES, N_SAVED,
+        d_out_ptrs, state_ptrs, initial_ptrs, fresh_ptrs, past_ptrs, extra, mark,
+        rows, rows + to_before, T == 1, row, width, row_mask, unit0, H, BLOCK_H, CELL,
     )  # fmt: skip
 
     for step in range(T):
         d_out, saved, state, previous = past
         d_state = add(d_state, d_out)
-        d_rh, d_wx, d_previous = BACKWARD(saved, state, previous, d_state)
+        d_rh, d_wx, d_previous = CELL.backward(saved, state, previous, d_state, extra)
         if fresh_ptrs is not None:
             d_fresh = choose(mark, FRESH, add(d_fresh, d_previous), d_fresh)
         if marks_ptr is not None:
@@ -278,16 +276,15 @@ def backward_kernel(
                 )  # fmt: skip
         # What does not need the others goes before the wait for them.
         store_tiles(
-            d_gates_ptr + rows * ((N_GATES + N_APART) * H), row_mask, unit0, d_rh + d_wx, H, BLOCK_H
+            d_gates_ptr + rows * (N_GRADIENTS * H), row_mask, unit0, d_rh + d_wx, H, BLOCK_H
         )
         rows += tl.where(step + 1 < T, to_before, 0)
         if marks_ptr is not None:
             marks_ptr += tl.where(step + 1 < T, to_before, 0)
             after, mark = mark, load_mark(marks_ptr, row_mask)
         past = load_past(
-            dy_ptr, d_trace_ptrs, state_ptrs, initial_ptrs, fresh_ptrs, saved_ptr, wx_ptr, rh_ptr,
-            mark, rows, rows + to_before, step + 2 >= T, row, width, row_mask, unit0,
-            H, BLOCK_H, FORWARD, N_GATES, N_SAVED,
+            d_out_ptrs, state_ptrs, initial_ptrs, fresh_ptrs, past_ptrs, extra, mark,
+            rows, rows + to_before, step + 2 >= T, row, width, row_mask, unit0, H, BLOCK_H, CELL,
         )  # fmt: skip
         if PROTOCOL == "local":
             dh = partial

@@ -16,11 +16,11 @@ from .tiles import (
     block_pointers,
     choose,
     has,
-    load_bias,
     load_mark,
     load_past,
     load_states,
     load_tiles,
+    load_vectors,
     mark_gradients,
     mark_received,
     recurrent_part,
@@ -36,6 +36,7 @@ def forward_kernel(
     wx_ptr,
     r_ptr,
     b_ptr,
+    extra_ptr,
     initial_ptr,
     marks_ptr,
     fresh_ptrs,
@@ -47,9 +48,7 @@ def forward_kernel(
     B,
     step,
     H: tl.constexpr,
-    FORWARD: tl.constexpr,
-    N_GATES: tl.constexpr,
-    N_SAVED: tl.constexpr,
+    CELL: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -61,11 +60,15 @@ def forward_kernel(
     row = row0 + tl.arange(0, BLOCK_B)
     row_mask = row < B
     width = tl.num_programs(2) * H
+    N_GATES: tl.constexpr = CELL.n_gates
+    N_SAVED: tl.constexpr = CELL.n_saved
 
     direction_rows = i_direction * T.to(tl.int64) * B
     r_ptr += i_direction * N_GATES * H * H
     if b_ptr is not None:
         b_ptr += i_direction * N_GATES * H
+    if extra_ptr is not None:
+        extra_ptr += i_direction * CELL.n_extra * H
     state_ptrs = shift(state_ptrs, i_direction * H)
     initial_ptr += i_direction * B.to(tl.int64) * H
     running_ptrs = shift(running_ptrs, i_direction * B.to(tl.int64) * H)
@@ -90,7 +93,8 @@ def forward_kernel(
         )
         block = tl.dot(h, columns, block, input_precision=PRECISION)
 
-    bias = load_bias(b_ptr, unit0, H, BLOCK_H, N_GATES)
+    bias = load_vectors(b_ptr, unit0, H, BLOCK_H, N_GATES)
+    extra = load_vectors(extra_ptr, unit0, H, BLOCK_H, CELL.n_extra)
     mark = None
     if marks_ptr is not None:
         mark = load_mark(marks_ptr + direction_rows + row0 + t * B, row_mask)
@@ -101,7 +105,7 @@ def forward_kernel(
     wx = load_tiles(wx_rows, row_mask, unit0, H, BLOCK_H, N_GATES)
     state = load_states(running_ptrs, row, H, row_mask, unit0, H, BLOCK_H)
     before = refresh(state, mark, fresh_ptrs, row, row_mask, unit0, H, BLOCK_H)
-    state, saved = FORWARD(wx, rh, before)
+    state, saved = CELL.forward(wx, rh, before, extra)
     if marks_ptr is not None:
         state = choose(mark, HOLD, before, state)
     store_states(running_ptrs, row, H, row_mask, unit0, state, H, BLOCK_H, 0)
@@ -113,16 +117,14 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "B", "step"])
 def backward_kernel(
-    dy_ptr,
-    d_trace_ptrs,
+    d_out_ptrs,
     r_ptr,
+    extra_ptr,
     initial_ptrs,
     marks_ptr,
     fresh_ptrs,
     state_ptrs,
-    saved_ptr,
-    wx_ptr,
-    rh_ptr,
+    past_ptrs,
     running_ptrs,
     d_gates_ptr,
     d_fresh_ptrs,
@@ -130,11 +132,7 @@ def backward_kernel(
     B,
     step,
     H: tl.constexpr,
-    FORWARD: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    N_GATES: tl.constexpr,
-    N_SAVED: tl.constexpr,
-    N_APART: tl.constexpr,
+    CELL: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -146,25 +144,23 @@ def backward_kernel(
     row = row0 + tl.arange(0, BLOCK_B)
     row_mask = row < B
     width = tl.num_programs(2) * H
+    N_GATES: tl.constexpr = CELL.n_gates
+    N_PAST: tl.constexpr = CELL.n_saved if len(past_ptrs) == 1 else N_GATES
+    N_GRADIENTS: tl.constexpr = N_GATES + CELL.n_apart
 
     direction_rows = i_direction * T.to(tl.int64) * B
     r_ptr += i_direction * N_GATES * H * H
+    if extra_ptr is not None:
+        extra_ptr += i_direction * CELL.n_extra * H
     initial_ptrs = shift(initial_ptrs, i_direction * B.to(tl.int64) * H)
     running_ptrs = shift(running_ptrs, i_direction * B.to(tl.int64) * H)
     state_ptrs = shift(state_ptrs, i_direction * H)
-    if dy_ptr is not None:
-        dy_ptr += i_direction * H
-    if d_trace_ptrs is not None:
-        d_trace_ptrs = shift(d_trace_ptrs, i_direction * H)
+    d_out_ptrs = shift(d_out_ptrs, i_direction * H)
     if fresh_ptrs is not None:
         fresh_ptrs = shift(fresh_ptrs, i_direction * B.to(tl.int64) * H)
         d_fresh_ptrs = shift(d_fresh_ptrs, i_direction * B.to(tl.int64) * H)
-    if saved_ptr is None:
-        wx_ptr += direction_rows * (N_GATES * H)
-        rh_ptr += direction_rows * (N_GATES * H)
-    else:
-        saved_ptr += direction_rows * (N_SAVED * H)
-    d_gates_ptr += direction_rows * ((N_GATES + N_APART) * H)
+    past_ptrs = shift(past_ptrs, direction_rows * (N_PAST * H))
+    d_gates_ptr += direction_rows * (N_GRADIENTS * H)
     t = tl.where(i_direction == 0, T - 1 - step, step).to(tl.int64)
     to_before = tl.where(i_direction == 0, -B, B)
     rows = row + t * B
@@ -172,7 +168,7 @@ def backward_kernel(
     d_state = load_states(running_ptrs, row, H, row_mask, unit0, H, BLOCK_H)
     dh = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
     unit = unit0 + tl.arange(0, BLOCK_H)
-    d_row_ptrs = d_gates_ptr + (rows - to_before) * ((N_GATES + N_APART) * H)
+    d_row_ptrs = d_gates_ptr + (rows - to_before) * (N_GRADIENTS * H)
     for first in range(0, tl.where(step == 0, 0, N_GATES * H), BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         inside = k < N_GATES * H
@@ -192,13 +188,13 @@ def backward_kernel(
         mark = load_mark(marks_ptr, row_mask)
         to_after = tl.where(step == 0, 0, -to_before)  # dh is 0 at first
         dh = mark_received(load_mark(marks_ptr + to_after, row_mask), dh)
+    extra = load_vectors(extra_ptr, unit0, H, BLOCK_H, CELL.n_extra)
     d_out, saved, state, previous = load_past(
-        dy_ptr, d_trace_ptrs, state_ptrs, initial_ptrs, fresh_ptrs, saved_ptr, wx_ptr, rh_ptr,
-        mark, rows, rows + to_before, step == T - 1, row, width, row_mask, unit0,
-        H, BLOCK_H, FORWARD, N_GATES, N_SAVED,
+        d_out_ptrs, state_ptrs, initial_ptrs, fresh_ptrs, past_ptrs, extra, mark,
+        rows, rows + to_before, step == T - 1, row, width, row_mask, unit0, H, BLOCK_H, CELL,
     )  # fmt: skip
     d_state = add(add(d_state, (dh,)), d_out)
-    d_rh, d_wx, d_previous = BACKWARD(saved, state, previous, d_state)
+    d_rh, d_wx, d_previous = CELL.backward(saved, state, previous, d_state, extra)
     if fresh_ptrs is not None:
         mask = row_mask & has(mark, FRESH)
         d_fresh = load_states(d_fresh_ptrs, row, H, mask, unit0, H, BLOCK_H)
@@ -207,6 +203,4 @@ def backward_kernel(
     if marks_ptr is not None:
         d_rh, d_wx, d_previous = mark_gradients(mark, d_state, d_rh, d_wx, d_previous)
     store_states(running_ptrs, row, H, row_mask, unit0, d_previous, H, BLOCK_H, 0)
-    store_tiles(
-        d_gates_ptr + rows * ((N_GATES + N_APART) * H), row_mask, unit0, d_rh + d_wx, H, BLOCK_H
-    )
+    store_tiles(d_gates_ptr + rows * (N_GRADIENTS * H), row_mask, unit0, d_rh + d_wx, H, BLOCK_H)

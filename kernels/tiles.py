@@ -159,14 +159,12 @@ def store_tiles(row_ptrs, row_mask, unit0, tiles, H: tl.constexpr, BLOCK_H: tl.c
 
 @triton.jit
 def load_past(
-    dy_ptr,
-    d_trace_ptrs,
+    d_out_ptrs,
     state_ptrs,
     initial_ptrs,
     fresh_ptrs,
-    saved_ptr,
-    wx_ptr,
-    rh_ptr,
+    past_ptrs,
+    extra,
     mark,
     rows,
     rows_before,
@@ -177,22 +175,16 @@ def load_past(
     unit0,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    FORWARD: tl.constexpr,
-    N_GATES: tl.constexpr,
-    N_SAVED: tl.constexpr,
+    CELL: tl.constexpr,
 ):
     """Load what backward needs of a step: gradients that arrive there, activations, and the states
-    after and before it.
+    after and before it. `past_ptrs` is one pointer to the activations, or two to the parts of the
+    gates from which they are computed.
     """
     out_mask = row_mask
     if mark is not None:
         out_mask = row_mask & (has(mark, HOLD) == 0)
-    if dy_ptr is None:
-        d_out = (tl.zeros([row_mask.shape[0], BLOCK_H], tl.float32),)
-    else:
-        d_out = load_tiles(dy_ptr + rows * width, out_mask, unit0, H, BLOCK_H, 1)
-    if d_trace_ptrs is not None:
-        d_out += load_states(d_trace_ptrs, rows, width, out_mask, unit0, H, BLOCK_H)
+    d_out = load_states(d_out_ptrs, rows, width, out_mask, unit0, H, BLOCK_H)
     state = load_states(state_ptrs, rows, width, row_mask, unit0, H, BLOCK_H)
     previous = ()
     for s in tl.static_range(len(state_ptrs)):
@@ -212,12 +204,11 @@ def load_past(
                 mask = row_mask
                 row_ptrs = tl.where(has(mark, FRESH), fresh_ptrs[s] + row * H, row_ptrs)
             previous += load_tiles(row_ptrs, mask, unit0, H, BLOCK_H, 1)
-    if saved_ptr is None:
-        wx = load_tiles(wx_ptr + rows * (N_GATES * H), row_mask, unit0, H, BLOCK_H, N_GATES)
-        rh = load_tiles(rh_ptr + rows * (N_GATES * H), row_mask, unit0, H, BLOCK_H, N_GATES)
-        saved = FORWARD(wx, rh, previous)[1]
-    else:
-        saved = load_tiles(saved_ptr + rows * (N_SAVED * H), row_mask, unit0, H, BLOCK_H, N_SAVED)
+    N: tl.constexpr = CELL.n_saved if len(past_ptrs) == 1 else CELL.n_gates
+    saved = load_tiles(past_ptrs[0] + rows * (N * H), row_mask, unit0, H, BLOCK_H, N)
+    if len(past_ptrs) == 2:
+        rh = load_tiles(past_ptrs[1] + rows * (N * H), row_mask, unit0, H, BLOCK_H, N)
+        saved = CELL.forward(saved, rh, previous, extra)[1]
     return d_out, saved, state, previous
 
 
@@ -262,14 +253,15 @@ def block_pointers(r_ptr, unit0, H: tl.constexpr, N_GATES: tl.constexpr, BLOCK_H
 
 
 @triton.jit
-def load_bias(b_ptr, unit0, H: tl.constexpr, BLOCK_H: tl.constexpr, N_GATES: tl.constexpr):
-    """Load a row of each gate's bias, or nothing without bias."""
+def load_vectors(ptr, unit0, H: tl.constexpr, BLOCK_H: tl.constexpr, N: tl.constexpr):
+    """Load N parts of a vector that lie H apart, as rows of tiles; nothing from None."""
     unit = unit0 + tl.arange(0, BLOCK_H)
-    bias = ()
-    if b_ptr is not None:
-        for g in tl.static_range(N_GATES):
-            bias += (tl.load(b_ptr + g * H + unit, mask=unit < H, other=0.0).to(tl.float32),)
-    return bias
+    vectors = ()
+    if ptr is not None:
+        for n in tl.static_range(N):
+            vector = tl.load(ptr + n * H + unit, mask=unit < H, other=0.0).to(tl.float32)
+            vectors += (vector[None, :],)
+    return vectors
 
 
 @triton.jit
@@ -291,7 +283,7 @@ def split_block(block, bias, N_GATES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK
         if len(bias) == 0:
             rh += (gates[g],)
         else:
-            rh += (gates[g] + bias[g][None, :],)
+            rh += (gates[g] + bias[g],)
     return rh
 
 

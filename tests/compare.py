@@ -29,13 +29,15 @@ from torch.nn.utils.rnn import (
 )
 
 import fastrnn
+import fastrnn.call
+from fastrnn.cells import CELLS as DEFINITIONS
 from fastrnn.planner import use_path
 
 #: Units. In float64 torch.nn is the oracle and has no error to be compared with; in half
 #: precision most sums are wider than their results, which are rounded once.
 FLOOR = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
-PATHS = (None, "loop", "reference", "torch")
+PATHS = (None, "kernels", "operators", "reference", "torch")
 
 
 class IdentityRNN(torch.nn.RNN):
@@ -277,6 +279,11 @@ class Call:
             # What does not depend on anything any more has no derivatives to go on with.
             used = [name for name in used if results[name].requires_grad]
         return {name: tensor.detach() for name, tensor in results.items()}
+
+
+def call_of(cell: str, *arguments: Any, **fields: Any) -> fastrnn.call.Call:
+    """The record of a call of a layer, or of a step, by the name of its cell."""
+    return fastrnn.call.Call(DEFINITIONS[cell], *arguments, **fields)
 
 
 def assert_accurate(

@@ -5,14 +5,14 @@ after them are done here, the latter in float64, so that a whole layer is compar
 and every gradient. The oracle is `reference.layer` in float64 with autograd; it is also run in the
 dtype under test, for the error that torch makes there (see compare.py).
 
-Results go by names: y, h_n, c_n; trace, which is c after every step; saved; and d_ of an input.
+Results go by names: y, h_n, c_n; trace_c, which is c after every step; saved; and d_ of an input.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastrnn import reference
-from fastrnn.cells import Weights
+from fastrnn.call import Call, Weights
+from fastrnn.cells import Cell
 from fastrnn.kernels import launch
-from fastrnn.kernels.cells import Cell
 from fastrnn.kernels.configs import Config
 
 #: The schedules, the persistent one by its protocols.
@@ -85,17 +85,25 @@ def draw(layer: Layer) -> Numbers:
             random(rows, inputs, scale=0.4),
             random(rows, hidden, scale=0.8 * hidden**-0.5),
             *(random(rows, scale=0.5) for _ in range(2 * layer.bias)),
+            extras=tuple(random(e.blocks * hidden, scale=0.5) for e in layer.cell.extras),
         )
         for _ in range(layer.directions)
     ]
+    initial = [random(*state, scale=float(layer.state)) for _ in range(layer.cell.n_states)]
     return Numbers(
         x,
         torch.stack([linear(x, w.w_ih, w.b_ih) for w in weights]),
-        [random(*state, scale=float(layer.state)) for _ in range(layer.cell.n_states)],
+        as_states(layer.cell, initial) if layer.state else initial,
         weights,
         random(*sequence, layer.directions * hidden) if layer.dy else None,
         [random(*state) for _ in range(layer.cell.n_states)],
     )
+
+
+def as_states(cell: Cell, drawn: Sequence[Tensor]) -> list[Tensor]:
+    """What can be states of a cell, of random numbers: an n is at least 1."""
+    pairs = zip(cell.states, drawn, strict=False)
+    return [part.abs() + 1 if name == "n" else part for name, part in pairs]
 
 
 def convert(numbers: Numbers, dtype: torch.dtype) -> Numbers:
@@ -105,79 +113,65 @@ def convert(numbers: Numbers, dtype: torch.dtype) -> Numbers:
         return None if part is None else part.to(dtype, copy=True)
 
     x, wx, initial, weights, dy, d_final = numbers
-    weights = [Weights(*map(to, w[:4])) for w in weights]
+    weights = [Weights(*map(to, w[:4]), extras=tuple(map(to, w.extras))) for w in weights]
     return Numbers(to(x), to(wx), [*map(to, initial)], weights, to(dy), [*map(to, d_final)])
 
 
 def by_reference(layer: Layer, numbers: Numbers, dtype: torch.dtype) -> dict[str, Tensor]:
     """All results, by autograd."""
     numbers = convert(numbers, dtype)
-    leaves = {"x": numbers.x, **named(numbers.initial, "{}_0")}
+    leaves = {"x": numbers.x, **named(layer, numbers.initial, "{}_0")}
     for d, w in enumerate(numbers.weights):
         leaves |= {f"{name}_{d}": part for name, part in weights_of(w).items()}
     for leaf in leaves.values():
         leaf.requires_grad_()
 
-    def run(x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        weights = [part for w in numbers.weights for part in weights_of(w).values()]
-        initial, bidirectional = numbers.initial, layer.directions == 2
-        y, final, _ = reference.layer(layer.cell.name, x, initial, weights, None, bidirectional)
-        return y, final
-
-    y, final = run(numbers.x)
+    weights = [part for w in numbers.weights for part in weights_of(w).values()]
+    y, final, traces = reference.layer(
+        Call(layer.cell, numbers.x, numbers.initial, weights, bidirectional=layer.directions == 2)
+    )
     outputs, cotangents = [*final], [*numbers.d_final]
     if numbers.dy is not None:
         outputs, cotangents = [*outputs, y], [*cotangents, numbers.dy]
     grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
-    results = {"y": y, **named(final, "{}_n")}
+    results = {"y": y, **named(layer, final, "{}_n"), **named(layer, ["", *traces], "trace_{}")}
     results |= {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
-    with torch.no_grad():
-        if layer.cell.n_states == 2:
-            # c after step t is the last of a shorter sequence.
-            shorter = ((numbers.x[: t + 1], numbers.x[t:]) for t in range(layer.steps))
-            cs = [(run(begin)[1][1], run(end)[1][1]) for begin, end in shorter]
-            results["trace"] = torch.stack([torch.cat([c[0], *late[1:]], -1) for c, late in cs])
-        if layer.cell.name in SAVED:
-            wx, rh = (gates.chunk(layer.cell.n_gates, dim=-1) for gates in recompute(numbers, y))
-            results["saved"] = torch.cat(SAVED[layer.cell.name](wx, rh), dim=-1)
+    if layer.cell.n_saved:
+        forward = reference.TORCH.bind(layer.cell.forward)
+        previous = zip(*(before(numbers, [y, *traces], s) for s in range(len(final))), strict=True)
+        saved = [
+            torch.cat(
+                forward(*(g.chunk(layer.cell.n_gates, -1) for g in gates), s, w.blocks())[1], -1
+            )
+            for *gates, s, w in zip(*recompute(numbers, y), previous, numbers.weights, strict=True)
+        ]
+        results["saved"] = torch.stack(saved)
     return {name: tensor.detach() for name, tensor in results.items()}
 
 
 def weights_of(weights: Weights) -> dict[str, Tensor]:
     """The weights that there are, by name."""
-    return {name: part for name, part in weights._asdict().items() if isinstance(part, Tensor)}
+    names = {name: part for name, part in weights._asdict().items() if isinstance(part, Tensor)}
+    return names | {f"extra{k}": part for k, part in enumerate(weights.extras)}
 
 
-def named(states: Sequence[Tensor], form: str) -> dict[str, Tensor]:
-    return {form.format(name): state for name, state in zip("hc", states, strict=False)}
+def named(layer: Layer, states: Sequence[Tensor], form: str) -> dict[str, Tensor]:
+    pairs = zip(layer.cell.states, states, strict=False)
+    return {form.format(name): part for name, part in pairs if isinstance(part, Tensor)}
 
 
 def recompute(numbers: Numbers, y: Tensor) -> tuple[Tensor, Tensor]:
     """The input part and the recurrent part of the gates with their biases, (D, T, B, G * H)."""
     wx = [linear(numbers.x, w.w_ih, w.b_ih) for w in numbers.weights]
-    befores = zip(numbers.weights, h_before(numbers, y), strict=True)
+    befores = zip(numbers.weights, before(numbers, [y], 0), strict=True)
     return torch.stack(wx), torch.stack([linear(h, w.w_hh, w.b_hh) for w, h in befores])
 
 
-def h_before(numbers: Numbers, y: Tensor) -> list[Tensor]:
-    """h before every step of each direction, (T, B, H)."""
-    h_0 = numbers.initial[0]
-    first, *second = y.chunk(len(h_0), dim=-1)
-    return [torch.cat([h_0[:1], first[:-1]]), *(torch.cat([h[1:], h_0[1:]]) for h in second)]
-
-
-def _saved_lstm(wx: Sequence[Tensor], rh: Sequence[Tensor]) -> list[Tensor]:
-    i, f, g, o = (a + b for a, b in zip(wx, rh, strict=True))
-    return [i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()]
-
-
-def _saved_gru(wx: Sequence[Tensor], rh: Sequence[Tensor]) -> list[Tensor]:
-    r, z = torch.sigmoid(wx[0] + rh[0]), torch.sigmoid(wx[1] + rh[1])
-    return [r, z, torch.tanh(wx[2] + r * rh[2]), rh[2]]
-
-
-#: The activations that a cell saves, from the two parts of its gates.
-SAVED: dict[str, Callable[..., list[Tensor]]] = {"lstm": _saved_lstm, "gru": _saved_gru}
+def before(numbers: Numbers, sequences: Sequence[Tensor], s: int) -> list[Tensor]:
+    """A state before every step of each direction, (T, B, H), from those after every step."""
+    start = numbers.initial[s]
+    first, *second = sequences[s].chunk(len(start), dim=-1)
+    return [torch.cat([start[:1], first[:-1]]), *(torch.cat([v[1:], start[1:]]) for v in second)]
 
 
 def by_kernels(
@@ -194,29 +188,37 @@ def by_kernels(
     Without `save`, backward computes the activations again. Checks that both leave what they are
     given as it was.
     """
-    initial, (r, b) = numbers.initial, stacked(numbers)
-    with unchanged(numbers.wx, r, b, initial), cooperative(seed):
+    operands = operands_of(numbers)
+    with unchanged(numbers.wx, *operands), cooperative(seed):
         y, traces, saved, final = launch.forward(
-            layer.cell, numbers.wx, r, b, initial, config, "ieee", traced=True, save=save
+            layer.cell, config, "ieee", numbers.wx, operands, traced=True, save=save
         )
-    past = saved if save else recompute(numbers, y)
-    given = numbers.dy, numbers.d_final, r, initial, y, traces, past
-    with unchanged(*given), cooperative(seed):
+    past = launch.Past(y, traces, (saved,) if save else recompute(numbers, y))
+    given = numbers.dy, numbers.d_final, ()
+    with unchanged(*operands, *past, *given), cooperative(seed):
         config = backward_config or config
-        d_gates, d_initial, _ = launch.backward(layer.cell, *given, config, "ieee")
+        d_gates, d_initial, _ = launch.backward(layer.cell, config, "ieee", operands, past, given)
     assert {part.dtype for part in (y, *final, d_gates, *d_initial)} == {layer.dtype}
-    results = {"y": y, **named(final, "{}_n"), "d_gates": d_gates, **named(d_initial, "d_{}_0")}
-    if traces:
-        assert traces[0].dtype == torch.float32
-        results["trace"] = traces[0]
+    assert {part.dtype for part in traces} <= {torch.float32}
+    results = {"y": y, "d_gates": d_gates, **named(layer, ["", *traces], "trace_{}")}
+    results |= named(layer, final, "{}_n") | named(layer, d_initial, "d_{}_0")
     return results | ({"saved": saved} if save and layer.cell.n_saved else {})
 
 
-def stacked(numbers: Numbers) -> tuple[Tensor, Tensor | None]:
-    """The recurrent weights and their bias as the kernels take them."""
-    r = torch.stack([w.w_hh for w in numbers.weights])
-    bs = [w.b_hh for w in numbers.weights if w.b_hh is not None]
-    return r, torch.stack(bs) if bs else None
+def operands_of(numbers: Numbers) -> launch.Operands:
+    """Weights and initial states as the kernels take them."""
+
+    def stacked(parts: Iterable[Tensor | None]) -> Tensor | None:
+        found = [part for part in parts if part is not None]
+        return torch.stack(found) if found else None
+
+    ws = numbers.weights
+    return launch.Operands(
+        stacked(w.w_hh for w in ws),
+        stacked(w.b_hh for w in ws),
+        stacked(torch.cat(w.extras) if w.extras else None for w in ws),
+        numbers.initial,
+    )
 
 
 @contextlib.contextmanager
@@ -246,14 +248,21 @@ def whole(layer: Layer, numbers: Numbers, results: dict[str, Tensor]) -> dict[st
     d_rh = d_gates[..., :width]
     d_wx = torch.cat([d_rh[..., : width - apart], d_gates[..., width:]], dim=-1)
     results["d_x"] = torch.zeros_like(exact.x)
-    befores = h_before(exact, results["y"].double())
-    for d, (w, h) in enumerate(zip(exact.weights, befores, strict=True)):
+    sequences = [results["y"], *(results[f"trace_{name}"] for name in layer.cell.states[1:])]
+    sequences = [part.double() for part in sequences]
+    befores = [before(exact, sequences, s) for s in range(len(sequences))]
+    for d, (w, h) in enumerate(zip(exact.weights, befores[0], strict=True)):
         results["d_x"] += d_wx[d] @ w.w_ih
         results[f"d_w_ih_{d}"] = torch.einsum("tbg,tbi->gi", d_wx[d], exact.x)
         results[f"d_w_hh_{d}"] = torch.einsum("tbg,tbh->gh", d_rh[d], h)
         if w.b_ih is not None:
             results[f"d_b_ih_{d}"] = d_wx[d].sum((0, 1))
             results[f"d_b_hh_{d}"] = d_rh[d].sum((0, 1))
+        if w.extras:
+            after = [part.chunk(layer.directions, dim=-1)[d] for part in sequences]
+            d_extra = reference.TORCH.bind(layer.cell.d_extra)
+            parts = d_extra(d_rh[d].chunk(layer.cell.n_gates, -1), after, [b[d] for b in befores])
+            results[f"d_extra0_{d}"] = torch.cat([part.sum((0, 1)) for part in parts])
     return {name: tensor.to(layer.dtype) for name, tensor in results.items()}
 
 

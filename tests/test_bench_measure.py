@@ -12,7 +12,7 @@ import pytest
 import torch
 from cooperative import cooperative
 
-from fastrnn import planner
+from fastrnn import devices, planner
 from fastrnn.bench import built, empty_cpu, gate, limits, measure, providers
 from fastrnn.bench.environment import environment
 from fastrnn.bench.limits import Bound, Limits
@@ -161,9 +161,9 @@ def test_a_small_mistake_is_seen_at_any_length(monkeypatch, dtype, steps):
 def test_tolerances_of_a_gpu_follow_its_products(monkeypatch):
     case = Case("gru", "training", "float32", 64, 8, 64, 64)
     exact = gate.tolerances_of(case, CPU)
-    monkeypatch.setattr(planner, "float32_precision", lambda: "ieee")
+    monkeypatch.setattr(devices, "float32_precision", lambda: "ieee")
     assert gate.tolerances_of(case, CUDA) == exact
-    monkeypatch.setattr(planner, "float32_precision", lambda: "tf32")
+    monkeypatch.setattr(devices, "float32_precision", lambda: "tf32")
     rounded = gate.tolerances_of(case, CUDA)
     assert rounded.recurrent == 4 * 2**-10
     assert rounded.summed == 12 * 2**-10
@@ -186,7 +186,7 @@ def test_a_forced_path_is_measured_unless_the_planner_picks_it():
     (_, alone) = measure.measure(case, CPU, 0, [f"fastrnn:{picked}"])
     assert (alone.provider, alone.status) == (f"fastrnn:{picked}", "ok")
     rows = measure.measure(case, CPU, 0, ["fastrnn", *forced])
-    paths = {"loop", "torch", "reference"} - {picked}
+    paths = {"kernels", "operators", "torch", "reference"} - {picked}
     # Schedules are for GPUs.
     assert {row.provider for row in rows[2:]} == {f"fastrnn:{path}" for path in paths}
     assert {row.path for row in rows[2:]} == paths
@@ -499,15 +499,15 @@ def test_results_of_a_call_keep_no_graph():
 
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
 def test_all_multiply_float32_alike(monkeypatch, precision):
-    devices = []
-    monkeypatch.setattr(torch.cuda, "device", lambda d: contextlib.nullcontext(devices.append(d)))
-    monkeypatch.setattr(planner, "float32_precision", lambda: precision)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device", lambda d: contextlib.nullcontext(chosen.append(d)))
+    monkeypatch.setattr(devices, "float32_precision", lambda: precision)
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     with limits.on_equal_terms(torch.device("cuda:1")):
         assert matmul.fp32_precision == ("tf32" if precision == "tf32" else before)
     assert matmul.fp32_precision == before
-    assert devices == [torch.device("cuda:1")]
+    assert chosen == [torch.device("cuda:1")]
 
 
 def test_what_was_measured_outlives_a_crash(monkeypatch, tmp_path):
@@ -589,7 +589,7 @@ def test_the_empty_exchange_of_a_gpu(monkeypatch, protocol):
     if torch.cuda.is_available():
         pytest.skip("for the interpreter")
     facts = DEVICES["h100"]._replace(protocol=protocol)
-    monkeypatch.setattr(planner, "gpu", lambda index: facts)
+    monkeypatch.setattr(devices, "gpu", lambda index: facts)
     monkeypatch.setattr(empty_gpu, "_HIDDEN", 64)
     states = []
     empty = torch.empty
@@ -607,5 +607,5 @@ def test_the_empty_exchange_of_a_gpu(monkeypatch, protocol):
 
 def test_no_empty_exchange_where_programs_may_not_wait(monkeypatch):
     empty_gpu = pytest.importorskip("fastrnn.bench.empty_gpu")
-    monkeypatch.setattr(planner, "gpu", lambda index: DEVICES["mi300x"])
+    monkeypatch.setattr(devices, "gpu", lambda index: DEVICES["mi300x"])
     assert empty_gpu.loop(CUDA, 5) is None

@@ -81,7 +81,7 @@ def errors_of(call: Any, cls: type) -> list[tuple[type, str]]:
     return [outcome(lambda of=of: call(of(5, 4))) for of in (cls, stock_class(cls))]
 
 
-@pytest.mark.parametrize("path", [None, "loop"], ids=["planned", "loop"])
+@pytest.mark.parametrize("path", [None, "kernels"], ids=["planned", "kernels"])
 @pytest.mark.parametrize("cls", CELL_CLASSES)
 @pytest.mark.parametrize("call", BAD_CALLS.values(), ids=BAD_CALLS)
 def test_bad_call(call: Any, cls: type, path: str | None) -> None:
@@ -90,7 +90,7 @@ def test_bad_call(call: Any, cls: type, path: str | None) -> None:
     assert mine == theirs
 
 
-@pytest.mark.parametrize("path", [None, "loop"], ids=["planned", "loop"])
+@pytest.mark.parametrize("path", [None, "kernels"], ids=["planned", "kernels"])
 @pytest.mark.parametrize("cls", CELL_CLASSES)
 @pytest.mark.parametrize("call", LOW_LEVEL_BAD_CALLS.values(), ids=LOW_LEVEL_BAD_CALLS)
 def test_bad_call_that_torch_does_not_explain(call: Any, cls: type, path: str | None) -> None:

@@ -14,6 +14,7 @@ import fastrnn.cpu
 import fastrnn.planner
 from fastrnn import flow, heads, testing
 from fastrnn.__main__ import main
+from fastrnn.cpu import operators
 
 
 def failure(capsys, *argv: str) -> str:
@@ -53,11 +54,11 @@ def test_bad_arguments_give_one_line_and_status_2(capsys, argv, says):
     [
         (["--cell", "lstm", "--T", "1", "--B", "64", "--H", "512"], "torch"),
         (["--cell", "lstm", "--T", "512", "--B", "64", "--H", "512", "--projected"], "torch"),
-        (["--cell", "lstm", "--T", "512", "--B", "64", "--H", "512", "--packed"], "loop"),
-        (["--cell", "gru", "--H", "64", "--training"], "loop"),
+        (["--cell", "lstm", "--T", "512", "--B", "64", "--H", "512", "--packed"], "kernels"),
+        (["--cell", "gru", "--H", "64", "--training"], "kernels"),
         (["--cell", "gru", "--H", "64", "--training", "--step"], "torch"),
-        (["--cell", "rnn_identity", "--H", "64"], "loop"),
-        (["--cell", "gru", "--H", "64", "--training", "--device", "h100"], "loop"),
+        (["--cell", "rnn_identity", "--H", "64"], "kernels"),
+        (["--cell", "gru", "--H", "64", "--training", "--device", "h100"], "kernels"),
         (["--cell", "gru", "--H", "64", "--T", "8", "--device", "h100"], "torch"),
         (["--cell", "lstm", "--H", "4096", "--dtype", "bf16", "--device", "b200"], "torch"),
         (["--cell", "lstm", "--H", "64", "--device", "mps"], "torch"),
@@ -123,13 +124,13 @@ def test_verify_shares_no_reading_of_the_options(monkeypatch, fault):
 def test_verify_sees_heads_that_are_normalised_together(monkeypatch):
     """The formula of layer normalisation over all units of a layer, where heads are apart."""
 
-    def together(of_one, num_heads, cell, x, state, weights, batch_sizes, bidirectional, marks):
-        per_direction = len(weights) // (2 if bidirectional else 1)
-        whole = list(weights)
-        for k in range(1, len(weights), per_direction):
+    def together(of_one, call):
+        weights, num_heads = list(call.weights), call.options.num_heads
+        for k in range(1, len(weights), call.n_weights):
             blocks = weights[k].unflatten(0, (-1, num_heads, weights[k].shape[1]))
-            whole[k] = torch.cat([torch.block_diag(*gate) for gate in blocks])
-        return of_one(cell, x, state, whole, batch_sizes, bidirectional, marks)
+            weights[k] = torch.cat([torch.block_diag(*gate) for gate in blocks])
+        options = call.options._replace(num_heads=1)
+        return of_one(call._replace(weights=weights, options=options))
 
     monkeypatch.setattr(heads, "layer", together)
     for cell, is_seen in (("gru", False), ("layernorm_gru", True)):
@@ -145,13 +146,12 @@ def test_verify_half_precision(dtype):
 
 
 def test_verify_reports_a_wrong_gradient_and_how_to_reproduce_it(capsys, monkeypatch):
-    gru = fastrnn.cpu.CPU_CELLS["gru"]
+    factors = operators._factors
 
-    def factors(gates, extra, h_prev, c_prev, y):
-        d_rh, d_wx_n, carry = gru.factors(gates, extra, h_prev, c_prev, y)
-        return d_rh * (1 + 1e-5), d_wx_n, carry
+    def wrong(*args):
+        return [part * (1 + 1e-5) for part in factors(*args)]
 
-    monkeypatch.setitem(fastrnn.cpu.CPU_CELLS, "gru", gru._replace(factors=factors))
+    monkeypatch.setattr(operators, "_factors", wrong)
     assert main(["verify", "--cells", "gru", "--cases", "10", "--dtype", "float64"]) == 1
     out = capsys.readouterr().out
     command = next(line for line in out.splitlines() if "python -m fastrnn" in line).split()
@@ -164,7 +164,7 @@ def test_verify_reports_an_exception(capsys, monkeypatch):
     def broken(*args):
         raise ZeroDivisionError("on purpose")
 
-    monkeypatch.setattr(fastrnn.cpu, "layer_forward", broken)
+    monkeypatch.setattr(fastrnn.cpu, "forward", broken)
     assert main(["verify", "--cells", "gru", "--cases", "1", "--dtype", "float64"]) == 1
     assert "raised ZeroDivisionError: on purpose" in capsys.readouterr().out
 
@@ -189,7 +189,7 @@ def test_output_of_any_encoding(monkeypatch, encoding):
     out, errors = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", errors)
-    monkeypatch.setattr(fastrnn.cpu, "layer_forward", broken)
+    monkeypatch.setattr(fastrnn.cpu, "forward", broken)
     assert main(["verify", "--cells", "gru", "--cases", "1", "--dtype", "float64"]) == 1
     print("→", file=errors, flush=True)
     written = out.buffer.getvalue().decode(encoding)
@@ -234,6 +234,6 @@ def test_cases_cover_every_argument():
 
 @pytest.mark.parametrize("native", [False, True])
 def test_plan_of_half_precision_depends_on_the_cpu(capsys, monkeypatch, native):
-    monkeypatch.setattr(fastrnn.planner, "multiplies", lambda dtype: native)
+    monkeypatch.setattr(fastrnn.crossover, "multiplies", lambda dtype: native)
     main(["plan", "--cell", "lstm", "--B", "16", "--H", "64", "--dtype", "bf16"])
-    assert capsys.readouterr().out.startswith("torch: " if native else "loop: ")
+    assert capsys.readouterr().out.startswith("torch: " if native else "kernels: ")

@@ -14,8 +14,8 @@ import pytest
 
 from fastrnn.bench import compile_budget
 from fastrnn.bench.compile_budget import Measured, Variant
+from fastrnn.cells import CELLS
 from fastrnn.kernels import configs
-from fastrnn.kernels.cells import CELLS
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "bench" / "results" / "compile_budget.csv"
@@ -34,6 +34,9 @@ SAMPLE = [
     ("rnn_tanh", "training", "float32", "ieee", 64, "b200"),
     ("rnn_tanh", "backward", "bfloat16", "tf32", 256, "b200"),
     ("rnn_tanh", "training", "float32", "tf32", 1024, "a100"),
+    ("peephole_lstm", "backward", "bfloat16", "tf32", 64, "h100"),
+    ("slstm", "training", "bfloat16", "tf32", 256, "h100"),
+    ("slstm", "backward", "bfloat16", "tf32", 256, "h100"),
 ]
 
 
@@ -72,8 +75,8 @@ def test_shared_memory_is_foreseen(table):
     for variant, measured in table.items():
         if variant.schedule != "stepwise":
             itemsize = 2 if variant.dtype == "bfloat16" else 4
-            shape = configs.Shape(
-                CELLS[variant.cell].n_gates, 1, variant.hidden_size, 1, itemsize, variant.precision
+            shape = configs.Shape.of(
+                CELLS[variant.cell], 1, variant.hidden_size, 1, itemsize, variant.precision
             )
             config = configs.Config(*variant[6:], tiles=1)
             backward = variant.run.startswith(("backward", "recompute"))
@@ -133,6 +136,41 @@ def test_sample_keeps_the_budgets(compiled, problem):
     assert measured.registers > 0
     if variant.schedule == "persistent":
         assert measured.exchange_loads
+
+
+def test_what_is_compiled_is_found_by_the_source_of_the_cell():
+    """Triton's cache on disk must know what a cell calls."""
+    code = """
+import triton
+from triton.compiler import ASTSource
+from fastrnn.cells import CELLS, Engine
+from fastrnn.kernels import activations, persistent
+cells = [activations.bound(cell) for cell in CELLS.values() if cell.is_pointwise]
+names = {**activations.ENGINE.names, "tanh": activations.sigmoid}
+other = Engine(names, compile=triton.jit).bind(CELLS["lstm"].forward)
+cells.append(cells[0]._replace(forward=other))
+sources = [ASTSource(persistent.forward_kernel, {}, {"CELL": cell}) for cell in cells]
+assert len({source.hash() for source in sources}) == len(cells)
+"""
+    environ = {**os.environ, "TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, check=True)
+
+
+def test_cells_compile_in_gluon():
+    """No kernel is written in it; one could take the cells as they are."""
+    pytest.importorskip("triton.experimental.gluon")
+    environ = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "gluon_cells.py"],
+        stdout=subprocess.PIPE, text=True, check=True, env=environ,
+    )  # fmt: skip
+    stores = {name: int(count) for name, count in map(str.split, done.stdout.splitlines())}
+    # States, activations, gradients of gates and of states.
+    assert stores == {
+        name: 2 * cell.n_states + cell.n_saved + cell.n_gates + cell.n_apart
+        for name, cell in CELLS.items()
+        if cell.is_pointwise
+    }
 
 
 @pytest.mark.parametrize("protocol", ["flag", "counter"])

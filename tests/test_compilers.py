@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 import fastrnn
-from fastrnn import ops
+from fastrnn import autocast
 
 CLASSES = (fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN)
 INPUT_SIZE, HIDDEN_SIZE = 11, 6  # unlike T and B, so that sizes are not taken for one another
@@ -173,7 +173,7 @@ def test_autocast(cls: Any, compiling: bool) -> None:
     """An LSTM has the autocast dtype where oneDNN runs it in that, as torch.nn's has."""
     is_narrow = cls is fastrnn.RNN
     if cls is fastrnn.LSTM:
-        is_narrow = ops._is_one_operation(torch.bfloat16, torch.float32)
+        is_narrow = autocast.is_one_operation(torch.bfloat16, torch.float32)
     module = make(cls, num_layers=1)
     x, lengths, reset = batch_of(7, 3)
     options = {"lengths": lengths, "reset": reset, "return_states": True}

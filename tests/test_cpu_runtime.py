@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fastrnn
 from fastrnn.__main__ import main
+from fastrnn.cells import CELLS
 from fastrnn.cpu import machine
 from fastrnn.planner import use_path
 
@@ -205,7 +206,7 @@ if child == 0:
     status = 1
     try:
         signal.alarm(30)
-        with use_path("loop"):
+        with use_path("kernels"):
             y, _ = gru(x)
         y.sum().backward()
         torch.testing.assert_close(y, expected)
@@ -228,9 +229,10 @@ threading.Thread(target=machine._has_compiler).start()
 
 COMPILING = """
 import llvmlite.binding as llvm
+from fastrnn.cells import CELLS
 from fastrnn.cpu import engine
 llvm.ffi.register_lock_callback(linger, lambda: None)
-threading.Thread(target=lambda: engine.kernels("gru")).start()
+threading.Thread(target=lambda: engine.kernels(CELLS["gru"])).start()
 """
 
 ANOTHER_LIBRARY = """
@@ -289,7 +291,7 @@ import sys, torch, fastrnn
 from fastrnn.planner import use_path
 torch.manual_seed(0)
 gru, x = fastrnn.GRU(5, 9), torch.randn(7, 3, 5)
-with use_path("loop"):
+with use_path("kernels"):
     y, _ = gru(x)
 y.sum().backward()
 print(round(y.sum().item(), 4), round(gru.weight_hh_l0.grad.sum().item(), 4))
@@ -393,18 +395,34 @@ def test_a_folder_of_nobody(monkeypatch, caplog, tmp_path):
 def test_the_name_of_a_file_depends_on_all_sources(monkeypatch):
     """Or another version would call code that expects other arguments."""
     target = machine.target()
-    before = engine._cached("gru", target)
-    assert engine._cached("lstm", target) != before
-    assert engine._cached("gru", machine.NEON) != before
+    before = engine._cached(CELLS["gru"], target)
+    assert engine._cached(CELLS["lstm"], target) != before
+    assert engine._cached(CELLS["gru"], machine.NEON) != before
     read = Path.read_bytes
-    sources = {path.stem for path in Path(engine.__file__).parent.glob("*.py")}
-    for name in sources - {"__init__", "layers", "loop", "rows"}:
-        changed = f"{name}.py"
+    here = Path(engine.__file__).parent
+    for source in here.glob("*.py"):
         monkeypatch.setattr(
-            Path, "read_bytes", lambda p, changed=changed: read(p) + b"#" * (p.name == changed)
+            Path, "read_bytes", lambda p, source=source: read(p) + b"#" * (p == source)
         )
-        assert engine._cached("gru", target) != before, name
+        assert engine._cached(CELLS["gru"], target) != before, source
         monkeypatch.undo()
+    tanh, relu = (CELLS[name]._replace(name="mine") for name in ("rnn_tanh", "rnn_relu"))
+    assert engine._cached(tanh, target) != engine._cached(relu, target), "functions of one file"
+
+
+def test_cells_of_the_same_name(monkeypatch):
+    """What is remembered of a cell is that of its functions and facts."""
+    x, weights = torch.randn(5, 2, 3), [torch.randn(4, 3), torch.randn(4, 4)]
+    for like in ("rnn_tanh", "rnn_relu", "rnn_tanh"):
+        monkeypatch.setitem(CELLS, "mine", CELLS[like]._replace(name="mine"))
+        results = []
+        for path in ("kernels", "reference"):
+            with use_path(path):
+                results.append(fastrnn.functional.sequence("mine", x, None, weights)[0])
+        torch.testing.assert_close(*results)
+    monkeypatch.setitem(CELLS, "mine", CELLS["gru"]._replace(name="mine"))
+    with pytest.raises(ValueError, match="do not make whole mine layers"):
+        fastrnn.functional.sequence("mine", x, None, weights)
 
 
 def test_warmup(tmp_path, capsys, monkeypatch):
@@ -443,8 +461,8 @@ def test_compiling_logs_to_the_library_s_logger(tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("FASTRNN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(engine, "_loaded", {})
     with caplog.at_level(logging.WARNING, logger="fastrnn"):
-        engine.kernels("rnn_relu")
-        engine.kernels("rnn_relu")
+        engine.kernels(CELLS["rnn_relu"])
+        engine.kernels(CELLS["rnn_relu"])
     assert len(caplog.records) == 2
 
 
@@ -466,7 +484,7 @@ def test_compiling_logs_to_the_library_s_logger(tmp_path, caplog, monkeypatch):
 def test_changes_that_no_version_counter_sees(name, change):
     model = getattr(fastrnn, name)(6, 10)
     x = torch.randn(12, 2, 6)
-    with torch.no_grad(), use_path("loop"):
+    with torch.no_grad(), use_path("kernels"):
         before = model(x)[0]
         change(model)
         after = model(x)[0]

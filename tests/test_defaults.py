@@ -80,7 +80,7 @@ def run(module, argument, given):
     return [t.detach() for t in tensors], grads
 
 
-@pytest.mark.parametrize("path", [None, "loop", "reference"])
+@pytest.mark.parametrize("path", [None, "kernels", "reference"])
 @pytest.mark.parametrize(
     ("name", "build"),
     [pair for pair in itertools.product(LAYERS, BUILT) if pair != ("projected", "heads")],
@@ -88,7 +88,7 @@ def run(module, argument, given):
 def test_every_option(name, build, path):
     module = LAYERS[name](**BUILT[build])
     for call, (argument, given) in calls().items():
-        if call == "gates" and not fastrnn.cells.CELLS[module._cell].gates:
+        if call == "gates" and not fastrnn.cells.CELLS[module._cell].activations:
             continue
         module.to(torch.bfloat16 if call == "half" else torch.float32)
         with use_path(path):
@@ -101,7 +101,7 @@ def test_every_option(name, build, path):
             assert torch.equal(a, b), call
 
 
-@pytest.mark.parametrize("path", [None, "loop", "reference"])
+@pytest.mark.parametrize("path", [None, "kernels", "reference"])
 @pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
 def test_cells(name, path):
     cell, x = getattr(fastrnn, name)(6, 8), torch.randn(BATCH, 6)

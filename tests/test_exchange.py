@@ -24,14 +24,15 @@ from kernel_harness import (
 )
 from triton.runtime.errors import InterpreterError
 
+from fastrnn.cells import CELLS
 from fastrnn.kernels import exchange, launch
-from fastrnn.kernels.cells import CELLS
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="runs in Triton's interpreter"
 )
 
-LSTM, GRU, TANH, RELU, IDENTITY = CELLS.values()
+POINTWISE = {name: cell for name, cell in CELLS.items() if cell.is_pointwise}
+GRU, TANH, IDENTITY = (CELLS[name] for name in ("gru", "rnn_tanh", "rnn_identity"))
 PROTOCOLS = ("flag", "counter")
 SEEDS = range(20)
 
@@ -104,12 +105,13 @@ def test_access_outside_of_the_arguments(is_store):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", POINTWISE)
 def test_schedules_of_two_programs(cell, protocol):
     layer = Layer(CELLS[cell], steps=5)
     numbers, config = draw(layer), tiled(protocol, layer.hidden)
     first = check(layer, config)
-    for seed in SEEDS[1:]:
+    # The exchange knows nothing of a cell: fewer of those that take the interpreter long.
+    for seed in SEEDS[1 : None if layer.cell.n_states + layer.cell.n_extra <= 2 else 4]:
         assert_same(by_kernels(layer, numbers, config, seed=seed), first, f"seed {seed}")
 
 
@@ -125,7 +127,7 @@ def test_schedules_of_several_groups(cell, protocol):
 @given(
     layer=st.builds(
         Layer,
-        cell=st.sampled_from([*CELLS.values()]),
+        cell=st.sampled_from([*POINTWISE.values()]),
         steps=st.integers(1, 5),
         batch=st.integers(1, 5),
         hidden=st.integers(2, 20),

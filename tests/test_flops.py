@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from compare import call_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -32,7 +33,7 @@ OPTIONS = {
 }
 
 by_name = pytest.mark.parametrize("name", GATES)
-by_path = pytest.mark.parametrize("path", ["loop", "reference"])
+by_path = pytest.mark.parametrize("path", ["kernels", "reference"])
 
 
 def count(run: Callable[[], Any], of: str = "") -> int:
@@ -158,7 +159,7 @@ def test_by_hand(name: str) -> None:
     module, width, x = getattr(fastrnn, name)(X, H), GATES[name] * H, torch.randn(T, B, X)
     forward = 2 * T * B * (X + H) * width
     to_h = 2 * (T - 1) * B * H * width  # zeros before the first step have no gradient
-    with use_path("loop"):
+    with use_path("kernels"):
         assert count(lambda: infer(module, x)) == forward
         assert count(lambda: train(module, x)) == 2 * forward + to_h
         x.requires_grad_()
@@ -169,7 +170,7 @@ def test_by_hand(name: str) -> None:
 def test_half_of_a_step(name: str) -> None:
     """A mode that sees the forward, or the backward, only."""
     module, x = getattr(fastrnn, name)(X, H), torch.randn(T, B, X)
-    with use_path("loop"):
+    with use_path("kernels"):
         both, forward = count(lambda: train(module, x)), count(lambda: infer(module, x))
         assert count(lambda: module(x)) == forward
         assert count(module(x)[0].sum().backward) == both - forward
@@ -178,7 +179,7 @@ def test_half_of_a_step(name: str) -> None:
 @by_name
 def test_recompute(name: str) -> None:
     module, x = getattr(fastrnn, name)(X, H), torch.randn(T, B, X)
-    with use_path("loop"):
+    with use_path("kernels"):
         both, forward = count(lambda: train(module, x)), count(lambda: infer(module, x))
         assert count(lambda: train(module, x, recompute=True)) == both + forward
         # A chunk is given its state, the first one too.
@@ -195,7 +196,8 @@ def test_recompute_on_a_gpu(cell: str) -> None:
     with FakeTensorMode():
         x, y = (torch.empty(T, B, size, device="cuda") for size in (X, H))
         for save in (cpu.ALL, cpu.STATES, cpu.NOTHING):
-            saved = [y, *gpu.fake_saved(cell, x, H, 1, save)] if save != cpu.NOTHING else []
+            kept = gpu.fake_saved(call_of(cell, x, [], weights), save)
+            saved = [y, *kept] if save != cpu.NOTHING else []
             rest = (weights, None, False, None, [], [], saved, True, True, 0)
             counts.append(formula(cell, y, [], [], x, given, *rest, out_val=None))
     forward = 2 * T * B * (X + H) * width
@@ -206,13 +208,14 @@ def test_recompute_on_a_gpu(cell: str) -> None:
     "name", ["LayerNormLSTM", "LayerNormGRU", "PeepholeLSTM", "ResetBeforeGRU", "SLSTM"]
 )
 def test_variants(name: str) -> None:
-    """Once, although the operator calls torch's; and backward begins with a forward."""
+    """Once, although the operator may call torch's; and backward may begin with a forward."""
     module, x = getattr(fastrnn, name)(X, H), torch.randn(T, B, X)
     like = fastrnn.GRU(X, H) if "GRU" in name else fastrnn.LSTM(X, H)
-    with use_path("loop"):
+    with use_path("kernels"):
         forward = count(lambda: infer(like, x))
         assert count(lambda: infer(module, x)) == forward
-        assert count(lambda: train(module, x)) == count(lambda: train(like, x)) + forward
+        again = 0 if name in ("PeepholeLSTM", "SLSTM") else forward  # for which there are kernels
+        assert count(lambda: train(module, x)) == count(lambda: train(like, x)) + again
     with use_path("reference"):
         assert count(lambda: infer(module, x)) == forward
 
@@ -227,14 +230,14 @@ def test_heads(name: str, path: str) -> None:
 
 def test_lengths_count_as_padded() -> None:
     module, x = fastrnn.GRU(X, H), torch.randn(T, B, X)
-    with use_path("loop"):
+    with use_path("kernels"):
         found = count(lambda: train(module, x, lengths=torch.tensor([7, 5, 2])))
         assert found == count(lambda: train(module, x)) > 0
 
 
 def test_autocast() -> None:
     module, x = fastrnn.GRU(X, H), torch.randn(T, B, X)
-    with use_path("loop"):
+    with use_path("kernels"):
         expected = count(lambda: train(module, x))
         with torch.autocast("cpu", torch.bfloat16):
             assert count(lambda: train(module, x)) == expected
@@ -243,7 +246,7 @@ def test_autocast() -> None:
 @by_name
 def test_without_data(name: str) -> None:
     make, x = partial(getattr(fastrnn, name), X, H), torch.randn(T, B, X)
-    with use_path("loop"):
+    with use_path("kernels"):
         expected = count(lambda: train(make(), x))
         assert count(lambda: train(make(device="meta"), x.to("meta"))) == expected
         with FakeTensorMode():
@@ -286,7 +289,7 @@ def test_transforms() -> None:
     def grad(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         return torch.func.functional_call(module, parameters, (x,))[0].sum()
 
-    with use_path("loop"):
+    with use_path("kernels"):
         # They ask for every gradient.
         expected = count(lambda: train(module, x.clone().requires_grad_()))
         assert count(lambda: grad(parameters, x)) == expected
@@ -307,7 +310,7 @@ def test_second_derivative_counts_by_itself() -> None:
 
     with use_path("reference"):
         expected = count(run)
-    with use_path("loop"):
+    with use_path("kernels"):
         assert count(run, of="aten") == expected  # the reference from its beginning
         assert count(run, of="fastrnn") > 0
 
@@ -316,11 +319,11 @@ def test_compiled() -> None:
     torch._dynamo.reset()
     fastrnn.allow_compile()
     module, x = fastrnn.GRU(X, H), torch.randn(T, B, X)
-    with use_path("loop"):
+    with use_path("kernels"):
         both, forward = count(lambda: train(module, x)), count(lambda: infer(module, x))
     compiled = torch.compile(lambda x: module(x)[0], backend="aot_eager")
     assert count(compiled(x).sum().backward) == both - forward
-    with use_path("loop"):  # as torch does not use what it compiled under such a mode
+    with use_path("kernels"):  # as torch does not use what it compiled under such a mode
         assert count(lambda: compiled(x).sum().backward()) == both
     with torch.no_grad():
         exported = torch.export.export(module, (x,)).module()
@@ -349,7 +352,7 @@ def test_any_order_of_imports(imports: str) -> None:
         "import torch\n"
         "from fastrnn.planner import use_path\n"
         f"module = fastrnn.GRU({X}, {H})\n"
-        "with use_path('loop'), FlopCounterMode(display=False) as counter:\n"
+        "with use_path('kernels'), FlopCounterMode(display=False) as counter:\n"
         f"    module(torch.randn({T}, {B}, {X}))\n"
         "print(counter.get_total_flops())"
     )

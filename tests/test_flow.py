@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from compare import call_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -52,8 +53,8 @@ def one_by_one(module, x, hx, lengths, reset, fresh, bptt):
                         s = [part.detach() for part in s]
                     if before in starts and (before < length):
                         s = [part[n, b if part.shape[1] > 1 else 0] for part in fresh]
-                    s = [part[0] for part in reference.cell_step(
-                        module._cell, x[t, b][None], [part[None] for part in s], w
+                    s = [part[0] for part in reference.step(
+                        call_of(module._cell, x[t, b][None], [part[None] for part in s], w)
                     )]  # fmt: skip
                     found[t] = s
                 own.append([found.get(t, [torch.zeros_like(p) for p in s]) for t in range(steps)])
@@ -156,7 +157,12 @@ def test_every_option_with_every_other(name, dtype):
         exact = [y, *final, *states]
         cotangents = [torch.randn_like(part) for part in exact]
         exact_grads = torch.autograd.grad(exact, leaves, cotangents, allow_unused=True)
-        for path, recompute in ((None, False), ("loop", True), ("loop", 3), ("reference", False)):
+        for path, recompute in (
+            (None, False),
+            ("kernels", True),
+            ("kernels", 3),
+            ("reference", False),
+        ):
             with use_path(path):
                 output, final, states = call(
                     module, x, hx, given, return_states=True, recompute=recompute
@@ -300,7 +306,7 @@ def test_a_row_without_steps():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("path", [None, "loop", "reference"])
+@pytest.mark.parametrize("path", [None, "kernels", "reference"])
 def test_nothing_crosses_a_reset(name, path, bad):
     """Not even what is not a number: neither values nor gradients."""
     cls, options = MODULES[name]

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 import fastrnn
-from fastrnn import gpu, ops, planner, reference
+from fastrnn import devices, gpu, ops, reference
+from fastrnn.call import Call
+from fastrnn.cells import CELLS
 from fastrnn.flow import PLAIN, Flow, make_marks
-from fastrnn.kernels.cells import CELLS
 from fastrnn.planner import use_path
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 pytestmark = pytest.mark.gpu
 
+POINTWISE = [name for name, cell in CELLS.items() if cell.is_pointwise]
 SCHEDULES = ("resident", "persistent", "stepwise")
 # Name: dtype, whether cuDNN may use TF32, whether matrix products may (see float32_precision).
 FORMATS = {
@@ -71,16 +73,24 @@ def make(cell, shape, dtype, bias=True):
     for _ in range(directions):
         weights += [random(n_gates * hidden, width, scale=scale) for width in (inputs, hidden)]
         weights += [random(n_gates * hidden, scale=scale) for _ in range(2 * bias)]
+        weights += [random(extra.blocks * hidden, scale=scale) for extra in CELLS[cell].extras]
     state = [random(directions, batch, hidden) for _ in range(CELLS[cell].n_states)]
+    # What an sLSTM divides by is at least 1.
+    state[2:3] = [(part.detach().abs() + 1).requires_grad_() for part in state[2:3]]
     return random(steps, batch, inputs), state, weights
 
 
-def run(layer, cell, x, state, weights, directions, **options):
+def call_of(cell, x, state, weights, directions=1, flow=PLAIN):
+    return Call(CELLS[cell], x, state, weights, None, directions == 2, flow)
+
+
+def run(layer, cell, x, state, weights, directions, flow=None, **options):
     """Every output and every gradient, by name."""
-    y, final, *traces = layer(cell, x, state, weights, None, directions == 2, **options)
+    call = call_of(cell, x, state, weights, directions, flow or PLAIN)
+    y, final, *traces = layer(call, **options)
     outputs = {"y": y, **{f"final{k}": part for k, part in enumerate(final)}}
-    fresh = options.get("flow", PLAIN).fresh
-    if "flow" in options:
+    fresh = call.flow.fresh
+    if flow is not None:
         outputs |= {f"trace{k}": part for k, part in enumerate(traces[0])}
     generator = torch.Generator().manual_seed(1)
     cotangents = [
@@ -115,7 +125,7 @@ def check(ours, stock, exact):
     Four times in TF32: Triton cuts the operands of a product off, cuBLAS may round them.
     """
     for name, truth in exact.items():
-        is_tf32 = ours[name].dtype == torch.float32 and planner.float32_precision() == "tf32"
+        is_tf32 = ours[name].dtype == torch.float32 and devices.float32_precision() == "tf32"
         eps = torch.finfo(ours[name].dtype).eps
         bound = (4 if is_tf32 else 2) * rms(stock[name] - truth) + 2 * eps * rms(truth)
         error = rms(ours[name] - truth)
@@ -125,7 +135,7 @@ def check(ours, stock, exact):
 def compare(cell, shape, dtype, schedule, bias=True):
     x, state, weights = make(cell, shape, dtype, bias)
     directions = shape[-1]
-    with use_path(schedule or "loop"):
+    with use_path(schedule or "kernels"):
         try:
             ours = run(ops.layer, cell, x, state, weights, directions)
         except ValueError as error:
@@ -136,7 +146,7 @@ def compare(cell, shape, dtype, schedule, bias=True):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("shape", SMALL, ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", POINTWISE)
 def test_every_cell_and_schedule(cell, shape, schedule, dtype):
     compare(cell, shape, dtype, schedule)
 
@@ -151,7 +161,7 @@ def test_shapes(cell, shape, dtype):
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("shape", [(33, 37, 24, 127, 2), (64, 16, 32, 512, 1)], ids=str)
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "peephole_lstm", "slstm"])
 @pytest.mark.parametrize("dtype", ["bf16", "ieee"], indirect=True)
 def test_marks_and_traces(cell, shape, schedule, fresh, dtype):
     """Lengths, resets, also at first and one by one, truncated gradients, all states."""
@@ -177,8 +187,8 @@ def test_marks_and_traces(cell, shape, schedule, fresh, dtype):
 @pytest.mark.parametrize("protocol", ["flag", "counter"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_repeated_runs_are_bitwise_equal(cell, protocol, monkeypatch):
-    device = planner.gpu(0)._replace(protocol=protocol)
-    monkeypatch.setattr(planner, "gpu", lambda index: device)
+    device = devices.gpu(0)._replace(protocol=protocol)
+    monkeypatch.setattr(devices, "gpu", lambda index: device)
     x, state, weights = make(cell, (50, 16, 64, 512, 2), torch.bfloat16)
     with use_path("persistent"):
         first = run(ops.layer, cell, x, state, weights, 2)
@@ -206,7 +216,7 @@ def test_cuda_graph(schedule, marked):
 
     def call():
         with torch.no_grad():
-            return ops.layer("lstm", x, state, weights, flow=flow)
+            return ops.layer(call_of("lstm", x, state, weights, flow=flow))
 
     with use_path(schedule):
         torch.cuda.synchronize()
@@ -232,7 +242,7 @@ def test_compile_fullgraph_with_dynamic_shapes():
     compiled = torch.compile(lstm, fullgraph=True, dynamic=True)
     for steps, batch in ((20, 4), (33, 7), (64, 16)):
         x = torch.randn(steps, batch, 32, device="cuda", dtype=torch.bfloat16)
-        with use_path("loop"):
+        with use_path("kernels"):
             expected, _ = lstm(x)
         y, _ = compiled(x)
         torch.testing.assert_close(y, expected)
@@ -244,14 +254,14 @@ def test_compile_fullgraph_with_dynamic_shapes():
 def test_two_streams():
     problems = [make("lstm", (300, 16, 64, hidden, 1), torch.bfloat16) for hidden in (512, 256)]
     with use_path("persistent"), torch.no_grad():
-        alone = [ops.layer("lstm", *problem)[0] for problem in problems]
+        alone = [ops.layer(call_of("lstm", *problem))[0] for problem in problems]
         torch.cuda.synchronize()
         streams = [torch.cuda.Stream() for _ in problems]
         for _ in range(20):
             together = []
             for stream, problem in zip(streams, problems, strict=True):
                 with torch.cuda.stream(stream):
-                    together.append(ops.layer("lstm", *problem)[0])
+                    together.append(ops.layer(call_of("lstm", *problem))[0])
             torch.cuda.synchronize()
             assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
@@ -260,7 +270,7 @@ def test_two_streams():
 def test_second_device():
     gru = fastrnn.GRU(16, 64).to("cuda:1")
     x = torch.randn(20, 4, 16, device="cuda:1")
-    with use_path("loop"):
+    with use_path("kernels"):
         y, _ = gru(x)
     torch.testing.assert_close(y, torch.nn.GRU.forward(gru, x)[0], rtol=1e-2, atol=1e-2)
 
@@ -274,7 +284,8 @@ def test_long_sequence(schedule):
     tail = x[-200:].detach()
     with torch.no_grad():
         h = ours["y"][-201][None]
-        y, *_ = reference.layer("gru", tail.double(), [h.double()], [w.double() for w in weights])
+        exact = tail.double(), [h.double()], [w.double() for w in weights]
+        y, *_ = reference.layer(call_of("gru", *exact))
     assert rms(ours["y"][-200:] - y) < 5e-3
     assert all(t.isfinite().all() for t in ours.values())
 
@@ -282,13 +293,12 @@ def test_long_sequence(schedule):
 def test_more_than_2_to_the_31_elements():
     steps, batch, hidden = 4200, 1024, 128  # 4 * T * B * H = 2.2e9
     x, state, weights = make("lstm", (steps, batch, 4, hidden, 1), torch.bfloat16)
-    with use_path("loop"), torch.no_grad():
-        y, *_ = ops.layer("lstm", x, state, weights)
+    with use_path("kernels"), torch.no_grad():
+        y, *_ = ops.layer(call_of("lstm", x, state, weights))
         part = slice(batch - 5, batch)
         last = [s[:, part] for s in state]
-        few, *_ = ops.layer(
-            "lstm", x[:, part].contiguous(), [s.contiguous() for s in last], weights
-        )
+        last = [s.contiguous() for s in last]
+        few, *_ = ops.layer(call_of("lstm", x[:, part].contiguous(), last, weights))
     # Not bitwise: cuBLAS may project a smaller batch in another order.
     assert rms(y[:, part] - few) < torch.finfo(torch.bfloat16).eps
 
@@ -296,11 +306,11 @@ def test_more_than_2_to_the_31_elements():
 def test_nan_travels_and_does_not_hang():
     x, state, weights = make("lstm", (30, 8, 16, 512, 1), torch.bfloat16)
     with torch.no_grad():
-        clean, *_ = ops.layer("lstm", x, state, weights)
+        clean, *_ = ops.layer(call_of("lstm", x, state, weights))
         x[3, 2] = float("nan")
         state[0].view(torch.int16)[0, 5] = -1  # the pattern that means "not there yet"
         with use_path("persistent"):
-            y, *_ = ops.layer("lstm", x, state, weights)
+            y, *_ = ops.layer(call_of("lstm", x, state, weights))
     assert y[3:, 2].isnan().all()
     assert y[:, 5].isnan().all()
     others = [0, 1, 3, 4, 6, 7]
@@ -334,7 +344,7 @@ MODULES = [
 
 
 @pytest.mark.parametrize(("cls", "options", "dtype"), MODULES)
-@pytest.mark.parametrize("path", [None, "loop", "torch"])
+@pytest.mark.parametrize("path", [None, "kernels", "torch"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_modules(cls, options, dtype, path, packed):
     """Every option works on every path, in training, against float64 on the CPU."""
@@ -369,17 +379,17 @@ def test_modules(cls, options, dtype, path, packed):
 
 
 @pytest.mark.parametrize("dtype", ["tf32", "bf16"], indirect=True)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", POINTWISE)
 def test_cells(cell, dtype):
     x, state, weights = make(cell, (1, 5, 7, 33, 1), dtype)
     x, state = x[0], [part[0] for part in state]
 
-    def step(cell, x, state, weights, *_):
-        new = ops.cell_step(cell, x, state, weights)
+    def step(call):
+        new = ops.cell_step(call)
         return new[0], new[1:]
 
-    def oracle(cell, x, state, weights, *_):
-        new = reference.cell_step(cell, x, state, weights)
+    def oracle(call):
+        new = reference.step(call)
         return new[0], list(new[1:])
 
     leaves = [[t.detach().requires_grad_() for t in group] for group in ([x], state, weights)]
@@ -392,17 +402,17 @@ def test_cells(cell, dtype):
 def test_autocast():
     lstm = fastrnn.LSTM(16, 64).cuda()
     x = torch.randn(40, 8, 16, device="cuda")
-    with torch.autocast("cuda", dtype=torch.bfloat16), use_path("loop"):
+    with torch.autocast("cuda", dtype=torch.bfloat16), use_path("kernels"):
         y, (h, c) = lstm(x)
     assert y.dtype == h.dtype == c.dtype == torch.bfloat16
-    with use_path("loop"):
+    with use_path("kernels"):
         torch.testing.assert_close(y.float(), lstm(x)[0], rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("steps", [1, 20])
 def test_empty_batch(steps):
     x, state, weights = make("lstm", (steps, 0, 4, 40, 2), torch.float32)
-    for schedule in (*SCHEDULES, "loop"):
+    for schedule in (*SCHEDULES, "kernels"):
         with use_path(schedule):
             results = run(ops.layer, "lstm", x, state, weights, 2)
         assert results["y"].shape == (steps, 0, 80)
@@ -411,11 +421,11 @@ def test_empty_batch(steps):
 
 def test_strided_inputs():
     x, state, weights = make("gru", (12, 6, 8, 32, 2), torch.float32)
-    with use_path("loop"), torch.no_grad():
-        expected, *_ = ops.layer("gru", x, state, weights, None, True)
+    with use_path("kernels"), torch.no_grad():
+        expected, *_ = ops.layer(call_of("gru", x, state, weights, 2))
         strided = x.transpose(0, 1).contiguous().transpose(0, 1)
         turned = [w.t().contiguous().t() if w.dim() == 2 else w for w in weights]
-        y, *_ = ops.layer("gru", strided, state, turned, None, True)
+        y, *_ = ops.layer(call_of("gru", strided, state, turned, 2))
     torch.testing.assert_close(y, expected)
 
 
@@ -425,4 +435,4 @@ def test_planner_describes_the_device():
     assert 48 * 1024 <= device.shared_memory <= 256 * 1024
     assert 500 < device.clock_mhz < 5000
     assert precision in ("tf32", "tf32x3", "ieee")
-    assert planner.gpu(0) == device
+    assert devices.gpu(0) == device

@@ -10,12 +10,12 @@ from cooperative import cooperative
 from test_ops import make
 
 import fastrnn
-from fastrnn import cpu, gpu, ops, reference
+from fastrnn import cpu, gpu, ops, planner, reference
+from fastrnn.call import Asked, Call, Cotangents
+from fastrnn.cells import CELLS
 from fastrnn.cpu import ALL, NOTHING, STATES
-from fastrnn.flow import PLAIN, Flow, make_marks
+from fastrnn.flow import Flow, make_marks
 from fastrnn.kernels import launch
-from fastrnn.kernels.cells import CELLS
-from fastrnn.kernels.cells.gru import GRU
 from fastrnn.kernels.configs import DEVICES, SCHEDULES, Config, Shape, candidates
 from fastrnn.planner import use_path
 
@@ -23,28 +23,35 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="kernels are compiled here; test_gpu.py runs them"
 )
 
+POINTWISE = [name for name, cell in CELLS.items() if cell.is_pointwise]
 FLOAT32 = torch.finfo(torch.float32).eps
 
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     """Let the operators' CPU implementation be that of a GPU."""
-    on_cpu = cpu.layer_forward, cpu.layer_backward
+    on_cpu, problem_of = (cpu.forward, cpu.backward), planner.problem_of
 
     def fall_back(function):
         # gpu.py hands over what has no kernel by these names, which must then mean themselves.
         def call(*args):
             with pytest.MonkeyPatch.context() as inner:
-                inner.setattr(cpu, "layer_forward", on_cpu[0])
-                inner.setattr(cpu, "layer_backward", on_cpu[1])
+                inner.setattr(cpu, "forward", on_cpu[0])
+                inner.setattr(cpu, "backward", on_cpu[1])
                 return function(*args)
 
         return call
 
     # The interpreter computes tf32 in float32.
-    monkeypatch.setattr(gpu, "facts", lambda x: (DEVICES["h100"], "tf32"))
-    monkeypatch.setattr(cpu, "layer_forward", fall_back(gpu.layer_forward))
-    monkeypatch.setattr(cpu, "layer_backward", fall_back(gpu.layer_backward))
+    facts = {"gpu": DEVICES["h100"], "precision": "tf32"}
+
+    def as_gpu_asks(call, *dtype, **is_step):  # which the planner itself tells apart
+        problem = problem_of(call, *dtype, **is_step)
+        return problem if is_step else problem._replace(**facts)
+
+    monkeypatch.setattr(planner, "problem_of", as_gpu_asks)
+    monkeypatch.setattr(cpu, "forward", fall_back(gpu.forward))
+    monkeypatch.setattr(cpu, "backward", fall_back(gpu.backward))
     monkeypatch.setattr(ops, "_with_output", lambda y, saved: (y, *saved))
     with cooperative(seed=0):
         yield
@@ -63,7 +70,8 @@ def in_float64(cell, tensors, directions):
     leaves = [
         [t.detach().double().requires_grad_() for t in group] for group in ([x], *tensors[1:])
     ]
-    y, final, _ = reference.layer(cell, leaves[0][0], leaves[1], leaves[2], None, directions == 2)
+    (x,), state, weights = leaves
+    y, final, _ = reference.layer(Call(CELLS[cell], x, state, weights, None, directions == 2))
     return [y, *final], gradients([y, *final], [t for group in leaves for t in group])
 
 
@@ -77,11 +85,13 @@ def check(actual, exact):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", POINTWISE)
 def test_outputs_and_gradients(cell, directions, bias, recompute):
     x, state, weights, _ = make(cell, directions, bias=bias, dtype=torch.float32)
     exact, exact_grads = in_float64(cell, (x, state, weights), directions)
-    y, final, _ = ops.layer(cell, x, state, weights, None, directions == 2, recompute=recompute)
+    y, final, _ = ops.layer(
+        Call(CELLS[cell], x, state, weights, None, directions == 2), recompute=recompute
+    )
     check([y, *final], exact)
     check(gradients([y, *final], [x, *state, *weights]), exact_grads)
 
@@ -101,7 +111,7 @@ def test_marks_and_traces(cell, recompute):
             [t.detach().to(dtype).requires_grad_() for t in group]
             for group in ([x], state, weights, fresh)
         )
-        y, final, traces = layer(cell, *a, b, c, None, True, Flow(marks, d), **options)
+        y, final, traces = layer(Call(CELLS[cell], *a, b, c, None, True, Flow(marks, d)), **options)
         outputs = [y, *final, *traces]
         found += [*outputs, *gradients(outputs, [*a, *b, *c, *d])]
     check(ours, exact)
@@ -134,7 +144,7 @@ def test_a_schedule_that_cannot_run_is_refused():
 def test_cell_modules(cls):
     cell, x = cls(3, 5), torch.randn(4, 3, requires_grad=True)
     results = []
-    for path in ("loop", "reference"):
+    for path in ("kernels", "reference"):
         with use_path(path):
             new = cell(x)
             h = new[-1] if isinstance(new, tuple) else new
@@ -154,7 +164,7 @@ def test_packed_sequences_and_float64_run_without_kernels(batch_sizes):
     for layer in (ops.layer, reference.layer):
         for recompute in (False, True)[: 1 + (layer is ops.layer)]:
             options = {"recompute": True} if recompute else {}
-            y, final, _ = layer("lstm", x, state, weights, sizes, False, **options)
+            y, final, _ = layer(Call(CELLS["lstm"], x, state, weights, sizes), **options)
             results.append([y, *final, *gradients([y, *final], [x, *weights])])
     for ours in results[:-1]:
         for a, b in zip(ours, results[-1], strict=True):
@@ -165,7 +175,7 @@ def test_projection_runs_without_kernels():
     lstm, x = fastrnn.LSTM(3, 6, proj_size=2), torch.randn(5, 2, 3)
     with use_path("reference"):
         expected, _ = lstm(x)
-    with use_path("loop"):
+    with use_path("kernels"):
         y, _ = lstm(x)
         y.sum().backward()
     torch.testing.assert_close(y, expected)
@@ -186,11 +196,11 @@ def test_empty_batch(cell, schedule):
 
 def test_strides_of_inputs_do_not_matter():
     x, state, weights, _ = make("gru", 2, dtype=torch.float32)
-    expected, *_ = ops.layer("gru", x, state, weights, None, True)
+    expected, *_ = ops.layer(Call(CELLS["gru"], x, state, weights, None, True))
     x = x.transpose(0, 1).contiguous().transpose(0, 1)
     weights = [w.t().contiguous().t() if w.dim() == 2 else w for w in weights]
     state = [s.transpose(1, 2).contiguous().transpose(1, 2) for s in state]
-    y, *_ = ops.layer("gru", x, state, weights, None, True)
+    y, *_ = ops.layer(Call(CELLS["gru"], x, state, weights, None, True))
     torch.testing.assert_close(y, expected, rtol=0, atol=2 * FLOAT32)
     dy = torch.ones(1, 1, 1).expand(y.shape)  # strides of 0
     grads = torch.autograd.grad(y, [x, *weights], dy, retain_graph=True)
@@ -200,13 +210,13 @@ def test_strides_of_inputs_do_not_matter():
 
 @pytest.mark.parametrize("save", [NOTHING, STATES, ALL])
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", POINTWISE)
 def test_fake_tensors_are_those_of_the_kernels(cell, directions, save):
     x, state, weights, _ = make(cell, directions, dtype=torch.float32)
     with torch.no_grad():
-        arguments = cell, x, state, weights, None, directions == 2, PLAIN
-        *_, saved = gpu.layer_forward(*arguments, save, False)
-    fake = gpu.fake_saved(cell, x, 4, directions, save)
+        call = Call(CELLS[cell], x, state, weights, None, directions == 2)
+        _, saved = gpu.forward(call, save, False)
+    fake = gpu.fake_saved(call, save)
     assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in saved]
 
 
@@ -215,8 +225,7 @@ def test_recompute_keeps_less():
     kept = {}
     for save in (NOTHING, STATES, ALL):
         with torch.no_grad():
-            arguments = "lstm", x, state, weights, None, False, PLAIN
-            *_, saved = gpu.layer_forward(*arguments, save, False)
+            _, saved = gpu.forward(Call(CELLS["lstm"], x, state, weights), save, False)
         kept[save] = sum(t.numel() for t in saved)
     rows, hidden = x.shape[0] * x.shape[1], 4
     assert kept == {NOTHING: 0, STATES: rows * hidden, ALL: 5 * rows * hidden}
@@ -226,7 +235,7 @@ def test_second_derivatives():
     x, state, weights, _ = make("gru", 1, dtype=torch.float32)
     results = []
     for layer in (ops.layer, reference.layer):
-        y, *_ = layer("gru", x, state, weights)
+        y, *_ = layer(Call(CELLS["gru"], x, state, weights))
         (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         results.append(torch.autograd.grad(dx.square().sum(), [x, *weights]))
     for ours, expected in zip(*results, strict=True):
@@ -237,7 +246,10 @@ def test_second_derivatives():
 def test_torchs_own_products_are_as_exact_and_the_switch_is_restored(precision, monkeypatch):
     matmul = torch.backends.cuda.matmul
     before, seen = matmul.fp32_precision, []
-    monkeypatch.setattr(gpu, "facts", lambda x: (DEVICES["h100"], precision))
+    problem_of = planner.problem_of
+    monkeypatch.setattr(
+        planner, "problem_of", lambda call: problem_of(call)._replace(precision=precision)
+    )
     monkeypatch.setattr(
         torch,
         "addmm",
@@ -245,7 +257,7 @@ def test_torchs_own_products_are_as_exact_and_the_switch_is_restored(precision, 
     )
     x, state, weights, _ = make("gru", 1, dtype=torch.float32)
     with torch.no_grad():
-        gpu.layer_forward("gru", x, state, weights, None, False, PLAIN, NOTHING, False)
+        gpu.forward(Call(CELLS["gru"], x, state, weights), NOTHING, False)
     assert set(seen) <= ({"tf32"} if precision == "tf32" else {"ieee", "none"})
     assert seen
     assert matmul.fp32_precision == before
@@ -259,7 +271,7 @@ def test_float32_precision_follows_torchs_switches():
         for rnn in ("tf32", "ieee"):
             for product in ("tf32", "ieee"):
                 cudnn.fp32_precision, matmul.fp32_precision = rnn, product
-                found[rnn, product] = fastrnn.planner.float32_precision()
+                found[rnn, product] = fastrnn.devices.float32_precision()
     finally:
         cudnn.fp32_precision, matmul.fp32_precision = before
     assert found == {
@@ -280,10 +292,10 @@ def test_gradients_have_the_dtypes_that_compilers_expect(schedule):
         weights = [torch.zeros(4 * hidden, n, dtype=x.dtype) for n in (3, hidden)]
     with torch.no_grad(), use_path(schedule):
         marks = make_marks(5, 3, 1, x.device, torch.tensor([3, 5, 0]), torch.ones(5, 3).bool())
-        arguments = (x.detach(), state, weights, None, False, Flow(marks, state))
-        y, final, traces, saved = gpu.layer_forward("lstm", *arguments, ALL, True)
-        dx, d_state, d_fresh, d_weights = gpu.layer_backward(
-            "lstm", y, final, traces, *arguments, [y, *saved], True, True
+        call = Call(CELLS["lstm"], x.detach(), state, weights, flow=Flow(marks, state))
+        (y, final, traces), saved = gpu.forward(call, ALL, True)
+        dx, d_state, d_fresh, d_weights = gpu.backward(
+            call, Cotangents(y, final, traces), [y, *saved], Asked()
         )
     results = (y, *final, *traces, dx, *d_state, *d_fresh, *d_weights)
     assert {t.dtype for t in results} == {torch.bfloat16}
@@ -296,14 +308,14 @@ def test_every_mailbox_is_filled(block_h, block_k, hidden):
     config = Config("persistent", "flag", 16, block_h, block_k, 4, 9)
     n_units = -(-hidden // block_h) * block_h
     assert -(-hidden // block_k) * block_k < n_units
-    state = [torch.randn(1, 2, hidden)]
-    y, _, saved, _ = launch.forward(
-        GRU, torch.randn(1, 3, 2, 3 * hidden), torch.randn(1, 3 * hidden, hidden) * 0.05,
-        None, state, config, "ieee", save=True,
-    )  # fmt: skip
+    gru, state = CELLS["gru"], [torch.randn(1, 2, hidden)]
     r = torch.randn(1, 3 * hidden, hidden) * 0.05
+    operands = launch.Operands(r, None, None, state)
+    wx = torch.randn(1, 3, 2, 3 * hidden)
+    y, _, saved, _ = launch.forward(gru, config, "ieee", wx, operands, save=True)
+    past, given = launch.Past(y, [], (saved,)), (y, state, [])
     results = [
-        launch.backward(GRU, y, state, r, state, y, [], saved, each, "ieee")
+        launch.backward(gru, each, "ieee", operands, past, given)
         for each in (config, config._replace(schedule="stepwise", protocol="local"))
     ]
     for ours, expected in zip(results[0][1], results[1][1], strict=True):

@@ -183,7 +183,7 @@ class Watched(TorchDispatchMode):
 @pytest.mark.parametrize("kind", KINDS)
 def test_derivatives_of_operators(kind: str) -> None:
     ours, _ = pair64(kind)
-    with use_path("loop"):
+    with use_path("kernels"):
         expected = Call(ours, **F64).run(ours, order=3)
         with Watched():
             assert_same(Call(ours, **F64).run(ours, order=3), expected)

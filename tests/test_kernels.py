@@ -12,27 +12,26 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from kernel_harness import (
     MODES,
-    SAVED,
     Layer,
     by_kernels,
     check,
     draw,
+    operands_of,
     same_bits,
-    stacked,
     tiled,
 )
+from minimal_gated_unit import MGU
 
-from fastrnn import cells
-from fastrnn.kernels import configs, launch
-from fastrnn.kernels.activations import sigmoid, tanh
-from fastrnn.kernels.cells import CELLS, Cell
+from fastrnn.cells import CELLS
+from fastrnn.kernels import activations, configs, launch
 from fastrnn.kernels.configs import DEVICES, Shape
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="runs in Triton's interpreter"
 )
 
-LSTM, GRU, TANH, RELU, IDENTITY = CELLS.values()
+POINTWISE = [cell for cell in CELLS.values() if cell.is_pointwise]
+LSTM, GRU, TANH, RELU, IDENTITY, PEEPHOLE, SLSTM = POINTWISE
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -54,7 +53,7 @@ def named(name):
     ("mode", "directions"),
     [*((mode, 2) for mode in MODES), ("resident", 1), ("stepwise", 1)],
 )
-@pytest.mark.parametrize("cell", CELLS.values(), ids=named)
+@pytest.mark.parametrize("cell", POINTWISE, ids=named)
 def test_every_cell(cell, mode, directions):
     layer = Layer(cell, directions=directions)
     check(layer, tiled(mode, layer.hidden))
@@ -106,7 +105,11 @@ def test_backward_by_another_schedule(forward, backward):
 @pytest.mark.parametrize("dtype", HALF, ids=named)
 @pytest.mark.parametrize(
     ("cell", "mode"),
-    [*((LSTM, mode) for mode in MODES), (GRU, "flag"), (GRU, "stepwise"), (RELU, "flag")],
+    [
+        *((LSTM, mode) for mode in MODES),
+        *((GRU, mode) for mode in ("flag", "stepwise")),
+        *((cell, "flag") for cell in (RELU, PEEPHOLE, SLSTM)),
+    ],
     ids=named,
 )
 def test_half_precision(cell, mode, dtype):
@@ -115,16 +118,22 @@ def test_half_precision(cell, mode, dtype):
 
 
 @pytest.mark.parametrize("missing", ["bias", "state", "dy"])
-@pytest.mark.parametrize("mode", MODES)
-def test_without(mode, missing):
+@pytest.mark.parametrize(
+    ("cell", "mode"), [*((TANH, mode) for mode in MODES), (SLSTM, "counter")], ids=named
+)
+def test_without(cell, mode, missing):
     """No bias, a state of zeros, no gradient of the output."""
-    layer = Layer(TANH, **{missing: False})
+    layer = Layer(cell, **{missing: False})
     check(layer, tiled(mode, layer.hidden))
 
 
 @pytest.mark.parametrize(
     ("cell", "mode"),
-    [*((GRU, mode) for mode in MODES), (LSTM, "flag"), (LSTM, "stepwise"), (TANH, "flag")],
+    [
+        *((GRU, mode) for mode in MODES),
+        *((cell, mode) for cell in (LSTM, PEEPHOLE, SLSTM) for mode in ("flag", "stepwise")),
+        (TANH, "flag"),
+    ],
     ids=named,
 )
 def test_activations_computed_again(cell, mode):
@@ -140,7 +149,7 @@ def test_forward_for_inference(mode):
     trained = by_kernels(layer, numbers, config)
     with cooperative(1):
         y, traces, saved, final = launch.forward(
-            LSTM, numbers.wx, *stacked(numbers), numbers.initial, config, "ieee"
+            LSTM, config, "ieee", numbers.wx, operands_of(numbers)
         )
     assert traces == []
     assert saved is None
@@ -152,68 +161,26 @@ def test_forward_for_inference(mode):
 def test_backward_twice_is_the_same(mode):
     layer = Layer(GRU, directions=2)
     numbers, config = draw(layer), tiled(mode, layer.hidden)
-    r, b = stacked(numbers)
+    operands = operands_of(numbers)
     with cooperative(1):
         y, traces, saved, _ = launch.forward(
-            GRU, numbers.wx, r, b, numbers.initial, config, "ieee", traced=True, save=True
+            GRU, config, "ieee", numbers.wx, operands, traced=True, save=True
         )
-        given = numbers.dy, numbers.d_final, r, numbers.initial, y, traces, saved
-        first, again = (launch.backward(GRU, *given, config, "ieee") for _ in range(2))
+        given = operands, launch.Past(y, traces, (saved,)), (numbers.dy, numbers.d_final, ())
+        first, again = (launch.backward(GRU, config, "ieee", *given) for _ in range(2))
     assert same_bits(first[0], again[0])
     assert same_bits(first[1][0], again[1][0])
 
 
-# A cell of two gates that no file of the package knows: a minimal gated unit (Zhou et al. 2016)
-# with the gate applied after the recurrent product, f = sigmoid(wx + rh),
-# n = tanh(wx_n + f * rh_n), h' = h + f * (n - h).
-
-
-@triton.jit
-def mgu_forward(wx, rh, state):
-    f = sigmoid(wx[0] + rh[0])
-    n = tanh(wx[1] + f * rh[1])
-    return (state[0] + f * (n - state[0]),), (f, n, rh[1])
-
-
-@triton.jit
-def mgu_backward(saved, state, previous, d_state):
-    f, n, rh_n = saved
-    dh = d_state[0]
-    d_wx_n = dh * f * (1.0 - n * n)
-    df = dh * (n - previous[0]) + d_wx_n * rh_n
-    return (df * f * (1.0 - f), d_wx_n * f), (d_wx_n,), (dh * (1.0 - f),)
-
-
-MGU = Cell("mgu", 2, 1, 3, 1, mgu_forward, mgu_backward)
-
-
-def mgu_step(wx, rh, state):
-    f, n, _ = mgu_saved(wx.chunk(2, dim=-1), rh.chunk(2, dim=-1))
-    return ((1 - f) * state[0] + f * n,)
-
-
-def mgu_saved(wx, rh):
-    f = torch.sigmoid(wx[0] + rh[0])
-    return [f, torch.tanh(wx[1] + f * rh[1]), rh[1]]
-
-
-@pytest.fixture
-def mgu(monkeypatch):
-    """The cell, known to the reference as well."""
-    monkeypatch.setitem(cells.CELLS, "mgu", cells.Cell("mgu", 2, 1, mgu_step))
-    monkeypatch.setitem(SAVED, "mgu", mgu_saved)
-    return MGU
-
-
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("mode", MODES)
-def test_new_cell(mgu, mode, directions):
-    layer = Layer(mgu, directions=directions, batch=5 if directions == 1 else 3)
+def test_new_cell(mode, directions):
+    layer = Layer(MGU, directions=directions, batch=5 if directions == 1 else 3)
     check(layer, tiled(mode, layer.hidden), save=directions == 1)
 
 
-def test_new_cell_in_half_precision(mgu):
-    layer = Layer(mgu, dtype=torch.bfloat16)
+def test_new_cell_in_half_precision():
+    layer = Layer(MGU, dtype=torch.bfloat16)
     check(layer, tiled("flag", layer.hidden))
 
 
@@ -221,6 +188,12 @@ def test_new_cell_in_half_precision(mgu):
 def activation_kernel(x_ptr, y_ptr, activation: tl.constexpr, n: tl.constexpr):
     at = tl.arange(0, n)
     tl.store(y_ptr + at, activation(tl.load(x_ptr + at)))
+
+
+@triton.jit
+def maximum_kernel(x_ptr, y_ptr, n: tl.constexpr):
+    at = tl.arange(0, n)
+    tl.store(y_ptr + at, activations.maximum(tl.load(x_ptr + at), tl.load(y_ptr + at)))
 
 
 def activated(activation, x):
@@ -247,7 +220,7 @@ MAGNITUDES = np.concatenate(
 
 def test_tanh():
     x = np.concatenate([MAGNITUDES, -MAGNITUDES])
-    y = activated(tanh, x)
+    y = activated(activations.tanh, x)
     assert ulps(y, np.tanh(x.astype(np.float64))).max() <= 4
     assert (np.sign(y) == np.sign(x)).all()
     assert (np.abs(y) <= 1).all()
@@ -256,7 +229,7 @@ def test_tanh():
 
 def test_sigmoid():
     x = np.concatenate([MAGNITUDES, -MAGNITUDES])
-    y = activated(sigmoid, x)
+    y = activated(activations.sigmoid, x)
     with np.errstate(over="ignore"):
         exact = 1 / (1 + np.exp(-x.astype(np.float64)))
     assert ulps(y, exact).max() <= 4
@@ -265,7 +238,29 @@ def test_sigmoid():
     assert (y[x < -104] == 0).all()
 
 
-@pytest.mark.parametrize(("activation", "least"), [(tanh, -1), (sigmoid, 0)])
+def test_log_sigmoid():
+    x = np.concatenate([MAGNITUDES, -MAGNITUDES])
+    y = activated(activations.log_sigmoid, x)
+    exact = -np.logaddexp(0, -x.astype(np.float64))
+    assert ulps(y, exact).max() <= 4
+    assert (y <= 0).all()
+    y = activated(activations.log_sigmoid, np.array([np.inf, -np.inf, np.nan, 1], np.float32))
+    assert y[:2].tolist() == [0, -np.inf]
+    assert np.isnan(y[2])
+
+
+def test_maximum():
+    pairs = [(1, 2), (2, 1), (-np.inf, -1), (np.nan, 1), (1, np.nan), (-1, -2), (0, np.inf), (3, 3)]
+    x, y = torch.tensor(pairs).T.contiguous()
+    expected = torch.maximum(x, y)
+    with cooperative(0):
+        maximum_kernel[(1,)](x, y, len(x))
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("activation", "least"), [(activations.tanh, -1), (activations.sigmoid, 0)]
+)
 def test_activations_of_what_is_not_finite(activation, least):
     y = activated(activation, np.array([np.inf, -np.inf, np.nan, -np.nan], np.float32))
     assert y[:2].tolist() == [1, least]

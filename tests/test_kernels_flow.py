@@ -9,11 +9,12 @@ import pytest
 import torch
 import triton
 from cooperative import cooperative
-from kernel_harness import MODES, same_bits, tiled
+from kernel_harness import MODES, as_states, same_bits, tiled
 
-from fastrnn import cpu, flow, gpu, reference
+from fastrnn import cpu, flow, gpu, gradients, planner, reference
+from fastrnn.call import Asked, Call, Cotangents
 from fastrnn.cells import CELLS
-from fastrnn.flow import PLAIN, Flow, make_marks
+from fastrnn.flow import Flow, make_marks
 from fastrnn.kernels import tiles
 from fastrnn.kernels.configs import DEVICES, Choice
 
@@ -34,7 +35,8 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(gpu, "facts", lambda x: (DEVICES["h100"], "ieee"))
+    problem_of, facts = planner.problem_of, {"gpu": DEVICES["h100"], "precision": "ieee"}
+    monkeypatch.setattr(planner, "problem_of", lambda call: problem_of(call)._replace(**facts))
 
 
 @pytest.fixture(params=MODES)
@@ -68,13 +70,8 @@ class Layer(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    x: torch.Tensor
-    state: list[torch.Tensor]
-    weights: list[torch.Tensor]
-    flow: Flow
-    d_y: torch.Tensor | None
-    d_final: list[torch.Tensor]
-    d_traces: list[torch.Tensor]
+    call: Call
+    given: Cotangents
 
 
 @functools.cache
@@ -88,6 +85,7 @@ def draw(layer: Layer) -> Numbers:
     cell = CELLS[layer.cell]
     width, in_state = cell.n_gates * HIDDEN, (layer.directions, BATCH, HIDDEN)
     shapes = [(width, INPUTS), (width, HIDDEN), *[(width,)] * (2 * layer.bias)]
+    shapes += [(extra.blocks * HIDDEN,) for extra in cell.extras]
     lengths = torch.tensor([STEPS, 0, 3, STEPS, 1])
     resets = torch.rand(STEPS, BATCH, generator=generator) < 0.3
     resets[:, 0] = torch.tensor([1, 0, 1, 1, 0])
@@ -102,47 +100,49 @@ def draw(layer: Layer) -> Numbers:
         layer.bptt,
     )
     y = STEPS, BATCH, layer.directions * HIDDEN
-    fresh = [random(*in_state) for _ in range(cell.n_states * layer.fresh)]
+    fresh, state = (
+        as_states(cell, [random(*in_state) for _ in range(cell.n_states * given)])
+        for given in (layer.fresh, layer.state)
+    )
+    x = random(STEPS, BATCH, INPUTS)
+    weights = [random(*shape, scale=0.4) for _ in range(layer.directions) for shape in shapes]
     return Numbers(
-        random(STEPS, BATCH, INPUTS),
-        [random(*in_state) for _ in range(cell.n_states * layer.state)],
-        [random(*shape, scale=0.4) for _ in range(layer.directions) for shape in shapes],
-        Flow(marks, fresh),
-        random(*y) if layer.dy else None,
-        [random(*in_state) for _ in range(cell.n_states)],
-        [random(*y) for _ in range((cell.n_states - 1) * layer.d_traced)],
+        Call(cell, x, state, weights, None, layer.directions == 2, Flow(marks, fresh)),
+        Cotangents(
+            random(*y) if layer.dy else None,
+            [random(*in_state) for _ in range(cell.n_states)],
+            [random(*y) for _ in range((cell.n_states - 1) * layer.d_traced)],
+        ),
     )
 
 
 def by_reference(layer: Layer, numbers: Numbers) -> dict[str, torch.Tensor]:
     """All results in float64, by autograd."""
-    (x,), state, weights, fresh = groups = [
-        [part.double().requires_grad_() for part in parts]
-        for parts in ([numbers.x], numbers.state, numbers.weights, numbers.flow.fresh)
-    ]
-    result = reference.layer(
-        layer.cell, x, state, weights, None, layer.directions == 2, Flow(numbers.flow.marks, fresh)
-    )
-    outputs = [*result.final, *result.traces[: len(numbers.d_traces)]]
-    cotangents = [*numbers.d_final, *numbers.d_traces]
-    if numbers.d_y is not None:
-        outputs, cotangents = [result.y, *outputs], [numbers.d_y, *cotangents]
-    leaves = [part for parts in groups for part in parts]
-    grads = iter(
-        torch.autograd.grad(
-            outputs,
-            leaves,
-            [part.double() for part in cotangents],
-            allow_unused=True,
-            materialize_grads=True,
+    (x,), state, weights, fresh, (dy,), d_final, d_traces = (
+        [None if part is None else part.double() for part in parts]
+        for parts in (
+            *([numbers.call.x], numbers.call.state, numbers.call.weights, numbers.call.flow.fresh),
+            *([numbers.given.dy], numbers.given.d_final, numbers.given.d_traces),
         )
     )
-    traces = result.traces if layer.traced else []
+    call = numbers.call._replace(
+        x=x, state=state, weights=weights, flow=numbers.call.flow._replace(fresh=fresh)
+    )
+    result = reference.layer(call)
+    grads = gradients.first(call, Cotangents(dy, d_final, d_traces))
     return {
-        **named(y=[result.y], final=result.final, traces=traces),
-        **named(d_x=[next(grads)], d_state=[next(grads) for _ in state]),
-        **named(d_weights=[next(grads) for _ in weights], d_fresh=[next(grads) for _ in fresh]),
+        **named(y=[result.y], final=result.final, traces=result.traces if layer.traced else []),
+        **named(d_x=[grads.dx], d_state=or_zeros(grads.d_state, state)),
+        **named(d_weights=or_zeros(grads.d_weights, weights)),
+        **named(d_fresh=or_zeros(grads.d_fresh, fresh)),
     }
+
+
+def or_zeros(grads, inputs):
+    return [
+        torch.zeros_like(part) if grad is None else grad
+        for grad, part in zip(grads, inputs, strict=True)
+    ]
 
 
 def named(**results):
@@ -157,16 +157,13 @@ def by_kernels(
     layer: Layer, numbers: Numbers, *, seed: int = 0, groups: int = 0, keep: bool = True
 ):
     """All results of the kernels; backward gets what forward saved only if asked to `keep` it."""
-    arguments = numbers.x, numbers.state, numbers.weights, None, layer.directions == 2, numbers.flow
+    call, given = numbers
     with cooperative(seed):
-        y, final, traces, saved = gpu.layer_forward(
-            layer.cell, *arguments, layer.save, layer.traced
-        )
+        (y, final, traces), saved = gpu.forward(call, layer.save, layer.traced)
         assert not {t.data_ptr() for t in traces} & {t.data_ptr() for t in saved}
-        dx, d_state, d_fresh, d_weights = gpu.layer_backward(
-            layer.cell, numbers.d_y, numbers.d_final, numbers.d_traces, *arguments,
-            [y, *saved] if keep else [], True, True, groups,
-        )  # fmt: skip
+        dx, d_state, d_fresh, d_weights = gpu.backward(
+            call, given, [y, *saved] if keep else [], Asked(groups=groups)
+        )
     d_state = d_state if layer.state else []
     return {
         **named(y=[y], final=final, traces=traces),
@@ -191,7 +188,7 @@ def check(layer: Layer, **options) -> None:
 
 
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "peephole_lstm", "slstm"])
 def test_every_mark(mode, cell, directions):
     check(Layer(cell, directions))
 
@@ -207,6 +204,8 @@ def test_every_mark(mode, cell, directions):
             "lengths": Layer("lstm", resets=False, bptt=1, traced=False, d_traced=False),
             "half": Layer("lstm", 2, dtype=torch.bfloat16),
             "traces": Layer("lstm", lengths=False, resets=False, bptt=None, save=cpu.STATES),
+            "extra": Layer("peephole_lstm", 2, fresh=False, save=cpu.STATES),
+            "normaliser": Layer("slstm", fresh=False, state=False, save=cpu.STATES),
         }.items()
     ],
 )
@@ -227,10 +226,11 @@ def test_several_tiles_of_the_batch_and_other_orders_of_programs(monkeypatch, mo
 
 
 def test_nan_does_not_pass_a_reset(mode):
-    layer = Layer("lstm", bptt=None) if mode in ("flag", "resident") else Layer("gru", 2, bptt=None)
+    cells = {"resident": "lstm", "flag": "peephole_lstm", "counter": "slstm", "stepwise": "gru"}
+    layer = Layer(cells[mode], 2 if mode == "stepwise" else 1, bptt=None)
     clean = draw(layer)
-    dirty = clean._replace(x=clean.x.clone())
-    dirty.x[2, 0] = float("nan")  # between two resets
+    dirty = clean._replace(call=clean.call._replace(x=clean.call.x.clone()))
+    dirty.call.x[2, 0] = float("nan")  # between two resets
     results, right = by_kernels(layer, dirty), by_kernels(layer, clean)
     exact = by_reference(layer, dirty)
     for name, part in results.items():
@@ -244,15 +244,16 @@ def test_nan_does_not_pass_a_reset(mode):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_no_gradient_comes_to_is_left_out(mode, bad, keep):
     """Steps that a row does not have, and a sequence whose output nothing depends on."""
-    layer = Layer("lstm" if mode in ("flag", "resident") else "gru", 2, bptt=None)
+    cells = {"resident": "lstm", "flag": "slstm", "counter": "gru", "stepwise": "peephole_lstm"}
+    layer = Layer(cells[mode], 2, bptt=None)
     clean = draw(layer)
-    d_rows = [part.clone() for part in (clean.d_y, *clean.d_traces)]
-    for part in d_rows:
+    dy, *d_traces = (part.clone() for part in (clean.given.dy, *clean.given.d_traces))
+    for part in (dy, *d_traces):
         part[2, 0] = 0.0  # between two resets
-    clean = clean._replace(d_y=d_rows[0], d_traces=d_rows[1:])
-    dirty = clean._replace(x=clean.x.clone())
-    dirty.x[2, 0] = bad
-    dirty.x[((clean.flow.marks[0] & flow.HOLD) != 0)] = bad
+    clean = clean._replace(given=clean.given._replace(dy=dy, d_traces=d_traces))
+    dirty = clean._replace(call=clean.call._replace(x=clean.call.x.clone()))
+    dirty.call.x[2, 0] = bad
+    dirty.call.x[((clean.call.flow.marks[0] & flow.HOLD) != 0)] = bad
     results, right = (by_kernels(layer, numbers, keep=keep) for numbers in (dirty, clean))
     assert_right(layer, right, by_reference(layer, clean))
     for name, part in results.items():
@@ -261,9 +262,10 @@ def test_what_no_gradient_comes_to_is_left_out(mode, bad, keep):
 
 
 @pytest.mark.parametrize("marked", [False, True])
-def test_groups(monkeypatch, marked):
+@pytest.mark.parametrize("cell", ["gru", "peephole_lstm"])
+def test_groups(monkeypatch, cell, marked):
     take(monkeypatch, "resident")
-    layer = Layer("gru", 2)
+    layer = Layer(cell, 2)
     numbers = draw(layer)
     pairs = torch.arange(4)
     both = part_of(numbers, pairs, marked)
@@ -281,28 +283,26 @@ def part_of(numbers: Numbers, rows: torch.Tensor, marked: bool) -> Numbers:
     def of(parts):
         return [part[:, rows].contiguous() for part in parts]
 
-    (x, dy), marks = of([numbers.x, numbers.d_y]), numbers.flow.marks[..., rows].contiguous()
-    return numbers._replace(
-        x=x,
-        state=of(numbers.state),
-        flow=Flow(marks if marked else None, of(numbers.flow.fresh)),
-        d_y=dy,
-        d_final=of(numbers.d_final),
+    call, given = numbers
+    (x, dy), marks = of([call.x, given.dy]), call.flow.marks[..., rows].contiguous()
+    flow = Flow(marks if marked else None, of(call.flow.fresh))
+    return Numbers(
+        call._replace(x=x, state=of(call.state), flow=flow),
+        Cotangents(dy, of(given.d_final), of(given.d_traces)),
     )
 
 
 def test_noise_has_no_kernels():
-    x, state, weights, *_ = draw(Layer("gru"))
-    arguments = "gru", x, state, weights, None, False
+    call, _ = draw(Layer("gru"))
     noise = Flow(None, [], [torch.rand(1, BATCH, HIDDEN), torch.rand(1, STEPS, BATCH, HIDDEN)])
-    assert gpu.has_kernels("gru", x, weights, None, PLAIN)
-    assert not gpu.has_kernels("gru", x, weights, None, noise)
-    expected = reference.layer(*arguments, noise)
-    y, final, *_ = gpu.layer_forward(*arguments, noise, cpu.NOTHING, False)
-    torch.testing.assert_close(y, expected.y)
+    noisy = call._replace(flow=noise)
+    assert gpu.has_kernels(call)
+    assert not gpu.has_kernels(noisy)
+    (y, final, _), _ = gpu.forward(noisy, cpu.NOTHING, False)
+    torch.testing.assert_close(y, reference.layer(noisy).y)
     for saved in ([], [y]):
-        dx, *_ = gpu.layer_backward("gru", y, final, [], *arguments[1:], noise, saved, True, True)
-        assert dx.shape == x.shape
+        dx, *_ = gpu.backward(noisy, Cotangents(y, final), saved, Asked())
+        assert dx.shape == call.x.shape
 
 
 def test_bits_are_those_of_the_package():

@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import fastrnn
-from fastrnn import ops
+from fastrnn import autocast
 from fastrnn.planner import use_path
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -277,7 +277,7 @@ def errors_of(call: Any, kind: str) -> list[tuple[type, str]]:
     return [outcome(lambda of=of: call(of(5, 4, 2, **options))) for of in both(cls)]
 
 
-@pytest.mark.parametrize("path", [None, "loop"], ids=["planned", "loop"])
+@pytest.mark.parametrize("path", [None, "kernels"], ids=["planned", "kernels"])
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("call", BAD_CALLS.values(), ids=BAD_CALLS)
 def test_bad_call(call: Any, kind: str, path: str | None) -> None:
@@ -286,7 +286,7 @@ def test_bad_call(call: Any, kind: str, path: str | None) -> None:
     assert mine == theirs
 
 
-@pytest.mark.parametrize("path", [None, "loop"], ids=["planned", "loop"])
+@pytest.mark.parametrize("path", [None, "kernels"], ids=["planned", "kernels"])
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("call", LOW_LEVEL_BAD_CALLS.values(), ids=LOW_LEVEL_BAD_CALLS)
 def test_bad_call_that_torch_does_not_explain(call: Any, kind: str, path: str | None) -> None:
@@ -314,7 +314,7 @@ def test_options(kind: str, form: str, num_layers: int) -> None:
         options = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}
         dropout = 0.4 if num_layers > 1 else 0.0
         ours, stock = pair(kind, num_layers=num_layers, dropout=dropout, **options)
-        paths = paths_of(kind) if num_layers == 2 else ("loop",)
+        paths = paths_of(kind) if num_layers == 2 else ("kernels",)
         check(ours, stock, Call(ours, form, hx=hx), paths, {**options, "hx": hx})
 
 
@@ -334,7 +334,7 @@ def test_half_precision_is_rounded_once(kind: str, form: str, dtype: torch.dtype
     ours, stock = pair(kind, bidirectional=True, dtype=dtype)
     call = Call(ours, form, steps=17, dtype=dtype)
     exact = call.forward(oracle_of(stock), torch.float64)[0]
-    with use_path("loop"):
+    with use_path("kernels"):
         mine = call.forward(ours)[0]
     for name, tensor in mine.items():
         bound = 0.51 * torch.finfo(dtype).eps * exact[name].abs() + 1e-6
@@ -611,10 +611,10 @@ def test_autocast_is_tried_out_of_sight() -> None:
     """What this machine can do is found without whoever looks at operations seeing it."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    ops._try_one_operation.cache_clear()
+    autocast._try_one_operation.cache_clear()
     with FlopCounterMode(display=False) as counter:
-        ops._is_one_operation(torch.bfloat16, torch.float32)
-    assert ops._try_one_operation.cache_info().misses == 1
+        autocast.is_one_operation(torch.bfloat16, torch.float32)
+    assert autocast._try_one_operation.cache_info().misses == 1
     assert counter.get_total_flops() == 0
 
 
@@ -737,7 +737,7 @@ def test_mode_decides_the_activation_on_every_path() -> None:
     rnn.nonlinearity = "relu"
     input = torch.randn(64, 2, 3, dtype=torch.float64)
     results = [rnn(input)[0]]
-    for path in ("torch", "loop"):
+    for path in ("torch", "kernels"):
         with use_path(path):
             results.append(rnn(input)[0])
     assert_same({"a": results[0], "b": results[2]}, {"a": results[1], "b": results[1]})

@@ -7,15 +7,16 @@ import shutil
 
 import pytest
 import torch
+from compare import call_of
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from fastrnn import reference
+from fastrnn.cells import CELLS
 from fastrnn.cpu import ALL, NOTHING, STATES
 from fastrnn.flow import PLAIN
-from fastrnn.reference import CELLS
 
 layer_op = torch.ops.fastrnn.layer
 cell_op = torch.ops.fastrnn.cell
@@ -65,7 +66,7 @@ def test_layer_first_and_second_derivatives(cell, directions, bias, packed, proj
     leaves = [x, *state, *weights]
     results = []
     for function in (fastrnn.ops.layer, reference.layer):
-        y, final, _ = function(cell, x, state, weights, sizes, directions == 2)
+        y, final, _ = function(call_of(cell, x, state, weights, sizes, directions == 2))
         first = gradients([y, *final], leaves, create_graph=True)
         squares = sum(g.square().sum() for g in first)
         second = torch.autograd.grad(squares, leaves, allow_unused=True)
@@ -110,7 +111,7 @@ def test_results_may_be_overwritten_before_backward(cell, packed):
     x, state, weights, sizes = make(cell, 2, packed=packed)
     leaves, grads = [x, *state, *weights], []
     for spoil in (False, True):
-        y, final, _ = fastrnn.ops.layer(cell, x, state, weights, sizes, True)
+        y, final, _ = fastrnn.ops.layer(call_of(cell, x, state, weights, sizes, True))
         # The products hold values of their own; y and final are then free to change.
         loss = sum((t * 1).square().sum() for t in (y, *final))
         if spoil:
@@ -127,7 +128,7 @@ def test_new_state_may_be_overwritten_before_backward(cell):
     inputs = (x[0].detach(), [part[0] for part in state], weights)
     grads = []
     for spoil in (False, True):
-        new = fastrnn.ops.cell_step(cell, *inputs)
+        new = fastrnn.ops.cell_step(call_of(cell, *inputs))
         loss = sum((t * 1).square().sum() for t in new)
         if spoil:
             for t in new:
@@ -142,7 +143,7 @@ def test_batched_gradients(cell):
     """Many cotangents at once: vmap over the backward operator."""
     x, state, weights, _ = make(cell, 2)
     leaves = [x, *state, *weights]
-    y, *_ = fastrnn.ops.layer(cell, x, state, weights, None, True)
+    y, *_ = fastrnn.ops.layer(call_of(cell, x, state, weights, None, True))
     cotangents = torch.randn(3, *y.shape, dtype=y.dtype)
     batched = torch.autograd.grad(y, leaves, cotangents, retain_graph=True, is_grads_batched=True)
     singly = [torch.autograd.grad(y, leaves, c, retain_graph=True) for c in cotangents]
@@ -179,7 +180,7 @@ def test_forward_mode_of_the_backward_pass_alone():
 @pytest.mark.parametrize("cell", CELLS)
 def test_vmap_of_the_backward_pass(cell):
     x, state, weights, _ = make(cell, 1)
-    y, *_ = fastrnn.ops.layer(cell, x, state, weights)
+    y, *_ = fastrnn.ops.layer(call_of(cell, x, state, weights))
     cotangents = torch.randn(3, *y.shape, dtype=y.dtype)
 
     def pull_back(cotangent):
@@ -190,7 +191,7 @@ def test_vmap_of_the_backward_pass(cell):
 
 
 @pytest.mark.parametrize("nonlinearity", ["tanh", "identity"])
-@pytest.mark.parametrize("path", [None, "loop"])
+@pytest.mark.parametrize("path", [None, "kernels"])
 def test_complex_gradients(nonlinearity, path):
     """The loop's formulas are real; complex numbers take autograd's."""
     rnn = fastrnn.RNN(3, 4, nonlinearity=nonlinearity, dtype=torch.complex128)
@@ -209,7 +210,7 @@ def test_third_derivative(cell):
     x, _, weights, _ = make(cell, 1)
 
     def second(w_hh):
-        y, *_ = fastrnn.ops.layer(cell, x.detach(), [], [weights[0], w_hh, *weights[2:]])
+        y, *_ = fastrnn.ops.layer(call_of(cell, x.detach(), [], [weights[0], w_hh, *weights[2:]]))
         (g,) = torch.autograd.grad(y.pow(3).sum(), w_hh, create_graph=True)
         return g
 
@@ -231,7 +232,7 @@ def test_gradient_without_saved_activations(cell):
 
 def test_unneeded_gradients_are_not_computed():
     x, _, weights, _ = make("gru", 1)
-    y = fastrnn.ops.layer("gru", x, [], [w.detach() for w in weights])[0]
+    y = fastrnn.ops.layer(call_of("gru", x, [], [w.detach() for w in weights]))[0]
     node = y.grad_fn
     with torch.autograd.profiler.profile() as profile:
         y.sum().backward()
@@ -244,7 +245,7 @@ def test_unneeded_gradients_are_not_computed():
 
 def test_saved_tensors_survive_two_backwards():
     x, state, weights, _ = make("gru", 2)
-    y, *_ = fastrnn.ops.layer("gru", x, state, weights, None, True)
+    y, *_ = fastrnn.ops.layer(call_of("gru", x, state, weights, None, True))
     once = torch.autograd.grad(y.sum(), [x, *weights], retain_graph=True)
     twice = torch.autograd.grad(y.sum(), [x, *weights])
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
@@ -254,9 +255,9 @@ def test_saved_tensors_survive_two_backwards():
 @pytest.mark.parametrize("cell", CELLS)
 def test_half_precision_is_rounded_once(cell, dtype):
     x, state, weights, _ = make(cell, 1, dtype=dtype)
-    y, final, _ = fastrnn.ops.layer(cell, x, state, weights)
+    y, final, _ = fastrnn.ops.layer(call_of(cell, x, state, weights))
     wide = [[t.detach().double() for t in ts] for ts in ([x], state, weights)]
-    exact, *_ = reference.layer(cell, wide[0][0], wide[1], wide[2])
+    exact, *_ = reference.layer(call_of(cell, wide[0][0], wide[1], wide[2]))
     assert y.dtype == final[0].dtype == dtype
     torch.testing.assert_close(y.double(), exact, rtol=torch.finfo(dtype).eps / 2 * 1.01, atol=1e-6)
 
@@ -302,7 +303,7 @@ def test_compile_fullgraph_with_dynamic_shapes(cls, compiling):
     frames = 0
     for steps, batch in ((5, 2), (7, 3), (9, 4)):
         x = torch.randn(steps, batch, 3)
-        with fastrnn.planner.use_path("loop"):
+        with fastrnn.planner.use_path("kernels"):
             eager = net(x)
         grads = torch.autograd.grad(eager.sum(), list(net.parameters()))
         out = compiled(x)
@@ -320,7 +321,7 @@ def test_inductor_with_strided_input(cls, compiling):
     """Code generated around the operators relies on their strides, gradients' included."""
     net = Net(cls)
     x = torch.randn(3, 1, 6).permute(2, 1, 0).requires_grad_()
-    with fastrnn.planner.use_path("loop"):
+    with fastrnn.planner.use_path("kernels"):
         expected = net(x)
     leaves = [x, *net.parameters()]
     out = torch.compile(net, fullgraph=True)(x)
@@ -422,8 +423,8 @@ def test_operator_under_autocast(cell, low, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # which runs an LSTM as a whole
     x, state, weights, _ = make(cell, 1, dtype=torch.float32)
     with torch.autocast("cpu", dtype=low):
-        y, final, _ = fastrnn.ops.layer(cell, x, state, weights)
-        new = fastrnn.ops.cell_step(cell, x[0], [part[0] for part in state], weights)
+        y, final, _ = fastrnn.ops.layer(call_of(cell, x, state, weights))
+        new = fastrnn.ops.cell_step(call_of(cell, x[0], [part[0] for part in state], weights))
     expected = low if cell == "rnn_tanh" else torch.float32
     assert {t.dtype for t in (y, *final, *new)} == {expected}
     gradients([y, *final], [x, *weights])

@@ -102,7 +102,7 @@ def test_replace_and_restore(model: nn.Module, training: bool) -> None:
     assert all(module.training == training for module in model.modules())
     marked = snapshot(model)
     assert {key: marked[key] for key in state} == state
-    for path in (None, "loop"):
+    for path in (None, "kernels"):
         with fastrnn.planner.use_path(path):
             assert_same(run(model), before)
     undone = fastrnn.restore(model)

@@ -10,10 +10,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
-from fastrnn.cpu import CPU_CELLS, machine
+from fastrnn import cpu
+from fastrnn.cells import CELLS
+from fastrnn.checks import checked
+from fastrnn.cpu import machine, native
+from fastrnn.devices import cudnn_algorithm
 from fastrnn.kernels.configs import DEVICES, MAX_BATCH, PRECISIONS
-from fastrnn.planner import PATHS, Problem, cudnn_algorithm, path, plan, use_path
+from fastrnn.options import Options
+from fastrnn.planner import PATHS, Problem, path_of, plan, problem_of, use_path
 
+POINTWISE = sorted(name for name, cell in CELLS.items() if cell.is_pointwise)
 GRU = Problem("gru", steps=4, batch=128, input_size=64, hidden_size=64)
 RNN = GRU._replace(cell="rnn_tanh", steps=8)
 LSTM = GRU._replace(cell="lstm", steps=2)
@@ -23,56 +29,58 @@ HALF = GRU._replace(dtype=torch.float16)
 @pytest.mark.parametrize(
     ("problem", "expected"),
     [
-        (GRU, "loop"),
+        (GRU, "kernels"),
         (GRU._replace(steps=3), "torch"),
-        (GRU._replace(steps=3, packed=True), "loop"),
-        (RNN, "loop"),
+        (GRU._replace(steps=3, packed=True), "kernels"),
+        (RNN, "kernels"),
         (RNN._replace(steps=7), "torch"),
-        (LSTM, "loop"),
+        (LSTM, "kernels"),
         (LSTM._replace(steps=1), "torch"),
         (LSTM._replace(steps=47, training=True), "torch"),
-        (LSTM._replace(steps=48, training=True), "loop"),
+        (LSTM._replace(steps=48, training=True), "kernels"),
         (LSTM._replace(steps=47, hidden_size=255, batch=8, training=True), "torch"),
-        (LSTM._replace(steps=4, hidden_size=256, batch=8, training=True), "loop"),
+        (LSTM._replace(steps=4, hidden_size=256, batch=8, training=True), "kernels"),
         (LSTM._replace(steps=3, hidden_size=256, batch=8, training=True), "torch"),
-        (LSTM._replace(steps=1, packed=True), "loop"),
+        (LSTM._replace(steps=1, packed=True), "kernels"),
         (LSTM._replace(steps=127, batch=1, hidden_size=512), "torch"),
-        (LSTM._replace(steps=128, batch=1, hidden_size=512), "loop"),
+        (LSTM._replace(steps=128, batch=1, hidden_size=512), "kernels"),
         (LSTM._replace(steps=9999, batch=1, hidden_size=513), "torch"),
-        (LSTM._replace(steps=99, batch=4, hidden_size=513), "loop"),
+        (LSTM._replace(steps=99, batch=4, hidden_size=513), "kernels"),
         (LSTM._replace(steps=99, batch=32, hidden_size=576, training=True), "torch"),
-        (LSTM._replace(steps=99, batch=32, hidden_size=575, training=True), "loop"),
-        (LSTM._replace(steps=99, batch=64, hidden_size=512), "loop"),
+        (LSTM._replace(steps=99, batch=32, hidden_size=575, training=True), "kernels"),
+        (LSTM._replace(steps=99, batch=64, hidden_size=512), "kernels"),
         (LSTM._replace(steps=31, batch=3, hidden_size=127), "torch"),
-        (LSTM._replace(steps=32, batch=3, hidden_size=127), "loop"),
-        (LSTM._replace(steps=2, batch=4, hidden_size=127), "loop"),
+        (LSTM._replace(steps=32, batch=3, hidden_size=127), "kernels"),
+        (LSTM._replace(steps=2, batch=4, hidden_size=127), "kernels"),
         (LSTM._replace(steps=15, batch=4, hidden_size=128), "torch"),
-        (LSTM._replace(steps=16, batch=4, hidden_size=128), "loop"),
+        (LSTM._replace(steps=16, batch=4, hidden_size=128), "kernels"),
         (LSTM._replace(steps=63, batch=16, hidden_size=256), "torch"),
-        (LSTM._replace(steps=64, batch=4, hidden_size=256), "loop"),
-        (LSTM._replace(steps=32, batch=32, hidden_size=256), "loop"),
-        (LSTM._replace(steps=2, batch=1, hidden_size=512, dtype=torch.float16), "loop"),
-        (LSTM._replace(steps=4, training=True, dtype=torch.float16), "loop"),
+        (LSTM._replace(steps=64, batch=4, hidden_size=256), "kernels"),
+        (LSTM._replace(steps=32, batch=32, hidden_size=256), "kernels"),
+        (LSTM._replace(steps=2, batch=1, hidden_size=512, dtype=torch.float16), "kernels"),
+        (LSTM._replace(steps=4, training=True, dtype=torch.float16), "kernels"),
         (GRU._replace(device="cuda"), "torch"),
         (GRU._replace(is_step=True), "torch"),
         (GRU._replace(dtype=torch.complex64), "torch"),
-        (HALF, "loop"),
+        (HALF, "kernels"),
         (HALF._replace(steps=3), "torch"),
         (GRU._replace(transform="forward"), "reference"),
-        (GRU._replace(transform="func"), "loop"),
+        (GRU._replace(transform="func"), "kernels"),
         (GRU._replace(transform="func", is_step=True), "reference"),
         (GRU._replace(cell="rnn_identity", transform="forward"), "reference"),
-        (GRU._replace(steps=1, marked=True), "loop"),
-        (LSTM._replace(dtype=torch.float64, marked=True), "loop"),
+        (GRU._replace(steps=1, marked=True), "kernels"),
+        (LSTM._replace(dtype=torch.float64, marked=True), "operators"),
         (GRU._replace(device="cuda", marked=True), "reference"),
         (GRU._replace(noisy=True), "reference"),
-        (GRU._replace(cell="slstm"), "reference"),
+        (GRU._replace(cell="slstm"), "kernels"),
+        (GRU._replace(cell="peephole_lstm", dtype=torch.float64), "operators"),
+        (GRU._replace(cell="layernorm_gru"), "reference"),
         (GRU._replace(cell="rnn_identity", dtype=torch.complex64), "reference"),
-        (GRU._replace(cell="rnn_identity", device="cuda"), "loop"),
+        (GRU._replace(cell="rnn_identity", device="cuda"), "operators"),
     ],
 )
 def test_thresholds_of_the_cpu_kernels(monkeypatch, problem, expected):
-    monkeypatch.setattr(fastrnn.planner, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(fastrnn.crossover, "multiplies", lambda dtype: False)
     monkeypatch.setattr(fastrnn.cpu.machine, "target", lambda: machine.AVX2)
     assert plan(problem).path == expected
 
@@ -83,26 +91,26 @@ LONG = GRU._replace(steps=48, training=True)
 @pytest.mark.parametrize(
     ("problem", "expected"),
     [
-        (LONG, "loop"),
+        (LONG, "operators"),
         (LONG._replace(steps=47), "torch"),
         (LONG._replace(batch=129), "torch"),
-        (LONG._replace(batch=129, packed=True), "loop"),
+        (LONG._replace(batch=129, packed=True), "operators"),
         (LONG._replace(training=False), "torch"),
-        (LONG._replace(dtype=torch.float64), "loop"),
+        (LONG._replace(dtype=torch.float64), "operators"),
         (LONG._replace(cell="lstm"), "torch"),
-        (LONG._replace(cell="lstm", packed=True), "loop"),
-        (LONG._replace(dtype=torch.float16, batch=1), "loop"),
+        (LONG._replace(cell="lstm", packed=True), "operators"),
+        (LONG._replace(dtype=torch.float16, batch=1), "operators"),
         (LONG._replace(dtype=torch.float16, batch=1, training=False), "torch"),
-        (LONG._replace(dtype=torch.float16, batch=16, steps=16, training=False), "loop"),
+        (LONG._replace(dtype=torch.float16, batch=16, steps=16, training=False), "operators"),
         (LONG._replace(dtype=torch.float16, batch=16, steps=15), "torch"),
-        (LONG._replace(cell="lstm", projected=True), "loop"),
-        (LONG._replace(cell="lstm", dtype=torch.float64), "loop"),
+        (LONG._replace(cell="lstm", projected=True), "operators"),
+        (LONG._replace(cell="lstm", dtype=torch.float64), "operators"),
         (LONG._replace(is_step=True), "torch"),
     ],
 )
 @pytest.mark.parametrize("lacks", ["llvmlite", "instructions"])
 def test_thresholds_without_cpu_kernels(monkeypatch, problem, expected, lacks):
-    monkeypatch.setattr(fastrnn.planner, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(fastrnn.crossover, "multiplies", lambda dtype: False)
     if lacks == "llvmlite":
         monkeypatch.setattr(machine, "_has_compiler", lambda: False)
     else:
@@ -114,13 +122,13 @@ def test_thresholds_without_cpu_kernels(monkeypatch, problem, expected, lacks):
 
 
 def test_half_precision_that_the_cpu_multiplies_is_torchs(monkeypatch):
-    monkeypatch.setattr(fastrnn.planner, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(fastrnn.crossover, "multiplies", lambda dtype: True)
     assert plan(HALF._replace(steps=100)).path == "torch"
 
 
 problems = st.builds(
     Problem,
-    cell=st.sampled_from(sorted(CPU_CELLS)),
+    cell=st.sampled_from(POINTWISE),
     steps=st.integers(1, 100),
     batch=st.integers(0, 200),
     input_size=st.integers(1, 9),
@@ -142,31 +150,96 @@ problems = st.builds(
 
 
 @given(problem=problems, forced=st.sampled_from([None, *PATHS]))
-def test_remembered_paths_are_the_plans(problem, forced):
-    assert path(*problem) == plan(problem).path
+def test_every_problem_has_a_plan(problem, forced):
     with use_path(forced):
-        assert path(*problem) == plan(problem).path
-    assert path(*problem) == plan(problem).path
+        chosen = plan(problem)
+    assert chosen.path in PATHS
+    assert chosen.reason
+
+
+OPTIONS = {
+    "plain": {},
+    "training": {"training": True, "dropout": 0.5},
+    "lengths": {"lengths": torch.tensor([40, 3])},
+    "states": {"return_states": True},
+    "bptt": {"bptt": 7},
+    "noise": {"zoneout": 0.5},
+    "list": {"zoneout": [0.5]},
+    "batch_first": {"batch_first": True},
+}
+
+
+@pytest.mark.parametrize("steps", [1, 40])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_remembered_paths_are_the_plans(steps, options):
+    """Asked twice, with another forced path between, and with and without gradients."""
+    gru, options = fastrnn.GRU(3, 40), Options(**options)
+    if options.lengths is not None and steps == 1:
+        options = options._replace(lengths=torch.tensor([1, 0]))
+    x = torch.randn(2, steps, 3) if options.batch_first else torch.randn(steps, 2, 3)
+    call = checked("gru", x, None, list(gru.parameters()), options)
+    for forced in (None, *PATHS, None):
+        for enabled in (True, False, True):
+            with use_path(forced), torch.set_grad_enabled(enabled):
+                assert path_of(call) == plan(problem_of(call)).path
+                assert path_of(call, torch.float64) == plan(problem_of(call, torch.float64)).path
+
+
+def test_packed_batches_of_as_many_rows_have_paths_of_their_own():
+    weights = list(fastrnn.LSTM(4, 64).parameters())
+    for sizes in ([1] * 96, [96], [2] * 40 + [1] * 16, [1] * 96):
+        options = Options(batch_sizes=torch.tensor(sizes))
+        call = checked("lstm", torch.randn(96, 4), None, weights, options)
+        assert path_of(call) == plan(problem_of(call)).path
+
+
+def test_as_many_paths_are_remembered_as_there_is_room_for(monkeypatch):
+    monkeypatch.setattr(fastrnn.planner, "_MAX_PATHS", 2)
+    monkeypatch.setattr(fastrnn.planner, "_paths", remembered := {})
+    for steps in (1, 40, 1, 50, 60):
+        fastrnn.GRU(3, 4)(torch.randn(steps, 2, 3))
+        assert 0 < len(remembered) <= 2
 
 
 def test_use_path_refuses_an_unknown_path():
     with (
         pytest.raises(
             ValueError,
-            match="one of torch, loop, reference, resident, persistent, stepwise, got 'cudnn'",
+            match="one of torch, kernels, operators, reference, resident, persistent, stepwise, "
+            "got 'cudnn'",
         ),
         use_path("cudnn"),
     ):
         pass
 
 
+def test_use_path_says_what_a_path_is_called_now():
+    with pytest.raises(ValueError, match="it is now called 'kernels', or 'operators'"):
+        use_path("loop").__enter__()
+
+
+def test_operators_can_be_asked_for():
+    """On a CPU, also where there are kernels; and the kernels are back afterwards."""
+    gru, x = fastrnn.GRU(3, 4), torch.randn(40, 2, 3)
+    with use_path("kernels"):
+        expected = gru(x)[0]
+        if cpu.kernel_gap(torch.float32, False) is None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(native, "forward", lambda *_: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    gru(x)
+                with use_path("operators"):
+                    torch.testing.assert_close(gru(x)[0], expected)
+        assert gru(x)[0].equal(expected)
+
+
 def test_forced_paths_that_cannot_be():
     identity = GRU._replace(cell="rnn_identity")
     with use_path("torch"):
-        assert plan(identity).path == "loop"
+        assert plan(identity).path == "kernels"
         assert plan(identity._replace(transform="forward")).path == "reference"
         assert plan(identity._replace(dtype=torch.complex64)).path == "reference"
-    with use_path("loop"):
+    with use_path("kernels"):
         assert plan(LSTM._replace(transform="forward")).path == "reference"
         assert plan(LSTM._replace(dtype=torch.complex64)).path == "reference"
 
@@ -181,20 +254,32 @@ def test_symbolic_sizes():
         torch.testing.assert_close(traced(x), gru(x)[0])
 
 
+@pytest.mark.parametrize("cls", [fastrnn.LSTM, fastrnn.RNN])
+def test_symbolic_sizes_of_weights(cls):
+    module, x = cls(3, 8), torch.randn(6, 2, 3)
+    weights = {name: weight.detach() for name, weight in module.named_parameters()}
+
+    def run(weights, x):
+        return torch.func.functional_call(module, weights, (x,))[0]
+
+    traced = make_fx(run, tracing_mode="symbolic")(weights, x)
+    torch.testing.assert_close(traced(weights, x), run(weights, x))
+
+
 def test_packed_sequences_of_one_length_are_a_padded_batch(monkeypatch):
     """torch's LSTM then runs oneDNN, which our loop does not beat."""
     monkeypatch.setattr(machine, "_has_compiler", lambda: False)
     lstm, x = fastrnn.LSTM(3, 4), torch.randn(65, 2, 3)
-    chosen = []
+    chosen, choose = [], fastrnn.planner.path_of
     monkeypatch.setattr(
         fastrnn.planner,
-        "path",
-        lambda *fields: chosen.append(plan(Problem(*fields)).path) or chosen[-1],
+        "path_of",
+        lambda *arguments: chosen.append(choose(*arguments)) or chosen[-1],
     )
+    monkeypatch.setattr(fastrnn.planner, "_paths", {})
     for lengths in ([65, 65], [65, 64]):
         lstm(pack_padded_sequence(x, torch.tensor(lengths)))
-    assert chosen[0] == "torch"
-    assert set(chosen[1:]) == {"loop"}
+    assert chosen == ["torch", "operators"], "each call asks once"
 
 
 @pytest.mark.parametrize(
@@ -211,7 +296,7 @@ def test_packed_sequences_of_one_length_are_a_padded_batch(monkeypatch):
 )
 def test_what_has_no_kernel_goes_to_torch(change, says):
     problem = LSTM._replace(steps=48, device="cuda", gpu=DEVICES["h100"])
-    assert plan(problem).path == "loop"
+    assert plan(problem).path == "kernels"
     changed = plan(problem._replace(**change))
     assert changed.path == "torch"
     assert says in changed.reason
@@ -221,10 +306,10 @@ def test_what_has_no_kernel_goes_to_torch(change, says):
 def test_packed_sequences_on_a_gpu_have_kernels():
     """cuDNN launches its steps one by one for them."""
     problem = LSTM._replace(steps=48, device="cuda", gpu=DEVICES["h100"], packed=True)
-    assert plan(problem).path == "loop"
+    assert plan(problem).path == "kernels"
 
 
-@pytest.mark.parametrize("change", [{"noisy": True}, {"cell": "slstm"}])
+@pytest.mark.parametrize("change", [{"noisy": True}, {"cell": "layernorm_gru"}])
 def test_what_no_kernel_has_goes_to_the_reference(change):
     chosen = plan(LSTM._replace(steps=48, device="cuda", gpu=DEVICES["h100"], **change))
     assert chosen.path == "reference"
@@ -235,7 +320,7 @@ def test_what_no_kernel_has_goes_to_the_reference(change):
     hidden=st.integers(1, 4096),
     batch=st.integers(0, MAX_BATCH),
     device=st.sampled_from([*DEVICES.values()]),
-    cell=st.sampled_from(sorted(CPU_CELLS)),
+    cell=st.sampled_from(POINTWISE),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     directions=st.integers(1, 2),
 )
@@ -253,7 +338,7 @@ def test_cudnns_persistent_kernel_is_left_to_it():
     problem = LSTM._replace(device="cuda", gpu=DEVICES["h100"], **fields)
     assert plan(problem).path == "torch"
     for change in ({"layers": 2}, {"directions": 2}, {"batch": 12}, {"dtype": torch.bfloat16}):
-        assert plan(problem._replace(**change)).path == "loop"
+        assert plan(problem._replace(**change)).path == "kernels"
 
 
 @pytest.mark.parametrize(
@@ -284,4 +369,4 @@ def test_cudnns_algorithm(change, algorithm):
 
 
 def test_numbers_of_amds_architectures():
-    assert [fastrnn.planner._gfx(name) for name in ("gfx942:sramecc+:xnack-", "gfx90a")] == [942, 0]
+    assert [fastrnn.devices._gfx(name) for name in ("gfx942:sramecc+:xnack-", "gfx90a")] == [942, 0]

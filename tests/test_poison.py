@@ -82,7 +82,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("path", [None, "loop", "reference"])
+@pytest.mark.parametrize("path", [None, "kernels", "reference"])
 @pytest.mark.parametrize(("name", "build", "call"), CASES)
 def test_padding(name, build, call, path):
     module = make(name, **BUILT[build])
@@ -105,7 +105,7 @@ def test_padding(name, build, call, path):
         check(found, expected)
 
 
-@pytest.mark.parametrize("path", [None, "loop", "reference"])
+@pytest.mark.parametrize("path", [None, "kernels", "reference"])
 @pytest.mark.parametrize(("name", "build", "call"), CASES)
 def test_before_a_reset(name, build, call, path):
     """With a loss of what comes after it, and of what comes before the poison."""
@@ -139,12 +139,12 @@ def test_poison_that_is_asked_for_is_seen():
         x[2, 0] = NAN
         reset = torch.zeros(STEPS, BATCH, dtype=torch.bool)
         reset[4, 0] = True
-        for path in (None, "loop", "reference"):
+        for path in (None, "kernels", "reference"):
             found = run(module, x, initial(module), path, lambda y: y[3].sum(), reset=reset)
             assert found[1].isnan().any(), (name, path)
 
 
-@pytest.mark.parametrize("path", ["loop", "reference"])
+@pytest.mark.parametrize("path", ["kernels", "reference"])
 @pytest.mark.parametrize("name", MODULES)
 def test_second_derivatives(name, path):
     """Of a gradient whose own does not depend on the output, as of a penalty."""

@@ -86,7 +86,7 @@ def test_copy_of_loaded_follows_its_weights(kind: str) -> None:
     for module in (loaded, stock):
         for p in module.parameters():
             p.data = p.data * 2
-    check(loaded, stock, Call(stock, dtype=torch.float64), [None, "loop"])
+    check(loaded, stock, Call(stock, dtype=torch.float64), [None, "kernels"])
 
 
 # Conversion.

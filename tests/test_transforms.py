@@ -70,13 +70,13 @@ def stacked(rows):
 
 def test_over_inputs_is_one_call_of_a_larger_batch(module, monkeypatch):
     calls = []
-    kernel = fastrnn.cpu.layer_forward
+    kernel = fastrnn.cpu.forward
 
-    def count(cell, x, *rest):
-        calls.append(x.shape[1])
-        return kernel(cell, x, *rest)
+    def count(call, *rest):
+        calls.append(call.batch)
+        return kernel(call, *rest)
 
-    monkeypatch.setattr(fastrnn.cpu, "layer_forward", count)
+    monkeypatch.setattr(fastrnn.cpu, "forward", count)
     x = normal(4, 5, 2, 3)
     y = vmap(lambda x: module(x)[0])(x)
     assert calls == [4 * 2] * module.num_layers

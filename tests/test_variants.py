@@ -139,7 +139,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("path", [None, "loop"])
+@pytest.mark.parametrize("path", [None, "kernels"])
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -162,7 +162,7 @@ def test_against_the_formula(kind, options, path):
         assert_equal(flat(module(x)), run(kind, module, x, zeros))
 
 
-@pytest.mark.parametrize("path", ["reference", "loop"])
+@pytest.mark.parametrize("path", ["reference", "kernels"])
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_derivatives(kind, path):
     module = VARIANTS[kind](1, 2, dtype=torch.float64)
@@ -175,11 +175,11 @@ def test_derivatives(kind, path):
         return y, *final
 
     with use_path(path):
-        assert torch.autograd.gradcheck(function, (x, *hx, *weights), fast_mode=path == "loop")
+        assert torch.autograd.gradcheck(function, (x, *hx, *weights), fast_mode=path == "kernels")
         assert torch.autograd.gradgradcheck(function, (x, *hx, *weights), fast_mode=True)
 
 
-@pytest.mark.parametrize("path", [None, "loop"])
+@pytest.mark.parametrize("path", [None, "kernels"])
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_flow_of_the_state(kind, path):
     module = make(kind, num_layers=2, bidirectional=True)
@@ -398,8 +398,8 @@ def dense_matrix(name: str, weight: Tensor) -> Tensor:
     [
         (name, path)
         for name in DENSE
-        for path in (None, "loop", "reference", "torch")
-        if name not in VARIANTS or path in (None, "loop")
+        for path in (None, "kernels", "reference", "torch")
+        if name not in VARIANTS or path in (None, "kernels")
     ],
 )
 def test_heads_are_a_block_diagonal_matrix(name, path):
@@ -512,7 +512,7 @@ def near(share: Tensor, p: float, count: int) -> bool:
     return bool((share - p).abs() <= 4.5 * (p * (1 - p) / count) ** 0.5)
 
 
-@pytest.mark.parametrize("path", [None, "loop"])
+@pytest.mark.parametrize("path", [None, "kernels"])
 def test_recurrent_dropout_has_one_mask_for_a_sequence(path):
     p, hidden, batch = 0.4, 50, 40
     rnn = identity(hidden, through_time=1.0, from_input=0.0, recurrent_dropout=p)
@@ -547,7 +547,7 @@ def test_recurrent_dropout_of_layers_and_directions_differ():
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(masks, 2))
 
 
-@pytest.mark.parametrize("path", [None, "loop"])
+@pytest.mark.parametrize("path", [None, "kernels"])
 def test_zoneout_keeps_a_share_of_the_state_and_its_mean_in_evaluation(path):
     p, hidden, batch = 0.3, 50, 40
     rnn = identity(hidden, through_time=0.0, from_input=1.0, zoneout=p)
@@ -617,7 +617,7 @@ def test_weight_dropout(cls):
         torch.testing.assert_close(module.eval()(x)[0], fixed(x)[0])
 
 
-@pytest.mark.parametrize("path", [None, "loop"])
+@pytest.mark.parametrize("path", [None, "kernels"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("cls", [fastrnn.LSTM, fastrnn.GRU, *VARIANTS.values()])
 def test_gradients_through_noise(cls, training, path):
@@ -667,3 +667,22 @@ def test_compiled_noise_follows_the_seed():
     assert torch.equal(ys[0], ys[1])
     assert not torch.equal(ys[0], ys[2])
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("path", [None, "kernels", "operators", "reference"])
+def test_slstm_begins_to_remember(path):
+    """Derivatives by a state that is empty are those of one that is nearly so."""
+    slstm = fastrnn.SLSTM(3, 4).double()
+    with torch.no_grad():
+        slstm.bias_ih_l0[:4] -= 2.0  # what there was weighs more than what comes
+    x = torch.randn(2, 1, 3, dtype=torch.float64)
+    zeros = [torch.zeros(1, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    with use_path(path):
+        of_n = torch.autograd.grad(slstm(x, zeros)[0].sum(), zeros[2])[0].flatten()
+        h, c, n, m = (part.detach() for part in zeros)
+        base = slstm(x, (h, c, n, m))[0].sum()
+        for unit in range(4):
+            nearly = n.clone()
+            nearly[..., unit] = 1e-7
+            slope = (slstm(x, (h, c, nearly, m))[0].sum() - base) / 1e-7
+            torch.testing.assert_close(of_n[unit], slope.detach(), rtol=1e-4, atol=1e-6)

@@ -1,14 +1,9 @@
-"""What every path must know about a cell, and the weights of one direction of a layer."""
+"""What every engine must know about a cell."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
-
-State = tuple[Tensor, ...]
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 
 class Extra(NamedTuple):
@@ -29,112 +24,75 @@ class Extra(NamedTuple):
     init: float | None
 
 
-class Weights(NamedTuple):
-    """The weights of one direction of one layer; what a layer does not have is None."""
-
-    w_ih: Tensor
-    w_hh: Tensor
-    b_ih: Tensor | None = None
-    b_hh: Tensor | None = None
-    w_hr: Tensor | None = None
-    extras: tuple[Tensor, ...] = ()
-
-    @classmethod
-    def unpack(cls, flat: Sequence[Tensor], n_extras: int = 0) -> Weights:
-        """Name a flat list: ih, hh[, b_ih, b_hh][, hr], as in ``torch.nn.RNNBase``, then extras.
-
-        The four possible lengths of the first part are all different, so nothing else is needed:
-        2 plain, 3 projection, 4 bias, 5 bias and projection.
-        """
-        count = len(flat) - n_extras
-        w_ih, w_hh, *rest = flat[:count]
-        w_hr = rest.pop() if len(rest) % 2 else None
-        b_ih, b_hh = rest or (None, None)
-        return cls(w_ih, w_hh, b_ih, b_hh, w_hr, tuple(flat[count:]))
-
-
-def input_part(x: Tensor, w: Weights) -> Tensor:
-    """Compute the input part of the gates, with its bias; for many steps at once.
-
-    Parameters
-    ----------
-    x : Tensor of shape (..., I)
-    w : Weights
-
-    Returns
-    -------
-    Tensor of shape (..., G * H)
-    """
-    return torch.nn.functional.linear(x, w.w_ih, w.b_ih)
-
-
-def recurrent_part(h: Tensor, w: Weights) -> Tensor:
-    """Compute the recurrent part of the gates, with its bias.
-
-    Parameters
-    ----------
-    h : Tensor of shape (..., P)
-    w : Weights
-
-    Returns
-    -------
-    Tensor of shape (..., G * H)
-    """
-    return torch.nn.functional.linear(h, w.w_hh, w.b_hh)
-
-
 class Cell(NamedTuple):
-    """A recurrent cell.
+    """A recurrent cell: facts, and arithmetic on one hidden unit that every engine takes.
+
+    Every argument of the functions is a tuple, and so is every result. They are written with
+    operators and the names of ``functions.py``, without closures, default values, and globals other
+    than functions of this kind; ``Engine.bind`` gives them to an engine. Engines fill vectors and
+    tiles up with zeros, of which `forward` makes numbers, and `backward` zeros.
 
     Attributes
     ----------
     name : str
-    n_gates : int
-        Blocks of H rows in ``weight_ih`` and ``weight_hh``.
-    n_states : int
-        h, and what else a cell carries on.
-    step : callable
-        ``step(wx, rh, state, *extras) -> state``: the pointwise part. `wx` and `rh` (B, G * H) are
-        the input part and the recurrent part of the gates, each with its bias.
+    gates, states : tuple of str
+        Names of the gates, in the order of the blocks of H rows in the weights, and of the states,
+        h first.
+    forward : callable
+        ``forward(wx, rh, state, extra) -> (state, saved)``; `wx` and `rh` are the input part and
+        the recurrent part of each gate, with their biases; `extra` the blocks of the extra weights.
+    backward : callable, optional
+        ``backward(saved, state, previous, d_state, extra) -> (d_rh, d_wx_apart, d_previous)``:
+        from the states after and before the step and the gradients of the former, on which the
+        results depend linearly, to those of the recurrent parts, of the input parts of the last
+        `n_apart` gates, and of the states before, as far as they do not pass by `rh`. None for a
+        cell that is not pointwise.
+    n_saved : int
+        How many values `forward` hands to `backward`.
+    n_apart : int
+        How many gates, the last ones, multiply or add their recurrent part apart from their input
+        part, so that the two have gradients of their own.
     extras : tuple of Extra
-    gates : callable, optional
-        ``gates(wx, rh) -> Tensor``: the activations of all gates side by side.
-    product : callable, optional
-        ``product(wx, h, state, weights) -> state``, for a cell whose recurrent product is not one
-        of all gates; instead of `step`.
-    input_part, recurrent_part : callable
-        ``input_part(x, weights) -> wx`` and ``recurrent_part(h, weights) -> rh``.
+    d_extra : callable, optional
+        ``d_extra(d_rh, state, previous) -> d_extra``: the gradients of the blocks of the extra
+        weights, of one step and row.
+    activations : callable, optional
+        ``activations(wx, rh) -> gates``, for cells whose gates depend on nothing else.
+    product : {'plain', 'normalised', 'own'}
+        Whether the two products are plain; or normalised over all gates before the bias is added,
+        with the first two extra weights as gains; or `forward` asks for the recurrent parts itself,
+        by ``rh(first, last, factor)``: those of the gates from `first` to `last`, with h times
+        `factor`.
     """
 
     name: str
-    n_gates: int
-    n_states: int
-    step: Callable[..., State] | None
+    gates: tuple[str, ...]
+    states: tuple[str, ...]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
+    n_saved: int = 0
+    n_apart: int = 0
     extras: tuple[Extra, ...] = ()
-    gates: Callable[[Tensor, Tensor], Tensor] | None = None
-    product: Callable[[Tensor, Tensor, State, Weights], State] | None = None
-    input_part: Callable[[Tensor, Weights], Tensor] = input_part
-    recurrent_part: Callable[[Tensor, Weights], Tensor] = recurrent_part
+    d_extra: Callable[..., Any] | None = None
+    activations: Callable[..., Any] | None = None
+    product: str = "plain"
 
-    def advance(self, wx: Tensor, h: Tensor, state: State, w: Weights) -> State:
-        """One step from the input part of the gates.
+    @property
+    def n_gates(self) -> int:
+        """How many gates there are."""
+        return len(self.gates)
 
-        Parameters
-        ----------
-        wx : Tensor of shape (B, G * H)
-        h : Tensor of shape (B, P)
-            What is multiplied by the recurrent weights: the state's, perhaps after dropout.
-        state : tuple of Tensor
-        w : Weights
+    @property
+    def n_states(self) -> int:
+        """How many states there are."""
+        return len(self.states)
 
-        Returns
-        -------
-        tuple of Tensor
-            The new state, shaped as `state`.
-        """
-        if self.step is None:
-            assert self.product is not None
-            new = self.product(wx, h, state, w)
-        else:
-            new = self.step(wx, self.recurrent_part(h, w), state, *w.extras)
-        return (new[0] if w.w_hr is None else new[0] @ w.w_hr.t(), *new[1:])
+    @property
+    def n_extra(self) -> int:
+        """How many blocks of extra weights there are."""
+        return sum(extra.blocks for extra in self.extras)
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether kernels can run it."""
+        return self.backward is not None

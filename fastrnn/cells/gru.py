@@ -1,51 +1,38 @@
-"""Gated recurrent unit."""
+"""Gated recurrent unit; Cho et al. 2014, with the reset gate applied after the recurrent product
+(version 1 of arXiv:1406.1078, also cuDNN's and torch.nn.GRU's form).
 
-from __future__ import annotations
+    r, z = sigmoid(wx + rh),  n = tanh(wx + r * rh),  h' = (1 - z) * n + z * h
+"""
 
-import torch
-from torch import Tensor
-
-from .cell import Cell, State
-
-
-def gru_gates(wx: Tensor, rh: Tensor) -> Tensor:
-    """Compute r, z, n, side by side.
-
-    Parameters
-    ----------
-    wx, rh : Tensor of shape (..., 3H)
-        As for `gru_step`, with any dimensions before.
-
-    Returns
-    -------
-    Tensor of shape (..., 3H)
-    """
-    wx_r, wx_z, wx_n = wx.chunk(3, dim=-1)
-    rh_r, rh_z, rh_n = rh.chunk(3, dim=-1)
-    r, z = torch.sigmoid(wx_r + rh_r), torch.sigmoid(wx_z + rh_z)
-    return torch.cat([r, z, torch.tanh(wx_n + r * rh_n)], dim=-1)
+from .cell import Cell
+from .functions import sigmoid, tanh
 
 
-def gru_step(wx: Tensor, rh: Tensor, state: State) -> State:
-    """Gated recurrent unit; Cho et al. 2014, with the reset gate applied after the recurrent
-    product (version 1 of arXiv:1406.1078, also cuDNN's and torch.nn.GRU's form).
-
-    r, z = sigmoid(wx + rh),  n = tanh(wx_n + r * rh_n),  h' = (1 - z) * n + z * h
-
-    Parameters
-    ----------
-    wx, rh : Tensor of shape (B, 3H)
-        Input part and recurrent part of the gates, each with its bias.
-    state : tuple of Tensor of shape (B, H)
-        h before the step.
-
-    Returns
-    -------
-    tuple of Tensor
-        The state after it.
-    """
-    _, z, n = gru_gates(wx, rh).chunk(3, dim=-1)
-    return ((1 - z) * n + z * state[0],)
+def gru_gates(wx, rh):
+    r = sigmoid(wx[0] + rh[0])
+    return r, sigmoid(wx[1] + rh[1]), tanh(wx[2] + r * rh[2])
 
 
-GRU = Cell("gru", 3, 1, gru_step, gates=gru_gates)
+def gru_forward(wx, rh, state, extra):
+    r, z, n = gru_gates(wx, rh)
+    return (n + z * (state[0] - n),), (r, z, n, rh[2])
+
+
+def gru_backward(saved, state, previous, d_state, extra):
+    r, z, n, rh_n = saved
+    dh = d_state[0]
+    d_wx_n = dh * (1.0 - z) * (1.0 - n * n)
+    d_rh = (d_wx_n * rh_n * r * (1.0 - r), dh * (previous[0] - n) * z * (1.0 - z), d_wx_n * r)
+    return d_rh, (d_wx_n,), (dh * z,)
+
+
+GRU = Cell(
+    "gru",
+    ("r", "z", "n"),
+    ("h",),
+    gru_forward,
+    gru_backward,
+    n_saved=4,
+    n_apart=1,
+    activations=gru_gates,
+)

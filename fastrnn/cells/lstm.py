@@ -1,49 +1,43 @@
-"""Long short-term memory."""
+"""Long short-term memory; Hochreiter & Schmidhuber 1997, forget gate of Gers et al. 2000.
 
-from __future__ import annotations
+i, f, o = sigmoid(wx + rh),  g = tanh(wx + rh),  c' = f * c + i * g,  h' = o * tanh(c')
+"""
 
-import torch
-from torch import Tensor
-
-from .cell import Cell, State
-
-
-def lstm_gates(wx: Tensor, rh: Tensor) -> Tensor:
-    """Compute i, f, g, o, side by side.
-
-    Parameters
-    ----------
-    wx, rh : Tensor of shape (..., 4H)
-        As for `lstm_step`, with any dimensions before.
-
-    Returns
-    -------
-    Tensor of shape (..., 4H)
-    """
-    i, f, g, o = (wx + rh).chunk(4, dim=-1)
-    return torch.cat([torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)], dim=-1)
+from .cell import Cell
+from .functions import sigmoid, tanh, zeros_like
 
 
-def lstm_step(wx: Tensor, rh: Tensor, state: State) -> State:
-    """Long short-term memory; Hochreiter & Schmidhuber 1997, forget gate of Gers et al. 2000.
+def lstm_gates(wx, rh):
+    i, f, o = sigmoid(wx[0] + rh[0]), sigmoid(wx[1] + rh[1]), sigmoid(wx[3] + rh[3])
+    return i, f, tanh(wx[2] + rh[2]), o
 
-    i, f, o = sigmoid(wx + rh),  g = tanh(wx + rh),  c' = f * c + i * g,  h' = o * tanh(c')
 
-    Parameters
-    ----------
-    wx, rh : Tensor of shape (B, 4H)
-        Input part and recurrent part of the gates, each with its bias.
-    state : tuple of Tensor of shape (B, H)
-        h and c before the step.
-
-    Returns
-    -------
-    tuple of Tensor
-        The state after it.
-    """
-    i, f, g, o = lstm_gates(wx, rh).chunk(4, dim=-1)
+def lstm_forward(wx, rh, state, extra):
+    i, f, g, o = lstm_gates(wx, rh)
     c = f * state[1] + i * g
-    return o * torch.tanh(c), c
+    return (o * tanh(c), c), (i, f, g, o)
 
 
-LSTM = Cell("lstm", 4, 2, lstm_step, gates=lstm_gates)
+def lstm_backward(saved, state, previous, d_state, extra):
+    i, f, g, o = saved
+    dh, dc = d_state
+    tanh_c = tanh(state[1])
+    dc = dc + dh * o * (1.0 - tanh_c * tanh_c)
+    d_rh = (
+        dc * g * i * (1.0 - i),
+        dc * previous[1] * f * (1.0 - f),
+        dc * i * (1.0 - g * g),
+        dh * tanh_c * o * (1.0 - o),
+    )
+    return d_rh, (), (zeros_like(dh), dc * f)
+
+
+LSTM = Cell(
+    "lstm",
+    ("i", "f", "g", "o"),
+    ("h", "c"),
+    lstm_forward,
+    lstm_backward,
+    n_saved=4,
+    activations=lstm_gates,
+)

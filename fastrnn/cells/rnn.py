@@ -1,31 +1,37 @@
-"""Elman networks."""
+"""Elman networks (Elman 1990), whose derivative is a function of h'.
 
-from __future__ import annotations
+h' = phi(wx + rh)
+"""
 
-from collections.abc import Callable
-
-import torch
-from torch import Tensor
-
-from .cell import Cell, State
+from .cell import Cell
+from .functions import relu, tanh, where, zeros_like
 
 
-def rnn_step(phi: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor, State], State]:
-    """Make the step of an Elman network (Elman 1990): h' = phi(wx + rh).
-
-    Parameters
-    ----------
-    phi : callable
-        The activation.
-
-    Returns
-    -------
-    callable
-        Takes wx and rh of shape (B, H) and a state of one such tensor, as `gru_step` does.
-    """
-    return lambda wx, rh, state: (phi(wx + rh),)
+def tanh_forward(wx, rh, state, extra):
+    return (tanh(wx[0] + rh[0]),), ()
 
 
-RNN_TANH = Cell("rnn_tanh", 1, 1, rnn_step(torch.tanh))
-RNN_RELU = Cell("rnn_relu", 1, 1, rnn_step(torch.relu))
-RNN_IDENTITY = Cell("rnn_identity", 1, 1, rnn_step(lambda pre: pre))
+def tanh_backward(saved, state, previous, d_state, extra):
+    return (d_state[0] * (1.0 - state[0] * state[0]),), (), (zeros_like(state[0]),)
+
+
+def relu_forward(wx, rh, state, extra):
+    return (relu(wx[0] + rh[0]),), ()
+
+
+def relu_backward(saved, state, previous, d_state, extra):
+    # What is not a number lets the gradient pass, as in torch.relu.
+    return (where(state[0] <= 0.0, 0.0, d_state[0]),), (), (zeros_like(state[0]),)
+
+
+def identity_forward(wx, rh, state, extra):
+    return (wx[0] + rh[0],), ()
+
+
+def identity_backward(saved, state, previous, d_state, extra):
+    return (d_state[0],), (), (zeros_like(state[0]),)
+
+
+RNN_TANH = Cell("rnn_tanh", ("h",), ("h",), tanh_forward, tanh_backward)
+RNN_RELU = Cell("rnn_relu", ("h",), ("h",), relu_forward, relu_backward)
+RNN_IDENTITY = Cell("rnn_identity", ("h",), ("h",), identity_forward, identity_backward)

@@ -1,47 +1,67 @@
-"""sLSTM, the scalar-memory cell of xLSTM."""
-
-from __future__ import annotations
-
-import math
-
-import torch
-from torch import Tensor
-
-from .cell import Cell, State
-
-
-def slstm_step(wx: Tensor, rh: Tensor, state: State) -> State:
-    """Scalar-memory LSTM, sLSTM; Beck et al. 2024 (xLSTM), arXiv:2405.04517, equations 8 to 17.
+"""Scalar-memory LSTM, sLSTM; Beck et al. 2024 (xLSTM), arXiv:2405.04517, equations 8 to 17.
 
     i~, f~, z~, o~ = wx + rh,  m' = max(i~, log sigmoid(f~) + m),
     i = exp(i~ - m'),  f = exp(log sigmoid(f~) + m - m'),
     c' = f * c + i * tanh(z~),  n' = f * n + i,  h' = sigmoid(o~) * c' / n'
 
-    Of the paper's two forget gates this is the sigmoid, as in FlashRNN. m only keeps exp in range:
-    c exp(m) and n exp(m) are what the cell holds, and h does not depend on m. A state without
-    memory, n = 0, has nothing to rescale, so m' is i~ there; then n' = 1, and from then on n' >= 1.
+Of the paper's two forget gates this is the sigmoid, as in FlashRNN. m only keeps exp in range:
+c exp(m) and n exp(m) are what the cell holds, and h does not depend on m. A state without memory,
+n = 0, has nothing to rescale, so m' is i~ there; then n' = 1, and from then on n' >= 1.
+"""
 
-    Parameters
-    ----------
-    wx, rh : Tensor of shape (B, 4H)
-        Input part and recurrent part of the gates i, f, z, o, each with its bias.
-    state : tuple of Tensor of shape (B, H)
-        h, c, n and m before the step.
+from .cell import Cell
+from .functions import exp, log_sigmoid, maximum, sigmoid, tanh, where, zeros_like
 
-    Returns
-    -------
-    tuple of Tensor
-        The state after it.
-    """
-    i, f, z, o = (wx + rh).chunk(4, dim=-1)
+
+def slstm_scales(lead, is_empty):
+    """i and f, from how far i~ is ahead of log sigmoid(f~) + m."""
+    behind = 0.0 - lead
+    i = exp(where(is_empty | (lead > 0.0), 0.0, lead))
+    # Above 1 only where n = 0; what is multiplied by infinity there would be NaN, not 0.
+    f = exp(where(is_empty | (lead > 0.0), where(behind > 80.0, 80.0, behind), 0.0))
+    return i, f
+
+
+def slstm_forward(wx, rh, state, extra):
     _, c, n, m = state
-    kept = torch.nn.functional.logsigmoid(f) + m
-    m = torch.where(n == 0, i, torch.maximum(i, kept))
-    # Above 0 only where n = 0; what is multiplied by infinity there would be NaN, not 0.
-    f = torch.exp((kept - m).clamp(max=math.log(torch.finfo(m.dtype).max) - 1))
-    i = torch.exp(i - m)
-    c, n = f * c + i * torch.tanh(z), f * n + i
-    return torch.sigmoid(o) * c / n, c, n, m
+    i, f = wx[0] + rh[0], wx[1] + rh[1]
+    z, o = tanh(wx[2] + rh[2]), sigmoid(wx[3] + rh[3])
+    kept = log_sigmoid(f) + m
+    lead, is_empty = i - kept, n == 0.0
+    m = where(is_empty, i, maximum(i, kept))
+    new, old = slstm_scales(lead, is_empty)
+    c, n = old * c + new * z, old * n + new
+    return (o * c / n, c, n, m), (lead, sigmoid(0.0 - f), z, o)
 
 
-SLSTM = Cell("slstm", 4, 4, slstm_step)
+def slstm_backward(saved, state, previous, d_state, extra):
+    lead, forgotten, z, o = saved
+    dh, dc, dn, dm = d_state
+    is_empty = previous[2] == 0.0
+    new, old = slstm_scales(lead, is_empty)
+    n = where(state[2] == 0.0, 1.0, state[2])  # 0 is no state after a step, but padding
+    mean, share = state[1] / n, dh * o / n
+    dc, dn = dc + share, dn - share * mean
+    d_new = (dc * z + dn) * new
+    d_old = (dc * previous[1] + dn * previous[2]) * old
+    d_lead = where(is_empty | (lead > 0.0), 0.0 - d_old, d_new)
+    # Of two that are equal, a maximum has half the gradient of each.
+    share_of_i = where(is_empty | (lead > 0.0), 1.0, where(lead < 0.0, 0.0, 0.5))
+    d_kept = (1.0 - share_of_i) * dm - d_lead
+    d_rh = (
+        share_of_i * dm + d_lead,
+        d_kept * forgotten,
+        dc * new * (1.0 - z * z),
+        dh * mean * o * (1.0 - o),
+    )
+    return d_rh, (), (zeros_like(dh), dc * old, dn * old, d_kept)
+
+
+SLSTM = Cell(
+    "slstm",
+    ("i", "f", "z", "o"),
+    ("h", "c", "n", "m"),
+    slstm_forward,
+    slstm_backward,
+    n_saved=4,
+)

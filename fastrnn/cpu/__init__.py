@@ -4,25 +4,26 @@ from .layers import (
     ALL,
     NOTHING,
     STATES,
+    backward,
     check_batch,
     compute_dtype,
-    layer_backward,
-    layer_forward,
+    fake_saved,
+    forward,
     saves_nothing,
 )
-from .loop import CPU_CELLS
-from .machine import describe, kernel_gap
+from .machine import describe, kernel_gap, kernels_allowed
 
 __all__ = [
     "ALL",
-    "CPU_CELLS",
     "NOTHING",
     "STATES",
+    "backward",
     "check_batch",
     "compute_dtype",
     "describe",
+    "fake_saved",
+    "forward",
     "kernel_gap",
-    "layer_backward",
-    "layer_forward",
+    "kernels_allowed",
     "saves_nothing",
 ]

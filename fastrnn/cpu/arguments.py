@@ -7,21 +7,32 @@ from typing import Any
 
 from torch import Tensor
 
+from ..cells import CELLS
+
 _INT, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
+_MOST = max(cell.n_states for cell in CELLS.values())
+#: One for each state of a cell, h first, and for each state but h; those a cell has not are null.
+_STATES, _TRACES = _ADDRESS * _MOST, _ADDRESS * (_MOST - 1)
 
 
 class Arguments(ctypes.Structure):
     """Numbers, and addresses of tensors that live as long as this does."""
 
-    tensors: list[Tensor]
+    tensors: dict[str, Any]  # and what else they were made from
 
     @classmethod
     def of(cls, **fields: Any) -> Any:
-        """Make the arguments from numbers and from tensors, of which None is the null address."""
-        tensors = {name: part for name, part in fields.items() if isinstance(part, Tensor)}
-        fields.update((name, part.data_ptr()) for name, part in tensors.items())
-        made = cls(**fields)
-        made.tensors = list(tensors.values())
+        """Make them from numbers, tensors and lists of tensors; None is the null address."""
+        values: dict[str, Any] = {}
+        for name, value in fields.items():
+            if value is None or type(value) in (int, bool):
+                values[name] = value
+            elif isinstance(value, Tensor):
+                values[name] = value.data_ptr()
+            elif value:
+                values[name] = tuple([part if part is None else part.data_ptr() for part in value])
+        made = cls(**values)
+        made.tensors = fields
         return made
 
 
@@ -43,16 +54,15 @@ class Forward(Arguments):
         ("w_hh", _ADDRESS),
         ("b_ih", _ADDRESS),  # may be null, like b_hh
         ("b_hh", _ADDRESS),
+        ("extra", _ADDRESS),  # blocks of extra weights
         ("h_0", _ADDRESS),  # null: zeros
-        ("h_n", _ADDRESS),  # in: h_0
-        ("c", _ADDRESS),  # in: c_0, out: c_n; null unless the cell has one
+        ("states", _STATES),  # in: initial, out: final
         ("h", _ADDRESS),
-        ("gates", _ADDRESS),  # to be saved; may be null
-        ("extra", _ADDRESS),  # what is saved beyond the gates
+        ("saved", _ADDRESS),  # n_saved blocks of every row; may be null
+        ("traces", _TRACES),  # states of every row; may be null
         ("marks", _ADDRESS),  # of every row, bytes; may be null
-        ("fresh_h", _ADDRESS),  # states after a reset
-        ("fresh_c", _ADDRESS),
-        ("fresh_rh", _ADDRESS),  # fresh_h times W_hh^T, (B, G * H)
+        ("fresh", _STATES),  # after a reset
+        ("fresh_rh", _ADDRESS),  # fresh h times W_hh^T, (B, G * H)
         ("packed", _ADDRESS),  # work space
         ("projected", _ADDRESS),
         ("scratch", _ADDRESS),
@@ -68,23 +78,19 @@ class Backward(Arguments):
         ("batch", _INT),
         ("hidden", _INT),
         ("reverse", _INT),
-        ("pitch", _INT),  # from row to row of h, dy
+        ("pitch", _INT),  # from row to row of h and d_rows
         ("sizes", _ADDRESS),
         ("w_hh", _ADDRESS),
-        ("h_0", _ADDRESS),  # null, like c_0: zeros
-        ("c_0", _ADDRESS),
-        ("h", _ADDRESS),
-        ("gates", _ADDRESS),
         ("extra", _ADDRESS),
-        ("dy", _ADDRESS),  # may be null
-        ("dc", _ADDRESS),  # of c at every row, from row to row like h; may be null
+        ("initial", _STATES),  # null: zeros
+        ("h", _ADDRESS),
+        ("saved", _ADDRESS),
+        ("traces", _TRACES),
+        ("d_rows", _STATES),  # of the states of every row; may be null
         ("marks", _ADDRESS),  # as in Forward
-        ("fresh_h", _ADDRESS),
-        ("fresh_c", _ADDRESS),
-        ("d_fresh_h", _ADDRESS),  # receives what passes by other ways than the recurrent product
-        ("d_fresh_c", _ADDRESS),
-        ("d_h", _ADDRESS),  # in: of h_n, out: of h_0
-        ("d_c", _ADDRESS),
+        ("fresh", _STATES),
+        ("d_fresh", _STATES),  # receives what passes by other ways than the recurrent product
+        ("d_states", _STATES),  # in: of the final, out: of the initial ones
         ("d_gates", _ADDRESS),  # of a row: d_rh, then d_wx of the gates apart, (G + n_apart) * H
         ("d_gates_pitch", _INT),
         ("packed", _ADDRESS),

@@ -16,6 +16,7 @@ import llvmlite
 import llvmlite.binding as llvm
 import torch
 
+from ..cells import Cell, reached
 from . import machine
 from .arguments import Arguments
 from .machine import Target
@@ -24,7 +25,8 @@ _log = logging.getLogger("fastrnn")
 
 _RUNTIME = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
 _HERE = Path(__file__).parent
-_WRITERS = ("machine", "arguments", "vector", "cells", "tiles", "sequence", "native", "engine")
+# All that compiled code, and what it is called with, comes from.
+_SOURCES = sorted(_HERE.glob("*.py"))
 
 
 # Threads. The parallel regions are those of the OpenMP runtime that torch uses, whichever it is:
@@ -83,15 +85,15 @@ class Kernels(NamedTuple):
     owner: Any
 
 
-_loaded: dict[tuple[str, Target], Kernels] = {}
+_loaded: dict[tuple[Cell, Target], Kernels] = {}
 
 
-def kernels(cell: str) -> Kernels:
+def kernels(cell: Cell) -> Kernels:
     """Get the kernels of a cell for this machine; compile them if they never were.
 
     Parameters
     ----------
-    cell : str
+    cell : Cell
 
     Returns
     -------
@@ -107,16 +109,16 @@ def kernels(cell: str) -> Kernels:
     return found
 
 
-def _load(cell: str, target: Target) -> Kernels:
+def _load(cell: Cell, target: Target) -> Kernels:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     code = _from_cache(cell, target)
     if code is None:
-        _log.warning("compiling the %s kernels for this CPU, once", cell)
+        _log.warning("compiling the %s kernels for this CPU, once", cell.name)
         start = time.perf_counter()
         for_ = target_machine()
         code = for_.emit_object(optimized(cell, target, for_))
-        _log.warning("compiled the %s kernels in %.1f s", cell, time.perf_counter() - start)
+        _log.warning("compiled the %s kernels in %.1f s", cell.name, time.perf_counter() - start)
         _to_cache(cell, target, code)
     library = openmp()
     for name in _RUNTIME:
@@ -147,12 +149,12 @@ def target_machine() -> Any:
     )
 
 
-def optimized(cell: str, target: Target, for_: Any) -> Any:
+def optimized(cell: Cell, target: Target, for_: Any) -> Any:
     """Write the kernels of a cell and optimize them.
 
     Parameters
     ----------
-    cell : str
+    cell : Cell
     target : Target
     for_ : llvmlite.binding.TargetMachine
 
@@ -201,18 +203,23 @@ def cache_folder() -> Path:
         raise OSError(str(error)) from error
 
 
-def _cached(cell: str, target: Target) -> Path:
+def _cached(cell: Cell, target: Target) -> Path:
     facts = (
         llvmlite.__version__, llvm.get_process_triple(), llvm.get_host_cpu_name(),
         llvm.get_host_cpu_features().flatten(), target,
     )  # fmt: skip
     digest = hashlib.sha256(repr(facts).encode())
-    for name in _WRITERS:
-        digest.update((_HERE / f"{name}.py").read_bytes())
-    return cache_folder() / f"{cell}-{digest.hexdigest()[:32]}.o"
+    for path in _SOURCES:
+        digest.update(path.read_bytes())
+    digest.update(repr((cell.gates, cell.states, cell.n_saved, cell.n_apart, cell.extras)).encode())
+    for function in [*reached(cell.forward), *reached(cell.backward)]:
+        # Not by files: a cell need not be one of ours.
+        code = function.__code__
+        digest.update(code.co_code + repr((code.co_names, code.co_consts)).encode())
+    return cache_folder() / f"{cell.name}-{digest.hexdigest()[:32]}.o"
 
 
-def _from_cache(cell: str, target: Target) -> bytes | None:
+def _from_cache(cell: Cell, target: Target) -> bytes | None:
     """The code in a file of the cache; None if it is not there or not whole."""
     try:
         content = _cached(cell, target).read_bytes()
@@ -222,7 +229,7 @@ def _from_cache(cell: str, target: Target) -> bytes | None:
     return code if hashlib.sha256(code).digest() == digest else None
 
 
-def _to_cache(cell: str, target: Target, code: bytes) -> None:
+def _to_cache(cell: Cell, target: Target, code: bytes) -> None:
     """Write a file of the cache; other processes see all of it or nothing."""
     part = None
     try:
@@ -243,12 +250,12 @@ def _to_cache(cell: str, target: Target, code: bytes) -> None:
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
 
-def run(cell: str, name: str, arguments: Arguments, threads: int) -> None:
+def run(cell: Cell, name: str, arguments: Arguments, threads: int) -> None:
     """Run a kernel; the lock of the interpreter is free meanwhile.
 
     Parameters
     ----------
-    cell : str
+    cell : Cell
     name : {'forward', 'backward'}
     arguments : Arguments
     threads : int

@@ -1,8 +1,8 @@
 """A layer on a CPU, in both directions of the pass and for both directions of a layer.
 
-Each direction runs by the compiled kernels (``native.py``) or, where there are none, by the loop
-of torch operators (``loop.py``, also on devices that have no backend of their own); both save the
-same tensors. The input gradient and the weight gradients are products over all rows afterwards.
+Each direction runs by the compiled kernels (``native.py``) or, where there are none, by our loop
+of torch operators (``operators.py``, also on devices that have no backend of their own); both save
+the same tensors. The input gradient and the weight gradients are products over all rows afterwards.
 
 Half precision is computed in float32 and rounded once, at the results. A batch with rows that are
 not there is packed for the walk through time.
@@ -10,6 +10,8 @@ not there is packed for the walk through time.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -18,11 +20,12 @@ import torch
 from torch import Tensor
 
 from .. import gradients, products, reference
-from ..cells import Weights
+from ..call import Asked, Call, Cotangents, Gradients, Result
 from ..flow import CUT, HOLD, Flow, without_unasked
-from ..reference import zero_state
-from . import loop, machine
-from .rows import Breaks, Rows, breaks, select
+from . import machine, operators
+from .direction import Breaks, Direction, breaks
+from .rows import Rows, select
+from .walk import Walk
 
 # What forward keeps for backward: nothing, the states of every step, or the activations too. Here
 # the states alone are not kept: backward begins with another forward then.
@@ -43,24 +46,24 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def saves_nothing(cell: str, x: Tensor, flow: Flow) -> bool:
+def saves_nothing(call: Call) -> bool:
     """Tell whether a layer is for the differentiable loop, which begins backward anew.
 
     Parameters
     ----------
-    cell, x, flow
-        As for ``reference.layer``.
+    call : Call
 
     Returns
     -------
     bool
-        True for cells and noise that neither kernels nor the loop of ``loop.py`` know, and for
+        True for cells and noise that neither kernels nor the loop of ``operators.py`` know, and for
         marks on other devices, whose values must not be waited for.
     """
+    flow = call.flow
     return (
-        cell not in loop.CPU_CELLS
+        not call.cell.is_pointwise
         or len(flow.noise) > 0
-        or (flow.marks is not None and not x.is_cpu)
+        or (flow.marks is not None and not call.x.is_cpu)
     )
 
 
@@ -82,79 +85,118 @@ def check_batch(state: Sequence[Tensor], batch: int) -> None:
             raise RuntimeError(f"Expected hidden states of {batch} rows, got {part.shape[1]}")
 
 
-def _backend(x: Tensor, projected: bool) -> ModuleType:
-    if not x.is_cpu or machine.kernel_gap(x.dtype, projected) is not None:
-        return loop
-    from . import native
+def fake_saved(call: Call, save: int) -> list[Tensor]:
+    """Make tensors of the shapes and dtypes that `forward` saves.
 
-    return native
+    Parameters
+    ----------
+    call : Call
+    save : int
+
+    Returns
+    -------
+    list of Tensor
+        Not written. Empty unless `save` is `ALL`: h (N, D * P), apart from y, which the caller may
+        overwrite; then for each direction what the cell hands to backward (N, n_saved * H), the
+        other states (N, H) and, if h is projected, h before that (N, H). With marks, rows that are
+        not there are missing, and as many at the end mean nothing.
+    """
+    if save != ALL or saves_nothing(call):
+        return []
+    hidden, is_projected = call.hidden_size, (call.n_weights - len(call.cell.extras)) % 2
+    blocks = [call.cell.n_saved, *[1] * (call.cell.n_states - 1 + is_projected)]
+    widths = [call.directions * call.size_h, *(k * hidden for k in blocks * call.directions)]
+    count, dtype = math.prod(call.x.shape[:-1]), compute_dtype(call.x.dtype)
+    return [call.x.new_empty(count, width, dtype=dtype) for width in widths]
+
+
+def _as(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors in a dtype."""
+    return [t if t.dtype == dtype else t.to(dtype) for t in tensors]
+
+
+def _in_compute_dtype(call: Call) -> Call:
+    dtype, (marks, *others) = compute_dtype(call.x.dtype), call.flow
+    if all(part.dtype == dtype for part in (*call.tensors, *call.flow.noise)):
+        return call
+    flow = Flow(marks, *(_as(part, dtype) for part in others))
+    state, weights = _as(call.state, dtype), _as(call.weights, dtype)
+    return call._replace(x=call.x.to(dtype), state=state, weights=weights, flow=flow)
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies that kernels may write."""
+    return [part.clone(memory_format=torch.contiguous_format) for part in tensors]
+
+
+def _columns(rows: Tensor, d: int, directions: int) -> Tensor:
+    """Those of a direction."""
+    if directions == 1:
+        return rows
+    width = rows.shape[1] // directions
+    return rows[:, d * width : (d + 1) * width]
+
+
+def _first(rows: Tensor, count: int) -> Tensor:
+    return rows if rows.shape[0] == count else rows[:count]
 
 
 class _Problem:
     """A layer in the compute dtype, packed if not all rows are there."""
 
-    def __init__(
-        self,
-        cell: str,
-        x: Tensor,
-        state: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        batch_sizes: Tensor | None,
-        bidirectional: bool,
-        flow: Flow,
-    ) -> None:
-        directions = 2 if bidirectional else 1
-        per_direction = len(weights) // directions
-        self.dtype, self.size_h = compute_dtype(x.dtype), weights[1].shape[1]
-        padded = Rows.of(x, batch_sizes)
-        check_batch((*state, *flow.fresh), padded.batch)
-        self.rows, self.selection = select(flow.marks, padded)
-        flat = _as(weights, self.dtype)
-        self.weights = [
-            Weights.unpack(flat[d * per_direction : (d + 1) * per_direction])
-            for d in range(directions)
+    def __init__(self, call: Call) -> None:
+        check_batch((*call.state, *call.flow.fresh), call.batch)
+        self.rows, self.selection = select(call.flow.marks, Rows.of(call))
+        computed = _in_compute_dtype(call)
+        self.dtype = computed.x.dtype
+        self.x = self.selection.rows(computed.x.flatten(0, -2))
+        self.initial = [self.selection.sequences(part) for part in computed.state]
+        self.shapes = call.shapes
+        self.directions = [
+            Direction(
+                call.cell,
+                w,
+                self.rows,
+                d == 1,
+                [part[d] for part in self.initial],
+                self._breaks(computed.flow, d),
+            )
+            for d, w in enumerate(computed.by_direction())
         ]
-        self.x = self.selection.rows(x.flatten(0, -2)).to(self.dtype)
-        self.given = _as(state, self.dtype)
-        self.initial = [self.selection.sequences(part) for part in self.given]
-        self.breaks: list[Breaks | None] = [None] * directions
-        if flow.marks is not None:
-            fresh = _as(flow.fresh, self.dtype)
-            fresh = [self.selection.sequences(part) for part in fresh]
-            if not fresh:
-                fresh = zero_state(cell, self.x, self.rows.batch, weights, directions)
-            for d in range(directions):
-                marks = self.selection.rows(flow.marks[d].reshape(-1)).contiguous()
-                self.breaks[d] = breaks(marks, [part[d] for part in fresh], self.rows)
-        self.backend = _backend(x, self.weights[0].w_hr is not None)
+        self.backend = _backend(call.x, self.directions[0].w.w_hr is not None)
 
-    def columns(self, d: int) -> slice:
-        """Those of h of a direction."""
-        return slice(d * self.size_h, (d + 1) * self.size_h)
+    def _breaks(self, flow: Flow, d: int) -> Breaks | None:
+        if flow.marks is None:
+            return None
+        fresh = [self.selection.sequences(part) for part in flow.fresh]
+        fresh = fresh or self._zeros()
+        marks = self.selection.rows(flow.marks[d].reshape(-1)).contiguous()
+        return breaks(marks, [part[d] for part in fresh], self.rows)
 
+    def first_states(self) -> list[Tensor]:
+        """States before the first step, to be overwritten."""
+        return _copies(self.initial) or self._zeros()
 
-def _as(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
-    """The tensors in a dtype that all of them have, or none."""
-    return tensors if all(t.dtype == dtype for t in tensors) else [t.to(dtype) for t in tensors]
+    def _zeros(self) -> list[Tensor]:
+        batch = self.rows.batch
+        return [self.x.new_zeros(count, batch, width) for count, _, width in self.shapes()]
 
 
-def layer_forward(
-    cell: str,
-    x: Tensor,
-    state: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    bidirectional: bool,
-    flow: Flow,
-    save: int,
-    traced: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+def _backend(x: Tensor, projected: bool) -> ModuleType:
+    if not x.is_cpu or machine.kernel_gap(x.dtype, projected) is not None:
+        return operators
+    from . import native
+
+    return native
+
+
+def forward(call: Call, save: int, traced: bool) -> tuple[Result, list[Tensor]]:
     """Run a layer.
 
     Parameters
     ----------
-    cell, x, state, weights, batch_sizes, bidirectional, flow
-        As for ``reference.layer``.
+    call : Call
+        Of one layer.
     save : int
         What to keep for backward.
     traced : bool
@@ -162,145 +204,96 @@ def layer_forward(
 
     Returns
     -------
-    y : Tensor of shape (T, B, D * P), or (N, D * P)
-    final : list of Tensor
-    traces : list of Tensor
-        As in ``reference.Result``.
+    result : Result
+        Without traces unless `traced`.
     saved : list of Tensor
-        Empty unless `save` is `ALL`. In the compute dtype: h (N, D * P), apart from y, which the
-        caller may overwrite; then for each direction of an LSTM or GRU the gate activations
-        (N, G * H) and the cell states or the recurrent part of the n gate (N, H). With marks, rows
-        that are not there are missing, and as many at the end mean nothing.
+        As described at `fake_saved`.
     """
-    if saves_nothing(cell, x, flow):
+    dtype = call.x.dtype
+    if saves_nothing(call):
         with torch.no_grad():
-            arguments = (x, state, weights, batch_sizes, bidirectional, flow)
-            result = _in_compute_dtype(reference.layer, cell, arguments)
-        y, final, traces = result
-        back = (list(_as(part, x.dtype)) for part in ([y], final, traces if traced else []))
-        (y,), final, traces = back
-        return y, final, traces, []
-    problem = _Problem(cell, x, state, weights, batch_sizes, bidirectional, flow)
-    rows, dtype, selection = problem.rows, problem.dtype, problem.selection
-    directions = len(problem.weights)
-    if state:
-        final = [part.clone(memory_format=torch.contiguous_format) for part in problem.initial]
-    else:
-        final = zero_state(cell, problem.x, rows.batch, weights, directions)
+            y, final, traces = reference.layer(_in_compute_dtype(call))
+        return Result(y.to(dtype), _as(final, dtype), _as(traces if traced else [], dtype)), []
+    problem = _Problem(call)
+    selection, count, directions = problem.selection, problem.rows.total, call.directions
     is_packed = selection.chosen is not None
-    y = x.new_empty(*x.shape[:-1], directions * problem.size_h)
+    final = problem.first_states()
+    shape = call.x.shape[:-1]
+    y = call.x.new_empty(*shape, directions * call.size_h)
+    others = call.cell.states[1:] if traced else ()
+    traces = [call.x.new_zeros(*shape, directions * call.hidden_size) for _ in others]
     y_rows = y.view(-1, y.shape[-1])
-    if save == ALL or dtype != x.dtype or is_packed:
-        h_rows = torch.empty_like(y_rows, dtype=dtype)
+    saved = fake_saved(call, save)
+    if saved:
+        h_rows = saved[0]
+    elif is_packed or problem.dtype != dtype:
+        h_rows = torch.empty_like(y_rows, dtype=problem.dtype)
     else:
         h_rows = y_rows
-    saved = [h_rows] if save == ALL else []
-    hidden = weights[1].shape[0] // reference.CELLS[cell].n_gates
-    n_traces = reference.CELLS[cell].n_states - 1 if traced else 0
-    traces = [x.new_zeros(*x.shape[:-1], directions * hidden) for _ in range(n_traces)]
-    for d, w in enumerate(problem.weights):
-        kept: list[Tensor] = []
-        if loop.CPU_CELLS[cell].n_extra and (save == ALL or traces):
-            kept = [h_rows.new_empty(h_rows.shape[0], w.w_hh.shape[0])]
-            kept.append(h_rows.new_empty(h_rows.shape[0], hidden))
-        saved += kept if save == ALL else []
-        if rows.steps == 0:
-            continue
+    for d, direction in enumerate(problem.directions if problem.rows.steps else ()):
+        of_cell, *of_states = _of_direction(saved, d, directions)
+        if not of_states:
+            of_states = [h_rows.new_empty(count, call.hidden_size) for _ in traces]
+        of_states = [_first(part, count) for part in of_states]
         problem.backend.forward(
-            cell,
+            direction,
             problem.x,
-            w,
-            rows,
-            d == 1,
-            bool(state),
             [part[d] for part in final],
-            h_rows[: rows.total, problem.columns(d)],
-            [part[: rows.total] for part in kept],
-            problem.breaks[d],
+            _columns(_first(h_rows, count), d, directions),
+            of_states,
+            None if of_cell is None else _first(of_cell, count),
         )
-        for trace in traces:
-            of_d = slice(d * hidden, (d + 1) * hidden)
-            selection.put_rows(
-                trace.view(-1, trace.shape[-1])[:, of_d], kept[1][: rows.total].to(x.dtype)
-            )
+        for trace, part in zip(traces, of_states, strict=False):
+            to = _columns(trace.view(-1, trace.shape[-1]), d, directions)
+            selection.put_rows(to, part.to(dtype))
     if h_rows is not y_rows:
         if is_packed:
             y_rows.zero_()
-        selection.put_rows(y_rows, h_rows[: rows.total].to(x.dtype))
-    final = list(_as(final, x.dtype))
+        selection.put_rows(y_rows, _first(h_rows, count).to(dtype))
+    final = _as(final, dtype)
     if is_packed:
-        selected = final
-        final = [part.clone(memory_format=torch.contiguous_format) for part in state]
-        if not state:
-            final = zero_state(cell, x, x.shape[1], weights, directions)
+        selected, final = final, _copies(call.initial())
         for whole, part in zip(final, selected, strict=True):
             selection.put_sequences(whole, part)
-    return y, final, traces, saved
+    return Result(y, final, traces), saved
 
 
-def layer_backward(
-    cell: str,
-    dy: Tensor | None,
-    d_final: Sequence[Tensor],
-    d_traces: Sequence[Tensor],
-    x: Tensor,
-    state: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    bidirectional: bool,
-    flow: Flow,
-    saved: Sequence[Tensor],
-    needs_x: bool,
-    needs_weights: bool,
-    groups: int = 0,
-) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]]:
-    """Compute the gradients of `layer_forward`, from what it saved.
+def _of_direction(saved: Sequence[Tensor], d: int, directions: int) -> Sequence[Any]:
+    """What was saved beside h: for the cell, then the states; None alone if nothing is."""
+    count = (len(saved) - 1) // directions
+    return saved[1 + d * count : 1 + (d + 1) * count] if saved else [None]
+
+
+def backward(call: Call, given: Cotangents, saved: Sequence[Tensor], asked: Asked) -> Gradients:
+    """Compute the gradients of `forward`, from what it saved.
 
     Parameters
     ----------
-    cell : str
-    dy : Tensor shaped as y, optional
-    d_final : sequence of Tensor
-    d_traces : sequence of Tensor
-        Empty if there are none.
-    x, state, weights, batch_sizes, bidirectional, flow
-        As for `layer_forward`.
+    call : Call
+    given : Cotangents
     saved : sequence of Tensor
         If empty, another forward comes first.
-    needs_x, needs_weights : bool
-    groups : int, default 0
-        If positive, the batch consists of so many parts, one after another, each of which has its
-        own weight gradients.
+    asked : Asked
 
     Returns
     -------
-    dx : Tensor shaped as `x`, or None unless `needs_x`
-    d_state : list of Tensor
-        Gradient of the initial state, whether it was given or not.
-    d_fresh : list of Tensor
-        Gradient of the states after a reset, if they were given.
-    d_weights : list of Tensor
-        Empty unless `needs_weights`; with `groups`, of shape (groups, ...).
+    Gradients
     """
-    if saves_nothing(cell, x, flow):
-        return _reference_backward(
-            cell, dy, d_final, d_traces, x, state, weights, batch_sizes, bidirectional, flow,
-            needs_x, needs_weights, groups,
-        )  # fmt: skip
-    arguments = (x, state, weights, batch_sizes, bidirectional, flow)
-    saved = saved or layer_forward(cell, *arguments, ALL, False)[3]
-    options = (saved, needs_x, needs_weights, groups)
-    found = _backward(cell, dy, d_final, d_traces, *arguments, *options)
-    if flow.marks is None or _are_finite(found):
+    if saves_nothing(call):
+        return _by_reference(call, given, asked)
+    saved = saved or forward(call, ALL, False)[1]
+    found = _backward(call, given, saved, asked)
+    marks = call.flow.marks
+    if marks is None or _are_finite(found):
         return found
-    marks, unasked = without_unasked(flow.marks, dy, d_traces, d_final, CUT)
+    marks, unasked = without_unasked(marks, given, CUT)
     if not bool(unasked.any()):
         return found
-    arguments = (*arguments[:-1], flow._replace(marks=marks))
-    return _backward(cell, dy, d_final, d_traces, *arguments, *options, unasked)
+    call = call._replace(flow=call.flow._replace(marks=marks))
+    return _backward(call, given, saved, asked, unasked)
 
 
-def _are_finite(found: tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]]) -> bool:
+def _are_finite(found: Gradients) -> bool:
     """Whether gradients are numbers; all of them are if those of the weights are."""
     dx, d_state, d_fresh, d_weights = found
     tensors = d_weights or [*d_state, *d_fresh, *([] if dx is None else [dx])]
@@ -309,180 +302,110 @@ def _are_finite(found: tuple[Tensor | None, list[Tensor], list[Tensor], list[Ten
 
 
 def _backward(
-    cell, dy, d_final, d_traces, x, state, weights, batch_sizes, bidirectional, flow, saved,
-    needs_x, needs_weights, groups, unasked=None,
-):  # fmt: skip
-    """`layer_backward` from what was saved, perhaps without some steps."""
-    problem = _Problem(cell, x, state, weights, batch_sizes, bidirectional, flow)
-    rows, dtype, selection = problem.rows, problem.dtype, problem.selection
-    count = rows.total
-    d_selected = [selection.sequences(part.to(dtype)) for part in d_final]
-    d_state = [part.clone(memory_format=torch.contiguous_format) for part in d_selected]
+    call: Call,
+    given: Cotangents,
+    saved: Sequence[Tensor],
+    asked: Asked,
+    unasked: Tensor | None = None,
+) -> Gradients:
+    """`backward` from what was saved, perhaps without some steps."""
+    problem = _Problem(call)
+    dtype, selection, directions = problem.dtype, problem.selection, call.directions
+    d_state = _copies([selection.sequences(part) for part in _as(given.d_final, dtype)])
     # What unpacks saved tensors may bring them back in another layout.
-    h_rows, *activations = (part.to(dtype).contiguous()[:count] for part in saved)
-    dy = None if dy is None else selection.rows(dy.flatten(0, -2)).to(dtype)
-    d_traces = [selection.rows(part.flatten(0, -2)).to(dtype) for part in d_traces]
-    dx = problem.x.new_zeros(problem.x.shape) if needs_x else None
-    d_fresh = [torch.zeros_like(part, dtype=dtype) for part in flow.fresh]
+    saved = [_first(part.contiguous(), problem.rows.total) for part in _as(saved, dtype)]
+    d_rows = [
+        None if part is None else selection.rows(part.flatten(0, -2)).to(dtype)
+        for part in (given.dy, *given.d_traces)
+    ]
+    dx = problem.x.new_zeros(problem.x.shape) if asked.x else None
+    d_fresh = [torch.zeros_like(part, dtype=dtype) for part in call.flow.fresh]
     d_weights: list[Tensor] = []
-    hidden = weights[1].shape[0] // reference.CELLS[cell].n_gates
-    for d, w in enumerate(problem.weights):
-        h, initial_d = h_rows[:, problem.columns(d)], [part[d] for part in problem.initial]
-        found = problem.breaks[d]
-        if rows.steps == 0:
-            d_weights += [
-                part.new_zeros(*_leading(groups), *part.shape) for part in w[:5] if part is not None
-            ]
-            continue
+    if asked.weights and not problem.rows.steps:
+        groups = (asked.groups,) if asked.groups else ()
+        d_weights = [part.new_zeros(*groups, *part.shape) for part in call.weights]
+    for d, direction in enumerate(problem.directions if problem.rows.steps else ()):
+        h = _columns(saved[0], d, directions)
+        of_cell, *of_states = _of_direction(saved, d, directions)
         d_rh, d_apart, d_of_fresh, projected = problem.backend.backward(
-            cell,
-            None if dy is None else dy[:, problem.columns(d)],
-            [part[:, d * hidden : (d + 1) * hidden] for part in d_traces],
+            direction,
+            [None if part is None else _columns(part, d, directions) for part in d_rows],
             [part[d] for part in d_state],
-            w,
-            rows,
-            d == 1,
-            initial_d,
             h,
-            activations[2 * d : 2 * d + 2],
-            found,
+            of_states,
+            of_cell,
         )
         for whole, part in zip(d_fresh, d_of_fresh, strict=False):
             selection.put_sequences(whole[d : d + 1], part[None])
-        own_x, left_out = problem.x, None
+        walk = Walk(direction, problem.x, (h, *of_states), d_rh, d_apart, projected)
         if unasked is not None:
-            left_out = selection.rows(unasked[d].reshape(-1)).unsqueeze(1)
-            own_x, *projected = (
-                part.masked_fill(left_out, 0.0) for part in (problem.x, *projected)
-            )
-            for part in (d_rh, d_apart):
-                part.masked_fill_(left_out, 0.0)
+            walk = walk.without(selection.rows(unasked[d].reshape(-1)).unsqueeze(1))
         if dx is not None:
-            products.add_d_x(dx, d_rh, d_apart, w.w_ih)
-        if not needs_weights:
-            continue
-        if groups or found is not None or rows.batch_sizes is not None:
-            h_0 = initial_d[0] if state else h.new_zeros(rows.batch, problem.size_h)
-            h_prev = rows.previous(h, h_0, d == 1)
-            h_prev = h_prev if found is None else found.replace(h_prev, 0)
-            h_prev = h_prev if left_out is None else h_prev.masked_fill_(left_out, 0.0)
-            if groups:
-                d_weights += _by_group(
-                    groups, x, problem, w, (d_rh, d_apart, own_x, h_prev, *projected)
-                )
-                continue
-            d_w_hh = d_rh.t() @ h_prev
-        else:
-            d_w_hh = products.d_w_hh(d_rh, h, rows.batch, initial_d[0] if state else None, d == 1)
-        d_weights += products.d_weights(d_rh, d_apart, own_x, d_w_hh, w)
-        if projected:
-            d_weights.append(projected[0].t() @ projected[1])
+            products.add_d_x(dx, d_rh, d_apart, direction.w.w_ih)
+        if asked.weights and asked.groups:
+            pad = functools.partial(selection.padded, count=call.steps * call.batch)
+            d_weights += walk.d_weights_by_group(pad, call.steps, asked.groups)
+        elif asked.weights:
+            d_weights += walk.d_weights()
     if dx is not None:
-        whole = dx
-        if selection.chosen is not None:
-            whole = dx.new_zeros(x.shape).view(-1, x.shape[-1])
-            selection.put_rows(whole, dx)
-        dx = whole.view(x.shape).to(x.dtype)
+        dx = selection.padded(dx, math.prod(call.x.shape[:-1])).view(call.x.shape)
+        dx = dx.to(call.x.dtype)
     if selection.order is not None:
         # The gradient of the state of a sequence without steps is that of its final state.
-        of_all = [part.to(dtype, copy=True) for part in d_final]
+        of_all = [part.to(dtype, copy=True) for part in given.d_final]
         for whole, part in zip(of_all, d_state, strict=True):
             selection.put_sequences(whole, part)
         d_state = of_all
-    return (
-        dx,
-        list(_as(d_state, x.dtype)),
-        list(_as(d_fresh, x.dtype)) if d_fresh else [],
-        list(_as(d_weights, x.dtype)) if d_weights else [],
-    )
+    return Gradients(dx, *(_as(part, call.x.dtype) for part in (d_state, d_fresh, d_weights)))
 
 
-def _leading(groups: int) -> tuple[int, ...]:
-    return (groups,) if groups else ()
-
-
-def _by_group(
-    groups: int, x: Tensor, problem: _Problem, w: Weights, factors: Sequence[Tensor]
-) -> list[Tensor]:
-    """The weight gradients of every group of sequences."""
-    if problem.selection.chosen is not None:
-        padded = [part.new_zeros(x.shape[0] * x.shape[1], part.shape[1]) for part in factors]
-        for whole, part in zip(padded, factors, strict=True):
-            problem.selection.put_rows(whole, part)
-        factors = padded
-    return products.d_weights_by_group(*factors, w=w, steps=x.shape[0], groups=groups)
-
-
-def _in_compute_dtype(function, cell, arguments):
-    """Call a function of the reference in the compute dtype."""
-    x, state, weights, batch_sizes, bidirectional, flow = arguments
-    dtype = compute_dtype(x.dtype)
-    state, weights, fresh, noise = (_as(p, dtype) for p in (state, weights, flow.fresh, flow.noise))
-    flow = Flow(flow.marks, fresh, noise)
-    return function(cell, x.to(dtype), state, weights, batch_sizes, bidirectional, flow)
-
-
-def _reference_backward(
-    cell, dy, d_final, d_traces, x, state, weights, batch_sizes, bidirectional, flow, needs_x,
-    needs_weights, groups,
-):  # fmt: skip
-    """`layer_backward` by the reference, of every group apart."""
-    if flow.marks is not None and not groups:
+def _by_reference(call: Call, given: Cotangents, asked: Asked) -> Gradients:
+    """`backward` by the reference, of every group apart."""
+    if asked.groups:
+        size = call.batch // asked.groups
+        parts = [
+            _by_reference(*_of_sequences(call, given, g * size, size), asked._replace(groups=0))
+            for g in range(asked.groups)
+        ]
+        dxs, states, fresh, weights = zip(*parts, strict=True)
+        return Gradients(
+            torch.cat(dxs, 1) if asked.x else None,
+            [torch.cat(same, 1) for same in zip(*states, strict=True)],
+            [torch.cat(same, 1) for same in zip(*fresh, strict=True)],
+            [torch.stack(same) for same in zip(*weights, strict=True)],
+        )
+    if call.flow.marks is not None:
         # A step that is not asked for is as good as none.
-        marks, _ = without_unasked(flow.marks, dy, d_traces, d_final, HOLD)
-        flow = flow._replace(marks=marks)
-    dtype = compute_dtype(x.dtype)
-    dy = None if dy is None else dy.to(dtype)
-    d_final, d_traces = _as(d_final, dtype), _as(d_traces, dtype)
-
-    def backward(cell, *arguments):
-        found = gradients.first(cell, dy, d_final, d_traces, *arguments)
-        return [[found[0]], *found[1:]]
-
-    if not groups:
-        arguments = (x, state, weights, batch_sizes, bidirectional, flow)
-        inputs = ([x], state, flow.fresh, weights)
-        found = _in_compute_dtype(backward, cell, arguments)
-        (dx,), d_state, d_fresh, d_weights = (
-            [
-                torch.zeros_like(t) if g is None else g.to(t.dtype)
-                for g, t in zip(*pair, strict=True)
-            ]
-            for pair in zip(found, inputs, strict=True)
-        )
-        return dx if needs_x else None, d_state, d_fresh, d_weights if needs_weights else []
-    parts = []
-    for dy_g, d_final_g, d_traces_g, x_g, state_g, flow_g in _groups(
-        groups, (dy, d_final, d_traces), x, state, flow
-    ):
-        part = _reference_backward(
-            cell, dy_g, d_final_g, d_traces_g, x_g, state_g, weights, batch_sizes, bidirectional,
-            flow_g, needs_x, needs_weights, 0,
-        )  # fmt: skip
-        parts.append(part)
-    dxs, *others = zip(*parts, strict=True)
-    d_state, d_fresh = (
-        [torch.cat(same, 1) for same in zip(*lists, strict=True)] for lists in others[:2]
-    )
-    d_weights = [torch.stack(same) for same in zip(*others[2], strict=True)]
-    return torch.cat(dxs, 1) if needs_x else None, d_state, d_fresh, d_weights
+        marks, _ = without_unasked(call.flow.marks, given, HOLD)
+        call = call._replace(flow=call.flow._replace(marks=marks))
+    dtype, dy = compute_dtype(call.x.dtype), given.dy
+    dy = dy if dy is None else dy.to(dtype)
+    given = Cotangents(dy, _as(given.d_final, dtype), _as(given.d_traces, dtype))
+    found = gradients.first(_in_compute_dtype(call), given)
+    (dx,) = _filled([found.dx], [call.x])
+    d_state = _filled(found.d_state, call.state)
+    d_fresh = _filled(found.d_fresh, call.flow.fresh)
+    d_weights = _filled(found.d_weights, call.weights)
+    return Gradients(dx if asked.x else None, d_state, d_fresh, d_weights if asked.weights else [])
 
 
-def _groups(groups, d_results, x, state, flow):
-    """The arguments of backward for every group of sequences."""
-    size = x.shape[1] // groups
-    for g in range(groups):
-        part = slice(g * size, (g + 1) * size)
+def _filled(grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients in the dtypes of the inputs, zeros where there are none."""
+    return [
+        torch.zeros_like(t) if g is None else g.to(t.dtype)
+        for g, t in zip(grads, inputs, strict=True)
+    ]
 
-        def of(tensors, part=part):
-            return [t if not t.numel() else t[:, part] for t in tensors]
 
-        marks = None if flow.marks is None else flow.marks[:, :, part]
-        drop, zones = (
-            of(flow.noise[:1]),
-            [z if not z.numel() else z[:, :, part] for z in flow.noise[1:]],
-        )
-        dy, d_final, d_traces = d_results
-        dy_g = None if dy is None else dy[:, part]
-        flow_g = Flow(marks, of(flow.fresh), [*drop, *zones])
-        yield dy_g, of(d_final), of(d_traces), x[:, part], of(state), flow_g
+def _of_sequences(call: Call, given: Cotangents, first: int, count: int) -> tuple[Call, Cotangents]:
+    """The call of some sequences of a padded batch."""
+
+    def of(tensors: Sequence[Tensor], dim: int = 1) -> list[Tensor]:
+        return [t.narrow(dim, first, count) if t.numel() else t for t in tensors]
+
+    marks, fresh, noise = call.flow
+    marks = marks if marks is None else marks.narrow(2, first, count)
+    flow = Flow(marks, of(fresh), [*of(noise[:1]), *of(noise[1:], 2)])
+    call = call._replace(x=call.x.narrow(1, first, count), state=of(call.state), flow=flow)
+    dy = given.dy if given.dy is None else given.dy.narrow(1, first, count)
+    return call, Cotangents(dy, of(given.d_final), of(given.d_traces))

@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +84,8 @@ def kernel_gap(dtype: torch.dtype, projected: bool) -> str | None:
     str or None
         A clause, or None if there are kernels.
     """
+    if not _allowed.are_kernels:
+        return "no kernels, because operators were asked for"
     if _is_cut_off:
         return "no kernels after a fork while another thread compiled some"
     if not _has_compiler():
@@ -92,6 +95,28 @@ def kernel_gap(dtype: torch.dtype, projected: bool) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"no kernel of ours for {dtype}"
     return "no kernel of ours for projections" if projected else None
+
+
+class _Allowed(threading.local):
+    are_kernels = True
+
+
+_allowed = _Allowed()
+
+
+@contextlib.contextmanager
+def kernels_allowed(are_allowed: bool) -> Iterator[None]:
+    """Let the kernels run inside, in this thread, or not, as if this CPU had none.
+
+    Parameters
+    ----------
+    are_allowed : bool
+    """
+    before, _allowed.are_kernels = _allowed.are_kernels, are_allowed
+    try:
+        yield
+    finally:
+        _allowed.are_kernels = before
 
 
 # Forks. A child has no thread but the one that forked: what the others had locked stays locked in

@@ -1,4 +1,4 @@
-"""One direction of a layer by the compiled kernels: the functions of ``loop.py`` once more.
+"""One direction of a layer by the compiled kernels: the functions of ``operators.py`` once more.
 
 Tensors are float32 on the CPU; there is no projection. Everything that a kernel takes by address
 is allocated, checked and kept alive here.
@@ -12,11 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..cells import CELLS, Weights
 from . import engine, machine
 from .arguments import Backward, Forward
-from .loop import CPU_CELLS
-from .rows import Breaks, Rows
+from .direction import Breaks, Direction
 
 # Floats of projected input that all threads keep, half of a second-level cache for one of them. Not
 # more for more threads, so that results do not depend on their number.
@@ -27,14 +25,17 @@ _PAGE = 1024
 _PAD = 24
 
 
-def _check(
-    width: int, inputs: int, count: int, w: Weights, rows: Rows, states: Sequence[Tensor]
-) -> None:
+def _check(direction: Direction, count: int, inputs: int, states: Sequence[Tensor]) -> None:
     """Raise unless weights, states and rows are of the sizes that a kernel will assume."""
+    cell, w, rows = direction.cell, direction.w, direction.rows
     hidden = w.w_hh.shape[1]
+    width = cell.n_gates * hidden
     fits = w.w_ih.shape == (width, inputs) and w.w_hh.shape == (width, hidden)
     for bias in (w.b_ih, w.b_hh):
         fits = fits and (bias is None or bias.shape == (width,))
+    fits = fits and len(w.extras) == len(cell.extras)
+    for extra, part in zip(cell.extras, w.extras, strict=False):
+        fits = fits and part.shape == (extra.blocks * hidden,)
     for part in states:
         fits = fits and part.shape == (rows.batch, hidden)
     sizes = rows.batch_sizes
@@ -77,23 +78,31 @@ def _layout(hidden: int, gates: int, batch: int) -> tuple[int, int, int]:
     return target.units, width, engine.threads(2 * batch * width * hidden)
 
 
+def _extra(direction: Direction) -> Tensor | None:
+    return torch.cat(direction.w.extras) if direction.w.extras else None
+
+
+def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [part.contiguous() for part in tensors]
+
+
+def _fresh(breaks: Breaks | None) -> list[Tensor]:
+    return [] if breaks is None else _contiguous(breaks.fresh)
+
+
 def forward(
-    cell: str,
+    direction: Direction,
     x: Tensor,
-    w: Weights,
-    rows: Rows,
-    reverse: bool,
-    is_given: bool,
     state: Sequence[Tensor],
     h_rows: Tensor,
-    saved: Sequence[Tensor],
-    breaks: Breaks | None,
+    traces: Sequence[Tensor],
+    saved: Tensor | None,
 ) -> None:
-    """Run one direction; see ``loop.forward``.
+    """Run one direction; see ``operators.forward``.
 
     Parameters
     ----------
-    cell, x, w, rows, reverse, is_given, state, h_rows, saved, breaks
+    direction, x, state, h_rows, traces, saved
         As there.
 
     Raises
@@ -101,39 +110,37 @@ def forward(
     RuntimeError
         If the sizes do not fit each other.
     """
-    facts, hidden = CELLS[cell], w.w_hh.shape[1]
-    gates, (count, inputs) = facts.n_gates, x.shape
-    fresh = () if breaks is None else [part.contiguous() for part in breaks.fresh]
-    _check(gates * hidden, inputs, count, w, rows, [*state, *fresh])
-    x, weights = x.contiguous(), [None if t is None else t.contiguous() for t in w[:4]]
-    h_0 = state[0].clone() if is_given else None
+    cell, w, rows, breaks = direction.cell, direction.w, direction.rows, direction.breaks
+    gates, hidden, (count, inputs) = cell.n_gates, w.w_hh.shape[1], x.shape
+    fresh, initial = _fresh(breaks), _contiguous(direction.initial)
+    _check(direction, count, inputs, [*state, *fresh, *initial])
     units, width, threads = _layout(hidden, gates, rows.batch)
     chunk = rows.batch * max(1, _CHUNK // max(1, width * rows.batch))
     sizes = (width * (inputs + hidden + 2), width * chunk, threads * rows.batch * gates * units)
     packed, projected, scratch = _work_space(sizes)
-    w_ih, w_hh, b_ih, b_hh = weights
     arguments = Forward.of(
         steps=rows.steps,
         rows=count,
         batch=rows.batch,
         inputs=inputs,
         hidden=hidden,
-        reverse=reverse,
+        reverse=direction.reverse,
         pitch=h_rows.stride(0),
         chunk=chunk,
         sizes=rows.batch_sizes,
-        x=x,
-        w_ih=w_ih,
-        w_hh=w_hh,
-        b_ih=b_ih,
-        b_hh=b_hh,
-        h_0=h_0,
-        h_n=state[0],
-        c=state[1] if facts.n_states == 2 else None,
+        x=x.contiguous(),
+        w_ih=w.w_ih.contiguous(),
+        w_hh=w.w_hh.contiguous(),
+        b_ih=None if w.b_ih is None else w.b_ih.contiguous(),
+        b_hh=None if w.b_hh is None else w.b_hh.contiguous(),
+        extra=_extra(direction),
+        h_0=initial[0] if initial else None,
+        states=state,
         h=h_rows,
-        gates=saved[0] if saved else None,
-        extra=saved[1] if saved else None,
-        **_break_arguments(breaks, fresh),
+        saved=saved,
+        traces=traces,
+        marks=None if breaks is None else breaks.marks,
+        fresh=fresh,
         fresh_rh=fresh[0] @ w.w_hh.t() if fresh else None,
         packed=packed,
         projected=projected,
@@ -142,31 +149,19 @@ def forward(
     engine.run(cell, "forward", arguments, threads)
 
 
-def _break_arguments(breaks: Breaks | None, fresh: Sequence[Tensor]) -> dict[str, Tensor | None]:
-    if breaks is None:
-        return {}
-    fresh_h, fresh_c = [*fresh, None][:2]
-    return {"marks": breaks.marks, "fresh_h": fresh_h, "fresh_c": fresh_c}
-
-
 def backward(
-    cell: str,
-    dy: Tensor | None,
-    d_traces: Sequence[Tensor],
+    direction: Direction,
+    d_rows: Sequence[Tensor | None],
     d_state: Sequence[Tensor],
-    w: Weights,
-    rows: Rows,
-    reverse: bool,
-    initial: Sequence[Tensor],
     h_rows: Tensor,
-    saved: Sequence[Tensor],
-    breaks: Breaks | None,
+    traces: Sequence[Tensor],
+    saved: Tensor,
 ) -> tuple[Tensor, Tensor, list[Tensor], tuple[()]]:
-    """Compute the gradients of the gates; see ``loop.backward``.
+    """Compute the gradients of the gates; see ``operators.backward``.
 
     Parameters
     ----------
-    cell, dy, d_traces, d_state, w, rows, reverse, initial, h_rows, saved, breaks
+    direction, d_rows, d_state, h_rows, traces, saved
         As there.
 
     Returns
@@ -182,22 +177,18 @@ def backward(
     RuntimeError
         If the sizes do not fit each other.
     """
-    facts, hidden, count = CELLS[cell], w.w_hh.shape[1], h_rows.shape[0]
-    gates = facts.n_gates
-    fresh = () if breaks is None else [part.contiguous() for part in breaks.fresh]
-    _check(gates * hidden, w.w_ih.shape[1], count, w, rows, [*d_state, *initial, *fresh])
-    shapes = [(count, gates * hidden), (count, hidden)][: 2 * CPU_CELLS[cell].n_extra]
-    if [part.shape for part in saved] != shapes:
+    cell, w, rows, breaks = direction.cell, direction.w, direction.rows, direction.breaks
+    gates, hidden, count = cell.n_gates, w.w_hh.shape[1], h_rows.shape[0]
+    fresh, initial = _fresh(breaks), _contiguous(direction.initial)
+    _check(direction, count, w.w_ih.shape[1], [*d_state, *initial, *fresh])
+    fits = saved.shape == (count, cell.n_saved * hidden) and len(traces) == cell.n_states - 1
+    for part in (h_rows, *traces, *d_rows):
+        fits = fits and (part is None or part.shape == (count, hidden))
+    if not fits:
         raise RuntimeError("what was saved in forward is not of the sizes that backward needs")
-    w_hh, initial = w.w_hh.contiguous(), [part.contiguous() for part in initial]
-    h_0, c_0 = [*initial, None, None][:2]
-    d_rows = [part if part is None else _like(part, h_rows) for part in (dy, *d_traces)]
-    dy, dc = [*d_rows, None][:2]
-    d_fresh = [torch.zeros_like(part) for part in fresh]
-    d_fresh_h, d_fresh_c = [*d_fresh, None, None][:2]
+    w_hh, d_fresh = w.w_hh.contiguous(), [torch.zeros_like(part) for part in fresh]
     units, width, threads = _layout(hidden, gates, rows.batch)
-    # d_rh of all gates, then d_wx of those whose two parts are not added up.
-    columns = (gates + gates - CPU_CELLS[cell].folds_b_hh) * hidden
+    columns = (gates + cell.n_apart) * hidden
     d_gates = h_rows.new_empty(count, columns + (_PAD if columns % _PAGE == 0 else 0))
     packed, scratch = _work_space((width * hidden, threads * rows.batch * units))
     arguments = Backward.of(
@@ -205,22 +196,20 @@ def backward(
         rows=count,
         batch=rows.batch,
         hidden=hidden,
-        reverse=reverse,
+        reverse=direction.reverse,
         pitch=h_rows.stride(0),
         sizes=rows.batch_sizes,
         w_hh=w_hh,
-        h_0=h_0,
-        c_0=c_0,
+        extra=_extra(direction),
+        initial=initial,
         h=h_rows,
-        gates=saved[0] if saved else None,
-        extra=saved[1] if saved else None,
-        dy=dy,
-        dc=dc,
-        **_break_arguments(breaks, fresh),
-        d_fresh_h=d_fresh_h,
-        d_fresh_c=d_fresh_c,
-        d_h=d_state[0],
-        d_c=d_state[1] if facts.n_states == 2 else None,
+        saved=saved,
+        traces=traces,
+        d_rows=[part if part is None else _like(part, h_rows) for part in d_rows],
+        marks=None if breaks is None else breaks.marks,
+        fresh=fresh,
+        d_fresh=d_fresh,
+        d_states=d_state,
         d_gates=d_gates,
         d_gates_pitch=d_gates.shape[1],
         packed=packed,

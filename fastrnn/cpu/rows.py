@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..flow import CUT, FRESH, HOLD
+from ..call import Call
+from ..flow import HOLD
 
 
 def _arange(stop: int) -> Tensor:
@@ -27,12 +27,11 @@ class Rows(NamedTuple):
     batch_sizes: Tensor | None  # None if padded
 
     @classmethod
-    def of(cls, x: Tensor, batch_sizes: Tensor | None) -> Rows:
-        """Of the input of a layer, as in ``reference.layer``."""
-        if batch_sizes is None:
-            return cls(x.shape[0], x.shape[1], None)
-        sizes = batch_sizes.to(torch.int64).contiguous()
-        return cls(len(sizes), int(sizes[0]), sizes)
+    def of(cls, call: Call) -> Rows:
+        """Of the input of a layer."""
+        sizes = call.batch_sizes
+        sizes = sizes if sizes is None else sizes.to(torch.int64).contiguous()
+        return cls(call.steps, call.batch, sizes)
 
     @property
     def total(self) -> int:
@@ -78,31 +77,6 @@ class Rows(NamedTuple):
         return torch.cat([rows, initial]).index_select(0, index.to(rows.device))
 
 
-class Breaks(NamedTuple):
-    """Where the state of one direction does not simply pass from step to step.
-
-    Attributes
-    ----------
-    marks : uint8 Tensor of shape (N,)
-        FRESH and CUT, as in ``fastrnn.flow``.
-    fresh : sequence of Tensor of shape (B, P) and (B, H)
-        The states after a reset.
-    rows : int64 Tensor of shape (R,)
-        Those with FRESH.
-    sequences : int64 Tensor of shape (R,)
-        Theirs.
-    """
-
-    marks: Tensor
-    fresh: Sequence[Tensor]
-    rows: Tensor
-    sequences: Tensor
-
-    def replace(self, before: Tensor, k: int) -> Tensor:
-        """Put fresh states in place of state number `k` before every step, in place."""
-        return before.index_copy_(0, self.rows, self.fresh[k].index_select(0, self.sequences))
-
-
 class Selection(NamedTuple):
     """Which rows and sequences of a padded batch there are, and in which order they are packed.
 
@@ -119,6 +93,13 @@ class Selection(NamedTuple):
     def sequences(self, state: Tensor) -> Tensor:
         """Select from (D, B, ·)."""
         return state if self.order is None else state.index_select(1, self.order)
+
+    def padded(self, rows: Tensor, count: int) -> Tensor:
+        """The rows of a padded batch, of which there are `count`, zeros where there are none."""
+        if self.chosen is None:
+            return rows
+        whole = rows.new_zeros(count, rows.shape[1])
+        return whole.index_copy_(0, self.chosen, rows)
 
     def put_rows(self, padded: Tensor, rows: Tensor) -> None:
         """Copy the rows to their places."""
@@ -160,22 +141,3 @@ def select(marks: Tensor | None, rows: Rows) -> tuple[Rows, Selection]:
     step, sequence = alive.nonzero(as_tuple=True)
     index = step * rows.batch + order[sequence]
     return Rows(steps, batch, sizes[:steps].contiguous()), Selection(index, order[:batch])
-
-
-def breaks(marks: Tensor, fresh: Sequence[Tensor], rows: Rows) -> Breaks | None:
-    """Make the breaks of a direction, None if it has none.
-
-    Parameters
-    ----------
-    marks : uint8 Tensor of shape (N,)
-    fresh : sequence of Tensor of shape (B, P) and (B, H)
-    rows : Rows
-
-    Returns
-    -------
-    Breaks or None
-    """
-    if not bool((marks & (FRESH | CUT)).any()):
-        return None
-    is_fresh = ((marks & FRESH) != 0).nonzero().squeeze(1)
-    return Breaks(marks, fresh, is_fresh, rows.sequence()[is_fresh])

@@ -20,42 +20,44 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 
+from ..cells import Cell
 from ..flow import CUT, FRESH
+from .activations import VECTORS
 from .arguments import Backward, Forward
-from .cells import CELLS, Cell
 from .machine import Target
 from .tiles import Writer
-from .vector import ADDRESS, INT, Code, Value, Variable
+from .vector import ADDRESS, INT, Code, Value, Variable, where
 
 
-def module(cell: str, target: Target) -> Any:
+def module(cell: Cell, target: Target) -> Any:
     """Write the kernels ``forward`` and ``backward`` of a cell.
 
     Parameters
     ----------
-    cell : str
-        Key of ``cells.CELLS``.
+    cell : Cell
     target : Target
 
     Returns
     -------
     llvmlite.ir.Module
     """
-    result = ir.Module(f"fastrnn_{cell}")
-    writer = _Writer(result, CELLS[cell], target)
+    result = ir.Module(f"fastrnn_{cell.name}")
+    writer = _Writer(result, cell, target)
     writer.kernel("forward", Forward, writer.forward)
     writer.kernel("backward", Backward, writer.backward)
     return result
 
 
 class _Step(NamedTuple):
-    """A step of a walk: its rows and those of the step before it in the order of the walk."""
+    """A step of a walk: its rows and those of the steps before and after it in its order."""
 
     number: Value  # in the order of the walk
     row: Value  # the first
     rows: Value  # how many
     before: Value
     rows_before: Value
+    after: Value
+    rows_after: Value
 
 
 class _Writer(Writer):
@@ -64,6 +66,7 @@ class _Writer(Writer):
     def __init__(self, module: Any, cell: Cell, target: Target) -> None:
         super().__init__(module, target)
         self.cell = cell
+        self.advance, self.pull_back = VECTORS.bind(cell.forward), VECTORS.bind(cell.backward)
         self.width = cell.n_gates * self.units  # columns of a slice
         self.multiply = self.tile()
         self.transpose = self._transpose()
@@ -109,7 +112,7 @@ class _Writer(Writer):
         with code.when(count < a.steps):
             rows.set(a.batch)
             with code.when(a.sizes.is_given):
-                step = (a.steps - 1 - count).where(count, descending)
+                step = where(descending, a.steps - 1 - count, count)
                 rows.set(code.load_int(a.sizes, step))
         return rows.get()
 
@@ -117,15 +120,19 @@ class _Writer(Writer):
     def _walk(self, code: Code, a: Any, descending: Value, beyond: int = 0) -> Iterator[_Step]:
         """Repeat the block for every step, up or down the rows, then for `beyond` empty ones."""
         zero = code.integer(0)
-        row = Variable(a.rows.where(zero, descending))
+        row = Variable(where(descending, a.rows, zero))
+        rows = Variable(self._rows(code, a, zero, descending))
         before, rows_before = Variable(zero), Variable(zero)
         with code.loop(a.steps + beyond) as count:
-            rows = self._rows(code, a, count, descending)
-            row.set(row.get() - rows.where(zero, descending))
-            yield _Step(count, row.get(), rows, before.get(), rows_before.get())
-            before.set(row.get())
-            rows_before.set(rows)
-            row.set(row.get() + zero.where(rows, descending))
+            row.set(row.get() - where(descending, rows.get(), zero))
+            first, size = row.get(), rows.get()
+            rows_after = self._rows(code, a, count + 1, descending)
+            after = where(descending, first - rows_after, first + size)
+            yield _Step(count, first, size, before.get(), rows_before.get(), after, rows_after)
+            before.set(first)
+            rows_before.set(size)
+            row.set(where(descending, first, first + size))
+            rows.set(rows_after)
 
     def _slices(self, a: Any, thread: Value, threads: Value) -> tuple[Value, Value]:
         """The slices of a thread."""
@@ -136,15 +143,17 @@ class _Writer(Writer):
         mark = Variable(code.integer(0))
         with code.when(is_row & a.marks.is_given):
             mark.set(code.load_byte(a.marks, row) & code.integer(bits))
-        return mark.get().differs(0)
+        return mark.get() != 0
 
     def _saved(self, a: Any, row: Value, column: Value) -> list[Value]:
         """Where the saved vectors of a row are."""
-        if not self.cell.n_saved:
-            return []
-        gates = a.gates + (row * (a.hidden * self.cell.n_gates) + column)
-        blocks = [gates + a.hidden * g for g in range(self.cell.n_gates)]
-        return [*blocks, a.extra + (row * a.hidden + column)]
+        first = a.saved + (row * (a.hidden * self.cell.n_saved) + column)
+        return [first + a.hidden * k for k in range(self.cell.n_saved)]
+
+    def _extra(self, code: Code, a: Any, column: Value, valid: Value) -> list[Value]:
+        """The vectors of the extra weights."""
+        blocks = range(self.cell.n_extra)
+        return [code.load(a.extra + (a.hidden * k + column), valid) for k in blocks]
 
     # Forward.
 
@@ -152,16 +161,16 @@ class _Writer(Writer):
         """Write the body of the forward kernel."""
         first, last = self._slices(a, thread, threads)
         scratch = a.scratch + thread * a.batch * self.width
-        descending = a.reverse.differs(0)
+        descending = a.reverse != 0
         with code.loop(last, start=first) as j:
             self._pack(code, a, j)
         left = Variable(code.integer(0))  # steps whose input is projected
         base = Variable(code.integer(0))  # the first row of those
         with self._walk(code, a, descending) as step:
-            with code.when(left.get().equals(0)):
+            with code.when(left.get() == 0):
                 steps, rows = self._chunk(code, a, step, descending)
                 left.set(steps)
-                base.set((step.row + step.rows - rows).where(step.row, descending))
+                base.set(where(descending, step.row + step.rows - rows, step.row))
                 with code.loop(last, start=first) as j:
                     self._project(code, a, j, base.get(), rows)
             left.set(left.get() - 1)
@@ -194,7 +203,7 @@ class _Writer(Writer):
             code.call(self.transpose, a.w_hh + unit * a.hidden, a.hidden, units, w_hh[g])
             for v, column, valid in self.vectors(code, a.hidden, j):
                 b_ih, b_hh = (
-                    code.load(b + (a.hidden * g + column), valid.where(0, b.is_given))
+                    code.load(b + (a.hidden * g + column), where(b.is_given, valid, 0))
                     for b in (a.b_ih, a.b_hh)
                 )
                 at = bias + (g * self.units + v * self.lanes)
@@ -205,7 +214,7 @@ class _Writer(Writer):
     def _chunk(self, code: Code, a: Any, step: _Step, descending: Value) -> tuple[Value, Value]:
         """How many steps from this one on fit into a chunk, and how many rows they have."""
         steps, rows = Variable(code.integer(1)), Variable(step.rows)
-        following = Variable(self._rows(code, a, step.number + 1, descending))
+        following = Variable(step.rows_after)
         with code.repeat(
             lambda: (
                 (step.number + steps.get() < a.steps) & (rows.get() + following.get() <= a.chunk)
@@ -230,17 +239,17 @@ class _Writer(Writer):
         _, w_hh, _ = self._panels(a, j)
         known = step.rows.at_most(step.rows_before)
         with code.loop(2) as part:
-            joins = part.differs(0)
-            start = known.where(code.integer(0), joins)
-            stop = step.rows.where(known, joins)
-            h = a.h_0.where(a.h + step.before * a.pitch, joins)
-            pitch = a.hidden.where(a.pitch, joins)
+            joins = part != 0
+            start = where(joins, known, code.integer(0))
+            stop = where(joins, step.rows, known)
+            h = where(joins, a.h_0, a.h + step.before * a.pitch)
+            pitch = where(joins, a.hidden, a.pitch)
             to = scratch + start * self.width
-            is_zero = joins & a.h_0.equals(None)
-            with code.when(is_zero):
-                self._clear(code, to, (stop - start) * self.width)
-            with code.when(is_zero.equals(0)):
+            is_known = (part == 0) | a.h_0.is_given
+            with code.when(is_known):
                 self._product(code, stop - start, h + start * pitch, pitch, w_hh, a.hidden, to)
+            with code.when(is_known == 0):
+                self._clear(code, to, (stop - start) * self.width)
 
     def _forward_row(
         self, code: Code, a: Any, j: Value, b: Value, at: Value, base: Value, scratch: Value
@@ -255,7 +264,7 @@ class _Writer(Writer):
             with code.when(valid > 0):
                 of_gate = [g * self.units + v * self.lanes for g in range(cell.n_gates)]
                 own = b * a.hidden + column
-                states = [address + own for address in (a.h_n, a.c)[: cell.n_states]]
+                states = [address + own for address in a.states[: cell.n_states]]
                 wx = [code.load(wx_row + k) for k in of_gate]
                 old_rh = [Variable(code.load(rh_row + k)) for k in of_gate]
                 old = [Variable(code.load(s, valid)) for s in states]
@@ -263,19 +272,22 @@ class _Writer(Writer):
                     fresh = a.fresh_rh + (b * (a.hidden * cell.n_gates) + column)
                     for g, part in enumerate(old_rh):
                         part.set(code.load(fresh + a.hidden * g, valid))
-                    for address, part in zip((a.fresh_h, a.fresh_c), old, strict=False):
+                    for address, part in zip(a.fresh, old, strict=False):
                         part.set(code.load(address + own, valid))
                 rh = [part.get() for part in old_rh]
                 for g in range(cell.n_gates - cell.n_apart, cell.n_gates):
                     rh[g] = rh[g] + code.load(bias + (of_gate[g] + cell.n_apart * self.units))
-                new, saved = cell.forward(wx, rh, [part.get() for part in old])
+                extra = self._extra(code, a, column, valid)
+                new, saved = self.advance(wx, rh, [part.get() for part in old], extra)
                 for address, value in zip(states, new, strict=True):
                     code.store(address, value, valid)
                 code.store(a.h + (at * a.pitch + column), new[0], valid)
-                if saved:
-                    with code.when(a.gates.is_given):
-                        for address, value in zip(self._saved(a, at, column), saved, strict=True):
-                            code.store(address, value, valid)
+                with code.when(a.traces[0].is_given):
+                    for address, value in zip(a.traces, new[1:], strict=False):
+                        code.store(address + (at * a.hidden + column), value, valid)
+                with code.when(a.saved.is_given):
+                    for address, value in zip(self._saved(a, at, column), saved, strict=True):
+                        code.store(address, value, valid)
 
     # Backward.
 
@@ -287,88 +299,90 @@ class _Writer(Writer):
         first, last = self._slices(a, thread, threads)
         depth = a.hidden * self.cell.n_gates
         scratch = a.scratch + thread * a.batch * self.units
-        descending = a.reverse.equals(0)
+        descending = a.reverse == 0
         with code.loop(last, start=first) as j:
             panel = a.packed + j * (depth * self.units)
             self.copy_panel(code, a.w_hh, a.hidden, depth, a.hidden, j, panel)
         with self._walk(code, a, descending, beyond=1) as step:
-            # The step before this one in time; rows that it has not begin here.
-            earlier_rows = self._rows(code, a, step.number + 1, descending)
-            earlier = (step.row - earlier_rows).where(step.row + step.rows, descending)
             self.wait(code, threads)
             with code.loop(last, start=first) as j, code.loop(3) as part:
                 # Rows that both steps have, rows that begin in this walk, rows that end in it.
                 known = step.rows.at_most(step.rows_before)
-                begins, ends = part.equals(1), part.equals(2)
-                start = step.rows.where(known.where(code.integer(0), begins), ends)
-                stop = step.rows_before.where(step.rows.where(known, begins), ends)
+                begins, ends = part == 1, part == 2
+                start = where(ends, step.rows, where(begins, known, code.integer(0)))
+                stop = where(ends, step.rows_before, where(begins, step.rows, known))
                 panel = a.packed + j * (depth * self.units)
                 to = scratch + start * self.units
                 with code.when(begins):
                     self._clear(code, to, (stop - start) * self.units)
-                with code.when(part.differs(1)):
+                with code.when(part != 1):
                     pitch = a.d_gates_pitch
                     d_rh = a.d_gates + (step.before + start) * pitch
                     self._product(code, stop - start, d_rh, pitch, [panel], depth, to)
                 with code.loop(stop, start=start) as b:
                     # What passed by the product, unless it ended at a mark.
                     row = step.before + b
-                    stops = self._has_mark(code, a, row, FRESH | CUT, part.differs(1))
+                    stops = self._has_mark(code, a, row, FRESH | CUT, part != 1)
                     to = scratch + b * self.units
                     with code.when(stops):
                         self._clear(code, to, code.integer(self.units))
-                    self._backward_row(code, a, j, b, step, to, ends, earlier, earlier_rows)
+                    self._backward_row(code, a, j, b, step, to, ends)
 
     def _backward_row(
-        self, code: Code, a: Any, j: Value, b: Value, step: _Step, passed: Value, ends: Value,
-        earlier: Value, earlier_rows: Value,
-    ) -> None:  # fmt: skip
+        self, code: Code, a: Any, j: Value, b: Value, step: _Step, passed: Value, ends: Value
+    ) -> None:
         """The pointwise part for row b of a step, or the end of a sequence that lacks it."""
-        row = step.row + b
-        is_fresh = self._has_mark(code, a, row, FRESH, ends.equals(0))
-        is_cut = self._has_mark(code, a, row, FRESH | CUT, ends.equals(0))
+        cell, at = self.cell, step.row + b
+        is_fresh = self._has_mark(code, a, at, FRESH, ends == 0)
+        is_cut = self._has_mark(code, a, at, FRESH | CUT, ends == 0)
         for v, column, valid in self.vectors(code, a.hidden, j):
             with code.when(valid > 0):
                 own = b * a.hidden + column
-                d_state = [address + own for address in (a.d_h, a.d_c)[: self.cell.n_states]]
+                d_state = [address + own for address in a.d_states[: cell.n_states]]
                 d = [code.load(address, valid) for address in d_state]
                 d[0] = d[0] + code.load(passed + v * self.lanes)
                 with code.when(ends):
                     code.store(d_state[0], d[0], valid)
-                with code.when(ends.equals(0)):
-                    at = row
-                    for k, address in enumerate((a.dy, a.dc)[: self.cell.n_states]):
+                with code.when(ends == 0):
+                    for k, address in enumerate(a.d_rows[: cell.n_states]):
                         # Not a load without lanes: from a null address that takes long.
                         of_step = Variable(code.zeros())
                         with code.when(address.is_given):
                             of_step.set(code.load(address + (at * a.pitch + column), valid))
                         d[k] = d[k] + of_step.get()
-                    inside = b < earlier_rows
-                    known = valid.where(0, inside | a.h_0.is_given | is_fresh)
-                    h_before = a.h + ((earlier + b) * a.pitch + column)
-                    previous = [h_before.where(a.h_0 + own, inside)]
-                    if self.cell.n_states == 2:
-                        c_before = a.extra + ((earlier + b) * a.hidden + column)
-                        previous.append(c_before.where(a.c_0 + own, inside))
-                    previous = [
-                        (address + own).where(before, is_fresh)
-                        for address, before in zip((a.fresh_h, a.fresh_c), previous, strict=False)
-                    ]
-                    d_rh, d_apart, d_previous = self.cell.backward(
+                    d_rh, d_apart, d_previous = self.pull_back(
                         [code.load(address, valid) for address in self._saved(a, at, column)],
-                        [code.load(a.h + (at * a.pitch + column), valid)],
-                        [code.load(address, known) for address in previous],
+                        [code.load(s, valid) for s in self._states(a, at, column)],
+                        self._previous(code, a, b, step, column, valid, is_fresh),
                         d,
+                        self._extra(code, a, column, valid),
                     )
                     to = a.d_gates + (at * a.d_gates_pitch + column)
                     for k, value in enumerate((*d_rh, *d_apart)):
                         code.store(to + a.hidden * k, value, valid)
-                    d_fresh = (a.d_fresh_h, a.d_fresh_c)[: self.cell.n_states]
-                    for address, given, fresh in zip(d_state, d_previous, d_fresh, strict=True):
-                        passes = Variable(code.zeros() if given is None else given)
+                    for address, given, fresh in zip(d_state, d_previous, a.d_fresh, strict=False):
+                        passes = Variable(given)
                         with code.when(is_cut):
                             with code.when(is_fresh):
-                                total = code.load(fresh + own, valid) + passes.get()
+                                total = code.load(fresh + own, valid) + given
                                 code.store(fresh + own, total, valid)
                             passes.set(code.zeros())
                         code.store(address, passes.get(), valid)
+
+    def _states(self, a: Any, row: Value, column: Value) -> list[Value]:
+        """Where the states after a row are."""
+        traces = a.traces[: self.cell.n_states - 1]
+        return [a.h + (row * a.pitch + column), *(t + (row * a.hidden + column) for t in traces)]
+
+    def _previous(
+        self, code: Code, a: Any, b: Value, step: _Step, column: Value, valid: Value,
+        is_fresh: Value,
+    ) -> list[Value]:  # fmt: skip
+        """The states before row b of a step: its walk is the other one, and meets them next."""
+        own, is_inside = b * a.hidden + column, b < step.rows_after
+        earlier = self._states(a, step.after + b, column)
+        known = where(is_inside | a.initial[0].is_given | is_fresh, valid, 0)
+        return [
+            code.load(where(is_fresh, fresh + own, where(is_inside, before, initial + own)), known)
+            for before, initial, fresh in zip(earlier, a.initial, a.fresh, strict=False)
+        ]

@@ -5,8 +5,8 @@ that shall exist in the kernel are ``with`` blocks of it, everything else is Pyt
 when the kernel is compiled. Values are 64-bit integers, addresses of float32, float32 numbers and
 vectors of them; Python's operators work on all of these::
 
-    with code.loop(rows) as row:
-        code.store(y + row * lanes, tanh(code.load(x + row * lanes)))
+    with code.loop(count, step=lanes) as k:
+        code.store(y + k, code.load(x + k) * 2.0)
 
 The width of a vector is a number like any other, so one source serves every instruction set.
 """
@@ -29,7 +29,8 @@ class Value:
     """Something that a kernel computes.
 
     Arithmetic takes Python's numbers too, which for a vector stand for all of its lanes. Adding
-    to an address counts in elements of float32.
+    to an address counts in elements of float32. Of floats, a product and the sum it goes into may
+    be rounded once: plain arithmetic becomes FMAs.
     """
 
     def __init__(self, code: Code, value: Any) -> None:
@@ -51,9 +52,10 @@ class Value:
         return Value(self.code, constant)
 
     def _combine(self, operation: str, other: Any) -> Value:
-        operation = f"f{operation}" if self.is_float else operation
-        build = getattr(self.code.build, operation)
-        return Value(self.code, build(self.value, self.same(other).value))
+        build, operands = self.code.build, (self.value, self.same(other).value)
+        if self.is_float:
+            return Value(self.code, getattr(build, f"f{operation}")(*operands, flags=("contract",)))
+        return Value(self.code, getattr(build, operation)(*operands))
 
     def __add__(self, other: Any) -> Value:
         if self.type != ADDRESS:
@@ -89,9 +91,10 @@ class Value:
         return Value(self.code, self.code.build.or_(self.value, other.value))
 
     def _compare(self, operator: str, other: Any) -> Value:
-        """Of floats, false where one is not a number."""
         build = self.code.build
-        compare = build.fcmp_ordered if self.is_float else build.icmp_signed
+        compare = build.icmp_signed
+        if self.is_float:  # as in Python, only != holds for what is not a number
+            compare = build.fcmp_unordered if operator == "!=" else build.fcmp_ordered
         return Value(self.code, compare(operator, self.value, self.same(other).value))
 
     def __lt__(self, other: Any) -> Value:
@@ -103,25 +106,28 @@ class Value:
     def __gt__(self, other: Any) -> Value:
         return self._compare(">", other)
 
-    def equals(self, other: Any) -> Value:
+    def __eq__(self, other: Any) -> Value:  # type: ignore[override]
         return self._compare("==", other)
 
-    def differs(self, other: Any) -> Value:
+    def __ne__(self, other: Any) -> Value:  # type: ignore[override]
         return self._compare("!=", other)
 
     @property
     def is_given(self) -> Value:
         """Whether an address is not null."""
-        return self.differs(None)
-
-    def where(self, other: Any, condition: Value) -> Value:
-        """This value where `condition` holds, else `other`."""
-        select = self.code.build.select
-        return Value(self.code, select(condition.value, self.value, self.same(other).value))
+        return self._compare("!=", None)
 
     def at_most(self, limit: Any) -> Value:
         """The smaller of this and a limit; where this is not a number, this."""
-        return self.same(limit).where(self, self > limit)
+        return where(self > limit, limit, self)
+
+
+def where(condition: Value, x: Any, y: Any) -> Value:
+    """x where a condition holds, else y; two numbers are those of vectors."""
+    code = condition.code
+    like = next((part for part in (x, y) if isinstance(part, Value)), code.zeros())
+    x, y = like.same(x), like.same(y)
+    return Value(code, code.build.select(condition.value, x.value, y.value))
 
 
 class Variable:
@@ -192,13 +198,19 @@ class Code:
         return module.globals.get(name) or ir.Function(module, of, name)
 
     def fields(self, address: Value, structure: type[ctypes.Structure]) -> SimpleNamespace:
-        """Load the fields of a structure of 64-bit integers and addresses."""
-        values = {}
-        for k, field in enumerate(structure._fields_):
-            where = self.build.gep(address.value, [INT(k)], source_etype=INT)
-            of = ADDRESS if field[1] is ctypes.c_void_p else INT
-            values[field[0]] = Value(self, self.build.load(where, typ=of))
-        return SimpleNamespace(**values)
+        """Load the fields of a structure of 64-bit integers, addresses, and arrays of these."""
+
+        def load(offset: int, of: Any) -> Any:
+            if issubclass(of, ctypes.Array):
+                size = ctypes.sizeof(of._type_)
+                return [load(offset + k * size, of._type_) for k in range(of._length_)]
+            at = self.build.gep(address.value, [INT(offset)], source_etype=BYTE)
+            typ = ADDRESS if of is ctypes.c_void_p else INT
+            return Value(self, self.build.load(at, typ=typ))
+
+        fields = [field[:2] for field in structure._fields_]
+        loaded = {name: load(getattr(structure, name).offset, of) for name, of in fields}
+        return SimpleNamespace(**loaded)
 
     # Control.
 
@@ -236,13 +248,13 @@ class Code:
         return Value(self, self.build.load(address.value, typ=FLOAT))
 
     def load_int(self, address: Value, index: Value) -> Value:
-        where = self.build.gep(address.value, [index.value], source_etype=INT)
-        return Value(self, self.build.load(where, typ=INT))
+        at = self.build.gep(address.value, [index.value], source_etype=INT)
+        return Value(self, self.build.load(at, typ=INT))
 
     def load_byte(self, address: Value, index: Value) -> Value:
         """Load an unsigned byte as an integer."""
-        where = self.build.gep(address.value, [index.value], source_etype=BYTE)
-        return Value(self, self.build.zext(self.build.load(where, typ=BYTE), INT))
+        at = self.build.gep(address.value, [index.value], source_etype=BYTE)
+        return Value(self, self.build.zext(self.build.load(at, typ=BYTE), INT))
 
     def store_float(self, address: Value, value: Value) -> None:
         self.build.store(value.value, address.value)
@@ -293,42 +305,3 @@ class Code:
 def fma(a: Value, b: Any, c: Any) -> Value:
     """``a * b + c``, rounded once."""
     return a.code.intrinsic("fma", a, a.same(b), a.same(c))
-
-
-# Both activations are made from exp(y) = 2**n * (1 + p) with p = exp(r) - 1, y = n * ln 2 + r and
-# |r| <= ln 2 / 2: there the Taylor series to r**7 is within a quarter of a unit in the last place.
-_LOG2_E = 1.4426950408889634
-_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440054690583e-4  # n * high is exact
-_ROUND = 1.5 * 2.0**23  # adding it leaves an integer in the lowest bits
-_TAYLOR = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2)
-
-
-def _exp_parts(y: Value) -> tuple[Value, Value]:
-    """``2**n`` and p for |y| <= 87."""
-    code, build = y.code, y.code.build
-    shifted = fma(y, _LOG2_E, _ROUND)
-    n = shifted - _ROUND
-    r = fma(n, -_LN2_LOW, fma(n, -_LN2_HIGH, y))
-    series = fma(r, _TAYLOR[0], _TAYLOR[1])
-    for coefficient in _TAYLOR[2:]:
-        series = fma(series, r, coefficient)
-    p = fma(r * r, series, r)
-    integers = ir.VectorType(INT32, code.lanes)
-    exponent = build.shl(
-        build.bitcast(shifted.value, integers), ir.Constant(integers, [23] * code.lanes)
-    )
-    bits = build.add(exponent, ir.Constant(integers, [127 << 23] * code.lanes))
-    return Value(code, build.bitcast(bits, code.vector)), p
-
-
-def sigmoid(x: Value) -> Value:
-    """``1 / (1 + exp(-x))``; not a number where x is not."""
-    scale, p = _exp_parts((0.0 - x.at_most(87.0)).at_most(87.0))
-    return 1.0 / (fma(scale, p, scale) + 1.0)
-
-
-def tanh(x: Value) -> Value:
-    """``e / (e + 2)`` with e = exp(2 |x|) - 1 and the sign of x; not a number where x is not."""
-    scale, p = _exp_parts((x.code.intrinsic("fabs", x) * 2.0).at_most(20.0))
-    e = fma(scale, p, scale - 1.0)
-    return x.code.intrinsic("copysign", e / (e + 2.0), x)

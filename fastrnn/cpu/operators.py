@@ -1,0 +1,233 @@
+"""Our loop of torch operators: one direction of a layer, forward and backward through time.
+
+One loop for every pointwise cell, in each direction of the pass:
+
+* the input projection of all steps is one GEMM into a buffer to which each step adds its recurrent
+  product, so a step is one GEMM and the cell's arithmetic;
+* backward of a cell is linear in the gradients of its states, and of a unit depends on those of
+  this unit only. So the factors are found first, for all steps at once, from unit gradients; a step
+  backward is a multiplication for each state and one GEMM.
+
+It runs on every device and in every dtype, and serves where there is no kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call import Weights
+from ..flow import CUT, FRESH
+from ..reference import TORCH
+from .direction import Direction
+
+# Rows whose distance is a multiple of a page compete for the same lines of a cache.
+_PAD = 24
+
+
+class _Sum:
+    """The input part of a gate to which the recurrent part has been added already."""
+
+    def __init__(self, total: Tensor) -> None:
+        self.total = total
+
+    def __add__(self, rh: None) -> Tensor:
+        return self.total
+
+    __radd__ = __add__
+
+
+def forward(
+    direction: Direction,
+    x: Tensor,
+    state: Sequence[Tensor],
+    h_rows: Tensor,
+    traces: Sequence[Tensor],
+    saved: Tensor | None,
+) -> None:
+    """Run one direction of a layer.
+
+    Parameters
+    ----------
+    direction : Direction
+    x : Tensor of shape (N, I)
+    state : sequence of Tensor of shape (B, P) and (B, H)
+        Initial state; overwritten by the final state.
+    h_rows : Tensor of shape (N, P)
+        Receives h.
+    traces : sequence of Tensor of shape (N, H)
+        Receive the other states of every row, or empty; if there is a projection and something to
+        save, then also h before it.
+    saved : Tensor of shape (N, n_saved * H), optional
+        Receives the values that the cell hands to backward.
+    """
+    cell, w, rows, _, _, breaks = direction
+    shared = cell.n_gates - cell.n_apart
+    split = shared * direction.hidden
+    advance, extra = TORCH.bind(cell.forward), w.blocks()
+    width = w.w_hh.shape[0]
+    if saved is not None and cell.n_saved >= cell.n_gates:
+        gates = saved[:, :width]  # each step overwrites its own, when it needs them no more
+    else:
+        gates = x.new_empty(x.shape[0], width)
+    _project_input(x, w, split, gates)
+    of_shared, of_apart = w.w_hh.t().tensor_split([split], dim=1)
+    b_apart = None if w.b_hh is None else w.b_hh[split:]
+    totals = gates[:, :split].split(rows.sizes)
+    wx = [part.split(rows.sizes) for part in gates.chunk(cell.n_gates, dim=1)]
+    wx[:shared] = [[_Sum(part) for part in parts] for parts in wx[:shared]]
+    rh: list[Tensor | None] = [None] * cell.n_gates
+    saved_rows = [None] * rows.steps if saved is None else saved.split(rows.sizes)
+    fresh_rows: Sequence[Any] = [None] * rows.steps
+    if breaks is not None:
+        fresh_rows = ((breaks.marks & FRESH) != 0)[:, None].split(rows.sizes)
+    steps = list(zip(totals, zip(*wx, strict=True), saved_rows, fresh_rows, strict=True))
+    every: list[Sequence[Tensor]] = []
+    current: Sequence[Tensor] = state
+    for total, wx_t, saved_t, fresh_t in reversed(steps) if direction.reverse else steps:
+        n = total.shape[0]
+        old = current if n == rows.batch else [part[:n] for part in current]
+        if breaks is not None:
+            pairs = zip(breaks.fresh, old, strict=True)
+            old = [torch.where(fresh_t, new[:n], part) for new, part in pairs]
+        total.addmm_(old[0], of_shared)
+        if cell.n_apart:
+            rh[shared:] = _affine(old[0], of_apart, b_apart).chunk(cell.n_apart, dim=1)
+        new, values = advance(wx_t, rh, old, extra)
+        if saved_t is not None and values:
+            torch.cat(values, dim=1, out=saved_t)
+        full = new[0]
+        if w.w_hr is not None:
+            new = (full @ w.w_hr.t(), *new[1:])
+        every.append((*new, full)[: 1 + len(traces)])
+        # Not in place: these tensors are those of `every`.
+        current = new if n == rows.batch else _with_rest(new, current)
+    if direction.reverse:
+        every.reverse()
+    for to, parts in zip((h_rows, *traces), zip(*every, strict=True), strict=True):
+        torch.cat(parts, out=to)
+    for to, part in zip(state, current, strict=True):
+        to.copy_(part)
+
+
+def _affine(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    return rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
+
+
+def _with_rest(new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
+    """New states with those of the rows that a step does not have."""
+    return [torch.cat([a, b[a.shape[0] :]]) for a, b in zip(new, old, strict=True)]
+
+
+def _project_input(x: Tensor, w: Weights, folded: int, out: Tensor) -> None:
+    """x @ W_ih^T for all rows, with b_ih and the first `folded` entries of b_hh."""
+    if w.b_ih is None or w.b_hh is None:
+        torch.mm(x, w.w_ih.t(), out=out)
+        return
+    bias = w.b_ih.clone()
+    bias[:folded] += w.b_hh[:folded]
+    torch.addmm(bias, x, w.w_ih.t(), out=out)
+
+
+def backward(
+    direction: Direction,
+    d_rows: Sequence[Tensor | None],
+    d_state: Sequence[Tensor],
+    h_rows: Tensor,
+    traces: Sequence[Tensor],
+    saved: Tensor,
+) -> tuple[Tensor, Tensor, list[Tensor], Sequence[Tensor]]:
+    """Compute the gradients of the gates of `forward`.
+
+    Parameters
+    ----------
+    direction : Direction
+    d_rows : sequence of Tensor of shape (N, P) and (N, H), or None
+        Gradients of the states of every row, h first; what is missing is zero.
+    d_state : sequence of Tensor
+        Gradient of the final state; overwritten by that of the initial state.
+    h_rows, traces, saved
+        As `forward` left them.
+
+    Returns
+    -------
+    d_rh : Tensor of shape (N, G * H)
+        Gradient of the recurrent part of every gate.
+    d_apart : Tensor of shape (N, A * H)
+        Gradient of the input part of the last A gates, in which it differs from that.
+    d_fresh : list of Tensor
+        Gradient of the states after a reset; empty without breaks.
+    projected : sequence of Tensor
+        The factors of the gradient of a projection: that of the projected h, and h before it.
+    """
+    cell, w, rows, _, _, breaks = direction
+    hidden, sizes = direction.hidden, rows.sizes
+    states = [h_rows, *traces[: cell.n_states - 1]]
+    factors = _factors(direction, states, saved)
+    # Each step multiplies the first factors in place, which become the results of that step.
+    blocks = factors[0].unflatten(1, (-1, hidden))
+    d_rh, d_apart, _ = factors[0].split(
+        [cell.n_gates * hidden, cell.n_apart * hidden, cell.n_states * hidden], dim=1
+    )
+    of_steps = [part.unflatten(1, (-1, hidden)).split(sizes) for part in factors]
+    d_rh_of_steps = d_rh.split(sizes)
+    d_previous = [part.split(sizes) for part in blocks[:, -cell.n_states :].unbind(1)]
+    given = [(k, part.split(sizes)) for k, part in enumerate(d_rows) if part is not None]
+    # The gradient of the projected h of every row, for the gradient of the projection.
+    d_projected = h_rows[:, :0] if w.w_hr is None else torch.empty_like(h_rows)
+    d_projected_of_steps = d_projected.split(sizes)
+    d_fresh: list[Tensor] = []
+    if breaks is not None:
+        d_fresh = [torch.zeros_like(part) for part in d_state]
+        is_fresh, ends = (
+            ((breaks.marks & bits) != 0)[:, None].split(sizes) for bits in (FRESH, FRESH | CUT)
+        )
+    current: Sequence[Tensor] = d_state
+    for t in range(rows.steps) if direction.reverse else reversed(range(rows.steps)):
+        n = sizes[t]
+        d = [part[:n] for part in current]
+        for k, parts in given:
+            d[k].add_(parts[t])
+        if w.w_hr is not None:
+            d[0] = d_projected_of_steps[t].copy_(d[0]) @ w.w_hr
+        result, *others = (parts[t] for parts in of_steps)
+        result.mul_(d[0].unsqueeze(1))
+        for factor, part in zip(others, d[1:], strict=True):
+            result.addcmul_(factor, part.unsqueeze(1))
+        new = [parts[t] for parts in d_previous]
+        by_product = d_rh_of_steps[t] @ w.w_hh
+        new[0] = new[0].add_(by_product) if w.w_hr is None else by_product
+        for d_new, part in zip(d_fresh, new, strict=False):
+            # Not by products: what does not pass may be infinite.
+            d_new[:n] += part.masked_fill(~is_fresh[t], 0.0)
+            part.masked_fill_(ends[t], 0.0)
+        current = new if n == rows.batch else _with_rest(new, current)
+    for to, part in zip(d_state, current, strict=True):
+        to.copy_(part)
+    projected = (d_projected, traces[-1]) if w.w_hr is not None else ()
+    return d_rh, d_apart, d_fresh, projected
+
+
+def _factors(direction: Direction, states: Sequence[Tensor], saved: Tensor) -> list[Tensor]:
+    """What the gradient of each state is multiplied by, of the gates and the states before.
+
+    For every state (N, (G + A + S) * H), with S states.
+    """
+    cell = direction.cell
+    pull_back, extra = TORCH.bind(cell.backward), direction.w.blocks()
+    values = saved.split(direction.hidden, dim=1) if cell.n_saved else ()
+    previous = direction.before(states)
+    zero, one = (
+        saved.new_full((), number).expand(saved.shape[0], direction.hidden) for number in (0, 1)
+    )
+    found = []
+    width = (cell.n_gates + cell.n_apart + cell.n_states) * direction.hidden
+    for k in range(cell.n_states):
+        d_states = [one if j == k else zero for j in range(cell.n_states)]
+        groups = pull_back(values, states, previous, d_states, extra)
+        parts = [part for group in groups for part in group]
+        found.append(torch.cat([*parts, parts[0][:, :_PAD]], dim=1)[:, :width])
+    return found

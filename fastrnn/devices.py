@@ -1,0 +1,239 @@
+"""What a GPU has: kernels of ours, algorithms of cuDNN, and which of them to take.
+
+The figures are not yet our own: what cuDNN does was measured by others, what the kernels do is a
+model (see kernels/configs.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from .cells import CELLS
+from .kernels import configs
+from .kernels.configs import Choice, Device, Shape
+from .problem import Problem
+
+# Below this our launches, from Python, are expected to cost more than the steps save.
+_GPU_MIN_STEPS = 16
+
+
+def choose(problem: Problem, forward: Choice, backward: Choice) -> tuple[str, str]:
+    """Choose between torch's path and ours for a plain layer on a GPU.
+
+    Parameters
+    ----------
+    problem : Problem
+        One for which `kernel_gap` finds none.
+    forward, backward : fastrnn.kernels.configs.Choice
+        How the kernels would run.
+
+    Returns
+    -------
+    (str, str)
+        The path, and why.
+    """
+    if problem.is_step:
+        return "torch", "one step is one fused ATen call; ours was not measured against it"
+    if problem.steps < _GPU_MIN_STEPS:
+        return "torch", f"below {_GPU_MIN_STEPS} steps launching our kernels costs what they save"
+    # Not the small one: where it is, our kernels need no or little exchange.
+    if "persistent" in cudnn_algorithm(problem).split(", "):
+        return "torch", "cuDNN has a persistent kernel for this shape, ours was not measured"
+    choices = (forward, backward) if problem.training else (forward,)
+    if any(choice.config.schedule == "stepwise" for choice in choices):
+        return "torch", "the weights do not fit on chip; torch launches single steps with less ado"
+    times = " + ".join(f"{choice.step_us:.2f}" for choice in choices)
+    return "kernels", f"recurrent weights on chip; by the model {times} us a step"
+
+
+def cudnn_algorithm(problem: Problem) -> str:
+    """Name the algorithm that torch asks cuDNN for (ATen/native/cudnn/RNN.cpp, Ampere and later).
+
+    Parameters
+    ----------
+    problem : Problem
+        On a CUDA device.
+
+    Returns
+    -------
+    {'standard', 'small persistent', 'persistent'}
+        'standard' is launches for each step, the others keep the recurrent weights on chip. If
+        forward and backward differ, 'forward, backward'.
+    """
+    if problem.packed or problem.projected:
+        return "standard"
+    gpu, hidden = problem.gpu, problem.hidden_size
+    if (
+        problem.dtype == torch.float16
+        and problem.layers == problem.directions == 1
+        and problem.cell != "gru"
+        and hidden <= 1024
+        and hidden % 128 == 0
+        and problem.input_size % 128 == 0
+        and gpu is not None
+        and gpu.target == "cuda"
+        and gpu.processors >= 98
+        and gpu.capability % 10 != 6
+        and problem.batch % 8 == 0
+        and problem.batch <= 128
+    ):
+        large = "persistent"
+    else:
+        large = "standard"
+    small = {"rnn": (384, 256)}.get(problem.cell.partition("_")[0], (192, 128))
+    names = [
+        "small persistent" if hidden <= most and problem.dtype != torch.float64 else large
+        for most in small[: 2 if problem.training else 1]
+    ]
+    return ", ".join(dict.fromkeys(names))
+
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernel_gap(problem: Problem) -> str | None:
+    """Say why no Triton kernel can run a problem.
+
+    Parameters
+    ----------
+    problem : Problem
+
+    Returns
+    -------
+    str or None
+        A clause, or None if there are kernels.
+    """
+    gpu = problem.gpu
+    if gpu is None:
+        return f"no kernel of ours for device type {problem.device!r}"
+    if gpu.target == "cuda" and gpu.capability < 80:
+        return f"our kernels need compute capability 8.0, {gpu.name} has {gpu.capability / 10}"
+    if gpu.target == "hip" and (gpu.capability != 942 or problem.precision == "tf32x3"):
+        return f"no kernel of ours for {gpu.name} in {problem.precision}"
+    if problem.batch > configs.MAX_BATCH:
+        return f"no kernel of ours for a batch of more than {configs.MAX_BATCH}"
+    if problem.dtype not in _KERNEL_DTYPES:
+        return f"no kernel of ours for {problem.dtype}"
+    if problem.noisy:
+        return "no kernel of ours for recurrent dropout and zoneout"
+    if not CELLS[problem.cell].is_pointwise:
+        return f"no kernel of ours for {problem.cell}"
+    if problem.projected:
+        return "no kernel of ours for projections"
+    return None
+
+
+def choose_kernels(problem: Problem, schedule: str | None = None) -> tuple[Choice, Choice]:
+    """Choose how the forward and the backward kernel of a layer are launched.
+
+    Parameters
+    ----------
+    problem : Problem
+        One for which `kernel_gap` finds none.
+    schedule : str, optional
+        Only this schedule.
+
+    Returns
+    -------
+    tuple of fastrnn.kernels.configs.Choice
+        For forward and for backward.
+
+    Raises
+    ------
+    ValueError
+        If the device cannot run the problem by that schedule.
+    """
+    assert problem.gpu is not None
+    shape = Shape.of(
+        CELLS[problem.cell],
+        problem.batch,
+        problem.hidden_size,
+        problem.directions,
+        problem.dtype.itemsize,
+        problem.precision,
+    )
+    # A tracer's sizes have no hash to be remembered by.
+    choose = configs.choose if isinstance(problem.batch, int) else configs.choose.__wrapped__
+    choices = [
+        choose(shape, problem.gpu, backward=backward, schedule=schedule)
+        for backward in (False, True)
+    ]
+    if None in choices:
+        raise ValueError(
+            f"no {schedule} schedule for {problem.cell}, B={problem.batch}, "
+            f"H={problem.hidden_size}, {problem.dtype} on {problem.gpu.name}"
+        )
+    return choices[0], choices[1]  # type: ignore[return-value]
+
+
+def float32_precision() -> str:
+    """Tell how products of float32 are computed on a GPU, by torch's own switches.
+
+    Returns
+    -------
+    {'tf32', 'tf32x3', 'ieee'}
+        'tf32' where cuDNN may use it for recurrent layers (``torch.backends.cudnn.allow_tf32``,
+        torch's default). Where only matrix products may
+        (``torch.backends.cuda.matmul.allow_tf32``), 'tf32x3', three products of tf32 that are
+        nearly as exact as float32. Otherwise 'ieee'.
+    """
+    if torch.backends.cudnn.rnn.fp32_precision == "tf32":  # type: ignore[attr-defined]
+        return "tf32"
+    return "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@functools.cache
+def gpu(index: int | None = None) -> Device | None:
+    """Describe a GPU of this machine to the planner.
+
+    Parameters
+    ----------
+    index : int, optional
+        The current device if None.
+
+    Returns
+    -------
+    Device or None
+        None if it is not there, or Triton is not installed.
+    """
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return None
+    facts = torch.cuda.get_device_properties(index)
+    is_hip = torch.version.hip is not None
+    return Device(
+        facts.name,
+        "hip" if is_hip else "cuda",
+        _gfx(facts.gcnArchName) if is_hip else 10 * facts.major + facts.minor,
+        facts.multi_processor_count,
+        getattr(facts, "shared_memory_per_block_optin", facts.shared_memory_per_block),
+        facts.clock_rate // 1000,
+    )
+
+
+def _gfx(name: str) -> int:
+    """942 of 'gfx942:sramecc+'; 0 where there is a letter in the number."""
+    number = name.partition(":")[0].removeprefix("gfx")
+    return int(number) if number.isdecimal() else 0
+
+
+def facts(x: Tensor) -> tuple[Device | None, str]:
+    """Tell the planner about the device and the precision of a tensor.
+
+    Parameters
+    ----------
+    x : Tensor
+
+    Returns
+    -------
+    (Device or None, str)
+        The fields `gpu` and `precision` of ``Problem``.
+    """
+    if not x.is_cuda:
+        return None, "tf32"
+    # Of other dtypes there is nothing to choose.
+    precision = float32_precision() if x.dtype == torch.float32 else "tf32"
+    return gpu(x.device.index), precision

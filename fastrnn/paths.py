@@ -1,0 +1,247 @@
+"""From a checked call to layers: its path, asked for once, and what surrounds the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import _VF, Tensor
+
+from . import autocast, checks, chunks, heads, ops, planner, reference
+from . import flow as flows
+from .call import Call, Result
+from .context import can_look, differentiated, is_plain, is_traced
+from .flow import Flow
+from .states import states_of
+
+ATEN_LAYERS: dict[str, Callable[..., Any]] = {
+    "lstm": _VF.lstm,
+    "gru": _VF.gru,
+    "rnn_tanh": _VF.rnn_tanh,
+    "rnn_relu": _VF.rnn_relu,
+}
+ATEN_STEPS: dict[str, Callable[..., Any]] = {
+    "lstm": _VF.lstm_cell,
+    "gru": _VF.gru_cell,
+    "rnn_tanh": _VF.rnn_tanh_cell,
+    "rnn_relu": _VF.rnn_relu_cell,
+}
+
+
+def run(call: Call) -> tuple[Any, ...]:
+    """Plan and run all layers of a call.
+
+    Parameters
+    ----------
+    call : Call
+        As ``checks.checked`` makes it.
+
+    Returns
+    -------
+    output : Tensor
+    final : sequence of Tensor
+        Shaped as the initial state.
+    states : States
+        Only if asked for.
+    """
+    options = call.options
+    if options.reset is not None:
+        call = _begun(call)
+    dtypes = autocast.dtypes(call)
+    path = planner.path_of(call, None if dtypes is None else dtypes.compute)
+    if options.recompute and path not in planner.OURS and differentiated(*call.tensors):
+        path = "operators"  # the others keep everything
+    # cuDNN is best left with autocast, which casts all weights into one piece of memory.
+    if dtypes is None or (path == "torch" and call.x.is_cuda):
+        return _on_path(path, call)
+    with torch.autocast(call.x.device.type, enabled=False):
+        output, (h, *final), *states = _on_path(path, autocast.to(call, dtypes.compute))
+    states = [part._replace(h=part.h.to(dtypes.of_h)) for part in states]
+    return output.to(dtypes.of_h), [h.to(dtypes.of_h), *final], *states
+
+
+def _begun(call: Call) -> Call:
+    """The call with a reset before its only step, as of a policy that acts, in the initial state.
+
+    That T is 1 is asked last, and of calls with resets only: torch.export takes it for a limit on
+    T; and not of those that torch.jit records, which would keep it.
+    """
+    options, fresh = call.options, call.flow.fresh
+    is_whole = not call.bidirectional and options.lengths is None and call.batch_sizes is None
+    if not is_whole or is_traced() or call.steps != 1:
+        return call
+    checks.check_alike(call)
+    reset, state = options.reset.view(call.batch, 1), call.state  # type: ignore[union-attr]
+    if fresh:
+        state = [torch.where(reset, *pair) for pair in zip(fresh, call.initial(), strict=True)]
+    elif state:
+        state = [part.masked_fill(reset, 0.0) for part in state]
+    options = options._replace(reset=None, reset_state=None)
+    return call._replace(state=state, flow=flows.PLAIN, options=options)
+
+
+def _on_path(path: str, call: Call) -> tuple[Any, ...]:
+    options = call.options
+    if path == "torch":
+        output, final = _by_torch(call)
+        return output.transpose(0, 1) if options.batch_first else output, final
+    checks.check_alike(call)
+    is_marked = options.is_marked or options.is_noisy
+    is_padded = is_marked or type(options.recompute) is int or call.x.is_cuda
+    if is_padded and call.batch_sizes is not None:
+        return _padded(path, call)
+    if is_marked:
+        call = _with_flow(call)
+    elif call.batch_sizes is not None and not call.state:
+        call = call._replace(state=call.initial())  # B is not known from the input of an operator
+    inputs, results, final = reference.stack(call, _layer_on(path, options))
+    output = results[-1].y
+    if options.batch_first:
+        output = output.transpose(0, 1)
+    if not options.return_states:
+        return output, final
+    return output, final, states_of(call, inputs, results)
+
+
+def _by_torch(call: Call) -> tuple[Tensor, Sequence[Tensor]]:
+    """All layers by torch's own functions, which check the arguments themselves."""
+    options, name = call.options, call.cell.name
+    state = call.state or call.initial()
+    hx = state if name == "lstm" else state[0]
+    others = (
+        call.n_weights > 3, call.num_layers, options.dropout, options.training, call.bidirectional,
+    )  # fmt: skip
+    if call.batch_sizes is None:
+        output, *final = ATEN_LAYERS[name](call.x, hx, call.weights, *others, False)
+    else:
+        output, *final = ATEN_LAYERS[name](call.x, call.batch_sizes, hx, call.weights, *others)
+    return output, final
+
+
+def _layer_on(path: str, options: Any) -> Callable[[Call], Result]:
+    """The function that runs one layer on a path."""
+    layer = reference.layer if options.reset is None else _by_reference_with_resets
+    if path in planner.OURS:
+        recompute, traced = options.recompute, bool(options.return_states)
+        layer = ops.layer
+        if recompute or traced:
+            layer = partial(ops.layer, recompute=bool(recompute), traced=traced)
+        if not isinstance(recompute, bool):
+            layer = partial(chunks.layer, layer, recompute)
+    return layer if options.num_heads == 1 else partial(heads.layer, layer)
+
+
+def _by_reference_with_resets(call: Call) -> Result:
+    """``reference.layer``, with gradients also where what lies before a reset is not a number.
+
+    Autograd would multiply it by 0. The operator's backward leaves out what nothing depends on, but
+    begins with another forward, so it is for this case only, and for where nobody may look.
+    """
+    x = call.x
+    is_seen = is_plain(x, *call.weights) and not reference.is_watched() and x.is_floating_point()
+    if not is_seen or not differentiated(*call.tensors):
+        return reference.layer(call)
+    if can_look(x):
+        result = reference.layer(call)
+        values = (x, *call.state, result.y, *result.traces)
+        total: Any = sum(part.detach().sum(dtype=torch.float64) for part in values)
+        if bool(total.isfinite()):
+            return result
+    return ops.layer(call, traced=True)
+
+
+def _with_flow(call: Call) -> Call:
+    """The call with its marks and its noise, which is drawn now.
+
+    The initial state is not a number in rows whose length is out of range.
+    """
+    options, x, state = call.options, call.x, call.state
+    lengths, reset = options.lengths, options.reset
+    if reset is not None and options.batch_first:
+        reset = reset.transpose(0, 1)
+    if lengths is not None:
+        lengths = lengths.to(x.device, non_blocking=True)
+        if not can_look(lengths):
+            # Nobody waits for the device, or the compiler, to complain: the row becomes NaN.
+            wrong = (lengths < 0) | (lengths > call.steps)
+            lengths = torch.where(wrong, call.steps, lengths)
+            reset = None if reset is None else reset & ~wrong
+            state = [part.masked_fill(wrong[:, None], float("nan")) for part in call.initial()]
+    sizes = (call.steps, call.batch, call.directions)
+    marks = flows.make_marks(*sizes, x.device, lengths, reset, options.bptt)
+    noise = _noise(call) if options.is_noisy else []
+    return call._replace(state=state, flow=Flow(marks, call.flow.fresh, noise))
+
+
+def _noise(call: Call) -> list[Tensor]:
+    """Draw the noise of a flow."""
+    x, options, shapes = call.x, call.options, call.shapes()
+    like: dict[str, Any] = {"dtype": x.dtype, "device": x.device}  # not `x`, which may be mapped
+    p = options.recurrent_dropout if options.training else 0.0
+    noise = [torch.dropout(torch.ones(shapes[0], **like), p, True) if p else x.new_empty(0)]
+    for zone, (count, batch, width) in zip(options.zones(len(shapes)), shapes, strict=True):
+        keep = torch.full((), zone, **like).expand(count, call.steps, batch, width)
+        if not zone:
+            keep = x.new_empty(0)
+        elif options.training:
+            keep = torch.bernoulli(keep)
+        noise.append(keep)
+    return noise
+
+
+def _padded(path: str, call: Call) -> tuple[Any, ...]:
+    """Run a packed sequence as a padded batch with lengths."""
+    sizes, batch = call.batch_sizes, call.batch
+    assert sizes is not None
+    row = torch.arange(batch, device=sizes.device)[:, None]
+    lengths = (row < sizes).sum(1)
+    x, _ = _VF._pad_packed_sequence(call.x, sizes, False, 0.0, call.steps)
+    options = call.options._replace(batch_sizes=None, lengths=lengths)
+    output, final, *states = _on_path(path, call._replace(x=x, batch_sizes=None, options=options))
+    packed, _ = _VF._pack_padded_sequence(output, lengths, False)
+    return packed, final, *states
+
+
+def run_step(call: Call) -> Sequence[Tensor]:
+    """Plan and run one step.
+
+    Parameters
+    ----------
+    call : Call
+        As ``checks.checked_step`` makes it.
+
+    Returns
+    -------
+    sequence of Tensor
+        The new states.
+
+    Raises
+    ------
+    RuntimeError
+        If input and state do not fit the weights.
+    """
+    dtypes = autocast.dtypes(call, is_step=True)
+    path = planner.path_of(call, is_step=True)
+    if path == "torch":
+        return _aten_step(call)
+    if not checks.is_step(call):
+        # Refused in ATen's words.
+        _aten_step(call)
+        sizes = (call.x.shape[0], call.weights[1].shape[-1])
+        raise RuntimeError(f"hidden states must be of shape {sizes}")
+    step = ops.cell_step if path in planner.OURS else reference.step
+    if dtypes is None:
+        checks.check_alike(call)
+        return step(call)
+    with torch.autocast(call.x.device.type, enabled=False):
+        return step(autocast.to(call, dtypes.compute))
+
+
+def _aten_step(call: Call) -> Sequence[Tensor]:
+    """One step by ATen, which checks the arguments itself and knows autocast."""
+    step = ATEN_STEPS.get(call.cell.name, ATEN_STEPS["rnn_tanh"])
+    if call.cell.name == "lstm":
+        return step(call.x, call.state, *call.weights)
+    return [step(call.x, call.state[0], *call.weights)]

@@ -1,0 +1,61 @@
+"""What the choice of a path depends on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .kernels.configs import Device
+
+
+class Problem(NamedTuple):
+    """One call of a recurrent layer, as far as the choice of a path depends on it.
+
+    Attributes
+    ----------
+    cell : str
+        Key of ``fastrnn.cells.CELLS``.
+    steps, batch, input_size, hidden_size : int
+        T, B, I and H; `steps` is 1 and `is_step` true for a cell module.
+    dtype : torch.dtype
+    device : str
+        Device type, as in ``torch.device.type``.
+    training : bool
+        Whether gradients will be asked for.
+    packed : bool
+        Whether the sequences have different lengths. A PackedSequence of equal lengths
+        is to torch a padded batch.
+    projected, is_step : bool
+    transform : {None, 'func', 'forward'}
+        Whether the call is inside a ``torch.func`` transform or forward-mode AD.
+    layers, directions : int
+        Of the whole stack.
+    marked : bool
+        Whether there are lengths, resets, truncated gradients or heads, or all states are wanted.
+    noisy : bool
+        Whether there is recurrent dropout or zoneout.
+    gpu : fastrnn.kernels.configs.Device, optional
+        The GPU, present or not, if `device` is one that Triton compiles for.
+    precision : {'tf32', 'tf32x3', 'ieee'}
+        Of products of float32 on a GPU; see ``devices.float32_precision``.
+    """
+
+    cell: str
+    steps: int
+    batch: int
+    input_size: int
+    hidden_size: int
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    training: bool = False
+    packed: bool = False
+    projected: bool = False
+    is_step: bool = False
+    transform: str | None = None
+    layers: int = 1
+    directions: int = 1
+    marked: bool = False
+    noisy: bool = False
+    gpu: Device | None = None
+    precision: str = "tf32"
