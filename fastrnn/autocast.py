@@ -49,7 +49,7 @@ def dtypes(call: Call, *, is_step: bool = False) -> Dtypes | None:
     if device != "cpu" or call.cell.name.startswith("rnn"):
         return Dtypes(low, low)
     compute = torch.promote_types(low, state[-1].dtype if state else x.dtype)
-    is_projected = (call.n_weights - len(call.cell.extras)) % 2 > 0
+    is_projected = call.is_projected
     is_whole = not is_step and not is_projected and not is_ragged(call.batch_sizes)
     is_whole = is_whole and (is_traced() or x.numel() > 0)
     if call.cell.name == "lstm" and is_whole and is_one_operation(low, x.dtype):

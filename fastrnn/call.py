@@ -126,6 +126,11 @@ class Call(NamedTuple):
         return len(self.weights) // (self.num_layers * self.directions)
 
     @property
+    def is_projected(self) -> bool:
+        """Whether h is projected."""
+        return (self.n_weights - len(self.cell.extras)) % 2 > 0
+
+    @property
     def tensors(self) -> list[Tensor]:
         """All tensors that may need a gradient."""
         return [self.x, *self.state, *self.weights, *self.flow.fresh]
@@ -137,8 +142,13 @@ class Call(NamedTuple):
         return [(count, batch, self.size_h)] + [of_others] * (len(self.cell.states) - 1)
 
     def initial(self) -> list[Tensor]:
-        """The state before the first step, also where none was given."""
-        return list(self.state) or [self.x.new_zeros(shape) for shape in self.shapes()]
+        """The state before the first step, also where none was given; not to be written to."""
+        if self.state:
+            return list(self.state)
+        count, batch, zeros = self.num_layers * self.directions, self.batch, self.x.new_zeros
+        h = zeros(count, batch, self.size_h)
+        other = zeros(count, batch, self.hidden_size) if self.is_projected else h
+        return [h] + [other] * (len(self.cell.states) - 1)
 
     def by_direction(self) -> list[Weights]:
         """The weights of every direction of every layer."""

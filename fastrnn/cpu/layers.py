@@ -103,8 +103,8 @@ def fake_saved(call: Call, save: int) -> list[Tensor]:
     """
     if save != ALL or saves_nothing(call):
         return []
-    hidden, is_projected = call.hidden_size, (call.n_weights - len(call.cell.extras)) % 2
-    blocks = [call.cell.n_saved, *[1] * (call.cell.n_states - 1 + is_projected)]
+    hidden = call.hidden_size
+    blocks = [call.cell.n_saved, *[1] * (call.cell.n_states - 1 + call.is_projected)]
     widths = [call.directions * call.size_h, *(k * hidden for k in blocks * call.directions)]
     count, dtype = math.prod(call.x.shape[:-1]), compute_dtype(call.x.dtype)
     return [call.x.new_empty(count, width, dtype=dtype) for width in widths]
