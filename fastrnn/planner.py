@@ -210,8 +210,9 @@ def path_of(call: Call, dtype: torch.dtype | None = None, *, is_step: bool = Fal
         return "torch"
     # All that a problem depends on, as it is at hand: making one takes longer than this.
     key = (
-        _forced.path, call.cell.name, x.shape, x.dtype, dtype, weights[0].shape, weights[1].shape,
-        call.num_layers, call.bidirectional, options.num_heads, options.is_marked, options.is_noisy,
+        _forced.path, _forced.schedule, call.cell, x.shape, x.dtype, dtype,
+        weights[0].shape, weights[1].shape, call.num_layers, call.bidirectional,
+        options.num_heads, options.is_marked, options.is_noisy,
         call.batch_sizes is None or (call.steps, call.batch, is_ragged(call.batch_sizes)),
         differentiated(*tensors), is_step, transform(),
         x.is_cpu or (x.device, devices.facts(x)),
