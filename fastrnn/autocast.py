@@ -38,8 +38,10 @@ def dtypes(call: Call, *, is_step: bool = False) -> Dtypes | None:
     Dtypes or None
         None outside of autocast.
     """
+    if not torch._C._is_any_autocast_enabled():
+        return None
     x, state = call.x, call.state
-    device = "cpu" if x.is_cpu else x.device.type
+    device = x.device.type
     if not autocasts(device):
         return None
     low = torch.get_autocast_dtype(device)

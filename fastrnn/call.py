@@ -57,6 +57,23 @@ class Weights(NamedTuple):
         return tuple(block for extra in self.extras for block in extra.split(hidden))
 
 
+class Known:
+    """What is remembered of calls of the same sizes and numbers.
+
+    Attributes
+    ----------
+    num_layers : int
+    paths : dict
+        Those that the planner chose, by what else it depends on.
+    """
+
+    __slots__ = ("num_layers", "paths")
+
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
+        self.paths: dict[Any, str] = {}
+
+
 class Call(NamedTuple):
     """A call of one layer or of several.
 
@@ -79,6 +96,8 @@ class Call(NamedTuple):
     num_layers : int
     options : Options
         What surrounds the layers.
+    known : Known, optional
+        Of the whole call, as it was checked; None if it is only recorded.
     """
 
     cell: Cell
@@ -90,6 +109,7 @@ class Call(NamedTuple):
     flow: Flow = PLAIN
     num_layers: int = 1
     options: Options = _NO_OPTIONS
+    known: Known | None = None
 
     @property
     def directions(self) -> int:
@@ -123,7 +143,7 @@ class Call(NamedTuple):
     @property
     def n_weights(self) -> int:
         """How many weights a direction of a layer has."""
-        return len(self.weights) // (self.num_layers * self.directions)
+        return len(self.weights) // (self.num_layers * (2 if self.bidirectional else 1))
 
     @property
     def is_projected(self) -> bool:
@@ -137,18 +157,20 @@ class Call(NamedTuple):
 
     def shapes(self) -> list[tuple[int, int, int]]:
         """Shapes of the states."""
-        count, batch = self.num_layers * self.directions, self.batch
-        of_others = (count, batch, self.hidden_size)
-        return [(count, batch, self.size_h)] + [of_others] * (len(self.cell.states) - 1)
+        n_others = len(self.cell.states) - 1
+        count, batch = self.num_layers * (2 if self.bidirectional else 1), self.batch
+        of_h = [(count, batch, self.size_h)]
+        return of_h + [(count, batch, self.hidden_size)] * n_others if n_others else of_h
 
     def initial(self) -> list[Tensor]:
         """The state before the first step, also where none was given; not to be written to."""
         if self.state:
             return list(self.state)
-        count, batch, zeros = self.num_layers * self.directions, self.batch, self.x.new_zeros
-        h = zeros(count, batch, self.size_h)
-        other = zeros(count, batch, self.hidden_size) if self.is_projected else h
-        return [h] + [other] * (len(self.cell.states) - 1)
+        zeros, (of_h, *others) = self.x.new_zeros, self.shapes()
+        h = zeros(*of_h)
+        if not others:
+            return [h]
+        return [h] + [zeros(*others[0]) if self.is_projected else h] * len(others)
 
     def by_direction(self) -> list[Weights]:
         """The weights of every direction of every layer."""

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call
+from .call import Call, Known
 from .cells import CELLS, Cell
-from .context import can_look, untraced
+from .context import can_look, is_traced, untraced
 from .flow import PLAIN, Flow
 from .options import Options
 
@@ -45,10 +45,10 @@ def checked(
         As for ``fastrnn.functional.lstm``.
     """
     of_cell, weights, state = CELLS[cell], list(weights), () if hx is None else list(hx)
-    num_layers = _check_numbers(of_cell, input, hx, weights, options)
+    num_layers, known = _checked(_numbers, _layers_of, of_cell, input, hx, weights, options)
     x = input.transpose(0, 1) if options.batch_first else input
     sizes, bidirectional = options.batch_sizes, options.bidirectional
-    call = Call(of_cell, x, state, weights, sizes, bidirectional, PLAIN, num_layers, options)
+    call = Call(of_cell, x, state, weights, sizes, bidirectional, PLAIN, num_layers, options, known)
     if options.lengths is not None or options.reset is not None:
         _check_flow(call)
     if options.reset_state is None:
@@ -83,14 +83,12 @@ def checked_step(cell: str, x: Tensor, hx: Sequence[Tensor] | None, weights: Seq
     of_cell, (*_, b_ih, b_hh) = CELLS[cell], weights
     if (b_ih is None) != (b_hh is None):
         raise ValueError("b_ih and b_hh must be given both or neither")
-    if x.dim() != 2:
-        raise RuntimeError(f"input must have 2 dimensions, got {x.dim()}")
     given = list(weights[:2] if b_ih is None else weights)
-    _check_cell(of_cell, given)
+    _, known = _checked(_step_numbers, _layers_of_step, of_cell, x, given)
     if hx is None:
         hx = [x.new_zeros(x.shape[0], given[1].shape[-1])] * of_cell.n_states
     _check_count(f"{cell}_cell", of_cell, hx)
-    return Call(of_cell, x, hx, given)
+    return Call(of_cell, x, hx, given, known=known)
 
 
 @untraced
@@ -110,48 +108,55 @@ def is_step(call: Call) -> bool:
     return all((*part.shape, call.x.shape[1]) == sizes for part in call.state)
 
 
-def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Remember results, of arguments that have a hash: symbolic sizes and lists have none."""
-    remembering = functools.lru_cache(maxsize=1024, typed=True)(function)
+def _checked(
+    numbers: Callable[..., Any], layers_of: Callable[..., int], *arguments: Any
+) -> tuple[int, Known | None]:
+    """The layers of a call, whose sizes and other numbers are checked unless they are known."""
+    if torch.compiler.is_compiling() or is_traced():
+        return untraced(lambda: layers_of(*numbers(*arguments)))(), None
+    found = numbers(*arguments)
+    try:
+        known = remembered(layers_of, *found)
+    except TypeError:  # symbolic sizes and lists have no hash
+        known = Known(layers_of(*found))
+    return known.num_layers, known
 
-    def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return function(*arguments)
-        try:
-            return remembering(*arguments)
-        except TypeError:
-            return function(*arguments)
 
-    return call
+@functools.lru_cache(maxsize=1024, typed=True)
+def remembered(layers_of: Callable[..., int], *numbers: Any) -> Known:
+    """Check numbers, those of the last calls once."""
+    return Known(layers_of(*numbers))
 
 
-@untraced
-def _check_numbers(
+def _numbers(
     cell: Cell, input: Tensor, hx: Any, weights: Sequence[Tensor], options: Options
-) -> int:
-    """Check all that is remembered; returns the number of layers."""
+) -> tuple[Any, ...]:
+    """The arguments of `_layers_of`."""
     packed = None if options.batch_sizes is None else _check_batch_sizes(input, options)
     states = None if hx is None else tuple([part.shape for part in hx])
     shapes = input.shape, states, _shapes(weights), packed
     batch_first, bidirectional, dropout, _ = options[:4]
-    numbers = (cell, shapes, batch_first, bidirectional, dropout, *options[8:])
-    return _layers_of(*numbers)
+    return (cell, shapes, batch_first, bidirectional, dropout, *options[8:])
 
 
-@untraced
-def _check_cell(cell: Cell, weights: Sequence[Tensor]) -> None:
-    _layers_of_weights(cell, _shapes(weights), False, 1)
+def _step_numbers(cell: Cell, x: Tensor, weights: Sequence[Tensor]) -> tuple[Any, ...]:
+    return cell, x.shape, _shapes(weights)
 
 
 def _shapes(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-    if not all(map(torch.is_tensor, tensors)):
+    if not all(map(isinstance, tensors, itertools.repeat(Tensor))):
         k, other = next((k, t) for k, t in enumerate(tensors) if not torch.is_tensor(t))
         kind = type(other).__name__
         raise TypeError(f"expected Tensor as element {k} in argument 2, but got {kind}")
     return tuple([tensor.shape for tensor in tensors])
 
 
-@_remembered
+def _layers_of_step(cell: Cell, shape: Sequence[int], weights: Sequence[Sequence[int]]) -> int:
+    if len(shape) != 2:
+        raise RuntimeError(f"input must have 2 dimensions, got {len(shape)}")
+    return _layers_of_weights(cell, weights, False, 1)[0]
+
+
 def _layers_of(
     cell: Cell, shapes: Any, batch_first: Any, bidirectional: Any, dropout: Any, *options: Any
 ) -> int:
@@ -194,9 +199,8 @@ def _layers_of(
     return num_layers
 
 
-@_remembered
 def _layers_of_weights(
-    cell: Cell, shapes: Sequence[tuple[int, ...]], bidirectional: bool, num_heads: int
+    cell: Cell, shapes: Sequence[Sequence[int]], bidirectional: bool, num_heads: int
 ) -> tuple[int, int]:
     """Raise unless weights make whole layers; returns how many, and the size of h."""
     directions, name = 2 if bidirectional else 1, cell.name

@@ -18,8 +18,8 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def is_traced() -> bool:
-    """Whether torch.jit records what is called."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+    """Whether torch.jit records what is called; compilers know the answer."""
+    return torch._C._get_tracing_state() is not None
 
 
 def untraced(function: Function) -> Function:
@@ -89,7 +89,9 @@ def transformed() -> bool:
 
 def transform() -> str | None:
     """Name what `transformed` found, for the planner."""
-    return "forward" if forward_mode() else "func" if transformed() else None
+    if forward_ad._current_level >= 0:
+        return "forward"
+    return "func" if torch._C._are_functorch_transforms_active() else None
 
 
 def forward_mode() -> bool:

@@ -67,21 +67,20 @@ def map_states(function: Callable[[Tensor], Tensor], states: States) -> States:
 
 def run_checked(module: Any, input: Tensor, hx: Any, options: Options) -> Any:
     """`run` after torch.nn's own checks."""
-    if not torch.compiler.is_compiling():
-        module._update_flat_weights()
-        if hx is None:
-            context.untraced(module.check_input)(input, options.batch_sizes)
-        else:
-            context.untraced(module.check_forward_args)(input, hx, options.batch_sizes)
-    return run(module, input, hx, options)
-
-
-def run(module: Any, input: Tensor, hx: Any, options: Options) -> Any:
-    """Call the function of ``fastrnn.functional``."""
-    weights = module._flat_weights
     if torch.compiler.is_compiling():
         # What is stored on the module would leak out of the graph.
         weights = [getattr(module, name) for name in module._flat_weights_names]
+        return run(module, weights, input, hx, options)
+    module._update_flat_weights()
+    if hx is None:
+        context.untraced(module.check_input)(input, options.batch_sizes)
+    else:
+        context.untraced(module.check_forward_args)(input, hx, options.batch_sizes)
+    return run(module, module._flat_weights, input, hx, options)
+
+
+def run(module: Any, weights: list[Tensor], input: Tensor, hx: Any, options: Options) -> Any:
+    """Call the function of ``fastrnn.functional``."""
     if module.weight_dropout and module.training:
         weights = [
             torch.dropout(weight, module.weight_dropout, True) if "weight_hh" in name else weight

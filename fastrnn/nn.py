@@ -252,7 +252,8 @@ class _Layers(_torch.RNNBase):
             self.recurrent_dropout, self.zoneout, self.num_heads,
         )  # fmt: skip
         if self._is_ordinary(input, hx):
-            return forms.run(self, input, hx, options)
+            weights: Any = self._flat_weights
+            return forms.run(self, weights, input, hx, options)
         beyond = [(name, getattr(options, name)) for name in _BEYOND_TORCH]
         given = {name: value for name, value in beyond if value is not None and value is not False}
         if forms.is_leaf(self, input):
@@ -301,12 +302,15 @@ class _Layers(_torch.RNNBase):
         if weights[0] is None or weights[0].dtype != dtype:
             return False
         if hx is not None:
-            state = forms.states_in(hx)
-            if not self._is_state(hx) or len(state) != len(self._definition.states):
+            count = len(self._definition.states)
+            state = hx if count > 1 else (hx,)
+            if type(state) not in (tuple, list) or len(state) != count:
                 return False
             width = self.proj_size or self.hidden_size
             for part in state:
-                if part.dim() != 3 or part.dtype != dtype or part.shape[2] != width:
+                if not isinstance(part, Tensor) or part.dim() != 3:
+                    return False
+                if part.dtype != dtype or part.shape[2] != width:
                     return False
                 width = self.hidden_size
         return not torch._C._is_any_autocast_enabled()

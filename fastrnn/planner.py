@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -200,36 +200,23 @@ def path_of(call: Call, dtype: torch.dtype | None = None, *, is_step: bool = Fal
     str
         One of `PATHS`.
     """
-    if torch.compiler.is_compiling():
-        return _compiled_path(call, call.x.dtype if dtype is None else dtype, is_step)
-    if torch._C._is_tracing():  # by torch.jit: sizes are tensors then
-        # A loop over T would be recorded for one T only; an operator is not.
-        return "torch" if _has_stock(call) else "reference" if is_step else "kernels"
-    x, weights, options, tensors = call.x, call.weights, call.options, call.tensors
-    if _forced.path is None and not are_known(*tensors) and _has_stock(call):
+    x, options, tensors, known = call.x, call.options, call.tensors, call.known
+    if known is None:
+        return _recorded_path(call, x.dtype if dtype is None else dtype, is_step)
+    forced = _forced.path
+    if forced is None and not are_known(*tensors) and _has_stock(call):
         return "torch"
-    # All that a problem depends on, as it is at hand: making one takes longer than this.
+    packed = call.batch_sizes is not None and is_ragged(call.batch_sizes)
+    # All that a problem depends on beyond what is known: making one takes longer than this.
     key = (
-        _forced.path, _forced.schedule, call.cell, x.shape, x.dtype, dtype,
-        weights[0].shape, weights[1].shape, call.num_layers, call.bidirectional,
-        options.num_heads, options.is_marked, options.is_noisy,
-        call.batch_sizes is None or (call.steps, call.batch, is_ragged(call.batch_sizes)),
-        differentiated(*tensors), is_step, transform(),
+        forced, _forced.schedule, x.dtype, dtype, differentiated(*tensors), transform(), packed,
+        options.training, options.lengths is None, options.reset is None,
         x.is_cpu or (x.device, devices.facts(x)),
     )  # fmt: skip
-    try:
-        found = _paths.get(key)
-    except TypeError:  # symbolic sizes have no hash
-        return plan(problem_of(call, dtype, is_step=is_step)).path
+    found = known.paths.get(key)
     if found is None:
-        if len(_paths) == _MAX_PATHS:
-            _paths.clear()
-        found = _paths[key] = plan(problem_of(call, dtype, is_step=is_step)).path
+        found = known.paths[key] = plan(problem_of(call, dtype, is_step=is_step)).path
     return found
-
-
-_paths: dict[Any, str] = {}
-_MAX_PATHS = 4096
 
 
 def _has_stock(call: Call) -> bool:
@@ -239,8 +226,11 @@ def _has_stock(call: Call) -> bool:
     return is_plain and call.cell.name in _TORCH_CELLS
 
 
-def _compiled_path(call: Call, dtype: torch.dtype, is_step: bool) -> str:
-    """The path of a call that a compiler traces, without asking for its sizes."""
+def _recorded_path(call: Call, dtype: torch.dtype, is_step: bool) -> str:
+    """The path of a call that a compiler or torch.jit traces, without asking for its sizes."""
+    if not torch.compiler.is_compiling():
+        # A loop over T would be recorded for one T only; an operator is not.
+        return "torch" if _has_stock(call) else "reference" if is_step else "kernels"
     if is_step and call.cell.name in _TORCH_CELLS:
         return "torch"
     if transform() or dtype not in _FLOATS:

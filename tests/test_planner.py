@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
-from fastrnn import cpu
+from fastrnn import checks, cpu
 from fastrnn.cells import CELLS
 from fastrnn.checks import checked
 from fastrnn.cpu import machine, native
@@ -193,12 +193,15 @@ def test_packed_batches_of_as_many_rows_have_paths_of_their_own():
         assert path_of(call) == plan(problem_of(call)).path
 
 
-def test_as_many_paths_are_remembered_as_there_is_room_for(monkeypatch):
-    monkeypatch.setattr(fastrnn.planner, "_MAX_PATHS", 2)
-    monkeypatch.setattr(fastrnn.planner, "_paths", remembered := {})
-    for steps in (1, 40, 1, 50, 60):
-        fastrnn.GRU(3, 4)(torch.randn(steps, 2, 3))
-        assert 0 < len(remembered) <= 2
+def test_paths_are_remembered_with_the_sizes_that_were_checked():
+    checks.remembered.cache_clear()
+    weights = list(fastrnn.GRU(3, 4).parameters())
+    calls = [checked("gru", torch.randn(steps, 2, 3), None, weights) for steps in (7, 8, 7)]
+    assert calls[0].known is calls[2].known is not calls[1].known
+    path_of(calls[0])
+    with torch.no_grad():
+        path_of(calls[0])
+    assert [len(call.known.paths) for call in calls] == [2, 0, 2]
 
 
 def test_use_path_refuses_an_unknown_path():
@@ -276,9 +279,10 @@ def test_packed_sequences_of_one_length_are_a_padded_batch(monkeypatch):
         "path_of",
         lambda *arguments: chosen.append(choose(*arguments)) or chosen[-1],
     )
-    monkeypatch.setattr(fastrnn.planner, "_paths", {})
+    checks.remembered.cache_clear()
     for lengths in ([65, 65], [65, 64]):
         lstm(pack_padded_sequence(x, torch.tensor(lengths)))
+    checks.remembered.cache_clear()
     assert chosen == ["torch", "operators"], "each call asks once"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,30 +12,44 @@ from torch import Tensor
 from ..cells import CELLS
 
 _INT, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
-_MOST = max(cell.n_states for cell in CELLS.values())
+#: States that a cell has at most.
+MOST = max(cell.n_states for cell in CELLS.values())
 #: One for each state of a cell, h first, and for each state but h; those a cell has not are null.
-_STATES, _TRACES = _ADDRESS * _MOST, _ADDRESS * (_MOST - 1)
+_STATES, _TRACES = _ADDRESS * MOST, _ADDRESS * (MOST - 1)
 
 
 class Arguments(ctypes.Structure):
-    """Numbers, and addresses of tensors that live as long as this does."""
+    """Numbers, then addresses of tensors that live as long as this does."""
 
-    tensors: dict[str, Any]  # and what else they were made from
+    tensors: Sequence[Tensor | None]
 
     @classmethod
-    def of(cls, **fields: Any) -> Any:
-        """Make them from numbers, tensors and lists of tensors; None is the null address."""
-        values: dict[str, Any] = {}
-        for name, value in fields.items():
-            if value is None or type(value) in (int, bool):
-                values[name] = value
-            elif isinstance(value, Tensor):
-                values[name] = value.data_ptr()
-            elif value:
-                values[name] = tuple([part if part is None else part.data_ptr() for part in value])
-        made = cls(**values)
-        made.tensors = fields
+    def of(cls, numbers: Sequence[int], tensors: Sequence[Tensor | None]) -> Any:
+        """Make them from the values of all fields, in their order; None is the null address.
+
+        (By their names ctypes would take longer than the kernel does for a short sequence.)
+        """
+        addresses = [0 if part is None else part.data_ptr() for part in tensors]
+        made = cls.from_buffer(array("q", [*numbers, *addresses]))
+        made.tensors = tensors
         return made
+
+
+def padded(tensors: Sequence[Tensor | None], count: int = MOST) -> list[Tensor | None]:
+    """Tensors of the states of a cell, with None for those it has not.
+
+    Parameters
+    ----------
+    tensors : sequence of Tensor or None
+    count : int
+        At most so many.
+
+    Returns
+    -------
+    list
+        Of length `count`.
+    """
+    return [*tensors, *[None] * (count - len(tensors))]
 
 
 class Forward(Arguments):
@@ -48,6 +64,8 @@ class Forward(Arguments):
         ("reverse", _INT),
         ("pitch", _INT),  # from row to row of h
         ("chunk", _INT),  # rows, at least a batch, whose input projection is kept
+        ("projected", _ADDRESS),  # work space, like `scratch` and `packed`
+        ("scratch", _ADDRESS),
         ("sizes", _ADDRESS),  # rows of each step, int64; null: all have `batch`
         ("x", _ADDRESS),
         ("w_ih", _ADDRESS),
@@ -63,9 +81,7 @@ class Forward(Arguments):
         ("marks", _ADDRESS),  # of every row, bytes; may be null
         ("fresh", _STATES),  # after a reset
         ("fresh_rh", _ADDRESS),  # fresh h times W_hh^T, (B, G * H)
-        ("packed", _ADDRESS),  # work space
-        ("projected", _ADDRESS),
-        ("scratch", _ADDRESS),
+        ("packed", _ADDRESS),
     ]
 
 
@@ -79,6 +95,8 @@ class Backward(Arguments):
         ("hidden", _INT),
         ("reverse", _INT),
         ("pitch", _INT),  # from row to row of h and d_rows
+        ("d_gates_pitch", _INT),
+        ("scratch", _ADDRESS),
         ("sizes", _ADDRESS),
         ("w_hh", _ADDRESS),
         ("extra", _ADDRESS),
@@ -92,7 +110,5 @@ class Backward(Arguments):
         ("d_fresh", _STATES),  # receives what passes by other ways than the recurrent product
         ("d_states", _STATES),  # in: of the final, out: of the initial ones
         ("d_gates", _ADDRESS),  # of a row: d_rh, then d_wx of the gates apart, (G + n_apart) * H
-        ("d_gates_pitch", _INT),
         ("packed", _ADDRESS),
-        ("scratch", _ADDRESS),
     ]

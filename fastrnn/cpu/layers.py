@@ -116,9 +116,10 @@ def _as(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def _in_compute_dtype(call: Call) -> Call:
-    dtype, (marks, *others) = compute_dtype(call.x.dtype), call.flow
-    if all(part.dtype == dtype for part in (*call.tensors, *call.flow.noise)):
+    dtype = compute_dtype(call.x.dtype)
+    if {part.dtype for part in (*call.tensors, *call.flow.noise)} == {dtype}:
         return call
+    marks, *others = call.flow
     flow = Flow(marks, *(_as(part, dtype) for part in others))
     state, weights = _as(call.state, dtype), _as(call.weights, dtype)
     return call._replace(x=call.x.to(dtype), state=state, weights=weights, flow=flow)

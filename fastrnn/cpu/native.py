@@ -6,14 +6,16 @@ is allocated, checked and kept alive here.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import engine, machine
-from .arguments import Backward, Forward
+from .arguments import MOST, Backward, Forward, padded
 from .direction import Breaks, Direction
 
 # Floats of projected input that all threads keep, half of a second-level cache for one of them. Not
@@ -58,8 +60,11 @@ _kept = _Kept()
 _MAX_KEPT = 1 << 24  # floats, 64 MiB
 
 
-def _work_space(sizes: Sequence[int]) -> Sequence[Tensor]:
-    """Memory that nobody needs after the call, in parts of so many floats."""
+def _work_space(*sizes: int) -> list[Any]:
+    """Memory that nobody needs after the call, in parts of so many floats.
+
+    The first part is all of it, as a tensor; the others are addresses.
+    """
     total, kept = sum(sizes), _kept.floats
     # In deterministic mode torch fills what it allocates, so that the use of old values shows.
     if kept.numel() < total or torch.are_deterministic_algorithms_enabled():
@@ -67,7 +72,8 @@ def _work_space(sizes: Sequence[int]) -> Sequence[Tensor]:
             kept = torch.empty(total, dtype=torch.float32, device="cpu")
         if total <= _MAX_KEPT:
             _kept.floats = kept
-    return kept[:total].split(list(sizes))
+    first = kept.data_ptr()
+    return [kept, *(first + 4 * end for end in itertools.accumulate(sizes[:-1]))]
 
 
 def _layout(hidden: int, gates: int, batch: int) -> tuple[int, int, int]:
@@ -116,36 +122,24 @@ def forward(
     _check(direction, count, inputs, [*state, *fresh, *initial])
     units, width, threads = _layout(hidden, gates, rows.batch)
     chunk = rows.batch * max(1, _CHUNK // max(1, width * rows.batch))
-    sizes = (width * (inputs + hidden + 2), width * chunk, threads * rows.batch * gates * units)
-    packed, projected, scratch = _work_space(sizes)
-    arguments = Forward.of(
-        steps=rows.steps,
-        rows=count,
-        batch=rows.batch,
-        inputs=inputs,
-        hidden=hidden,
-        reverse=direction.reverse,
-        pitch=h_rows.stride(0),
-        chunk=chunk,
-        sizes=rows.batch_sizes,
-        x=x.contiguous(),
-        w_ih=w.w_ih.contiguous(),
-        w_hh=w.w_hh.contiguous(),
-        b_ih=None if w.b_ih is None else w.b_ih.contiguous(),
-        b_hh=None if w.b_hh is None else w.b_hh.contiguous(),
-        extra=_extra(direction),
-        h_0=initial[0] if initial else None,
-        states=state,
-        h=h_rows,
-        saved=saved,
-        traces=traces,
-        marks=None if breaks is None else breaks.marks,
-        fresh=fresh,
-        fresh_rh=fresh[0] @ w.w_hh.t() if fresh else None,
-        packed=packed,
-        projected=projected,
-        scratch=scratch,
+    packed, projected, scratch = _work_space(
+        width * (inputs + hidden + 2), width * chunk, threads * rows.batch * gates * units
     )
+    w_ih, w_hh = w.w_ih.contiguous(), w.w_hh.contiguous()
+    b_ih, b_hh = (None if part is None else part.contiguous() for part in (w.b_ih, w.b_hh))
+    marks = None if breaks is None else breaks.marks
+    fresh_rh = fresh[0] @ w_hh.t() if fresh else None
+    arguments = Forward.of(
+        (
+            rows.steps, count, rows.batch, inputs, hidden, direction.reverse, h_rows.stride(0),
+            chunk, projected, scratch,
+        ),
+        (
+            rows.batch_sizes, x.contiguous(), w_ih, w_hh, b_ih, b_hh, _extra(direction),
+            initial[0] if initial else None, *padded(state), h_rows, saved,
+            *padded(traces, MOST - 1), marks, *padded(fresh), fresh_rh, packed,
+        ),
+    )  # fmt: skip
     engine.run(cell, "forward", arguments, threads)
 
 
@@ -190,31 +184,20 @@ def backward(
     units, width, threads = _layout(hidden, gates, rows.batch)
     columns = (gates + cell.n_apart) * hidden
     d_gates = h_rows.new_empty(count, columns + (_PAD if columns % _PAGE == 0 else 0))
-    packed, scratch = _work_space((width * hidden, threads * rows.batch * units))
+    packed, scratch = _work_space(width * hidden, threads * rows.batch * units)
+    d_rows = [part if part is None else _like(part, h_rows) for part in d_rows]
+    marks = None if breaks is None else breaks.marks
     arguments = Backward.of(
-        steps=rows.steps,
-        rows=count,
-        batch=rows.batch,
-        hidden=hidden,
-        reverse=direction.reverse,
-        pitch=h_rows.stride(0),
-        sizes=rows.batch_sizes,
-        w_hh=w_hh,
-        extra=_extra(direction),
-        initial=initial,
-        h=h_rows,
-        saved=saved,
-        traces=traces,
-        d_rows=[part if part is None else _like(part, h_rows) for part in d_rows],
-        marks=None if breaks is None else breaks.marks,
-        fresh=fresh,
-        d_fresh=d_fresh,
-        d_states=d_state,
-        d_gates=d_gates,
-        d_gates_pitch=d_gates.shape[1],
-        packed=packed,
-        scratch=scratch,
-    )
+        (
+            rows.steps, count, rows.batch, hidden, direction.reverse, h_rows.stride(0),
+            d_gates.shape[1], scratch,
+        ),
+        (
+            rows.batch_sizes, w_hh, _extra(direction), *padded(initial), h_rows, saved,
+            *padded(traces, MOST - 1), *padded(d_rows), marks, *padded(fresh), *padded(d_fresh),
+            *padded(d_state), d_gates, packed,
+        ),
+    )  # fmt: skip
     engine.run(cell, "backward", arguments, threads)
     d_rh, d_apart = d_gates[:, : gates * hidden], d_gates[:, gates * hidden : columns]
     if breaks is not None:
