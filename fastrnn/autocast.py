@@ -21,22 +21,12 @@ class Dtypes(NamedTuple):
 
 
 def dtypes(call: Call, *, is_step: bool = False) -> Dtypes | None:
-    """Say in which dtypes a call is computed.
+    """Say in which dtypes a call is computed, None outside of autocast.
 
     On CUDA both are the autocast dtype. On the CPU torch.nn autocasts the GEMMs only, so that LSTM
     and GRU keep the wider dtype of their state, an Elman network does not, and a projected h, being
     the result of a GEMM, does not either. A whole LSTM is one operation of oneDNN, if this CPU has
     it in the autocast dtype.
-
-    Parameters
-    ----------
-    call : Call
-    is_step : bool, default False
-
-    Returns
-    -------
-    Dtypes or None
-        None outside of autocast.
     """
     if not torch._C._is_any_autocast_enabled():
         return None
@@ -60,17 +50,7 @@ def dtypes(call: Call, *, is_step: bool = False) -> Dtypes | None:
 
 
 def to(call: Call, dtype: torch.dtype) -> Call:
-    """Make the call in another dtype.
-
-    Parameters
-    ----------
-    call : Call
-    dtype : torch.dtype
-
-    Returns
-    -------
-    Call
-    """
+    """Make the call in another dtype."""
     state, weights, fresh, noise = (
         [part.to(dtype) for part in parts]
         for parts in (call.state, call.weights, call.flow.fresh, call.flow.noise)
@@ -80,12 +60,7 @@ def to(call: Call, dtype: torch.dtype) -> Call:
 
 
 def is_one_operation(low: torch.dtype, dtype: torch.dtype) -> bool:
-    """Tell whether oneDNN runs torch's LSTM as a whole in `low`, from an input of `dtype`.
-
-    Returns
-    -------
-    bool
-    """
+    """Tell whether oneDNN runs torch's LSTM as a whole in `low`, from an input of `dtype`."""
     settings: Any = torch.backends.mkldnn.enabled, torch.is_grad_enabled()
     return _try_one_operation(low, dtype, *settings)
 

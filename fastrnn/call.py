@@ -97,7 +97,7 @@ class Call(NamedTuple):
     options : Options
         What surrounds the layers.
     known : Known, optional
-        Of the whole call, as it was checked; None if it is only recorded.
+        Of a call that ``checks.py`` made, unless a compiler or torch.jit traces it.
     """
 
     cell: Cell
@@ -261,7 +261,7 @@ class Cotangents(NamedTuple):
     Attributes
     ----------
     dy : Tensor shaped as y, or None
-        None for a single step, whose output is its state.
+        None if nothing depends on the output.
     d_final : sequence of Tensor
     d_traces : sequence of Tensor
         Empty if there are none.

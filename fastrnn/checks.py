@@ -25,24 +25,10 @@ def checked(
     cell: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequence[Tensor],
     options: Options,
 ) -> Call:  # fmt: skip
-    """Make the record of a call, or raise if the arguments do not fit each other.
+    """Make the record of a call, or raise as ``fastrnn.functional.lstm`` says.
 
-    Parameters
-    ----------
-    cell : str
-        Key of ``fastrnn.cells.CELLS``.
-    input, hx, weights, options
-        As for ``fastrnn.functional.sequence``.
-
-    Returns
-    -------
-    Call
-        Time first, with the states after a reset in its flow.
-
-    Raises
-    ------
-    TypeError, ValueError, RuntimeError
-        As for ``fastrnn.functional.lstm``.
+    It is time first, with the states after a reset in its flow. Arguments are those of
+    ``fastrnn.functional.sequence``.
     """
     of_cell, weights, state = CELLS[cell], list(weights), () if hx is None else list(hx)
     num_layers, known = _checked(_numbers, _layers_of, of_cell, input, hx, weights, options)
@@ -59,26 +45,10 @@ def checked(
 
 
 def checked_step(cell: str, x: Tensor, hx: Sequence[Tensor] | None, weights: Sequence[Any]) -> Call:
-    """Make the record of a single step.
+    """Make the record of a single step, or raise as ``fastrnn.functional.lstm_cell`` says.
 
-    Parameters
-    ----------
-    cell : str
-        Key of ``fastrnn.cells.CELLS``.
-    x : Tensor of shape (B, I)
-    hx : sequence of Tensor of shape (B, H), or None
-    weights : (w_ih, w_hh, b_ih, b_hh)
-        The biases may be None.
-
-    Returns
-    -------
-    Call
-        Whose input and state may not have the sizes of the weights: see `is_step`.
-
-    Raises
-    ------
-    ValueError, RuntimeError
-        As for ``fastrnn.functional.lstm_cell``.
+    `weights` are (w_ih, w_hh, b_ih, b_hh), of which both biases may be None. Input and state of the
+    record need not have the sizes of the weights: see `is_step`.
     """
     of_cell, (*_, b_ih, b_hh) = CELLS[cell], weights
     if (b_ih is None) != (b_hh is None):
@@ -93,16 +63,7 @@ def checked_step(cell: str, x: Tensor, hx: Sequence[Tensor] | None, weights: Seq
 
 @untraced
 def is_step(call: Call) -> bool:
-    """Tell whether input and states of a step have the sizes of its weights.
-
-    Parameters
-    ----------
-    call : Call
-
-    Returns
-    -------
-    bool
-    """
+    """Tell whether input and states of a step have the sizes of its weights."""
     w_ih, w_hh = call.weights[:2]
     sizes = (call.x.shape[0], w_hh.shape[-1], w_ih.shape[-1])
     return all((*part.shape, call.x.shape[1]) == sizes for part in call.state)
@@ -113,7 +74,7 @@ def _checked(
 ) -> tuple[int, Known | None]:
     """The layers of a call, whose sizes and other numbers are checked unless they are known."""
     if torch.compiler.is_compiling() or is_traced():
-        return untraced(lambda: layers_of(*numbers(*arguments)))(), None
+        return _layers_unseen(numbers, layers_of, arguments), None
     found = numbers(*arguments)
     try:
         known = remembered(layers_of, *found)
@@ -122,9 +83,14 @@ def _checked(
     return known.num_layers, known
 
 
+@untraced
+def _layers_unseen(numbers: Any, layers_of: Any, arguments: Any) -> int:
+    return layers_of(*numbers(*arguments))
+
+
 @functools.lru_cache(maxsize=1024, typed=True)
 def remembered(layers_of: Callable[..., int], *numbers: Any) -> Known:
-    """Check numbers, those of the last calls once."""
+    """Check numbers; those of the last 1024 calls are not checked again."""
     return Known(layers_of(*numbers))
 
 
@@ -236,22 +202,7 @@ def _layers_of_weights(
 
 
 def heads(num_heads: int, hidden_size: int, proj_size: int = 0) -> int:
-    """Return the hidden units of a head, or raise if the heads do not make a layer.
-
-    Parameters
-    ----------
-    num_heads, hidden_size : int
-    proj_size : int, default 0
-
-    Returns
-    -------
-    int
-
-    Raises
-    ------
-    ValueError
-        If `num_heads` does not divide `hidden_size`, or h is projected.
-    """
+    """Return the hidden units of a head, or raise a ValueError if the heads do not make a layer."""
     if not isinstance(num_heads, int) or num_heads < 1 or hidden_size % num_heads:
         raise ValueError(
             f"num_heads must be a divisor of hidden_size, which is {hidden_size}, got {num_heads!r}"
@@ -262,45 +213,14 @@ def heads(num_heads: int, hidden_size: int, proj_size: int = 0) -> int:
 
 
 def probability(name: str, value: float) -> float:
-    """Return a probability, or raise if it is none.
-
-    Parameters
-    ----------
-    name : str
-        For the error.
-    value : float
-
-    Returns
-    -------
-    float
-
-    Raises
-    ------
-    ValueError
-        If it is not between 0 and 1.
-    """
+    """Return a probability, or raise a ValueError that names the argument."""
     if not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value!r}")
     return value
 
 
 def zoneout_rates(cell: Cell, zoneout: float | Sequence[float]) -> float | Sequence[float]:
-    """Return the zoneout of a cell, or raise if it is none.
-
-    Parameters
-    ----------
-    cell : Cell
-    zoneout : float or sequence of float
-
-    Returns
-    -------
-    float or sequence of float
-
-    Raises
-    ------
-    ValueError
-        If it is not a probability, or one for each state.
-    """
+    """Return a zoneout, or raise a ValueError unless it is a probability or one for each state."""
     if not isinstance(zoneout, (tuple, list)):
         return probability("zoneout", zoneout)  # type: ignore[arg-type]
     if len(zoneout) != cell.n_states:
@@ -402,16 +322,7 @@ def _check_count(name: str, cell: Cell, state: Sequence[Tensor]) -> None:
 
 
 def check_alike(call: Call) -> None:
-    """Raise unless all tensors of a call share the device and dtype of its input.
-
-    Parameters
-    ----------
-    call : Call
-
-    Raises
-    ------
-    RuntimeError
-    """
+    """Raise RuntimeError unless all tensors of a call share the device and dtype of its input."""
     x = call.x
     dtype, device = x.dtype, x.device
     for kind, tensors in (

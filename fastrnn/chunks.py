@@ -13,21 +13,7 @@ from .flow import Flow
 
 
 def layer(of_chunk: Callable[[Call], Result], steps: int, call: Call) -> Result:
-    """Run a layer by one call for each chunk and for each direction.
-
-    Parameters
-    ----------
-    of_chunk : callable
-        As ``reference.layer``.
-    steps : int
-        Of a chunk.
-    call : Call
-        Of one layer, not packed.
-
-    Returns
-    -------
-    Result
-    """
+    """Run a layer, not packed, by a call of `of_chunk` for each direction and every few `steps`."""
     x, flow, count = call.x, call.flow, call.n_weights
     sequences, finals = [], []
     initial = call.initial()

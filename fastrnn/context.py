@@ -18,7 +18,7 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def is_traced() -> bool:
-    """Whether torch.jit records what is called; compilers know the answer."""
+    """Whether torch.jit records what is called; a constant to compilers."""
     return torch._C._get_tracing_state() is not None
 
 

@@ -12,17 +12,7 @@ from .problem import Problem
 
 
 def choose(problem: Problem) -> tuple[str, str]:
-    """Choose between torch's path and ours for a plain layer on a CPU.
-
-    Parameters
-    ----------
-    problem : Problem
-
-    Returns
-    -------
-    (str, str)
-        The path, and why.
-    """
+    """Choose between torch's path and ours for a plain layer on a CPU, and say why."""
     if problem.is_step:
         return "torch", "one step is one fused ATen call; ours would have to pack the weights"
     if problem.dtype in (torch.bfloat16, torch.float16) and multiplies(problem.dtype):
@@ -129,16 +119,7 @@ def _by_operators(problem: Problem, gap: str) -> tuple[str, str]:
 
 @functools.cache
 def multiplies(dtype: torch.dtype) -> bool:
-    """Tell whether oneDNN has fast products of a half-precision dtype on this CPU.
-
-    Parameters
-    ----------
-    dtype : {torch.bfloat16, torch.float16}
-
-    Returns
-    -------
-    bool
-    """
+    """Tell whether oneDNN has fast products of bfloat16 or float16 on this CPU."""
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:

@@ -22,19 +22,9 @@ _GPU_MIN_STEPS = 16
 
 
 def choose(problem: Problem, forward: Choice, backward: Choice) -> tuple[str, str]:
-    """Choose between torch's path and ours for a plain layer on a GPU.
+    """Choose between torch's path and ours for a plain layer on a GPU, and say why.
 
-    Parameters
-    ----------
-    problem : Problem
-        One for which `kernel_gap` finds none.
-    forward, backward : fastrnn.kernels.configs.Choice
-        How the kernels would run.
-
-    Returns
-    -------
-    (str, str)
-        The path, and why.
+    `forward` and `backward` are how our kernels, which the problem must have, would run.
     """
     if problem.is_step:
         return "torch", "one step is one fused ATen call; ours was not measured against it"
@@ -98,10 +88,6 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def kernel_gap(problem: Problem) -> str | None:
     """Say why no Triton kernel can run a problem.
 
-    Parameters
-    ----------
-    problem : Problem
-
     Returns
     -------
     str or None
@@ -130,22 +116,7 @@ def kernel_gap(problem: Problem) -> str | None:
 def choose_kernels(problem: Problem, schedule: str | None = None) -> tuple[Choice, Choice]:
     """Choose how the forward and the backward kernel of a layer are launched.
 
-    Parameters
-    ----------
-    problem : Problem
-        One for which `kernel_gap` finds none.
-    schedule : str, optional
-        Only this schedule.
-
-    Returns
-    -------
-    tuple of fastrnn.kernels.configs.Choice
-        For forward and for backward.
-
-    Raises
-    ------
-    ValueError
-        If the device cannot run the problem by that schedule.
+    `kernel_gap` must have found none. Raises ValueError if the device cannot run it by `schedule`.
     """
     assert problem.gpu is not None
     shape = Shape.of(
@@ -188,17 +159,9 @@ def float32_precision() -> str:
 
 @functools.cache
 def gpu(index: int | None = None) -> Device | None:
-    """Describe a GPU of this machine to the planner.
+    """Describe a GPU, by default the current one, to the planner.
 
-    Parameters
-    ----------
-    index : int, optional
-        The current device if None.
-
-    Returns
-    -------
-    Device or None
-        None if it is not there, or Triton is not installed.
+    None if it is not there, or Triton is not installed.
     """
     if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return None
@@ -221,17 +184,7 @@ def _gfx(name: str) -> int:
 
 
 def facts(x: Tensor) -> tuple[Device | None, str]:
-    """Tell the planner about the device and the precision of a tensor.
-
-    Parameters
-    ----------
-    x : Tensor
-
-    Returns
-    -------
-    (Device or None, str)
-        The fields `gpu` and `precision` of ``Problem``.
-    """
+    """Tell the fields `gpu` and `precision` of ``Problem`` for a tensor."""
     if not x.is_cuda:
         return None, "tf32"
     # Of other dtypes there is nothing to choose.

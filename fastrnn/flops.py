@@ -33,14 +33,9 @@ def register() -> None:
 
 
 def _register_with(counter: ModuleType) -> None:
-    operators = torch.ops.fastrnn
-    for operator, formula in (
-        (operators.layer, _layer),
-        (operators.layer_backward, _layer_backward),
-        (operators.cell, _cell),
-    ):
-        # Raw, that is with tensors in place of their shapes.
-        counter.register_flop_formula(operator, get_raw=True)(formula)
+    # Raw, that is with tensors in place of their shapes.
+    for name, formula in (("layer", _layer), ("layer_backward", _layer_backward)):
+        counter.register_flop_formula(getattr(torch.ops.fastrnn, name), get_raw=True)(formula)
 
 
 def _products(rows: int, weights: Iterable[Tensor]) -> int:
@@ -57,10 +52,6 @@ def _rows(x: Tensor) -> int:
 
 
 def _layer(cell, x, state, weights, *rest, out_val):
-    return _products(_rows(x), weights)
-
-
-def _cell(cell, x, state, weights, save, *, out_val):
     return _products(_rows(x), weights)
 
 

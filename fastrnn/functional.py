@@ -155,6 +155,8 @@ def lstm(
 
     Raises
     ------
+    TypeError
+        If a weight is not a tensor.
     ValueError
         If a weight, or an option, does not fit the others.
     RuntimeError
@@ -347,6 +349,8 @@ def lstm_cell(
 
     Raises
     ------
+    TypeError
+        If a weight is not a tensor.
     ValueError
         If only one bias is given, or the weights do not make a cell.
     RuntimeError

@@ -11,34 +11,26 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import cpu, devices, planner, products
 from .call import Asked, Call, Cotangents, Gradients, Result
+from .cpu.direction import Direction
+from .cpu.rows import Rows
+from .cpu.walk import Walk
 from .flow import CUT, FRESH, HOLD, START, without_unasked
 from .kernels.configs import Choice
 from .problem import Problem
-from .reference import TORCH
 
 if TYPE_CHECKING:
     from .kernels.launch import Operands
 
 
 def has_kernels(call: Call) -> bool:
-    """Tell whether the kernels run a layer, from what a compiler knows of it too.
-
-    Parameters
-    ----------
-    call : Call
-        Of one layer, on a GPU.
-
-    Returns
-    -------
-    bool
-    """
+    """Tell whether the kernels run a layer on a GPU, from what a compiler knows of it too."""
     return _problem(call) is not None
 
 
@@ -51,28 +43,14 @@ def _problem(call: Call) -> Problem | None:
 
 
 def _choices(problem: Problem) -> tuple[Choice, Choice]:
-    return devices.choose_kernels(problem, planner.forced_schedule())
+    return devices.choose_kernels(problem, planner.forced.schedule)
 
 
 def forward(call: Call, save: int, traced: bool) -> tuple[Result, list[Tensor]]:
     """Run a layer; see ``cpu.forward``.
 
-    Parameters
-    ----------
-    call : Call
-        Of one layer.
-    save : int
-        One of ``cpu.NOTHING``, ``cpu.STATES`` and ``cpu.ALL``.
-    traced : bool
-
-    Returns
-    -------
-    Result
-        Without traces unless `traced`.
-    saved : list of Tensor
-        Empty if `save` is ``cpu.NOTHING``. The states other than h of all steps, (T, B, D * H) in
-        float32; unless `save` is ``cpu.STATES``, also the activations (D, T, B, S * H). Backward
-        wants y before these.
+    What is saved, unless `save` is ``cpu.NOTHING``, are the states other than h of all steps,
+    (T, B, D * H) in float32, and if it is ``cpu.ALL`` the activations, (D, T, B, S * H).
     """
     problem = _problem(call)
     if problem is None:
@@ -113,17 +91,7 @@ def _clear_held(rows: Tensor, marks: Tensor) -> None:
 
 
 def fake_saved(call: Call, save: int) -> list[Tensor]:
-    """Make tensors of the shapes and dtypes that `forward` saves, for a compiler.
-
-    Parameters
-    ----------
-    call : Call
-    save : int
-
-    Returns
-    -------
-    list of Tensor
-    """
+    """Make tensors of the shapes and dtypes that `forward` saves, for a compiler."""
     if save == cpu.NOTHING:
         return []
     (steps, batch, _), hidden, cell = call.x.shape, call.hidden_size, call.cell
@@ -135,20 +103,7 @@ def fake_saved(call: Call, save: int) -> list[Tensor]:
 
 
 def backward(call: Call, given: Cotangents, saved: Sequence[Tensor], asked: Asked) -> Gradients:
-    """Compute the gradients of `forward`; see ``cpu.backward``.
-
-    Parameters
-    ----------
-    call : Call
-    given : Cotangents
-    saved : sequence of Tensor
-        y, or the h of a cell, then what `forward` saved; or nothing.
-    asked : Asked
-
-    Returns
-    -------
-    Gradients
-    """
+    """Compute the gradients of `forward` from y and what it saved, or from nothing."""
     problem, cell = _problem(call), call.cell
     if problem is None:
         return cpu.backward(call, given, saved[1:], asked)
@@ -157,19 +112,20 @@ def backward(call: Call, given: Cotangents, saved: Sequence[Tensor], asked: Aske
     if not saved:
         result, rest = forward(call, cpu.ALL, False)
         saved = [result.y, *rest]
-    y = saved[0][None] if saved[0].dim() == 2 else saved[0]
-    states, activations = [y, *saved[1 : cell.n_states]], saved[cell.n_states :]
+    states, activations = saved[: cell.n_states], saved[cell.n_states :]
+    y = states[0]
     call, dead = call._replace(x=call.x.contiguous(), state=call.initial()), None
     if call.flow.marks is not None:
         marks, unasked = without_unasked(call.flow.marks, given, CUT)
         dead = unasked | ((marks & HOLD) != 0)
         call = call._replace(flow=call.flow._replace(marks=marks))
     parts: tuple[Tensor, ...]
+    directions = _directions(call)
     with _products(problem):
         if activations or not cell.n_saved:
             parts = (activations[0] if activations else y.new_empty(0),)
         else:
-            parts = _input_projection(call), _recurrent_parts(call, states)
+            parts = _input_projection(call), _recurrent_parts(call, directions, y)
         d_gates, d_state, d_fresh = launch.backward(
             cell,
             _choices(problem)[1].config,
@@ -185,82 +141,59 @@ def backward(call: Call, given: Cotangents, saved: Sequence[Tensor], asked: Aske
         del parts
         dx = call.x.new_zeros(call.x.shape) if asked.x else None
         d_weights: list[Tensor] = []
-        for d, w in enumerate(call.by_direction()):
-            gates, columns = d_gates[d].flatten(0, 1), len(w.w_hh)
+        for d, direction in enumerate(directions):
+            w = direction.w
+            d_rh, d_apart = d_gates[d].flatten(0, 1).tensor_split([len(w.w_hh)], dim=1)
+            own = [_of_direction(call, part, d) for part in states]
+            walk = Walk(direction, call.x.flatten(0, 1), own, d_rh, d_apart, ())
             if dead is not None:
-                gates.masked_fill_(dead[d].view(-1, 1), 0.0)
+                walk = walk.without(dead[d].view(-1, 1))
             if d_fresh:
-                d_fresh[0][d] += _d_fresh_rh(call, d_gates[d, ..., :columns], d) @ w.w_hh
+                d_fresh[0][d] += _d_fresh_rh(call, d_rh, d) @ w.w_hh
             if dx is not None:
-                d_x = dx.view(-1, dx.shape[-1])
-                products.add_d_x(d_x, gates[:, :columns], gates[:, columns:], w.w_ih)
-            if asked.weights:
-                of_d = None if dead is None else dead[d]
-                d_weights += _d_weights(call, states, d, of_d, gates, asked.groups)
+                products.add_d_x(dx.view(-1, dx.shape[-1]), d_rh, d_apart, w.w_ih)
+            if asked.weights and asked.groups:
+                d_weights += walk.d_weights_by_group(lambda rows: rows, call.steps, asked.groups)
+            elif asked.weights:
+                d_weights += walk.d_weights()
     fresh = call.flow.fresh
     d_fresh = [part.to(y.dtype) for part in d_fresh] or [torch.zeros_like(part) for part in fresh]
     return Gradients(dx, d_state, d_fresh, d_weights)
 
 
 def _d_fresh_rh(call: Call, d_rh: Tensor, d: int) -> Tensor:
-    """The gradient of the fresh h's product in one direction, (B, G * H), from (T, B, G * H)."""
+    """The gradient of the fresh h's product in one direction, (B, G * H), from (T * B, G * H)."""
     assert call.flow.marks is not None
     is_fresh = ((call.flow.marks[d] & FRESH) != 0).unsqueeze(-1)
     # Not a product with the marks, which a NaN of another step would pass.
-    return torch.where(is_fresh, d_rh, 0.0).sum(0, dtype=torch.float32).to(d_rh.dtype)
+    found = torch.where(is_fresh, d_rh.view(*is_fresh.shape[:2], d_rh.shape[1]), 0.0)
+    return found.sum(0, dtype=torch.float32).to(d_rh.dtype)
 
 
-def _d_weights(
-    call: Call, states: Sequence[Tensor], d: int, dead: Tensor | None, gates: Tensor, groups: int
-) -> list[Tensor]:
-    """The gradients of one direction's weights, from those of its gates, (T * B, (G + A) * H).
+class _Marked(NamedTuple):
+    """``Breaks`` by the marks themselves, (T, B, 1), for whose values nobody has to wait."""
 
-    `dead` marks the steps without gradients, (T, B), whose other factor may be NaN.
-    """
-    w = call.by_direction()[d]
-    d_rh, d_apart = gates.tensor_split([len(w.w_hh)], dim=1)
-    x = _without(dead, call.x).flatten(0, 1)
-    if groups:
-        h = _without(dead, _before(call, states, 0, d)).flatten(0, 1)
-        found = products.d_weights_by_group(
-            d_rh, d_apart, x, h, w=w, steps=call.steps, groups=groups
-        )
-    else:
-        if dead is None:
-            h = _of_direction(call, states[0], d).flatten(0, 1)
-            d_w_hh = products.d_w_hh(d_rh, h, call.batch, call.state[0][d], d == 1)
-        else:
-            d_w_hh = d_rh.t() @ _without(dead, _before(call, states, 0, d)).flatten(0, 1)
-        found = products.d_weights(d_rh, d_apart, x, d_w_hh, w)
-    return found + _d_extras(call, states, d, dead, d_rh, groups)
+    marks: Tensor
+    first: Sequence[Tensor]
+    fresh: Sequence[Tensor]
+
+    def replace(self, before: Tensor, k: int) -> Tensor:
+        """Put the fresh and the first states in their places; anything where one is held."""
+        is_start, is_fresh = ((self.marks & bit) != 0 for bit in (START, FRESH))
+        found = before.view(*self.marks.shape[:2], before.shape[1])
+        found = torch.where(is_start, self.first[k], found)
+        found = torch.where(is_fresh, self.fresh[k] if self.fresh else 0.0, found)
+        return found.flatten(0, 1)
 
 
-def _d_extras(
-    call: Call, states: Sequence[Tensor], d: int, dead: Tensor | None, d_rh: Tensor, groups: int
-) -> list[Tensor]:
-    """As `_d_weights`, of the extra weights."""
-    if not call.cell.extras:
-        return []
-    (steps, batch, _), count = states[0].shape, groups or 1
-    after = [_of_direction(call, part, d) for part in states]
-    previous = [_before(call, states, s, d) for s in range(len(states))]
-    by_gate = d_rh.view(steps, batch, d_rh.shape[1]).chunk(call.cell.n_gates, dim=-1)
-    blocks = iter(
-        _without(dead, part)
-        .view(steps, count, batch // count, part.shape[-1])
-        .sum((0, 2), dtype=torch.float32)
-        for part in TORCH.bind(call.cell.d_extra)(by_gate, after, previous)
-    )
-    found = [
-        torch.cat([next(blocks) for _ in range(extra.blocks)], dim=-1).to(d_rh.dtype)
-        for extra in call.cell.extras
-    ]
-    return found if groups else [part[0] for part in found]
-
-
-def _without(dead: Tensor | None, rows: Tensor) -> Tensor:
-    """Rows (T, B, ·) with zeros where a direction has no gradient."""
-    return rows if dead is None else rows.masked_fill(dead.unsqueeze(-1), 0.0)
+def _directions(call: Call) -> list[Direction]:
+    """The directions of a layer whose initial state is given."""
+    rows, marks, found = Rows(call.steps, call.batch, None), call.flow.marks, []
+    for d, w in enumerate(call.by_direction()):
+        first, fresh = ([part[d] for part in parts] for parts in (call.state, call.flow.fresh))
+        breaks: Any = None if marks is None else _Marked(marks[d].unsqueeze(-1), first, fresh)
+        found.append(Direction(call.cell, w, rows, d == 1, first, breaks))
+    return found
 
 
 def _operands(call: Call) -> Operands:
@@ -320,26 +253,15 @@ def _input_projection(call: Call) -> Tensor:
     return wx.view(len(by_direction), *x.shape[:2], width)
 
 
-def _recurrent_parts(call: Call, states: Sequence[Tensor]) -> Tensor:
+def _recurrent_parts(call: Call, directions: Sequence[Direction], h: Tensor) -> Tensor:
     """h_{t-1} @ W_hh^T + b_hh for all steps and directions, (D, T, B, G * H)."""
-    parts = [
-        torch.nn.functional.linear(_before(call, states, 0, d), w.w_hh, w.b_hh)
-        for d, w in enumerate(call.by_direction())
-    ]
-    return torch.stack(parts)
-
-
-def _before(call: Call, states: Sequence[Tensor], s: int, d: int) -> Tensor:
-    """A state before every step of one direction, (T, B, H); anything where it is held."""
-    after, first = _of_direction(call, states[s], d), call.state[s][d]
-    before = torch.cat([after[1:], first[None]] if d else [first[None], after[:-1]])
-    if call.flow.marks is None:
-        return before
-    fresh = call.flow.fresh[s][d] if call.flow.fresh else 0.0
-    is_start, is_fresh = (((call.flow.marks[d] & b) != 0).unsqueeze(-1) for b in (START, FRESH))
-    return torch.where(is_fresh, fresh, torch.where(is_start, first, before))
+    parts = []
+    for d, direction in enumerate(directions):
+        (before,) = direction.before([_of_direction(call, h, d)])
+        parts.append(torch.nn.functional.linear(before, direction.w.w_hh, direction.w.b_hh))
+    return torch.stack(parts).unflatten(1, h.shape[:2])
 
 
 def _of_direction(call: Call, sequence: Tensor, d: int) -> Tensor:
-    """The part of states after every step that belongs to a direction."""
-    return sequence.chunk(call.directions, dim=-1)[d]
+    """The part of states after every step, (T * B, H), that belongs to a direction."""
+    return sequence.flatten(0, 1).chunk(call.directions, dim=-1)[d]

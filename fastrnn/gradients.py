@@ -15,19 +15,7 @@ from .flow import HOLD, without_unasked
 
 
 def first(call: Call, given: Cotangents) -> Gradients:
-    """Compute the gradients of a layer.
-
-    Parameters
-    ----------
-    call : Call
-        Of one layer.
-    given : Cotangents
-
-    Returns
-    -------
-    Gradients
-        All of them; None where the results do not depend on an input.
-    """
+    """Compute the gradients of a layer, all of them; None where nothing depends on an input."""
     keep_graph = torch.is_grad_enabled()
     with _recording():
         call = _with_leaves(call, keep_graph)
@@ -164,7 +152,7 @@ def _with_leaves(call: Call, keep_graph: bool) -> Call:
 
 
 def _pairs(result: Result, given: Cotangents) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs and their cotangents; a cell has no gradient of y, which is its state."""
+    """Outputs and their cotangents."""
     dy, d_final, d_traces = given
     outputs, cotangents = list(result.final), list(d_final)
     if dy is not None:

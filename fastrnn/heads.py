@@ -18,35 +18,15 @@ from .flow import Flow
 
 
 def columns(part: Tensor, head: int, num_heads: int) -> Tensor:
-    """Cut the units of a head out of a tensor that has all units in its last dimension.
+    """Cut the units of a head out of (..., H).
 
-    Parameters
-    ----------
-    part : Tensor of shape (..., H)
-        One dimension stands for something that is not there.
-    head, num_heads : int
-
-    Returns
-    -------
-    Tensor of shape (..., H / num_heads)
+    A tensor of one dimension, which stands for no noise, is left as it is.
     """
     return part if part.dim() == 1 else part.chunk(num_heads, dim=-1)[head]
 
 
 def rows(cell: Cell, weights: Sequence[Tensor], head: int, num_heads: int) -> list[Tensor]:
-    """Cut the rows of a head out of weights, each of which has some blocks of H rows.
-
-    Parameters
-    ----------
-    cell : Cell
-    weights : sequence of Tensor of shape (blocks * H, ...)
-        The first is ``weight_ih``.
-    head, num_heads : int
-
-    Returns
-    -------
-    list of Tensor of shape (blocks * H / num_heads, ...)
-    """
+    """Cut the rows of a head out of weights (blocks * H, ...), of which ``weight_ih`` is first."""
     units = weights[0].shape[0] // cell.n_gates // num_heads
     return [
         weight.unflatten(0, (-1, num_heads, units))[:, head].flatten(0, 1) for weight in weights
@@ -54,34 +34,15 @@ def rows(cell: Cell, weights: Sequence[Tensor], head: int, num_heads: int) -> li
 
 
 def join(parts: Sequence[Tensor], blocks: int) -> Tensor:
-    """Put the results of all heads together.
+    """Put the results of all heads, (..., blocks * H / num_heads), together.
 
-    Parameters
-    ----------
-    parts : sequence of Tensor of shape (..., blocks * H / num_heads)
-    blocks : int
-        How many times there are the units of a head side by side: directions, or gates.
-
-    Returns
-    -------
-    Tensor of shape (..., blocks * H)
+    The units of a head are there `blocks` times side by side: for each direction, or each gate.
     """
     return torch.stack([part.unflatten(-1, (blocks, -1)) for part in parts], dim=-2).flatten(-3)
 
 
 def of_head(call: Call, head: int) -> Call:
-    """Make the call of one head of a layer of heads.
-
-    Parameters
-    ----------
-    call : Call
-        Of one layer, with ``weight_hh`` of shape (G * H, H / num_heads).
-    head : int
-
-    Returns
-    -------
-    Call
-    """
+    """Make the call of a head of a layer whose ``weight_hh`` is (G * H, H / num_heads)."""
     count = call.options.num_heads
     fresh, noise = ([columns(part, head, count) for part in parts] for parts in call.flow[1:])
     return call._replace(
@@ -93,19 +54,7 @@ def of_head(call: Call, head: int) -> Call:
 
 
 def layer(of_one: Callable[[Call], Result], call: Call) -> Result:
-    """Run a layer of heads, a call for each.
-
-    Parameters
-    ----------
-    of_one : callable
-        As ``reference.layer``.
-    call : Call
-        As for `of_head`.
-
-    Returns
-    -------
-    Result
-    """
+    """Run a layer of heads, a call for each."""
     results = [of_one(of_head(call, k)) for k in range(call.options.num_heads)]
     ys, finals, traces = zip(*results, strict=True)
     return Result(

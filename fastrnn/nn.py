@@ -343,7 +343,7 @@ class _Layers(_torch.RNNBase):
             return True
         if len(self._all_weights) != self.num_layers * (2 if self.bidirectional else 1):
             return True  # it computes with what the attributes say
-        if not context.are_known(*weights) and planner.forced_path() is None:
+        if not context.are_known(*weights) and planner.forced.path is None:
             return True
         return is_packed and any(part.dim() != 3 for part in forms.states_in(hx))
 
@@ -352,7 +352,7 @@ class _Layers(_torch.RNNBase):
 
         oneDNN would read and write beyond the memory of what is too small.
         """
-        if self.mode != "LSTM" or not isinstance(input, PackedSequence) or torch._C._is_tracing():
+        if self.mode != "LSTM" or not isinstance(input, PackedSequence) or context.is_traced():
             return
         if context.is_ragged(input.batch_sizes) or any(w is None for w in self._flat_weights):
             return
@@ -595,7 +595,7 @@ class _Cell(_Convertible, _torch.RNNCellBase):
             and self._parameters.keys() == _STEP_WEIGHTS
             and self._aten is not None
             and not context.transformed()
-            and planner.forced_path() is None
+            and planner.forced.path is None
         )
 
     _cell_name: Any  # key of ``fastrnn.cells.CELLS``

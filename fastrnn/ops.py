@@ -1,12 +1,11 @@
 """The operators, as torch sees them: schema, fake kernel, autograd, autocast.
 
-``fastrnn::layer`` runs one layer over a whole sequence in one or both directions,
-``fastrnn::cell`` runs one step. Both share ``fastrnn::layer_backward``: it is an
-operator too, so that compilers see an opaque call, and so that it can itself be
-differentiated. Second derivatives are those of ``reference.py``. What ``torch.func``
-transforms see is in ``transforms.py``.
+``fastrnn::layer`` runs one layer over a whole sequence, which may be a single step, in one or both
+directions. ``fastrnn::layer_backward`` is an operator too, so that compilers see an opaque call,
+and so that it can itself be differentiated. Second derivatives are those of ``reference.py``. What
+``torch.func`` transforms see is in ``transforms.py``.
 
-A backend registers kernels for these three names; nothing else in the package knows
+A backend registers kernels for these two names; nothing else in the package knows
 torch's dispatcher. Only here is a call a list of arguments, as a schema has it.
 """
 
@@ -41,8 +40,6 @@ _SCHEMAS = {
     "layer_backward": "(str cell, Tensor? dy, Tensor[] d_final, Tensor[] d_traces,"
     f" {_LAYER}, Tensor[] saved, bool needs_x, bool needs_weights, int groups)"
     " -> (Tensor dx, Tensor[] d_state, Tensor[] d_fresh, Tensor[] d_weights)",
-    "cell": "(str cell, Tensor x, Tensor[] state, Tensor[] weights, int save)"
-    " -> (Tensor[] new_state, Tensor[] saved)",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"fastrnn::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
@@ -75,7 +72,7 @@ def _run_backward(call: Call, given: Cotangents, saved: Sequence[Tensor], asked:
 
 
 def _implement(backend: Any, key: str) -> None:
-    """Register a backend's functions as the three operators."""
+    """Register a backend's functions as the operators."""
 
     def layer(*arguments):
         *of_call, save, traced = arguments
@@ -90,16 +87,8 @@ def _implement(backend: Any, key: str) -> None:
         dx = call.x.new_empty(0) if dx is None else dx
         return dx, d_state if call.state else [], *others
 
-    def cell_step(cell, x, state, weights, save):
-        result, saved = backend.forward(_of_step(CELLS[cell], x, state, weights), save, False)
-        return [part.squeeze(0).clone() for part in result.final], saved
-
-    for name, function in (
-        ("layer", layer),
-        ("layer_backward", layer_backward),
-        ("cell", cell_step),
-    ):
-        torch.library.impl(f"fastrnn::{name}", key)(function)
+    torch.library.impl("fastrnn::layer", key)(layer)
+    torch.library.impl("fastrnn::layer_backward", key)(layer_backward)
 
 
 _implement(cpu, "default")
@@ -110,17 +99,7 @@ def _backend(x: Tensor) -> Any:
     return gpu if x.is_cuda else cpu
 
 
-def _of_step(cell: Any, x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> Call:
-    """One step of a cell as a layer of one step and one direction."""
-    return Call(cell, x.unsqueeze(0), [part.unsqueeze(0) for part in state], weights)
-
-
 # Fake kernels: shapes and dtypes of the results.
-
-
-def _fake_saved(call: Call, save: int) -> list[Tensor]:
-    on_gpu = call.x.is_cuda and gpu.has_kernels(call)
-    return gpu.fake_saved(call, save) if on_gpu else cpu.fake_saved(call, save)
 
 
 @torch.library.register_fake("fastrnn::layer")
@@ -133,7 +112,8 @@ def _layer_fake(
     width = call.directions * call.hidden_size
     n_traces = call.cell.n_states - 1 if traced else 0
     traces = [x.new_empty(*x.shape[:-1], width) for _ in range(n_traces)]
-    return y, final, traces, _fake_saved(call, save)
+    backend = gpu if x.is_cuda and gpu.has_kernels(call) else cpu
+    return y, final, traces, backend.fake_saved(call, save)
 
 
 @torch.library.register_fake("fastrnn::layer_backward")
@@ -148,12 +128,6 @@ def _layer_backward_fake(
         [x.new_empty(part.shape) for part in fresh],
         d_weights if needs_weights else [],
     )
-
-
-@torch.library.register_fake("fastrnn::cell")
-def _cell_fake(cell, x, state, weights, save):
-    saved = _fake_saved(_of_step(CELLS[cell], x, state, weights), save)
-    return [x.new_empty(part.shape) for part in state], saved
 
 
 # Autograd. A context keeps tensors as one list, and the call without them.
@@ -259,50 +233,6 @@ class _Layer(torch.autograd.Function):
         return None, None, None, *d_flat
 
 
-def _cell_keep(ctx: Any, call: Call, save: int, output: Any) -> None:
-    (h, *_), saved = output
-    _keep(ctx, call, saved if save == cpu.NOTHING else _with_output(h, saved))
-
-
-def _cell_setup(ctx, inputs, output):
-    cell, x, state, weights, save = inputs
-    _cell_keep(ctx, Call(CELLS[cell], x, state, weights), save, output)
-
-
-def _cell_gradients(ctx, d_new_state, asked):
-    call, saved = _kept(ctx)
-    d_final = [part.unsqueeze(0) for part in _or_zeros(d_new_state, call.state)]
-    layer = _of_step(call.cell, call.x, call.state, call.weights)
-    dx, d_state, _, d_weights = _gradients(layer, Cotangents(None, d_final), saved, asked)
-    return dx if dx is None else dx.squeeze(0), [part.squeeze(0) for part in d_state], d_weights
-
-
-def _cell_autograd(ctx, d_new_state, _d_saved):
-    _, needs_x, _, needs_weights, _ = ctx.needs_input_grad
-    grads = _cell_gradients(ctx, d_new_state, Asked(needs_x, any(needs_weights)))
-    return None, *grads, None
-
-
-class _Cell(torch.autograd.Function):
-    """``fastrnn::cell`` without torch.library, as `_Layer`."""
-
-    @staticmethod
-    def forward(ctx, call, *flat):
-        call = call.with_flat(flat)
-        with torch._C._AutoDispatchBelowAutograd():
-            arguments = (call.cell.name, call.x, call.state, call.weights, cpu.ALL)
-            output = torch.ops.fastrnn.cell(*arguments)
-        _cell_keep(ctx, call, cpu.ALL, output)
-        return tuple(output[0])
-
-    @staticmethod
-    def backward(ctx, *d_new_state):
-        needs_x, _, _, *needs = ctx.needs_input_grad[1:]
-        asked = Asked(needs_x, any(needs[len(d_new_state) :]))
-        dx, d_state, d_weights = _cell_gradients(ctx, d_new_state, asked)
-        return None, dx, None, None, *d_state, *d_weights
-
-
 # The derivative of backward. What forward saved is an input there as well, but it is a function of
 # x, state and weights, through which the whole derivative is taken.
 
@@ -388,7 +318,6 @@ def _differentiable_backward(
 
 
 torch.library.register_autograd("fastrnn::layer", _layer_autograd, setup_context=_layer_setup)
-torch.library.register_autograd("fastrnn::cell", _cell_autograd, setup_context=_cell_setup)
 torch.library.register_autograd(
     "fastrnn::layer_backward", _backward_autograd, setup_context=_backward_setup
 )
@@ -437,22 +366,13 @@ when_imported("torch._inductor.lowering", _register_fallbacks)
 # Autocast.
 
 
-def _in_autocast(call: Call, op: Any, is_step: bool, *rest: Any) -> Any:
-    dtypes = autocast.dtypes(call, is_step=is_step)
-    with torch.autocast(call.x.device.type, enabled=False):
-        call = call if dtypes is None else autocast.to(call, dtypes.compute)
-        arguments = _arguments(call)
-        return op(*(arguments[:4] if is_step else arguments), *rest)
-
-
 def _layer_in_autocast(*arguments):
     *of_call, save, traced = arguments
-    return _in_autocast(_call(*of_call), torch.ops.fastrnn.layer, False, save, traced)
-
-
-def _cell_in_autocast(cell, x, state, weights, save):
-    call = Call(CELLS[cell], x, state, weights)
-    return _in_autocast(call, torch.ops.fastrnn.cell, True, save)
+    call = _call(*of_call)
+    dtypes = autocast.dtypes(call)
+    with torch.autocast(call.x.device.type, enabled=False):
+        call = call if dtypes is None else autocast.to(call, dtypes.compute)
+        return torch.ops.fastrnn.layer(*_arguments(call), save, traced)
 
 
 def _backward_in_autocast(cell, dy, d_final, d_traces, x, *rest):
@@ -463,7 +383,6 @@ def _backward_in_autocast(cell, dy, d_final, d_traces, x, *rest):
 
 for _key in ("AutocastCPU", "AutocastCUDA"):
     torch.library.impl("fastrnn::layer", _key)(_layer_in_autocast)
-    torch.library.impl("fastrnn::cell", _key)(_cell_in_autocast)
     torch.library.impl("fastrnn::layer_backward", _key)(_backward_in_autocast)
 
 
@@ -473,19 +392,8 @@ for _key in ("AutocastCPU", "AutocastCUDA"):
 def layer(call: Call, *, recompute: bool = False, traced: bool = False) -> Result:
     """``reference.layer`` through the operator.
 
-    Parameters
-    ----------
-    call : Call
-        Of one layer.
-    recompute : bool, default False
-        Whether to save memory between forward and backward: on a GPU only h and c are kept, on a
-        CPU nothing.
-    traced : bool, default False
-        Whether to return traces.
-
-    Returns
-    -------
-    Result
+    With `recompute` less is kept between forward and backward: on a GPU h and c only, on a CPU
+    nothing. Traces are returned only if it is `traced`.
     """
     save, tensors = cpu.NOTHING, call.tensors
     # What torch.jit traces is mostly for inference; with gradients, backward begins with a forward.
@@ -504,19 +412,7 @@ def layer(call: Call, *, recompute: bool = False, traced: bool = False) -> Resul
 
 
 def cell_step(call: Call) -> Sequence[Tensor]:
-    """``reference.step`` through the operator.
-
-    Parameters
-    ----------
-    call : Call
-        Of a single step.
-
-    Returns
-    -------
-    sequence of Tensor
-    """
-    save = cpu.ALL if differentiated(*call.tensors) else cpu.NOTHING
-    if save == cpu.ALL and is_plain(*call.tensors):
-        return _Cell.apply(call.without_tensors(), *call.flat())
-    arguments = (call.cell.name, call.x, list(call.state), list(call.weights), save)
-    return torch.ops.fastrnn.cell(*arguments)[0]
+    """``reference.step`` as a layer of one step; autocast is the caller's affair."""
+    one = call._replace(x=call.x.unsqueeze(0), state=[part.unsqueeze(0) for part in call.state])
+    # No views: callers detach a state in place.
+    return [part.squeeze(0).clone() for part in layer(one).final]

@@ -163,10 +163,6 @@ def layers(
     weights : sequence of sequence of mapping of str to Tensor
         For every layer and direction, by their names without suffix, each with K in front.
     walk : Walk
-
-    Returns
-    -------
-    Results
     """
     found: list[tuple[Any, ...]] = []
     for k, of_layer in enumerate(weights):

@@ -31,20 +31,9 @@ ATEN_STEPS: dict[str, Callable[..., Any]] = {
 
 
 def run(call: Call) -> tuple[Any, ...]:
-    """Plan and run all layers of a call.
+    """Plan and run all layers of a call that ``checks.checked`` made.
 
-    Parameters
-    ----------
-    call : Call
-        As ``checks.checked`` makes it.
-
-    Returns
-    -------
-    output : Tensor
-    final : sequence of Tensor
-        Shaped as the initial state.
-    states : States
-        Only if asked for.
+    Returns the output, the final state and, if they were asked for, the states of all steps.
     """
     options = call.options
     if options.reset is not None:
@@ -205,22 +194,9 @@ def _padded(path: str, call: Call) -> tuple[Any, ...]:
 
 
 def run_step(call: Call) -> Sequence[Tensor]:
-    """Plan and run one step.
+    """Plan and run one step, to the new states, of a call that ``checks.checked_step`` made.
 
-    Parameters
-    ----------
-    call : Call
-        As ``checks.checked_step`` makes it.
-
-    Returns
-    -------
-    sequence of Tensor
-        The new states.
-
-    Raises
-    ------
-    RuntimeError
-        If input and state do not fit the weights.
+    Raises RuntimeError if input or state do not fit the weights.
     """
     dtypes = autocast.dtypes(call, is_step=True)
     path = planner.path_of(call, is_step=True)

@@ -28,7 +28,7 @@ import torch
 from . import cpu, crossover, devices
 from .call import Call
 from .cells import CELLS
-from .context import are_known, differentiated, is_ragged, transform
+from .context import are_known, differentiated, is_ragged, is_traced, transform
 from .kernels.configs import SCHEDULES, Choice
 from .problem import Problem
 
@@ -59,7 +59,8 @@ class _Forced(threading.local):
     schedule: str | None = None
 
 
-_forced = _Forced()
+#: What an enclosing `use_path` asks for.
+forced = _Forced()
 
 
 @contextlib.contextmanager
@@ -98,34 +99,14 @@ def use_path(path: str | None) -> Iterator[None]:
     if path is not None and path not in accepted:
         renamed = "; it is now called 'kernels', or 'operators'" if path == "loop" else ""
         raise ValueError(f"path must be one of {', '.join(accepted)}, got {path!r}{renamed}")
-    before = _forced.path, _forced.schedule
-    _forced.schedule = path if path in SCHEDULES else None
-    _forced.path = "kernels" if path in SCHEDULES else path
+    before = forced.path, forced.schedule
+    forced.schedule = path if path in SCHEDULES else None
+    forced.path = "kernels" if path in SCHEDULES else path
     try:
         with cpu.kernels_allowed(path != "operators"):
             yield
     finally:
-        _forced.path, _forced.schedule = before
-
-
-def forced_path() -> str | None:
-    """Name the path that an enclosing `use_path` asks for.
-
-    Returns
-    -------
-    str or None
-    """
-    return _forced.path
-
-
-def forced_schedule() -> str | None:
-    """Name the schedule that an enclosing `use_path` asks for.
-
-    Returns
-    -------
-    str or None
-    """
-    return _forced.schedule
+        forced.path, forced.schedule = before
 
 
 def plan(problem: Problem) -> Plan:
@@ -145,24 +126,14 @@ def plan(problem: Problem) -> Plan:
     >>> plan(Problem("lstm", steps=1, batch=8, input_size=256, hidden_size=256)).path
     'torch'
     """
-    return _plan(_forced.path, problem)
+    gap = devices.kernel_gap(problem)
+    kernels = None if gap else devices.choose_kernels(problem, forced.schedule)
+    path, reason = _choose_path(forced.path, problem, gap, kernels)
+    return Plan(path, reason, kernels)
 
 
 def problem_of(call: Call, dtype: torch.dtype | None = None, *, is_step: bool = False) -> Problem:
-    """Describe a call to the planner.
-
-    Parameters
-    ----------
-    call : Call
-    dtype : torch.dtype, optional
-        In which it will be computed, if not in that of its input.
-    is_step : bool, default False
-        Whether it is a single step of a cell module.
-
-    Returns
-    -------
-    Problem
-    """
+    """Describe a call, or a single step, that is computed in a dtype, by default its input's."""
     x, options, hidden, num_heads = call.x, call.options, call.hidden_size, call.options.num_heads
     gpu, precision = devices.facts(x)
     return Problem(
@@ -188,28 +159,18 @@ def problem_of(call: Call, dtype: torch.dtype | None = None, *, is_step: bool = 
 
 
 def path_of(call: Call, dtype: torch.dtype | None = None, *, is_step: bool = False) -> str:
-    """Choose the path of a call.
-
-    Parameters
-    ----------
-    call, dtype, is_step
-        As for `problem_of`.
-
-    Returns
-    -------
-    str
-        One of `PATHS`.
-    """
+    """Choose the path of a call, as `problem_of` describes it."""
     x, options, tensors, known = call.x, call.options, call.tensors, call.known
     if known is None:
+        assert torch.compiler.is_compiling() or is_traced(), "only of calls that were checked"
         return _recorded_path(call, x.dtype if dtype is None else dtype, is_step)
-    forced = _forced.path
-    if forced is None and not are_known(*tensors) and _has_stock(call):
+    asked = forced.path
+    if asked is None and not are_known(*tensors) and _has_stock(call):
         return "torch"
     packed = call.batch_sizes is not None and is_ragged(call.batch_sizes)
     # All that a problem depends on beyond what is known: making one takes longer than this.
     key = (
-        forced, _forced.schedule, x.dtype, dtype, differentiated(*tensors), transform(), packed,
+        asked, forced.schedule, x.dtype, dtype, differentiated(*tensors), transform(), packed,
         options.training, options.lengths is None, options.reset is None,
         x.is_cpu or (x.device, devices.facts(x)),
     )  # fmt: skip
@@ -239,29 +200,22 @@ def _recorded_path(call: Call, dtype: torch.dtype, is_step: bool) -> str:
     return "kernels"
 
 
-def _plan(forced: str | None, problem: Problem) -> Plan:
-    gap = devices.kernel_gap(problem)
-    kernels = None if gap else devices.choose_kernels(problem, _forced.schedule)
-    path, reason = _choose_path(forced, problem, gap, kernels)
-    return Plan(path, reason, kernels)
-
-
 def _choose_path(
-    forced: str | None, problem: Problem, gap: str | None, kernels: tuple[Choice, Choice] | None
+    asked: str | None, problem: Problem, gap: str | None, kernels: tuple[Choice, Choice] | None
 ) -> tuple[str, str]:
     missing = _missing_in_torch(problem)
-    if missing and forced == "torch":
-        forced = None
+    if missing and asked == "torch":
+        asked = None
     unknown = problem.noisy or not CELLS[problem.cell].is_pointwise
-    if forced in (None, *OURS):
+    if asked in (None, *OURS):
         if problem.transform == "forward" or (problem.transform and (problem.is_step or unknown)):
             what = "forward mode" if problem.transform == "forward" else "a torch.func transform"
             return "reference", f"our operators have no rule for this in {what}"
         if problem.dtype not in _FLOATS:
-            path = "reference" if missing or forced or problem.transform else "torch"
+            path = "reference" if missing or asked or problem.transform else "torch"
             return path, f"our operators have no derivatives in {problem.dtype}"
-    if forced is not None:
-        path = _ours(problem, kernels) if forced in OURS else forced
+    if asked is not None:
+        path = _ours(problem, kernels) if asked in OURS else asked
         return path, "asked for by fastrnn.planner.use_path"
     if unknown:
         what = "recurrent dropout and zoneout" if problem.noisy else problem.cell

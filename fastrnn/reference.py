@@ -86,19 +86,9 @@ class Steps:
         return _product(h, self.w.w_hh, self.w.b_hh, self.gain_hh)
 
     def advance(self, wx: Tensor, h: Tensor, state: State) -> State:
-        """One step from the input part of the gates.
+        """One step, to the new state, from the input part of the gates (B, G * H).
 
-        Parameters
-        ----------
-        wx : Tensor of shape (B, G * H)
-        h : Tensor of shape (B, P)
-            What is multiplied by the recurrent weights: the state's, perhaps after dropout.
-        state : tuple of Tensor
-
-        Returns
-        -------
-        tuple of Tensor
-            The new state, shaped as `state`.
+        `h` is what is multiplied by the recurrent weights: the state's, perhaps after dropout.
         """
         count = self.cell.n_gates
         rh: Any
@@ -117,34 +107,13 @@ class Steps:
 
 
 def step(call: Call) -> State:
-    """One step of a cell from its input: the two affine maps, then the pointwise part.
-
-    Parameters
-    ----------
-    call : Call
-        Of a single step.
-
-    Returns
-    -------
-    tuple of Tensor
-        The new state, shaped as that of `call`.
-    """
+    """One step of a cell from its input: the two affine maps, then the pointwise part."""
     steps = Steps(call.cell, call.by_direction()[0])
     return steps.advance(steps.input_part(call.x), call.state[0], tuple(call.state))
 
 
 def layer(call: Call) -> Result:
-    """One layer over a whole sequence, in one or both directions.
-
-    Parameters
-    ----------
-    call : Call
-        Of one layer.
-
-    Returns
-    -------
-    Result
-    """
+    """One layer over a whole sequence, in one or both directions."""
     x, flow = call.x, call.flow
     sizes = [x.shape[1]] * x.shape[0] if call.batch_sizes is None else call.batch_sizes.tolist()
     state = call.initial()
@@ -227,12 +196,7 @@ def watch(record: list[State]) -> Iterator[None]:
 
 
 def is_watched() -> bool:
-    """Tell whether `watch` keeps the states of this thread's calls.
-
-    Returns
-    -------
-    bool
-    """
+    """Tell whether `watch` keeps the states of this thread's calls."""
     return _watching.record is not None
 
 
@@ -254,20 +218,8 @@ def stack(
 ) -> tuple[list[Tensor], list[Result], list[Tensor]]:
     """Several layers, dropout between them: what a whole ``torch.nn.LSTM`` computes.
 
-    Parameters
-    ----------
-    call : Call
-    layer : callable
-        Another path's function in place of the `layer` of this file.
-
-    Returns
-    -------
-    inputs : list of Tensor
-        Of every layer.
-    results : list of Result
-        Of every layer; the output of the last one is that of the stack.
-    final : list of Tensor
-        Shaped as the initial state.
+    `layer` is that of this file or of another path. Returns the inputs and the results of all
+    layers, and the final state, shaped as the initial one.
     """
     inputs, results = [call.x], [layer(call.layer(0, call.x))]
     if call.num_layers == 1:

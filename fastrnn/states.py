@@ -16,20 +16,7 @@ from .reference import TORCH, Steps
 
 
 def states_of(call: Call, inputs: Sequence[Tensor], results: Sequence[Result]) -> States:
-    """Put the states of all steps of all layers together.
-
-    Parameters
-    ----------
-    call : Call
-    inputs : sequence of Tensor
-        Of every layer.
-    results : sequence of Result
-        Of every layer, with traces.
-
-    Returns
-    -------
-    States
-    """
+    """Put the states of all steps together, from the inputs and results of all layers."""
     h, *others = (
         torch.cat(
             [part.unflatten(-1, (call.directions, -1)).transpose(1, 2) for part in parts], dim=1

@@ -53,21 +53,7 @@ class _Kind(NamedTuple):
 
 
 def layer(call: Call, save: int, traced: bool) -> Result:
-    """``reference.layer`` inside of ``torch.func`` transforms.
-
-    Parameters
-    ----------
-    call : Call
-        Of one layer.
-    save : int
-        What to keep for backward.
-    traced : bool
-        Whether to return traces.
-
-    Returns
-    -------
-    Result
-    """
+    """``reference.layer`` inside of ``torch.func`` transforms; the rest as for ``cpu.forward``."""
     kind = _Kind(call.without_tensors(), save, traced)
     y, *others = _Layer.apply(kind, *call.flat())
     n_states = kind.n_states

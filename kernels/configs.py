@@ -198,21 +198,9 @@ _THREADS = 256
 def choose(
     shape: Shape, device: Device, *, backward: bool = False, schedule: str | None = None
 ) -> Choice | None:
-    """Choose how to launch a kernel.
+    """Choose how to launch a kernel: the fastest by the model, perhaps of one schedule only.
 
-    Parameters
-    ----------
-    shape : Shape
-    device : Device
-    backward : bool
-        For the backward kernel.
-    schedule : str, optional
-        Only this one.
-
-    Returns
-    -------
-    Choice or None
-        The fastest by the model; None if `schedule` cannot run this shape on this device.
+    None if `schedule` cannot run this shape on this device.
     """
     choices = [
         Choice(config, step_us(config, shape, device, backward=backward))
@@ -223,18 +211,7 @@ def choose(
 
 
 def candidates(shape: Shape, device: Device, *, backward: bool = False) -> Iterator[Config]:
-    """All configurations that fit the device.
-
-    Parameters
-    ----------
-    shape : Shape
-    device : Device
-    backward : bool
-
-    Yields
-    ------
-    Config
-    """
+    """All configurations that fit the device."""
     # 64 rows would be warp-group (sm_90) or tcgen05 (sm_100) products, whose left operand is in
     # shared memory, all of h at once; up to 3,744 bytes of a thread spilled in most of those tried.
     for block_b in (16, 32):
@@ -338,34 +315,13 @@ def _block_k(shape: Shape, backward: bool) -> int:
 
 
 def block_s(config: Config, slices: int) -> int:
-    """How many mailboxes a program reads at once: at most 64 registers of every thread.
-
-    Parameters
-    ----------
-    config : Config
-    slices : int
-
-    Returns
-    -------
-    int
-    """
+    """How many mailboxes a program reads at once: at most 64 registers of every thread."""
     most = 64 * 32 * config.num_warps // (config.block_b * config.block_h)
     return min(most, 1 << (slices - 1).bit_length())
 
 
 def shared_memory(config: Config, shape: Shape, *, backward: bool = False) -> int:
-    """Bytes of shared memory of an on-chip schedule, from above; compiled code takes no more.
-
-    Parameters
-    ----------
-    config : Config
-    shape : Shape
-    backward : bool
-
-    Returns
-    -------
-    int
-    """
+    """Bytes of shared memory of an on-chip schedule, from above; compiled code takes no more."""
     padded = -(-shape.hidden_size // config.block_k) * config.block_k
     copies = 2 if _kind(shape) == "tf32x3" else 1
     gates = shape.n_gates if backward else _block_width(shape)
@@ -382,19 +338,7 @@ def shared_memory(config: Config, shape: Shape, *, backward: bool = False) -> in
 
 
 def step_us(config: Config, shape: Shape, device: Device, *, backward: bool = False) -> float:
-    """Model the time of one time step in microseconds.
-
-    Parameters
-    ----------
-    config : Config
-    shape : Shape
-    device : Device
-    backward : bool
-
-    Returns
-    -------
-    float
-    """
+    """Model the time of one time step in microseconds."""
     hidden = shape.hidden_size
     slices = -(-hidden // config.block_h)
     tiles = -(-shape.batch // config.block_b)

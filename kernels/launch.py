@@ -194,7 +194,7 @@ def backward(
     (dy, d_final, d_traces), (y, traces, gates) = given, past
     steps, batch, _ = y.shape
     directions, _, hidden = operands.r.shape
-    dy = torch.zeros_like(y) if dy is None else dy  # only of a single step
+    dy = torch.zeros_like(y) if dy is None else dy
     d_gates = y.new_empty(directions, steps, batch, (cell.n_gates + cell.n_apart) * hidden)
     d_fresh = [torch.zeros_like(part, dtype=torch.float32) for part in operands.fresh]
     arguments = {

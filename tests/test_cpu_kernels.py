@@ -435,7 +435,7 @@ def test_nothing_beyond_the_columns_is_written(with_threads):
         direction = Direction(CELLS["gru"], weights, Rows(4, 3, None), False, [], None)
         state = [torch.zeros(3, hidden)]
         h = canvas[:, 2 : 2 + hidden]
-        native.forward(direction, x, state, h, [], None)
+        native.forward(direction, x, state, h, [], [])
         assert (canvas[:, :2] == 7).all()
         assert (canvas[:, 2 + hidden :] == 7).all()
         assert torch.equal(h[-3:], state[0])
@@ -484,7 +484,8 @@ def test_tensors_of_backward_that_do_not_fit_are_refused():
     for broken in (
         saved[:-1],
         [saved[0], saved[1][:-1], *saved[2:]],
-        [*saved[:2], saved[2][:, :-1]],
+        [*saved[:2], saved[2][:, :-1], *saved[3:]],
+        [*saved[:-1], saved[-1][:, :-1]],
         [saved[0][:, :-1], *saved[1:]],
         [t[:, :-1] for t in saved],
     ):

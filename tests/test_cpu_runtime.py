@@ -406,6 +406,10 @@ def test_the_name_of_a_file_depends_on_all_sources(monkeypatch):
         )
         assert engine._cached(CELLS["gru"], target) != before, source
         monkeypatch.undo()
+    for most in ("MOST_STATES", "MOST_SAVED"):  # which another cell may raise
+        monkeypatch.setattr(engine, most, 9)
+        assert engine._cached(CELLS["gru"], target) != before, most
+        monkeypatch.undo()
     tanh, relu = (CELLS[name]._replace(name="mine") for name in ("rnn_tanh", "rnn_relu"))
     assert engine._cached(tanh, target) != engine._cached(relu, target), "functions of one file"
 

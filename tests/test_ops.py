@@ -19,7 +19,6 @@ from fastrnn.cpu import ALL, NOTHING, STATES
 from fastrnn.flow import PLAIN
 
 layer_op = torch.ops.fastrnn.layer
-cell_op = torch.ops.fastrnn.cell
 BATCH_SIZES = torch.tensor([3, 3, 2, 1, 1])
 CONFIGS = [
     pytest.param(cell, directions, bias, packed, projected, id="-".join(parts))
@@ -81,8 +80,9 @@ def test_opcheck(cell):
     x, state, weights, _ = make(cell, 2, dtype=torch.float32)
     torch.library.opcheck(layer_op, (cell, x, state, weights, None, True, *PLAIN, ALL, False))
     torch.library.opcheck(layer_op, (cell, x, [], weights, None, True, *PLAIN, NOTHING, False))
-    one = [part[0].detach().requires_grad_() for part in state]
-    torch.library.opcheck(cell_op, (cell, x[0].detach(), one, weights[: len(weights) // 2], ALL))
+    one, own = [part[:1].detach().requires_grad_() for part in state], weights[: len(weights) // 2]
+    step = (cell, x[:1].detach(), one, own, None, False)
+    torch.library.opcheck(layer_op, (*step, *PLAIN, ALL, False))
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -100,9 +100,9 @@ def test_opcheck_strided(cell):
     turned = x.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0)[:, :1].requires_grad_()
     state = [part.detach().expand(1, 3, 4)[:, :1].requires_grad_() for part in state]
     torch.library.opcheck(layer_op, (cell, turned, state, weights, None, False, *PLAIN, ALL, False))
-    step = x[:, 0].detach().t().contiguous().t().requires_grad_()
-    one = [part.detach().new_zeros(4, 5).t().requires_grad_() for part in state]
-    torch.library.opcheck(cell_op, (cell, step, one, weights, ALL))
+    step = x[:, 0].detach().t().contiguous().t()[None].requires_grad_()
+    one = [part.detach().new_zeros(4, 5).t()[None].requires_grad_() for part in state]
+    torch.library.opcheck(layer_op, (cell, step, one, weights, None, False, *PLAIN, ALL, False))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -130,6 +130,7 @@ def test_new_state_may_be_overwritten_before_backward(cell):
     for spoil in (False, True):
         new = fastrnn.ops.cell_step(call_of(cell, *inputs))
         loss = sum((t * 1).square().sum() for t in new)
+        assert not any(t._is_view() for t in new), "views cannot be detached in place"
         if spoil:
             for t in new:
                 t.zero_()

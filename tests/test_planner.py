@@ -193,10 +193,18 @@ def test_packed_batches_of_as_many_rows_have_paths_of_their_own():
         assert path_of(call) == plan(problem_of(call)).path
 
 
-def test_paths_are_remembered_with_the_sizes_that_were_checked():
+@pytest.fixture
+def nothing_known():
     checks.remembered.cache_clear()
+    yield
+    checks.remembered.cache_clear()
+
+
+def test_paths_are_remembered_with_the_sizes_that_were_checked(nothing_known):
     weights = list(fastrnn.GRU(3, 4).parameters())
-    calls = [checked("gru", torch.randn(steps, 2, 3), None, weights) for steps in (7, 8, 7)]
+    calls = [
+        checked("gru", torch.randn(steps, 2, 3), None, weights, Options()) for steps in (7, 8, 7)
+    ]
     assert calls[0].known is calls[2].known is not calls[1].known
     path_of(calls[0])
     with torch.no_grad():
@@ -269,7 +277,7 @@ def test_symbolic_sizes_of_weights(cls):
     torch.testing.assert_close(traced(weights, x), run(weights, x))
 
 
-def test_packed_sequences_of_one_length_are_a_padded_batch(monkeypatch):
+def test_packed_sequences_of_one_length_are_a_padded_batch(monkeypatch, nothing_known):
     """torch's LSTM then runs oneDNN, which our loop does not beat."""
     monkeypatch.setattr(machine, "_has_compiler", lambda: False)
     lstm, x = fastrnn.LSTM(3, 4), torch.randn(65, 2, 3)
@@ -279,10 +287,8 @@ def test_packed_sequences_of_one_length_are_a_padded_batch(monkeypatch):
         "path_of",
         lambda *arguments: chosen.append(choose(*arguments)) or chosen[-1],
     )
-    checks.remembered.cache_clear()
     for lengths in ([65, 65], [65, 64]):
         lstm(pack_padded_sequence(x, torch.tensor(lengths)))
-    checks.remembered.cache_clear()
     assert chosen == ["torch", "operators"], "each call asks once"
 
 

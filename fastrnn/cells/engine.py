@@ -9,16 +9,7 @@ from typing import Any
 
 
 def reached(function: Any) -> list[Any]:
-    """List a function of a cell and all functions of cells that it calls.
-
-    Parameters
-    ----------
-    function : callable
-
-    Returns
-    -------
-    list of callable
-    """
+    """List a function of a cell and all functions of cells that it calls."""
     called = (function.__globals__.get(name) for name in function.__code__.co_names)
     found = [function]
     for other in called:

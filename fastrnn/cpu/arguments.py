@@ -12,10 +12,13 @@ from torch import Tensor
 from ..cells import CELLS
 
 _INT, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
-#: States that a cell has at most.
-MOST = max(cell.n_states for cell in CELLS.values())
-#: One for each state of a cell, h first, and for each state but h; those a cell has not are null.
-_STATES, _TRACES = _ADDRESS * MOST, _ADDRESS * (MOST - 1)
+#: States that a cell has at most, and values that it hands to backward.
+MOST_STATES = max(cell.n_states for cell in CELLS.values())
+MOST_SAVED = max(cell.n_saved for cell in CELLS.values())
+# One for each state of a cell, h first, for each state but h, and for each value for backward;
+# those a cell has not are null.
+_STATES, _TRACES = _ADDRESS * MOST_STATES, _ADDRESS * (MOST_STATES - 1)
+_SAVED = _ADDRESS * MOST_SAVED
 
 
 class Arguments(ctypes.Structure):
@@ -27,28 +30,19 @@ class Arguments(ctypes.Structure):
     def of(cls, numbers: Sequence[int], tensors: Sequence[Tensor | None]) -> Any:
         """Make them from the values of all fields, in their order; None is the null address.
 
-        (By their names ctypes would take longer than the kernel does for a short sequence.)
+        Not by name, which takes ctypes longer than a short sequence takes the kernel.
         """
         addresses = [0 if part is None else part.data_ptr() for part in tensors]
-        made = cls.from_buffer(array("q", [*numbers, *addresses]))
+        values = array("q", [*numbers, *addresses])
+        if len(values) * values.itemsize != ctypes.sizeof(cls):
+            raise TypeError(f"{cls.__name__} has {ctypes.sizeof(cls) // 8} values")
+        made = cls.from_buffer(values)
         made.tensors = tensors
         return made
 
 
-def padded(tensors: Sequence[Tensor | None], count: int = MOST) -> list[Tensor | None]:
-    """Tensors of the states of a cell, with None for those it has not.
-
-    Parameters
-    ----------
-    tensors : sequence of Tensor or None
-    count : int
-        At most so many.
-
-    Returns
-    -------
-    list
-        Of length `count`.
-    """
+def padded(tensors: Sequence[Tensor | None], count: int = MOST_STATES) -> list[Tensor | None]:
+    """Tensors of a cell, with None for those it has not, up to a count."""
     return [*tensors, *[None] * (count - len(tensors))]
 
 
@@ -64,7 +58,7 @@ class Forward(Arguments):
         ("reverse", _INT),
         ("pitch", _INT),  # from row to row of h
         ("chunk", _INT),  # rows, at least a batch, whose input projection is kept
-        ("projected", _ADDRESS),  # work space, like `scratch` and `packed`
+        ("projected", _ADDRESS),  # in the tensor of `packed`, like `scratch`
         ("scratch", _ADDRESS),
         ("sizes", _ADDRESS),  # rows of each step, int64; null: all have `batch`
         ("x", _ADDRESS),
@@ -76,12 +70,12 @@ class Forward(Arguments):
         ("h_0", _ADDRESS),  # null: zeros
         ("states", _STATES),  # in: initial, out: final
         ("h", _ADDRESS),
-        ("saved", _ADDRESS),  # n_saved blocks of every row; may be null
+        ("saved", _SAVED),  # values of every row, for backward; may be null
         ("traces", _TRACES),  # states of every row; may be null
         ("marks", _ADDRESS),  # of every row, bytes; may be null
         ("fresh", _STATES),  # after a reset
         ("fresh_rh", _ADDRESS),  # fresh h times W_hh^T, (B, G * H)
-        ("packed", _ADDRESS),
+        ("packed", _ADDRESS),  # work space
     ]
 
 
@@ -96,13 +90,13 @@ class Backward(Arguments):
         ("reverse", _INT),
         ("pitch", _INT),  # from row to row of h and d_rows
         ("d_gates_pitch", _INT),
-        ("scratch", _ADDRESS),
+        ("scratch", _ADDRESS),  # in the tensor of `packed`
         ("sizes", _ADDRESS),
         ("w_hh", _ADDRESS),
         ("extra", _ADDRESS),
         ("initial", _STATES),  # null: zeros
         ("h", _ADDRESS),
-        ("saved", _ADDRESS),
+        ("saved", _SAVED),
         ("traces", _TRACES),
         ("d_rows", _STATES),  # of the states of every row; may be null
         ("marks", _ADDRESS),  # as in Forward

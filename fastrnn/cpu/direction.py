@@ -1,4 +1,4 @@
-"""One direction of a layer, as layers hand it to the kernels or to torch's operators."""
+"""One direction of a layer, as a CPU's kernels, torch's operators and ``walk.py`` take it."""
 
 from __future__ import annotations
 
@@ -39,18 +39,7 @@ class Breaks(NamedTuple):
 
 
 def breaks(marks: Tensor, fresh: Sequence[Tensor], rows: Rows) -> Breaks | None:
-    """Make the breaks of a direction, None if it has none.
-
-    Parameters
-    ----------
-    marks : uint8 Tensor of shape (N,)
-    fresh : sequence of Tensor of shape (B, P) and (B, H)
-    rows : Rows
-
-    Returns
-    -------
-    Breaks or None
-    """
+    """Make the breaks of a direction from its marks (N,) and fresh states, None without any."""
     if not bool((marks & (FRESH | CUT)).any()):
         return None
     is_fresh = ((marks & FRESH) != 0).nonzero().squeeze(1)
@@ -58,7 +47,7 @@ def breaks(marks: Tensor, fresh: Sequence[Tensor], rows: Rows) -> Breaks | None:
 
 
 class Direction(NamedTuple):
-    """One direction of a layer, in the compute dtype.
+    """One direction of a layer, on a CPU in the compute dtype.
 
     Attributes
     ----------
@@ -68,7 +57,7 @@ class Direction(NamedTuple):
     reverse : bool
     initial : sequence of Tensor of shape (B, P) and (B, H)
         State before the first step; empty for zeros.
-    breaks : Breaks, optional
+    breaks : Breaks, or what replaces states as they do, optional
     """
 
     cell: Cell

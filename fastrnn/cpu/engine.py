@@ -18,7 +18,7 @@ import torch
 
 from ..cells import Cell, reached
 from . import machine
-from .arguments import Arguments
+from .arguments import MOST_SAVED, MOST_STATES, Arguments
 from .machine import Target
 
 _log = logging.getLogger("fastrnn")
@@ -35,12 +35,7 @@ _SOURCES = sorted(_HERE.glob("*.py"))
 
 @functools.cache
 def openmp() -> ctypes.CDLL | None:
-    """Find the OpenMP runtime in this process: libgomp, or another one with its interface.
-
-    Returns
-    -------
-    ctypes.CDLL or None
-    """
+    """Find the OpenMP runtime in this process: libgomp, or another one with its interface."""
     folder = Path(torch.__file__).parent / "lib"
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         if (folder / name).exists():
@@ -59,17 +54,7 @@ _MIN_FLOPS = 150_000
 
 
 def threads(flops: int) -> int:
-    """Choose how many threads share the steps of a layer.
-
-    Parameters
-    ----------
-    flops : int
-        Operations in the recurrent product of a step.
-
-    Returns
-    -------
-    int
-    """
+    """Choose how many threads share the steps of a layer, by the operations of a step's product."""
     if flops < _MIN_FLOPS or machine.is_forked() or openmp() is None:
         return 1
     return min(torch.get_num_threads(), machine.cores())
@@ -89,16 +74,7 @@ _loaded: dict[tuple[Cell, Target], Kernels] = {}
 
 
 def kernels(cell: Cell) -> Kernels:
-    """Get the kernels of a cell for this machine; compile them if they never were.
-
-    Parameters
-    ----------
-    cell : Cell
-
-    Returns
-    -------
-    Kernels
-    """
+    """Get the kernels of a cell for this machine; compile them if they never were."""
     target = machine.target()
     assert target is not None
     found = _loaded.get((cell, target))
@@ -136,12 +112,7 @@ _never_called = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
 
 
 def target_machine() -> Any:
-    """Describe this machine to LLVM.
-
-    Returns
-    -------
-    llvmlite.binding.TargetMachine
-    """
+    """Describe this machine to LLVM."""
     of = llvm.Target.from_triple(llvm.get_process_triple())
     features = llvm.get_host_cpu_features().flatten()
     return of.create_target_machine(
@@ -150,18 +121,7 @@ def target_machine() -> Any:
 
 
 def optimized(cell: Cell, target: Target, for_: Any) -> Any:
-    """Write the kernels of a cell and optimize them.
-
-    Parameters
-    ----------
-    cell : Cell
-    target : Target
-    for_ : llvmlite.binding.TargetMachine
-
-    Returns
-    -------
-    llvmlite.binding.ModuleRef
-    """
+    """Write the kernels of a cell and optimize them."""
     from . import sequence  # with what writes code, only where code is written
 
     module = llvm.parse_assembly(str(sequence.module(cell, target)))
@@ -184,10 +144,6 @@ def cache_folder() -> Path:
     expands. A relative path is one from the working directory, but a relative
     ``$XDG_CACHE_HOME`` is ignored, as its specification asks.
 
-    Returns
-    -------
-    pathlib.Path
-
     Raises
     ------
     OSError
@@ -206,7 +162,7 @@ def cache_folder() -> Path:
 def _cached(cell: Cell, target: Target) -> Path:
     facts = (
         llvmlite.__version__, llvm.get_process_triple(), llvm.get_host_cpu_name(),
-        llvm.get_host_cpu_features().flatten(), target,
+        llvm.get_host_cpu_features().flatten(), target, MOST_STATES, MOST_SAVED,
     )  # fmt: skip
     digest = hashlib.sha256(repr(facts).encode())
     for path in _SOURCES:
@@ -251,15 +207,9 @@ _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64
 
 
 def run(cell: Cell, name: str, arguments: Arguments, threads: int) -> None:
-    """Run a kernel; the lock of the interpreter is free meanwhile.
+    """Run ``forward`` or ``backward``; the lock of the interpreter is free meanwhile.
 
-    Parameters
-    ----------
-    cell : Cell
-    name : {'forward', 'backward'}
-    arguments : Arguments
-    threads : int
-        1 runs it in this thread, without the OpenMP runtime.
+    With `threads` of 1 it runs in this thread, without the OpenMP runtime.
     """
     addresses = kernels(cell).addresses
     # By reference, so that the call holds the arguments, and they hold the tensors: a compiler that

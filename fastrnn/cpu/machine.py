@@ -71,19 +71,7 @@ def _has_compiler() -> bool:
 
 
 def kernel_gap(dtype: torch.dtype, projected: bool) -> str | None:
-    """Say why no kernel can run a layer on this CPU.
-
-    Parameters
-    ----------
-    dtype : torch.dtype
-    projected : bool
-        Whether h is projected.
-
-    Returns
-    -------
-    str or None
-        A clause, or None if there are kernels.
-    """
+    """Say in a clause why no kernel can run a layer on this CPU; None if one can."""
     if not _allowed.are_kernels:
         return "no kernels, because operators were asked for"
     if _is_cut_off:
@@ -106,12 +94,7 @@ _allowed = _Allowed()
 
 @contextlib.contextmanager
 def kernels_allowed(are_allowed: bool) -> Iterator[None]:
-    """Let the kernels run inside, in this thread, or not, as if this CPU had none.
-
-    Parameters
-    ----------
-    are_allowed : bool
-    """
+    """Let the kernels run inside, in this thread, or not, as if this CPU had none."""
     before, _allowed.are_kernels = _allowed.are_kernels, are_allowed
     try:
         yield
@@ -180,33 +163,19 @@ def is_forked() -> bool:
 
     The threads of the parent's OpenMP pool are gone then, which the runtime does not notice: it
     would wait for them.
-
-    Returns
-    -------
-    bool
     """
     return _is_forked
 
 
 def cores() -> int:
-    """Count the CPUs that this process may use.
-
-    Returns
-    -------
-    int
-    """
+    """Count the CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def describe() -> str:
-    """Describe how the kernels run here.
-
-    Returns
-    -------
-    str
-    """
+    """Describe how the kernels run here."""
     found = target()
     assert found is not None
     count = 1 if _is_forked else min(torch.get_num_threads(), cores())

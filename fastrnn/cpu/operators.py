@@ -46,7 +46,7 @@ def forward(
     state: Sequence[Tensor],
     h_rows: Tensor,
     traces: Sequence[Tensor],
-    saved: Tensor | None,
+    saved: Sequence[Tensor],
 ) -> None:
     """Run one direction of a layer.
 
@@ -61,18 +61,14 @@ def forward(
     traces : sequence of Tensor of shape (N, H)
         Receive the other states of every row, or empty; if there is a projection and something to
         save, then also h before it.
-    saved : Tensor of shape (N, n_saved * H), optional
-        Receives the values that the cell hands to backward.
+    saved : sequence of Tensor of shape (N, H)
+        Receive the values that the cell hands to backward, or empty.
     """
     cell, w, rows, _, _, breaks = direction
     shared = cell.n_gates - cell.n_apart
     split = shared * direction.hidden
     advance, extra = TORCH.bind(cell.forward), w.blocks()
-    width = w.w_hh.shape[0]
-    if saved is not None and cell.n_saved >= cell.n_gates:
-        gates = saved[:, :width]  # each step overwrites its own, when it needs them no more
-    else:
-        gates = x.new_empty(x.shape[0], width)
+    gates = x.new_empty(x.shape[0], w.w_hh.shape[0])
     _project_input(x, w, split, gates)
     of_shared, of_apart = w.w_hh.t().tensor_split([split], dim=1)
     b_apart = None if w.b_hh is None else w.b_hh[split:]
@@ -80,11 +76,12 @@ def forward(
     wx = [part.split(rows.sizes) for part in gates.chunk(cell.n_gates, dim=1)]
     wx[:shared] = [[_Sum(part) for part in parts] for parts in wx[:shared]]
     rh: list[Tensor | None] = [None] * cell.n_gates
-    saved_rows = [None] * rows.steps if saved is None else saved.split(rows.sizes)
+    saved_rows = [part.split(rows.sizes) for part in saved]
     fresh_rows: Sequence[Any] = [None] * rows.steps
     if breaks is not None:
         fresh_rows = ((breaks.marks & FRESH) != 0)[:, None].split(rows.sizes)
-    steps = list(zip(totals, zip(*wx, strict=True), saved_rows, fresh_rows, strict=True))
+    of_steps = zip(*saved_rows, strict=True) if saved else [()] * rows.steps
+    steps = list(zip(totals, zip(*wx, strict=True), of_steps, fresh_rows, strict=True))
     every: list[Sequence[Tensor]] = []
     current: Sequence[Tensor] = state
     for total, wx_t, saved_t, fresh_t in reversed(steps) if direction.reverse else steps:
@@ -97,8 +94,8 @@ def forward(
         if cell.n_apart:
             rh[shared:] = _affine(old[0], of_apart, b_apart).chunk(cell.n_apart, dim=1)
         new, values = advance(wx_t, rh, old, extra)
-        if saved_t is not None and values:
-            torch.cat(values, dim=1, out=saved_t)
+        if saved_t:
+            torch._foreach_copy_(saved_t, values)
         full = new[0]
         if w.w_hr is not None:
             new = (full @ w.w_hr.t(), *new[1:])
@@ -138,7 +135,7 @@ def backward(
     d_state: Sequence[Tensor],
     h_rows: Tensor,
     traces: Sequence[Tensor],
-    saved: Tensor,
+    saved: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, list[Tensor], Sequence[Tensor]]:
     """Compute the gradients of the gates of `forward`.
 
@@ -211,23 +208,24 @@ def backward(
     return d_rh, d_apart, d_fresh, projected
 
 
-def _factors(direction: Direction, states: Sequence[Tensor], saved: Tensor) -> list[Tensor]:
+def _factors(
+    direction: Direction, states: Sequence[Tensor], saved: Sequence[Tensor]
+) -> list[Tensor]:
     """What the gradient of each state is multiplied by, of the gates and the states before.
 
     For every state (N, (G + A + S) * H), with S states.
     """
     cell = direction.cell
     pull_back, extra = TORCH.bind(cell.backward), direction.w.blocks()
-    values = saved.split(direction.hidden, dim=1) if cell.n_saved else ()
     previous = direction.before(states)
     zero, one = (
-        saved.new_full((), number).expand(saved.shape[0], direction.hidden) for number in (0, 1)
+        states[0].new_full((), number).expand(len(states[0]), direction.hidden) for number in (0, 1)
     )
     found = []
     width = (cell.n_gates + cell.n_apart + cell.n_states) * direction.hidden
     for k in range(cell.n_states):
         d_states = [one if j == k else zero for j in range(cell.n_states)]
-        groups = pull_back(values, states, previous, d_states, extra)
+        groups = pull_back(saved, states, previous, d_states, extra)
         parts = [part for group in groups for part in group]
         found.append(torch.cat([*parts, parts[0][:, :_PAD]], dim=1)[:, :width])
     return found

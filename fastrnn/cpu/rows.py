@@ -117,18 +117,7 @@ class Selection(NamedTuple):
 
 
 def select(marks: Tensor | None, rows: Rows) -> tuple[Rows, Selection]:
-    """Pack a padded batch without the rows that its marks hold.
-
-    Parameters
-    ----------
-    marks : uint8 Tensor of shape (D, T, B), or None
-    rows : Rows
-
-    Returns
-    -------
-    rows : Rows
-    selection : Selection
-    """
+    """Pack a padded batch without the rows that its marks, (D, T, B), hold."""
     if marks is None:
         return rows, Selection()
     lengths = ((marks[0] & HOLD) == 0).sum(0)

@@ -30,17 +30,7 @@ from .vector import ADDRESS, INT, Code, Value, Variable, where
 
 
 def module(cell: Cell, target: Target) -> Any:
-    """Write the kernels ``forward`` and ``backward`` of a cell.
-
-    Parameters
-    ----------
-    cell : Cell
-    target : Target
-
-    Returns
-    -------
-    llvmlite.ir.Module
-    """
+    """Write the kernels ``forward`` and ``backward`` of a cell."""
     result = ir.Module(f"fastrnn_{cell.name}")
     writer = _Writer(result, cell, target)
     writer.kernel("forward", Forward, writer.forward)
@@ -147,8 +137,7 @@ class _Writer(Writer):
 
     def _saved(self, a: Any, row: Value, column: Value) -> list[Value]:
         """Where the saved vectors of a row are."""
-        first = a.saved + (row * (a.hidden * self.cell.n_saved) + column)
-        return [first + a.hidden * k for k in range(self.cell.n_saved)]
+        return [first + (row * a.hidden + column) for first in a.saved[: self.cell.n_saved]]
 
     def _extra(self, code: Code, a: Any, column: Value, valid: Value) -> list[Value]:
         """The vectors of the extra weights."""
@@ -285,7 +274,7 @@ class _Writer(Writer):
                 with code.when(a.traces[0].is_given):
                     for address, value in zip(a.traces, new[1:], strict=False):
                         code.store(address + (at * a.hidden + column), value, valid)
-                with code.when(a.saved.is_given):
+                with code.when(a.saved[0].is_given):
                     for address, value in zip(self._saved(a, at, column), saved, strict=True):
                         code.store(address, value, valid)
 

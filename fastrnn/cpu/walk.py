@@ -41,8 +41,8 @@ class Walk(NamedTuple):
         """Leave rows out, of the gradients of the gates in place."""
         for part in (self.d_rh, self.d_apart):
             part.masked_fill_(left_out, 0.0)
-        x, *projected = (part.masked_fill(left_out, 0.0) for part in (self.x, *self.projected))
-        return self._replace(x=x, projected=projected, left_out=left_out)
+        projected = [part.masked_fill(left_out, 0.0) for part in self.projected]
+        return self._replace(projected=projected, left_out=left_out)
 
     def d_weights(self) -> list[Tensor]:
         """The gradients, in the order of the weights."""
@@ -53,7 +53,7 @@ class Walk(NamedTuple):
             d_w_hh = products.d_w_hh(d_rh, self.states[0], batch, h_0, direction.reverse)
         else:
             d_w_hh = d_rh.t() @ self._h_before()
-        found = products.d_weights(d_rh, self.d_apart, self.x, d_w_hh, direction.w)
+        found = products.d_weights(d_rh, self.d_apart, self._own_x(), d_w_hh, direction.w)
         if self.projected:
             found.append(self.projected[0].t() @ self.projected[1])
         if direction.w.extras:
@@ -64,7 +64,7 @@ class Walk(NamedTuple):
         self, pad: Callable[[Tensor], Tensor], steps: int, groups: int
     ) -> list[Tensor]:
         """Those of every group of sequences; `pad` makes the rows those of a padded batch."""
-        d_rh, d_apart, x, h = map(pad, (self.d_rh, self.d_apart, self.x, self._h_before()))
+        d_rh, d_apart, x, h = map(pad, (self.d_rh, self.d_apart, self._own_x(), self._h_before()))
         w, projected = self.direction.w, [pad(part) for part in self.projected]
         found = products.d_weights_by_group(
             d_rh, d_apart, x, h, projected, w=w, steps=steps, groups=groups
@@ -75,6 +75,9 @@ class Walk(NamedTuple):
             apart = d_extra.view(steps, groups, size, d_extra.shape[1])
             found += self._as_extras(apart.sum((0, 2)))
         return found
+
+    def _own_x(self) -> Tensor:
+        return self.x if self.left_out is None else self.x.masked_fill(self.left_out, 0.0)
 
     def _h_before(self) -> Tensor:
         (h,) = self.direction.before(self.states[:1])
@@ -90,4 +93,6 @@ class Walk(NamedTuple):
         return rows if self.left_out is None else rows.masked_fill_(self.left_out, 0.0)
 
     def _as_extras(self, blocks: Tensor) -> Sequence[Tensor]:
-        return blocks.split([part.shape[0] for part in self.direction.w.extras], dim=-1)
+        return blocks.to(self.d_rh.dtype).split(
+            [part.shape[0] for part in self.direction.w.extras], dim=-1
+        )
