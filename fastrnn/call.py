@@ -157,20 +157,20 @@ class Call(NamedTuple):
 
     def shapes(self) -> list[tuple[int, int, int]]:
         """Shapes of the states."""
-        n_others = len(self.cell.states) - 1
-        count, batch = self.num_layers * (2 if self.bidirectional else 1), self.batch
-        of_h = [(count, batch, self.size_h)]
-        return of_h + [(count, batch, self.hidden_size)] * n_others if n_others else of_h
+        count, batch = self.num_layers * self.directions, self.batch
+        of_others = (count, batch, self.hidden_size)
+        return [(count, batch, self.size_h)] + [of_others] * (len(self.cell.states) - 1)
 
     def initial(self) -> list[Tensor]:
         """The state before the first step, also where none was given; not to be written to."""
         if self.state:
             return list(self.state)
-        zeros, (of_h, *others) = self.x.new_zeros, self.shapes()
-        h = zeros(*of_h)
-        if not others:
-            return [h]
-        return [h] + [zeros(*others[0]) if self.is_projected else h] * len(others)
+        count, batch = self.num_layers * (2 if self.bidirectional else 1), self.batch
+        h = other = self.x.new_zeros(count, batch, self.size_h)
+        n_others = len(self.cell.states) - 1
+        if n_others and self.is_projected:
+            other = self.x.new_zeros(count, batch, self.hidden_size)
+        return [h] + [other] * n_others
 
     def by_direction(self) -> list[Weights]:
         """The weights of every direction of every layer."""
