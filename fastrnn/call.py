@@ -165,6 +165,7 @@ class Call(NamedTuple):
         """The state before the first step, also where none was given; not to be written to."""
         if self.state:
             return list(self.state)
+        # Without `shapes`: its properties take longer than the zeros.
         count, batch = self.num_layers * (2 if self.bidirectional else 1), self.batch
         h = other = self.x.new_zeros(count, batch, self.size_h)
         n_others = len(self.cell.states) - 1
