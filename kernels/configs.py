@@ -223,7 +223,11 @@ def candidates(shape: Shape, device: Device, *, backward: bool = False) -> Itera
     kind, narrow = _kind(shape), _narrow(shape)
     block_k = 64 if kind == "half" else 32
     num_warps = 4 if kind == "half" and not shape.n_more else _WARPS[device.target]
-    more_rows = (64,) if not narrow else ()
+    # Nor more rows than these on sm_90, where 64 would be warp-group products: triton before 3.7.1
+    # does not order what cp.async writes before their reads (triton PR 9610), and in three parts
+    # their left operand is in registers, which ptxas may take for others too early (PR 11781).
+    is_warp_group = device.target == "cuda" and device.capability // 10 == 9
+    more_rows = () if narrow else (32,) if is_warp_group else (64,)
     if kind == "ieee":
         more_rows, block_k = (32,), 16 if narrow else 32
     for block_b in (16, *more_rows):

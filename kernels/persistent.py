@@ -46,6 +46,7 @@ from .tiles import (
     FRESH,
     HOLD,
     add,
+    as_operands,
     choose,
     load_columns,
     load_mark,
@@ -123,7 +124,7 @@ def forward_kernel(
     if PROTOCOL == "counter":
         counter_ptr = counter_of(counter_ptr, i_direction * tiles + i_tile)
 
-    columns = load_columns(r_ptr, unit0, H, N_GATES, BLOCK_H, BLOCK_K)
+    columns = load_columns(r_ptr, unit0, H, N_GATES, BLOCK_H, BLOCK_K, PRECISION)
     bias = load_vectors(b_ptr, unit0, H, BLOCK_H, N_GATES)
     extra = load_vectors(extra_ptr, unit0, H, BLOCK_H, CELL.n_extra)
     dtype = state_ptrs[0].dtype.element_ty
@@ -242,7 +243,7 @@ def backward_kernel(
     if PROTOCOL != "local":
         mail_ptr = mailboxes_of(mail_ptr, group, SLICES, BLOCK_B, BLOCK_H)
 
-    r_rows = load_rows(r_ptr, unit0, H, N_GATES, BLOCK_H, BLOCK_N)
+    r_rows = load_rows(r_ptr, unit0, H, N_GATES, BLOCK_H, BLOCK_N, PRECISION)
     extra = load_vectors(extra_ptr, unit0, H, BLOCK_H, CELL.n_extra)
     d_state = load_states(d_final_ptrs, row, H, row_mask, unit0, H, BLOCK_H)
     to_before = tl.where(i_direction == 0, -B, B).to(tl.int64)
@@ -267,8 +268,9 @@ def backward_kernel(
         if marks_ptr is not None:
             d_rh, d_wx, d_previous = mark_gradients(mark, d_state, d_rh, d_wx, d_previous)
 
+        gates = as_operands(d_rh, r_rows[0].dtype, PRECISION)
         for n in tl.static_range((H + BLOCK_N - 1) // BLOCK_N):
-            partial = multiply_rows(d_rh, r_rows, n, BLOCK_N, PRECISION)
+            partial = multiply_rows(gates, r_rows, n, BLOCK_N, PRECISION)
             if PROTOCOL != "local":
                 send_partial(
                     mail_ptr, partial, n * BLOCK_N, i_slice, step,

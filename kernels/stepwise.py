@@ -13,6 +13,7 @@ from .tiles import (
     FRESH,
     HOLD,
     add,
+    as_operand,
     block_pointers,
     choose,
     has,
@@ -91,6 +92,7 @@ def forward_kernel(
         columns = tl.load(
             r_ptrs[None, :] + k[:, None], mask=inside[None, :] & (k < H)[:, None], other=0.0
         )
+        h, columns = as_operand(h, PRECISION), as_operand(columns, PRECISION)
         block = tl.dot(h, columns, block, input_precision=PRECISION)
 
     bias = load_vectors(b_ptr, unit0, H, BLOCK_H, N_GATES)
@@ -180,6 +182,7 @@ def backward_kernel(
             mask=inside[:, None] & (unit < H)[None, :],
             other=0.0,
         )
+        d_gates, r_rows = as_operand(d_gates, PRECISION), as_operand(r_rows, PRECISION)
         dh = tl.dot(d_gates, r_rows, dh, input_precision=PRECISION)
 
     mark = None

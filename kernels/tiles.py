@@ -325,6 +325,30 @@ def refresh(state, mark, fresh_ptrs, row, row_mask, unit0, H: tl.constexpr, BLOC
 
 
 @triton.jit
+def as_operand(x, PRECISION: tl.constexpr):
+    """What a product takes of a tile: of float32 by TF32 rounded to its 11 bits, half away from 0.
+
+    Tensor cores leave the other bits out, which would cut off instead, always towards 0.
+    """
+    if PRECISION == "tf32" and x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True)
+        # A NaN stays one, whichever of its bits are set.
+        bits = tl.where(x != x, bits | 0x400000, (bits + 0x1000) & -0x2000)
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return x
+
+
+@triton.jit
+def as_operands(tiles, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """What products in a dtype take of a tuple of tiles."""
+    operands = ()
+    for n in tl.static_range(len(tiles)):
+        operands += (as_operand(tiles[n].to(dtype), PRECISION),)
+    return operands
+
+
+@triton.jit
 def load_columns(
     r_ptr,
     unit0,
@@ -332,6 +356,7 @@ def load_columns(
     N_GATES: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Load the columns of R^T for all gates of a slice of units, BLOCK_K rows at a time."""
     ptrs, mask = block_pointers(r_ptr, unit0, H, N_GATES, BLOCK_H)
@@ -339,7 +364,8 @@ def load_columns(
     for first in tl.static_range(0, H, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         inside = mask[None, :] & (k < H)[:, None]
-        columns += (tl.load(ptrs[None, :] + k[:, None], mask=inside, other=0.0),)
+        tile = tl.load(ptrs[None, :] + k[:, None], mask=inside, other=0.0)
+        columns += (as_operand(tile, PRECISION),)
     return columns
 
 
@@ -348,7 +374,7 @@ def multiply_columns(h, columns, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr)
     """Multiply h, a tuple of [BLOCK_B, BLOCK_K], by what `load_columns` loaded, to a block."""
     block = tl.zeros([BLOCK_B, columns[0].shape[1]], tl.float32)
     for n in tl.static_range(len(h)):
-        block = tl.dot(h[n], columns[n], block, input_precision=PRECISION)
+        block = tl.dot(as_operand(h[n], PRECISION), columns[n], block, input_precision=PRECISION)
     return block
 
 
@@ -360,6 +386,7 @@ def load_rows(
     N_GATES: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Load the rows of R for all gates of a slice of units, BLOCK_N columns at a time."""
     unit = unit0 + tl.arange(0, BLOCK_H)
@@ -369,15 +396,15 @@ def load_rows(
         mask = (unit < H)[:, None] & (n < H)[None, :]
         for gate in tl.static_range(N_GATES):
             ptrs = r_ptr + ((gate * H + unit) * H)[:, None] + n[None, :]
-            rows += (tl.load(ptrs, mask=mask, other=0.0),)
+            rows += (as_operand(tl.load(ptrs, mask=mask, other=0.0), PRECISION),)
     return rows
 
 
 @triton.jit
 def multiply_rows(gates, rows, AT: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
-    """Multiply a tuple of gates by the AT-th BLOCK_N columns of what `load_rows` loaded."""
+    """Multiply an operand of each gate by the AT-th BLOCK_N columns of what `load_rows` loaded."""
     partial = tl.zeros([gates[0].shape[0], BLOCK_N], tl.float32)
     for g in tl.static_range(len(gates)):
         row = rows[AT * len(gates) + g]
-        partial = tl.dot(gates[g].to(row.dtype), row, partial, input_precision=PRECISION)
+        partial = tl.dot(gates[g], row, partial, input_precision=PRECISION)
     return partial

@@ -7,10 +7,11 @@ import itertools
 import pytest
 import torch
 from cooperative import cooperative
+from gpu_stand_in import as_on_a_gpu
 from test_ops import make
 
 import fastrnn
-from fastrnn import cpu, gpu, ops, planner, reference
+from fastrnn import gpu, ops, planner, reference
 from fastrnn.call import Asked, Call, Cotangents
 from fastrnn.cells import CELLS
 from fastrnn.cpu import ALL, NOTHING, STATES
@@ -28,32 +29,9 @@ FLOAT32 = torch.finfo(torch.float32).eps
 
 
 @pytest.fixture(autouse=True)
-def _as_on_a_gpu(monkeypatch):
-    """Let the operators' CPU implementation be that of a GPU."""
-    on_cpu, problem_of = (cpu.forward, cpu.backward), planner.problem_of
-
-    def fall_back(function):
-        # gpu.py hands over what has no kernel by these names, which must then mean themselves.
-        def call(*args):
-            with pytest.MonkeyPatch.context() as inner:
-                inner.setattr(cpu, "forward", on_cpu[0])
-                inner.setattr(cpu, "backward", on_cpu[1])
-                return function(*args)
-
-        return call
-
-    # The interpreter computes tf32 in float32.
-    facts = {"gpu": DEVICES["h100"], "precision": "tf32"}
-
-    def as_gpu_asks(call, *dtype, **is_step):  # which the planner itself tells apart
-        problem = problem_of(call, *dtype, **is_step)
-        return problem if is_step else problem._replace(**facts)
-
-    monkeypatch.setattr(planner, "problem_of", as_gpu_asks)
-    monkeypatch.setattr(cpu, "forward", fall_back(gpu.forward))
-    monkeypatch.setattr(cpu, "backward", fall_back(gpu.backward))
-    monkeypatch.setattr(ops, "_with_output", lambda y, saved: (y, *saved))
-    with cooperative(seed=0):
+def _as_on_a_gpu():
+    # The interpreter multiplies in float32 whatever the products are to be.
+    with as_on_a_gpu(precision="tf32x3"), cooperative(seed=0):
         yield
 
 

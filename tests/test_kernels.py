@@ -23,7 +23,7 @@ from kernel_harness import (
 from minimal_gated_unit import MGU
 
 from fastrnn.cells import CELLS
-from fastrnn.kernels import activations, configs, launch
+from fastrnn.kernels import activations, configs, launch, tiles
 from fastrnn.kernels.configs import DEVICES, Shape
 
 pytestmark = pytest.mark.skipif(
@@ -196,6 +196,12 @@ def maximum_kernel(x_ptr, y_ptr, n: tl.constexpr):
     tl.store(y_ptr + at, activations.maximum(tl.load(x_ptr + at), tl.load(y_ptr + at)))
 
 
+@triton.jit
+def operand_kernel(x_ptr, y_ptr, precision: tl.constexpr, n: tl.constexpr):
+    at = tl.arange(0, n)
+    tl.store(y_ptr + at, tiles.as_operand(tl.load(x_ptr + at), precision))
+
+
 def activated(activation, x):
     y = np.empty_like(x)
     with cooperative(0):
@@ -265,6 +271,33 @@ def test_activations_of_what_is_not_finite(activation, least):
     y = activated(activation, np.array([np.inf, -np.inf, np.nan, -np.nan], np.float32))
     assert y[:2].tolist() == [1, least]
     assert np.isnan(y[2:]).all()
+
+
+def test_operands_of_tf32_are_rounded():
+    """To nearest, half away from zero; not cut off."""
+    generator = np.random.default_rng(0)
+    x = generator.integers(-(2**31), 2**31, 4096).astype(np.int32).view(np.float32)
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan, 1 + 2**-11, -1 - 2**-11, 1 + 2**-11 - 2**-23]
+    x[: len(special)] = special
+    x[100:103] = np.array([-1, 0x7FFFFFFF, 0x7F800001], np.int32).view(np.float32)
+    y = {name: torch.empty(len(x)) for name in configs.PRECISIONS}
+    with cooperative(0):
+        for precision, out in y.items():
+            operand_kernel[(1,)](torch.from_numpy(x), out, precision, len(x))
+    assert same_bits(y["ieee"], torch.from_numpy(x))
+    assert same_bits(y["tf32x3"], torch.from_numpy(x))
+    found = y["tf32"].numpy()
+    assert not (found[~np.isnan(found)].view(np.int32) & 0x1FFF).any()
+    assert (np.isnan(found) == np.isnan(x)).all()
+    # What the tensor cores leave of a NaN is one.
+    left = (found.view(np.int32) & ~0x1FFF).view(np.float32)
+    assert (np.isnan(left) == np.isnan(x)).all()
+    finite = np.isfinite(x)
+    exact = x[finite].astype(np.float64)
+    unit = 2.0 ** (np.maximum(np.frexp(exact)[1], -125) - 11)
+    with np.errstate(over="ignore"):  # the largest become infinity
+        rounded = np.trunc(exact / unit + np.copysign(0.5, exact)) * unit
+        assert (found[finite] == rounded.astype(np.float32)).all()
 
 
 # Configurations: no kernel runs.
