@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .NOTPARALLEL:
-.PHONY: bench test lint verify gallery gpu clean
+.PHONY: bench test lint verify emulate gallery gpu clean
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m fastrnn bench --quick
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n auto
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto tests/ptx
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check
@@ -22,6 +23,10 @@ lint: $(VENV)/dev.stamp
 
 verify: $(VENV)/verify.stamp
 	$(BIN)/python -m fastrnn verify --cases 500
+
+# Every planned kernel in the emulator of tests/ptx, under 20 schedules: some hours on two cores.
+emulate: $(VENV)/test.stamp
+	TRITON_INTERPRET=0 PYTHONPATH=tests $(BIN)/python -m ptx.sweep
 
 # The examples beside torch.nn, their pictures and tables: twenty minutes on two cores.
 gallery: $(VENV)/examples.stamp

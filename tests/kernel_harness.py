@@ -1,4 +1,4 @@
-"""Run a layer by the Triton kernels, in the interpreter, and by the reference, on the same numbers.
+"""Run a layer by the Triton kernels and by the reference, on the same numbers.
 
 The kernels take the input's projection and give the gradients of the gates. The GEMMs before and
 after them are done here, the latter in float64, so that a whole layer is compared: output, states
@@ -14,13 +14,18 @@ import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
+import numpy as np
 import torch
+import triton
+import triton.language as tl
 from compare import assert_accurate
-from cooperative import cooperative
 from torch import Tensor
 from torch.nn.functional import linear
+from triton.runtime import interpreter
 
 from fastrnn import reference
 from fastrnn.call import Call, Weights
@@ -28,8 +33,8 @@ from fastrnn.cells import Cell
 from fastrnn.kernels import launch
 from fastrnn.kernels.configs import Config
 
-#: The schedules, the persistent one by its protocols.
-MODES = ("resident", "flag", "counter", "stepwise")
+#: The schedules in which no program waits for another: the interpreter runs one after another.
+MODES = ("resident", "stepwise")
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,7 @@ def tiled(
     whole, part = (1 << (n - 1).bit_length() for n in (hidden, -(-hidden // slices)))
     if mode == "resident":
         return Config(mode, "local", block_b, whole, whole, 4, tiles)
-    kind = (mode, "local") if mode == "stepwise" else ("persistent", mode)
-    return Config(*kind, block_b, part, block_k or whole, 4, tiles)
+    return Config(mode, "local", block_b, part, block_k or whole, 4, tiles)
 
 
 @functools.cache
@@ -180,7 +184,6 @@ def by_kernels(
     config: Config,
     backward_config: Config | None = None,
     *,
-    seed: int = 0,
     save: bool = True,
 ) -> dict[str, Tensor]:
     """What the kernels return: like `by_reference`, but d_gates is not multiplied out.
@@ -189,13 +192,13 @@ def by_kernels(
     given as it was.
     """
     operands = operands_of(numbers)
-    with unchanged(numbers.wx, *operands), cooperative(seed):
+    with unchanged(numbers.wx, *operands), as_on_a_device():
         y, traces, saved, final = launch.forward(
             layer.cell, config, "ieee", numbers.wx, operands, traced=True, save=save
         )
     past = launch.Past(y, traces, (saved,) if save else recompute(numbers, y))
     given = numbers.dy, numbers.d_final, ()
-    with unchanged(*operands, *past, *given), cooperative(seed):
+    with unchanged(*operands, *past, *given), as_on_a_device():
         config = backward_config or config
         d_gates, d_initial, _ = launch.backward(layer.cell, config, "ieee", operands, past, given)
     assert {part.dtype for part in (y, *final, d_gates, *d_initial)} == {layer.dtype}
@@ -203,6 +206,28 @@ def by_kernels(
     results = {"y": y, "d_gates": d_gates, **named(layer, ["", *traces], "trace_{}")}
     results |= named(layer, final, "{}_n") | named(layer, d_initial, "d_{}_0")
     return results | ({"saved": saved} if save and layer.cell.n_saved else {})
+
+
+@contextlib.contextmanager
+def as_on_a_device() -> Iterator[None]:
+    """Let the interpreter go on silently with infinity and NaN, and prepare it only once."""
+    if not triton.knobs.runtime.interpret:
+        yield
+        return
+    # It does at each call of a function, which takes longer than all the rest.
+    everything = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    with contextlib.ExitStack() as undo:
+        undo.callback(interpreter._patch_lang(everything).restore)
+        nothing = SimpleNamespace(restore=lambda: None)
+        undo.enter_context(mock.patch.object(interpreter, "_patch_lang", return_value=nothing))
+        # As triton 3.9 has it. That of 3.6 does not work with NumPy 2.4.
+        undo.enter_context(mock.patch.object(tl.tensor, "__index__", _as_index))
+        undo.enter_context(np.errstate(over="ignore", invalid="ignore"))
+        yield
+
+
+def _as_index(tensor: tl.tensor) -> int:
+    return int(tensor.handle.data.squeeze())
 
 
 def operands_of(numbers: Numbers) -> launch.Operands:
@@ -290,3 +315,22 @@ def check(layer: Layer, *configs: Config, **options: object) -> dict[str, Tensor
     results = by_kernels(layer, draw(layer), *configs, **options)
     assert_right(layer, results, f"{configs} {options}")
     return results
+
+
+def check_nan(layer: Layer, bits: int, *configs: Config) -> None:
+    """NaN in wx of row 1, h_0 of row 2 and dy of row 3 stays in these rows."""
+    clean = draw(layer)
+    dirty = convert(clean, layer.dtype)
+    for part in (dirty.x[1, 1], dirty.wx[:, 1, 1], dirty.initial[0][:, 2], dirty.dy[1, 3]):
+        fill(part, bits)
+    right, results = (by_kernels(layer, numbers, *configs) for numbers in (clean, dirty))
+    for name, tensor in results.items():
+        assert same_bits(tensor[..., 0, :], right[name][..., 0, :]), name
+    exact = by_reference(layer, dirty, torch.float64)
+    for name, tensor in whole(layer, dirty, results).items():
+        assert tensor.isnan().equal(exact[name].isnan()), name
+
+
+def fill(tensor: Tensor, bits: int) -> None:
+    """Overwrite a view with a bit pattern."""
+    tensor.view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize]).fill_(bits)

@@ -10,7 +10,6 @@ import types
 
 import pytest
 import torch
-from cooperative import cooperative
 
 from fastrnn import devices, planner
 from fastrnn.bench import built, empty_cpu, gate, limits, measure, providers
@@ -581,28 +580,6 @@ def test_no_exchange_without_a_runtime(monkeypatch):
     found.observe(CASES[0])
     assert found.record()["exchange_us"] is None
     assert found.of(CASES[0]).ms > 0
-
-
-@pytest.mark.parametrize("protocol", ["flag", "counter"])
-def test_the_empty_exchange_of_a_gpu(monkeypatch, protocol):
-    empty_gpu = pytest.importorskip("fastrnn.bench.empty_gpu")
-    if torch.cuda.is_available():
-        pytest.skip("for the interpreter")
-    facts = DEVICES["h100"]._replace(protocol=protocol)
-    monkeypatch.setattr(devices, "gpu", lambda index: facts)
-    monkeypatch.setattr(empty_gpu, "_HIDDEN", 64)
-    states = []
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: states.append(empty(*a, **k)) or states[-1])
-    call = empty_gpu.loop(CPU, 5)
-    for seed in range(3):
-        with cooperative(seed):
-            call()
-        (state,) = states
-        assert state.shape == (5, 16, 64)
-        # Each step hands on one more than what it got.
-        expected = torch.arange(5.0).view(5, 1, 1).expand(5, 16, 64)
-        assert torch.equal(state.float(), expected)
 
 
 def test_no_empty_exchange_where_programs_may_not_wait(monkeypatch):

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
-from cooperative import cooperative
 from gpu_stand_in import as_on_a_gpu
+from kernel_harness import MODES, as_on_a_device
 from test_ops import make
 
 import fastrnn
@@ -16,8 +16,7 @@ from fastrnn.call import Asked, Call, Cotangents
 from fastrnn.cells import CELLS
 from fastrnn.cpu import ALL, NOTHING, STATES
 from fastrnn.flow import Flow, make_marks
-from fastrnn.kernels import launch
-from fastrnn.kernels.configs import DEVICES, SCHEDULES, Config, Shape, candidates
+from fastrnn.kernels.configs import DEVICES, Shape, candidates
 from fastrnn.planner import use_path
 
 pytestmark = pytest.mark.skipif(
@@ -31,7 +30,7 @@ FLOAT32 = torch.finfo(torch.float32).eps
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu():
     # The interpreter multiplies in float32 whatever the products are to be.
-    with as_on_a_gpu(precision="tf32x3"), cooperative(seed=0):
+    with as_on_a_gpu(precision="tf32x3"), as_on_a_device():
         yield
 
 
@@ -95,7 +94,7 @@ def test_marks_and_traces(cell, recompute):
     check(ours, exact)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", MODES)
 def test_use_path_takes_a_schedule(schedule):
     gru = fastrnn.GRU(3, 40, num_layers=2, bidirectional=True, batch_first=True)
     x = torch.randn(2, 4, 3)
@@ -159,7 +158,7 @@ def test_projection_runs_without_kernels():
     torch.testing.assert_close(y, expected)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", MODES)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_empty_batch(cell, schedule):
     lstm = getattr(fastrnn, cell.upper())(3, 40, bidirectional=True)
@@ -260,14 +259,10 @@ def test_float32_precision_follows_torchs_switches():
     }
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", MODES)
 def test_gradients_have_the_dtypes_that_compilers_expect(schedule):
     x, state, weights, _ = make("lstm", 1, dtype=torch.bfloat16)
     weights = [w.detach() for w in weights]
-    hidden = 4 if schedule != "persistent" else 40
-    if hidden != 4:
-        state = [torch.zeros(1, 3, hidden, dtype=x.dtype) for _ in state]
-        weights = [torch.zeros(4 * hidden, n, dtype=x.dtype) for n in (3, hidden)]
     with torch.no_grad(), use_path(schedule):
         marks = make_marks(5, 3, 1, x.device, torch.tensor([3, 5, 0]), torch.ones(5, 3).bool())
         call = Call(CELLS["lstm"], x.detach(), state, weights, flow=Flow(marks, state))
@@ -278,26 +273,6 @@ def test_gradients_have_the_dtypes_that_compilers_expect(schedule):
     results = (y, *final, *traces, dx, *d_state, *d_fresh, *d_weights)
     assert {t.dtype for t in results} == {torch.bfloat16}
     assert [t.shape for t in d_state] == [t.shape for t in d_fresh] == [t.shape for t in state]
-
-
-@pytest.mark.parametrize(("block_h", "block_k", "hidden"), [(64, 32, 136), (32, 16, 40)])
-def test_every_mailbox_is_filled(block_h, block_k, hidden):
-    """Also where the last slice reaches beyond the last block of a product."""
-    config = Config("persistent", "flag", 16, block_h, block_k, 4, 9)
-    n_units = -(-hidden // block_h) * block_h
-    assert -(-hidden // block_k) * block_k < n_units
-    gru, state = CELLS["gru"], [torch.randn(1, 2, hidden)]
-    r = torch.randn(1, 3 * hidden, hidden) * 0.05
-    operands = launch.Operands(r, None, None, state)
-    wx = torch.randn(1, 3, 2, 3 * hidden)
-    y, _, saved, _ = launch.forward(gru, config, "ieee", wx, operands, save=True)
-    past, given = launch.Past(y, [], (saved,)), (y, state, [])
-    results = [
-        launch.backward(gru, each, "ieee", operands, past, given)
-        for each in (config, config._replace(schedule="stepwise", protocol="local"))
-    ]
-    for ours, expected in zip(results[0][1], results[1][1], strict=True):
-        torch.testing.assert_close(ours, expected)
 
 
 def test_planned_mailboxes_are_filled():

@@ -1,0 +1,1 @@
+"""The compiled kernels on a CPU: an emulator of the PTX that Triton emits. See README.md here."""

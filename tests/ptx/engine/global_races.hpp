@@ -1,0 +1,111 @@
+// Races in global memory.
+//
+// "Conflict and Data-races": two accesses of overlapping memory conflict if one of them writes;
+// they race if causality order has neither before the other and they are not "Morally strong
+// operations". Morally strong is taken for: both strong. Laxer than the ISA, which also asks for
+// scopes that include each other and for complete overlap.
+#pragma once
+#include "clocks.hpp"
+
+inline GlobalShadow &Machine::global_shadow(i32 region, u64 granule) {
+    GlobalShadow *&page = shadow_pages[region][granule / SHADOW_PAGE];
+    if (!page) // from the system in zeros, so that what is not touched costs nothing
+        page = static_cast<GlobalShadow *>(calloc(SHADOW_PAGE, sizeof(GlobalShadow)));
+    return page[granule % SHADOW_PAGE];
+}
+
+inline void Machine::check_last_global_write(Warp &warp, const GlobalShadow &shadow, u64 address,
+                                             bool write, bool strong, i32 pc, int lane) {
+    if (!shadow.write_clock || shadow.writer == warp.id)
+        return;
+    if (warp.clock[shadow.writer] >= shadow.write_clock || (strong && shadow.write_strong))
+        return;
+    const Warp &writer = warps[shadow.writer];
+    bool mixed = strong || shadow.write_strong;
+    int kind = GLOBAL_AFTER_WRITE + write + 2 * (writer.cta == warp.cta) + 4 * mixed;
+    report(Kind(kind), shadow.write_pc, pc, [&](Text &text) {
+        name_address(text, address);
+        text.add(": written by ");
+        name_warp(text, writer);
+        text.add(write ? ", then written by " : ", then read by ");
+        name_warp(text, warp, lane);
+    });
+}
+
+// `observed`: the value came from memory by a strong read, not from a store buffer.
+inline void Machine::watch_global_read(Warp &warp, i32 region, u64 address, u32 size, bool strong,
+                                       bool observed, i32 pc, int lane) {
+    const u64 offset = address - regions[region].base;
+    const GlobalRead now_read{warp.clock[warp.id], pc, u16(warp.id), u16(strong)};
+    i32 learnt_writer = -1;
+    u32 learnt_clock = 0;
+    for (u64 g = offset >> global_shift; g <= (offset + size - 1) >> global_shift; g++) {
+        GlobalShadow &shadow = global_shadow(region, g);
+        check_last_global_write(warp, shadow, address, false, strong, pc, lane);
+        if (observed && shadow.visible_clock && shadow.visible_writer != warp.id &&
+            (shadow.visible_writer != learnt_writer || shadow.visible_clock != learnt_clock)) {
+            learnt_writer = shadow.visible_writer;
+            learnt_clock = shadow.visible_clock;
+            learn_practical(warp, learnt_writer, learnt_clock);
+        }
+        // In place of its own read, else of one that is known to be before this one, else added,
+        // else, so that memory is bounded, in place of any.
+        GlobalRead *const first = shadow.reads;
+        GlobalRead *const end = first + shadow.n_reads;
+        auto own = [&](const GlobalRead &read) { return read.warp == warp.id; };
+        GlobalRead *slot = std::find_if(first, end, own);
+        if (slot == end) {
+            auto before = [&](const GlobalRead &read) {
+                return warp.clock[read.warp] >= read.clock;
+            };
+            slot = std::find_if(first, end, before);
+        }
+        if (slot == std::end(shadow.reads))
+            slot = first + random.below(std::size(shadow.reads));
+        else if (slot == end)
+            shadow.n_reads++;
+        *slot = now_read;
+    }
+}
+
+inline void Machine::watch_global_write(Warp &warp, i32 region, u64 address, u32 size, bool strong,
+                                        i32 pc, int lane) {
+    const u64 offset = address - regions[region].base;
+    for (u64 g = offset >> global_shift; g <= (offset + size - 1) >> global_shift; g++) {
+        GlobalShadow &shadow = global_shadow(region, g);
+        check_last_global_write(warp, shadow, address, true, strong, pc, lane);
+        for (int i = 0; i < shadow.n_reads; i++) {
+            const GlobalRead &read = shadow.reads[i];
+            if (read.warp == warp.id || warp.clock[read.warp] >= read.clock)
+                continue;
+            if (strong && read.strong)
+                continue;
+            const Warp &reader = warps[read.warp];
+            bool by_values = warp.practical[read.warp] >= read.clock;
+            int order = by_values ? 2 : (strong || read.strong);
+            int kind = GLOBAL_AFTER_READ + (reader.cta == warp.cta) + 2 * order;
+            report(Kind(kind), read.pc, pc, [&](Text &text) {
+                name_address(text, address);
+                text.add(": read by ");
+                name_warp(text, reader);
+                text.add(", then overwritten by ");
+                name_warp(text, warp, lane);
+            });
+        }
+        shadow.write_clock = warp.clock[warp.id];
+        shadow.write_pc = pc;
+        shadow.writer = warp.id;
+        shadow.write_strong = strong;
+        shadow.n_reads = 0;
+    }
+}
+
+// A store reaches memory, where others observe it.
+inline void Machine::mark_visible(i32 region, u64 address, u32 size, i32 warp, u32 clock) {
+    const u64 offset = address - regions[region].base;
+    for (u64 g = offset >> global_shift; g <= (offset + size - 1) >> global_shift; g++) {
+        GlobalShadow &shadow = global_shadow(region, g);
+        shadow.visible_writer = warp;
+        shadow.visible_clock = clock;
+    }
+}

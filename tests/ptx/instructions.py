@@ -1,0 +1,152 @@
+"""Instructions that only compute: for each operation of the engine, what PTX calls it.
+
+Kinds of operands, the destination first: ``r`` is a register of 32 bits, of which one of 16 is the
+low half, ``d`` one of 64 bits, ``p`` a predicate.
+
+A name stands here only if the operation does all that its suffixes say. Two things are more exact
+than what they stand for: ``.approx`` and ``.full`` are rounded like ``.rn``, and ``.ftz`` of an
+approximation keeps the small numbers that a GPU would make 0.
+"""
+
+from __future__ import annotations
+
+#: Operation, kinds of operands, names.
+TABLE: tuple[tuple[str, str, str], ...] = (
+    # integers of 32 bits
+    ("ADD32", "rrr", "add.s32 add.u32"),
+    ("SUB32", "rrr", "sub.s32 sub.u32"),
+    ("MULLO32", "rrr", "mul.lo.s32 mul.lo.u32"),
+    ("MADLO32", "rrrr", "mad.lo.s32 mad.lo.u32"),
+    ("MULHIS32", "rrr", "mul.hi.s32"),
+    ("MULHIU32", "rrr", "mul.hi.u32"),
+    ("DIVS32", "rrr", "div.s32"),
+    ("DIVU32", "rrr", "div.u32"),
+    ("REMS32", "rrr", "rem.s32"),
+    ("REMU32", "rrr", "rem.u32"),
+    ("NEG32", "rr", "neg.s32"),
+    ("ABS32", "rr", "abs.s32"),
+    ("MINS32", "rrr", "min.s32"),
+    ("MAXS32", "rrr", "max.s32"),
+    ("MINU32", "rrr", "min.u32"),
+    ("MAXU32", "rrr", "max.u32"),
+    # bits; of registers of 16 bits the upper half does no harm
+    ("AND32", "rrr", "and.b32 and.b16"),
+    ("OR32", "rrr", "or.b32 or.b16"),
+    ("XOR32", "rrr", "xor.b32 xor.b16"),
+    ("NOT32", "rr", "not.b32"),
+    ("SHL32", "rrr", "shl.b32"),
+    ("SHRU32", "rrr", "shr.u32 shr.b32"),
+    ("SHRS32", "rrr", "shr.s32"),
+    ("SHFLWRAPL", "rrrr", "shf.l.wrap.b32"),
+    ("SHFLWRAPR", "rrrr", "shf.r.wrap.b32"),
+    ("BFEU32", "rrrr", "bfe.u32"),
+    ("BFES32", "rrrr", "bfe.s32"),
+    ("BFI32", "rrrrr", "bfi.b32"),
+    ("PRMT", "rrrr", "prmt.b32"),
+    ("LOP3", "rrrrr", "lop3.b32"),
+    ("POPC32", "rr", "popc.b32"),
+    ("CLZ32", "rr", "clz.b32"),
+    ("BREV32", "rr", "brev.b32"),
+    # integers of 16 bits
+    ("ADD16", "rrr", "add.s16 add.u16"),
+    ("SUB16", "rrr", "sub.s16 sub.u16"),
+    ("MULLO16", "rrr", "mul.lo.s16 mul.lo.u16"),
+    ("NEG16", "rr", "neg.s16"),
+    ("NOT16", "rr", "not.b16"),
+    ("SHL16", "rrr", "shl.b16"),
+    ("SHRU16", "rrr", "shr.u16"),
+    ("SHRS16", "rrr", "shr.s16"),
+    ("MINS16", "rrr", "min.s16"),
+    ("MAXS16", "rrr", "max.s16"),
+    ("MINU16", "rrr", "min.u16"),
+    ("MAXU16", "rrr", "max.u16"),
+    ("MINU16X2", "rrr", "min.u16x2"),
+    ("MAXU16X2", "rrr", "max.u16x2"),
+    # integers of 64 bits
+    ("ADD64", "ddd", "add.s64 add.u64"),
+    ("SUB64", "ddd", "sub.s64 sub.u64"),
+    ("MULLO64", "ddd", "mul.lo.s64 mul.lo.u64"),
+    ("MADLO64", "dddd", "mad.lo.s64 mad.lo.u64"),
+    ("MULWS32", "drr", "mul.wide.s32"),
+    ("MULWU32", "drr", "mul.wide.u32"),
+    ("MADWS32", "drrd", "mad.wide.s32"),
+    ("MADWU32", "drrd", "mad.wide.u32"),
+    ("DIVS64", "ddd", "div.s64"),
+    ("DIVU64", "ddd", "div.u64"),
+    ("REMS64", "ddd", "rem.s64"),
+    ("REMU64", "ddd", "rem.u64"),
+    ("NEG64", "dd", "neg.s64"),
+    ("MINS64", "ddd", "min.s64"),
+    ("MAXS64", "ddd", "max.s64"),
+    ("MINU64", "ddd", "min.u64"),
+    ("MAXU64", "ddd", "max.u64"),
+    ("AND64", "ddd", "and.b64"),
+    ("OR64", "ddd", "or.b64"),
+    ("XOR64", "ddd", "xor.b64"),
+    ("NOT64", "dd", "not.b64"),
+    ("SHL64", "ddr", "shl.b64"),
+    ("SHRU64", "ddr", "shr.u64 shr.b64"),
+    ("SHRS64", "ddr", "shr.s64"),
+    # float32
+    ("ADDF", "rrr", "add.f32 add.rn.f32"),
+    ("SUBF", "rrr", "sub.f32 sub.rn.f32"),
+    ("MULF", "rrr", "mul.f32 mul.rn.f32"),
+    ("FMAF", "rrrr", "fma.rn.f32"),
+    ("DIVF", "rrr", "div.rn.f32 div.full.f32 div.approx.f32"),
+    ("NEGF", "rr", "neg.f32"),
+    ("ABSF", "rr", "abs.f32"),
+    ("MINF", "rrr", "min.f32"),
+    ("MAXF", "rrr", "max.f32"),
+    ("EX2F", "rr", "ex2.approx.f32 ex2.approx.ftz.f32"),
+    ("LG2F", "rr", "lg2.approx.f32"),
+    ("RCPF", "rr", "rcp.rn.f32 rcp.approx.f32 rcp.approx.ftz.f32"),
+    ("SQRTF", "rr", "sqrt.rn.f32 sqrt.approx.f32"),
+    ("RSQRTF", "rr", "rsqrt.approx.f32"),
+    ("TANHF", "rr", "tanh.approx.f32"),
+    ("SINF", "rr", "sin.approx.f32"),
+    ("COSF", "rr", "cos.approx.f32"),
+    # two float32 in a register of 64 bits
+    ("ADDF2", "ddd", "add.f32x2 add.rn.f32x2"),
+    ("SUBF2", "ddd", "sub.f32x2 sub.rn.f32x2"),
+    ("MULF2", "ddd", "mul.f32x2 mul.rn.f32x2"),
+    ("FMAF2", "dddd", "fma.rn.f32x2"),
+    # choices and predicates
+    ("SELP32", "rrrp", "selp.b32 selp.f32 selp.s32 selp.u32 selp.b16 selp.s16 selp.u16"),
+    ("SELP64", "dddp", "selp.b64 selp.s64 selp.u64"),
+    ("MOVP", "pp", "mov.pred"),
+    ("ANDP", "ppp", "and.pred"),
+    ("ORP", "ppp", "or.pred"),
+    ("XORP", "ppp", "xor.pred"),
+    ("NOTP", "pp", "not.pred"),
+    # conversions between floats
+    ("CVT_F32_BF16", "rr", "cvt.f32.bf16"),
+    ("CVT_F32_F16", "rr", "cvt.f32.f16"),
+    ("CVT_BF16_F32", "rr", "cvt.rn.bf16.f32"),
+    ("CVT_F16_F32", "rr", "cvt.rn.f16.f32"),
+    ("CVT_BF16X2_F32", "rrr", "cvt.rn.bf16x2.f32"),
+    ("CVT_F16X2_F32", "rrr", "cvt.rn.f16x2.f32"),
+    ("CVT_TF32_RNA", "rr", "cvt.rna.tf32.f32"),
+    ("CVT_TF32_RN", "rr", "cvt.rn.tf32.f32"),
+    # conversions from and to integers
+    ("CVT_F32_S32", "rr", "cvt.rn.f32.s32"),
+    ("CVT_F32_U32", "rr", "cvt.rn.f32.u32"),
+    ("CVT_S32_F32_RZ", "rr", "cvt.rzi.s32.f32"),
+    ("CVT_U32_F32_RZ", "rr", "cvt.rzi.u32.f32"),
+    ("CVT_U64_U32", "dr", "cvt.u64.u32 cvt.s64.u32"),
+    ("CVT_S64_S32", "dr", "cvt.s64.s32"),
+    ("CVT_U64_U16", "dr", "cvt.u64.u16"),
+    ("CVT_S64_S16", "dr", "cvt.s64.s16"),
+    ("CVT_32_64", "rd", "cvt.u32.u64 cvt.s32.s64 cvt.u32.s64 cvt.s32.u64"),
+    ("CVT_16_64", "rd", "cvt.u16.u64"),
+    ("CVT_U16_32", "rr", "cvt.u16.u32 cvt.u16.s32 cvt.s16.s32"),
+    ("CVT_U32_U16", "rr", "cvt.u32.u16 cvt.s32.u16"),
+    ("CVT_S32_S16", "rr", "cvt.s32.s16"),
+    ("CVT_U32_U8", "rr", "cvt.u32.u8 cvt.u16.u8"),
+    ("CVT_S32_S8", "rr", "cvt.s32.s8"),
+    ("CVT_S16_S8", "rr", "cvt.s16.s8"),
+)
+
+#: Operation and kinds of operands by name.
+SIMPLE: dict[str, tuple[str, str]] = {
+    name: (operation, kinds) for operation, kinds, names in TABLE for name in names.split()
+}

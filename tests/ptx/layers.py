@@ -1,0 +1,315 @@
+"""Layers as a user calls them, whose kernels run in the emulator, beside float64.
+
+A `Case` is a module of fastrnn, a call of it, and the GPU that it thinks it is on; what is planned,
+launched and returned is the package's own. `emulate` gives all outputs and gradients by name,
+`check` compares them with `reference.py` in float64, `faults` are what the emulator found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from compare import assert_accurate
+from gpu_stand_in import as_on_a_gpu
+from torch import Tensor
+
+import fastrnn
+from fastrnn import devices
+from fastrnn.cells import CELLS
+from fastrnn.kernels import launch
+from fastrnn.kernels.configs import DEVICES, Choice, Config, Device
+from fastrnn.planner import use_path
+
+from .driver import Emulator, Launch, Schedule
+from .machine import Finding
+
+#: Modules by the name of their cell.
+MODULES: dict[str, Callable[..., torch.nn.Module]] = {
+    "lstm": fastrnn.LSTM,
+    "gru": fastrnn.GRU,
+    "rnn_tanh": fastrnn.RNN,
+    "rnn_relu": functools.partial(fastrnn.RNN, nonlinearity="relu"),
+    "rnn_identity": functools.partial(fastrnn.RNN, nonlinearity="identity"),
+    "peephole_lstm": fastrnn.PeepholeLSTM,
+    "slstm": fastrnn.SLSTM,
+}
+
+
+#: Cells in which a gradient jumps.
+HAVE_MAXIMUM = ("rnn_relu", "slstm")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and a call of it.
+
+    Attributes
+    ----------
+    cell : str
+    hidden, batch, steps : int
+    dtype : str
+    precision : {'ieee', 'tf32', 'tf32x3'}
+        Of products of float32.
+    directions : {1, 2}
+    flow : {'', 'marked', 'fresh'}
+        Whether there are lengths, resets and truncated gradients; and states after a reset and all
+        states as a result too.
+    bias, recompute, training : bool
+        Without `training` there are no gradients.
+    gpu : str
+        Of ``configs.DEVICES``.
+    schedule : str, optional
+        As planned if not given.
+    protocol : str, optional
+    processors : int, optional
+        Of that GPU, instead of its own: fewer take several launches.
+    configs : (Config, Config), optional
+        How the forward and the backward kernel are launched, instead of as planned.
+    seed : int
+        Of the numbers.
+    """
+
+    cell: str = "lstm"
+    hidden: int = 64
+    batch: int = 16
+    steps: int = 4
+    dtype: str = "bfloat16"
+    precision: str = "tf32"
+    directions: int = 1
+    flow: str = ""
+    bias: bool = True
+    recompute: bool = False
+    training: bool = True
+    gpu: str = "h100"
+    schedule: str | None = None
+    protocol: str | None = None
+    processors: int | None = None
+    configs: tuple[Config, Config] | None = None
+    seed: int = 0
+
+    def __str__(self) -> str:
+        default = Case()
+        facts = [
+            str(value) if isinstance(value, str) else f"{name}={value}"
+            for name, value in vars(self).items()
+            if value != getattr(default, name)
+        ]
+        return " ".join([self.cell, *(f for f in facts if f != self.cell)])
+
+    @property
+    def device(self) -> Device:
+        """The GPU."""
+        device = DEVICES[self.gpu]
+        facts = {"protocol": self.protocol, "processors": self.processors}
+        return device._replace(**{name: value for name, value in facts.items() if value})
+
+    @property
+    def is_tf32(self) -> bool:
+        """Whether products round float32 to TF32."""
+        return self.dtype == "float32" and self.precision == "tf32"
+
+    @property
+    def eps(self) -> float:
+        """The machine epsilon: of TF32 that of float16, which has as many bits."""
+        return torch.finfo(torch.float16 if self.is_tf32 else getattr(torch, self.dtype)).eps
+
+
+def emulate(
+    case: Case,
+    schedule: Schedule = Schedule(),  # noqa: B008 - immutable
+    *,
+    mutate: Callable[[str], str] = str,
+    statistics: bool = False,
+) -> tuple[dict[str, Tensor], Emulator]:
+    """Run a case: outputs and gradients by name, and the emulator with its launches."""
+    emulator = Emulator(case.device.capability, schedule, mutate=mutate, statistics=statistics)
+    path = case.schedule or "kernels"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(as_on_a_gpu(case.device, case.precision))
+        stack.enter_context(use_path(path))
+        if case.configs:
+            choices = tuple(Choice(config, 0.0) for config in case.configs)
+            patched = mock.patch.object(devices, "choose_kernels", return_value=choices)
+            stack.enter_context(patched)
+        stack.enter_context(_watched(emulator))
+        stack.enter_context(emulator)
+        return _run(case, getattr(torch, case.dtype)), emulator
+
+
+@functools.lru_cache(maxsize=4)  # large, and asked for again at once
+def expected(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The results of plain torch operations in the case's dtype, and in float64."""
+    case = replace(case, gpu="h100", schedule=None, protocol=None, processors=None, configs=None)
+    if replace(case, precision="ieee") != case:  # which torch's own operations know nothing of
+        return expected(replace(case, precision="ieee"))
+    with use_path("reference"):
+        dtypes = getattr(torch, case.dtype), torch.float64
+        by_torch, exact = (_run(case, dtype) for dtype in dtypes)
+    return by_torch, exact
+
+
+def stable(case: Case) -> Case:
+    """The case with the first numbers by which a result can be judged.
+
+    Rounding to few bits may decide a maximum, and with it a gradient, of cells that have one.
+    So torch's own error must be small, and the results in float64 no other if the numbers are moved
+    by two roundings.
+    """
+    moves = range(1, 21) if case.cell in HAVE_MAXIMUM and case.eps > 1e-4 else ()
+    for seed in range(case.seed, case.seed + 50):
+        by_torch, exact = expected(found := replace(case, seed=seed))
+        moved = ((_run(found, torch.float64, k), 12 * case.eps) for k in moves)
+        others = itertools.chain([(by_torch, 1 / 16)], moved)
+        if all(
+            (results[name].double() - truth).abs().max() <= most * truth.abs().max().clamp(min=1)
+            for results, most in others
+            for name, truth in exact.items()
+        ):
+            return found
+    raise LookupError(f"no seed for {case}")
+
+
+def check(case: Case, results: dict[str, Tensor], *, gradients: bool = True) -> None:
+    """Compare with float64: at most twice torch's error and two or four units of the dtype.
+
+    Of TF32, which torch's own operations here do not round to, two units: those of a float16, which
+    has as many bits.
+    """
+    results, by_torch, exact = (
+        {name: part for name, part in parts.items() if gradients or not name.startswith("d_")}
+        for parts in (results, *expected(case))
+    )
+    if not case.is_tf32:
+        # A sum of so many products in float32 one after another, where torch adds up in blocks.
+        terms = case.hidden if case.dtype == "float32" and case.hidden > 256 else 0
+        return assert_accurate(results, by_torch, exact, str(case), terms)
+    assert results.keys() == exact.keys()
+    for name, truth in exact.items():
+        assert (results[name].shape, results[name].dtype) == (truth.shape, torch.float32), name
+        error = (results[name].double() - truth).abs().max()
+        unit = case.eps * truth.abs().max().clamp(min=1)
+        assert error <= 2 * unit, f"{name} {case}: error {error:.3g} ({error / unit:.3g} units)"
+
+
+def faults(emulator: Emulator) -> list[str]:
+    """The findings that are faults."""
+    return [
+        text
+        for launch in emulator.launches
+        for finding, text in zip(launch.outcome.findings, launch.findings(), strict=True)
+        if not _is_harmless(launch, finding)
+    ]
+
+
+# Threads that store one value twice: layouts with more threads than elements make them do it.
+_HARMLESS = (
+    "shared write-write race of the same value (benign)",
+    "two lanes store the same value to one address",
+)
+# What the exchange by flags does on purpose, between CTAs and between the warps of one: a weak
+# store writes what a volatile load polls, and overwrites what one has polled. By the letter of PTX
+# a race, of operations that are not both strong, but Triton's language has no relaxed store. Each
+# element is one access of the hardware, which reads all of it or nothing, and says by its own bits
+# whether it is there.
+_POLLED = [f"global write-read {which} CTA (mixed weak/strong)" for which in ("other", "same")]
+_OVERWRITTEN = [
+    f"global read-write {which} CTA ({how})"
+    for which in ("other", "same")
+    for how in ("UNORDERED, mixed", "ordered by values only")
+]
+
+
+def _is_harmless(launch: Launch, finding: Finding) -> bool:
+    first, second = (launch.program.text[pc] for pc in (finding.first, finding.second))
+    if finding.kind in _POLLED:
+        return "st.global" in first and "ld.volatile.global" in second
+    if finding.kind in _OVERWRITTEN:
+        return "ld.volatile.global" in first and "st.global" in second
+    return finding.kind in _HARMLESS
+
+
+@contextlib.contextmanager
+def _watched(emulator: Emulator) -> Iterator[None]:
+    """Watch the memory that the kernels are given, inside of the operator."""
+
+    def watch(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with emulator.watching():
+                return function(*args, **kwargs)
+
+        return call
+
+    with (
+        mock.patch.object(launch, "forward", watch(launch.forward)),
+        mock.patch.object(launch, "backward", watch(launch.backward)),
+    ):
+        yield
+
+
+def _run(case: Case, dtype: torch.dtype, move: int = 0) -> dict[str, Tensor]:
+    """Call the module on random numbers, the same in every dtype, rounded to the case's own.
+
+    With `move`, each is up to two roundings off, as that seed has it.
+    """
+    moving = torch.Generator().manual_seed(move)
+    generator = torch.Generator().manual_seed(case.hidden + case.seed)
+    own = getattr(torch, case.dtype)
+
+    def random(*shape: int, scale: float = 1.0, name: str = "") -> Tensor:
+        numbers = torch.randn(shape, generator=generator, dtype=torch.float32) * scale
+        numbers = numbers.abs() + 1 if name == "n" else numbers  # of an sLSTM's state
+        numbers = numbers.to(own).to(dtype)
+        if move:
+            away = torch.rand(shape, generator=moving, dtype=dtype) * 2 - 1
+            numbers = numbers * (1 + case.eps * away)
+        return numbers.requires_grad_()
+
+    steps, batch, inputs = case.steps, case.batch, 5
+    options = {"bidirectional": case.directions == 2, "bias": case.bias, "dtype": dtype}
+    module = MODULES[case.cell](inputs, case.hidden, **options)
+    for name, parameter in module.named_parameters():
+        scale = 0.8 * case.hidden**-0.5 if "weight_hh" in name else 0.4
+        parameter.data = random(*parameter.shape, scale=scale).detach()
+    states = CELLS[case.cell].states
+    shape = case.directions, batch, case.hidden
+    hx, fresh = ([random(*shape, name=name) for name in states] for _ in range(2))
+    leaves = {"x": random(steps, batch, inputs), **_named("{}_0", states, hx)}
+    given: dict[str, Any] = {"recompute": True} if case.recompute else {}
+    if case.flow:
+        lengths = torch.randint(0, steps + 1, (batch,), generator=generator)
+        lengths[0] = steps
+        reset = torch.rand(steps, batch, generator=generator) < 0.3
+        given |= {"lengths": lengths, "reset": reset, "bptt": 3}
+    if case.flow == "fresh":
+        given |= {"reset_state": _as_hx(fresh), "return_states": True}
+        leaves |= _named("fresh_{}", states, fresh)
+    with torch.set_grad_enabled(case.training):
+        y, final, *more = module(leaves["x"], _as_hx(hx), **given)
+    outputs = {"y": y, **_named("{}_n", states, final if isinstance(final, tuple) else (final,))}
+    if more:
+        outputs |= {name: part for name, part in more[0]._asdict().items() if part is not None}
+    if not case.training:
+        return outputs
+    leaves |= dict(module.named_parameters())
+    cotangents = [random(*part.shape).detach() for part in outputs.values()]
+    grads = torch.autograd.grad(
+        list(outputs.values()), list(leaves.values()), cotangents, materialize_grads=True
+    )
+    results = outputs | {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return {name: part.detach() for name, part in results.items()}
+
+
+def _as_hx(states: list[Tensor]) -> Any:
+    return tuple(states) if len(states) > 1 else states[0]
+
+
+def _named(form: str, names: tuple[str, ...], parts: Any) -> dict[str, Tensor]:
+    return {form.format(name): part for name, part in zip(names, parts, strict=True)}

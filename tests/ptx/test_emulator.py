@@ -1,0 +1,330 @@
+"""The emulator on kernels of its own: right where they are right, and what it finds where not."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from . import driver
+from .driver import EmulationError, Emulator, Schedule
+from .machine import DRAINS, POLICIES
+from .program import PtxError
+
+CAPABILITIES = (80, 90)
+
+
+@triton.jit
+def add_kernel(x_ptr, y_ptr, out_ptr, n, BLOCK: tl.constexpr):  # noqa: N803
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    total = tl.load(x_ptr + at, mask=inside) + tl.load(y_ptr + at, mask=inside)
+    tl.store(out_ptr + at, total, mask=inside)
+
+
+@triton.jit
+def softmax_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):  # noqa: N803
+    row, at = tl.program_id(0), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * n + at, mask=at < n, other=-float("inf"))
+    e = tl.exp(x - tl.max(x, 0))
+    tl.store(out_ptr + row * n + at, e / tl.sum(e, 0), mask=at < n)
+
+
+@triton.jit
+def product_kernel(
+    a_ptr, b_ptr, c_ptr, M, N, K, stride_bk, stride_bn,  # noqa: N803
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,  # noqa: N803
+    PRECISION: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, K, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        a_mask, b_mask = (m < M)[:, None] & (k < K)[None, :], (k < K)[:, None] & (n < N)[None, :]
+        a = tl.load(a_ptr + m[:, None] * K + k[None, :], mask=a_mask, other=0.0)
+        b_ptrs = b_ptr + k[:, None] * stride_bk + n[None, :] * stride_bn
+        b = tl.load(b_ptrs, mask=b_mask, other=0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    tl.store(c_ptr + m[:, None] * N + n[None, :], total, mask=mask)
+
+
+@triton.jit
+def convert_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):  # noqa: N803
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, tl.load(x_ptr + at).to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _meet(counter_ptr, target):
+    tl.debug_barrier()
+    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < target:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def neighbours_kernel(data_ptr, out_ptr, counter_ptr, rounds, BLOCK: tl.constexpr):  # noqa: N803
+    """Every program writes, all meet at a counter, every program reads what the next wrote."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    at = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for step in range(rounds):
+        tl.store(data_ptr + program * BLOCK + at, (program + 1) * 1.0 + step * 10.0 + at)
+        _meet(counter_ptr, programs * (2 * step + 1))
+        total += tl.load(data_ptr + ((program + 1) % programs) * BLOCK + at)
+        _meet(counter_ptr, programs * (2 * step + 2))
+    tl.store(out_ptr + program * BLOCK + at, total)
+
+
+@triton.jit
+def strided_kernel(x_ptr, out_ptr, stride, BLOCK: tl.constexpr):  # noqa: N803
+    at = tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, tl.load(x_ptr + at * stride))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_sum(capability):
+    x, y = torch.randn(2, 1000)
+    with Emulator(capability) as emulator, emulator.watching():
+        out = torch.empty(1000)
+        add_kernel[(4,)](x, y, out, 1000, BLOCK=256)
+    assert torch.equal(out, x + y)
+    assert emulator.findings() == []
+
+
+@pytest.mark.parametrize("warps", [1, 4, 8])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_reductions_across_warps(capability, warps):
+    x = torch.randn(3, 1000)
+    with Emulator(capability, Schedule(1)) as emulator, emulator.watching():
+        out = torch.empty(3, 1000)
+        softmax_kernel[(3,)](x, out, 1000, BLOCK=1024, num_warps=warps)
+    torch.testing.assert_close(out, x.softmax(-1), rtol=0, atol=1e-6)
+    assert [text for text in emulator.findings() if "(benign)" not in text] == []
+
+
+# The largest error of a product, of its largest element: of sums in float32; of operands cut off to
+# TF32's 11 bits, and of three such products.
+PRODUCTS = [
+    (torch.bfloat16, "tf32", 1e-6),
+    (torch.float16, "tf32", 1e-6),
+    (torch.float32, "ieee", 1e-6),
+    (torch.float32, "tf32", 2**-10),
+    (torch.float32, "tf32x3", 3e-6),
+]
+# Block, warps, stages: of 64 rows and more, sm_90 makes warp-group products.
+TILES = [((16, 32, 32), 4, 1), ((32, 64, 64), 8, 3), ((64, 32, 64), 4, 3)]
+
+
+@pytest.mark.parametrize(("block", "warps", "stages"), TILES, ids=str)
+@pytest.mark.parametrize(("dtype", "precision", "tolerance"), PRODUCTS, ids=str)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_products(capability, dtype, precision, tolerance, block, warps, stages):
+    m, n, k = 2 * block[0] - 8, block[1] + 8, 3 * block[2]
+    a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+    if block[0] == 64 or dtype == torch.float16:
+        b = b.t().contiguous().t()  # another layout of it in shared memory
+    with Emulator(capability, Schedule(m)) as emulator, emulator.watching():
+        c = torch.empty(m, n)
+        constants = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), block, strict=True))
+        product_kernel[(2, 2)](
+            a, b, c, m, n, k, *b.stride(), **constants, PRECISION=precision,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    exact = a.double() @ b.double()
+    assert (c - exact).abs().max() <= tolerance * exact.abs().max()
+    faults = [text for text in emulator.findings() if "(benign)" not in text]
+    unfenced = "without fence.proxy.async"
+    if _is_triton_36() and capability == 90:  # see test_faults.py
+        faults = [text for text in faults if unfenced not in text]
+    assert faults == []
+    is_exact = precision == "ieee" and dtype == torch.float32
+    ptx = emulator.launches[0].ptx
+    is_warp_group = capability == 90 and block[0] >= 64 and not is_exact
+    assert ("wgmma.mma_async" in ptx) == is_warp_group
+    assert ("mma.sync" in ptx) == (not is_exact and not is_warp_group)
+
+
+def _is_triton_36():
+    return triton.__version__.startswith("3.6.")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_conversions(dtype):
+    """All numbers of 16 bits to float32, and float32 to them, as torch rounds."""
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    between = torch.randint(-(2**31), 2**31, (2**16,)).int().view(torch.float32)
+    exactly = halves.float().nan_to_num(0.0, 1.0, -1.0)
+    ties = (exactly.view(torch.int32) + (0x1000 if dtype == torch.float16 else 0x8000)).view(
+        torch.float32
+    )
+    for x, to in ((halves, torch.float32), (between, dtype), (ties, dtype)):
+        out = torch.empty(x.shape, dtype=to)
+        with Emulator(90) as emulator:
+            convert_kernel[(64,)](x, out, BLOCK=1024)
+        expected = x.to(to)
+        assert torch.equal(out.isnan(), expected.isnan())
+        assert torch.equal(out.nan_to_num(0.0), expected.nan_to_num(0.0))
+        assert emulator.findings() == []
+
+
+@pytest.mark.parametrize("drain", DRAINS)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_programs_that_wait(capability, policy, drain):
+    out, emulator = meet(Emulator(capability, Schedule(3, policy, drain)))
+    neighbour = (torch.arange(4) + 1) % 4 + 1
+    expected = 3 * neighbour[:, None] + 30 + 3 * torch.arange(256)
+    assert torch.equal(out, expected.flatten().float())
+    assert emulator.findings() == []
+
+
+def meet(emulator, programs=4, arrived=0):
+    with emulator, emulator.watching():
+        data, out = torch.empty(programs * 256), torch.empty(programs * 256)
+        counter = torch.full((1,), arrived, dtype=torch.int32)
+        neighbours_kernel[(programs,)](
+            data, out, counter, 3, BLOCK=256, num_warps=8, launch_cooperative_grid=True
+        )
+    return out, emulator
+
+
+@pytest.mark.parametrize("broken", ["gpu.release", "gpu.acquire"])
+def test_a_release_or_acquire_that_is_missing(broken):
+    found = set()
+    for seed in range(3):
+        _, emulator = meet(
+            Emulator(90, Schedule(seed), mutate=lambda ptx: ptx.replace(broken, "gpu.relaxed"))
+        )
+        found |= {launch.kind for launch in emulator.launches[0].outcome.findings}
+    assert any("write-read other CTA" in kind for kind in found), found
+
+
+def test_a_wait_in_vain_says_where():
+    with pytest.raises(EmulationError, match=r"(?s)neighbours_kernel: HANG.*at barrier"):
+        meet(Emulator(90), arrived=-1)
+
+
+def test_memory_outside_and_memory_that_nobody_wrote():
+    with Emulator(90) as emulator, emulator.watching():
+        x, out = torch.empty(256), torch.empty(256)
+        add_kernel[(1,)](x, torch.ones(256), out, 256, BLOCK=256)
+        add_kernel[(1,)](torch.ones(256), torch.ones(255), out, 256, BLOCK=256)
+    first, second = emulator.launches
+    assert {found.kind for found in first.outcome.findings} == {
+        "global read of uninitialised memory"
+    }
+    assert "x_ptr byte" in first.findings()[0]
+    assert {found.kind for found in second.outcome.findings} == {"global out of bounds"}
+    assert "y_ptr byte" in second.findings()[0]
+
+
+def test_what_it_does_not_know_is_named():
+    broken = Emulator(90, mutate=lambda ptx: re.sub(r"add(\.rn)?\.f32", "frobnicate.f32", ptx))
+    with broken, pytest.raises(PtxError, match=r"frobnicate\.f32"):
+        add_kernel[(1,)](*torch.ones(3, 256), 256, BLOCK=256)
+
+
+def test_statistics():
+    """A warp's load is 4 sectors of 32 bytes, or one for each thread if they lie apart."""
+    for stride, sectors in ((1, 4), (2, 8), (8, 32), (32, 32)):
+        with Emulator(90, statistics=True) as emulator:
+            strided_kernel[(1,)](torch.ones(256 * stride), torch.empty(128), stride, BLOCK=128)
+        (launch,) = emulator.launches
+        load = next(pc for pc, text in enumerate(launch.program.text) if "ld.global" in text)
+        counts = launch.outcome.statistics
+        executions = counts.executions[load]
+        assert executions == 4
+        assert counts.transactions[load] == sectors * executions
+        assert counts.least[load] == 4 * executions
+
+
+def test_launched_outside():
+    arguments = *torch.ones(3, 256), 256
+    with Emulator(90):
+        compiled = add_kernel[(1,)](*arguments, BLOCK=256)
+    with pytest.raises(EmulationError, match="outside of the emulator"):
+        compiled.run(1, 1, 1, 0, compiled.function, None, None, None, None, *arguments, 256)
+
+
+def test_what_it_leaves_behind(monkeypatch):
+    """Nothing, also if it cannot be entered: what is compiled here must not reach a GPU."""
+
+    def state():
+        cache = triton.knobs.cache
+        return (
+            cache.dir,
+            dict(vars(cache)),
+            dict(os.environ),
+            CUDABackend.make_cubin,
+            Emulator._current,
+        )
+
+    before = state()
+    with Emulator(90) as emulator:
+        assert triton.knobs.cache.dir != before[0]
+        with pytest.raises(RuntimeError, match="entered already"), emulator:
+            pass
+    assert state() == before
+
+    def no_folder():
+        raise OSError("no folder")
+
+    monkeypatch.setattr(driver, "folder", no_folder)
+    with pytest.raises(OSError, match="no folder"), Emulator(90):
+        pass
+    assert state() == before
+
+
+@triton.jit
+def scale_kernel(x_ptr, out_ptr, factor, is_added, summand, BLOCK: tl.constexpr):  # noqa: N803
+    at = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at) * factor
+    if is_added:
+        x += summand
+    tl.store(out_ptr + at, x)
+
+
+def test_numbers_as_arguments():
+    x, out = torch.randn(128), torch.empty(128)
+    for factor, is_added, summand in ((0.5, True, 3), (2.75, False, 3), (-1.5, True, -(2**31))):
+        with Emulator(90):
+            scale_kernel[(1,)](x, out, factor, is_added, summand, BLOCK=128)
+        assert torch.equal(out, x * factor + is_added * summand)
+
+
+@gluon.jit
+def gluon_kernel(x_ptr, out_ptr, BLOCK: gl.constexpr):  # noqa: N803
+    blocked: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    swizzled: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    at = gl.arange(0, BLOCK, layout=blocked)
+    shared = gl.allocate_shared_memory(gl.float32, [BLOCK], swizzled)
+    shared.store(gl.load(x_ptr + BLOCK - 1 - at) + 1)
+    gl.store(out_ptr + at, shared.load(blocked))
+
+
+def test_gluon():
+    """Kernels whose layouts are written out."""
+    with Emulator(90) as emulator:
+        out = torch.empty(256)
+        gluon_kernel[(1,)](torch.arange(256.0), out, BLOCK=256)
+    assert torch.equal(out, torch.arange(256.0).flip(0) + 1)
+    assert emulator.findings() == []
+
+
+def test_schedules_differ():
+    """A seed decides what happens, and nothing else does."""
+    orders = [
+        meet(Emulator(90, Schedule(seed)))[1].launches[0].outcome.counters for seed in (0, 0, 1)
+    ]
+    assert orders[0] == orders[1] != orders[2]

@@ -1,0 +1,64 @@
+"""What the emulator found in compiled kernels, and that nothing of it is planned any more."""
+
+from __future__ import annotations
+
+import pytest
+import triton
+
+from fastrnn.kernels import configs
+from fastrnn.kernels.configs import DEVICES, PRECISIONS, Config, Shape
+
+from .layers import Case, emulate, expected, faults
+
+UNFENCED = "shared: generic write read by wgmma without fence.proxy.async"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_warp_group_products_lack_a_fence_before_triton_3_7_1(dtype):
+    """What cp.async writes is not ordered before what wgmma reads, through another proxy.
+
+    Not so of float32, which passes through registers to be rounded.
+    """
+    config = Config("stepwise", "local", 64, 32, 64, 4, 65535)
+    _, emulator = emulate(Case("lstm", 96, 50, 2, dtype, configs=(config, config)))
+    assert "wgmma" in emulator.launches[0].ptx
+    lacks = [text for text in faults(emulator) if UNFENCED in text]
+    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
+    assert bool(lacks) == (version < (3, 7, 1))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_no_warp_group_product_is_planned(backward):
+    for itemsize, precision in [(2, "tf32"), *((4, precision) for precision in PRECISIONS)]:
+        for hidden in (64, 96, 256, 1024, 2048):
+            for batch in (1, 16, 64, 512):
+                shape = Shape(4, batch, hidden, 1, itemsize, precision)
+                for name in ("h100", "h200"):
+                    found = configs.candidates(shape, DEVICES[name], backward=backward)
+                    assert all(config.block_b <= 32 for config in found)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_steps_of_many_rows_use_products_of_one_warp(dtype):
+    _, emulator = emulate(Case("lstm", 96, 70, 2, dtype, schedule="stepwise"))
+    for launch in emulator.launches:
+        assert "wgmma" not in launch.ptx
+        assert "mma.sync" in launch.ptx
+
+
+@pytest.mark.parametrize("schedule", ["resident", "persistent", "stepwise"])
+def test_tf32_operands_are_rounded(schedule):
+    """Not cut off, which doubles the error and draws every product towards zero."""
+    hidden = 32 if schedule == "resident" else 136
+    case = Case("rnn_identity", hidden, 16, 2, "float32", schedule=schedule, bias=False)
+    results, _ = emulate(case)
+    _, exact = expected(case)
+    for name in ("y", "d_h_0"):
+        error = (results[name].double() - exact[name]).flatten()
+        towards_zero = -error * exact[name].sign().flatten()
+        # As of so many numbers whose signs are independent; cut off, it is 8 or more.
+        assert towards_zero.mean().abs() <= 4 * error.std() / error.numel() ** 0.5
+        # An operand is off by half a unit of 2**-10 at most, uniformly, which is 0.4 * 2**-11 of it
+        # in the root mean square; two are multiplied, in each of two steps.
+        rms = exact[name].square().mean().sqrt()
+        assert error.square().mean().sqrt() <= 1.2 * 0.4 * 2**-11 * 4**0.5 * rms

@@ -1,0 +1,146 @@
+"""Small programs of one warp, and what the engine says of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from . import machine
+from .driver import Schedule
+from .parser import parse
+
+PROLOGUE = """
+.version 8.7
+.target sm_90a
+.address_size 64
+.extern .shared .align 16 .b8 global_smem[];
+.visible .entry kernel(
+    .param .u64 .ptr .global .align 1 kernel_param_0
+)
+.reqntid 32
+{
+    .reg .pred %p<4>;
+    .reg .b32 %r<16>;
+    .reg .b64 %rd<4>;
+    ld.param.b64 %rd1, [kernel_param_0];
+    mov.u32 %r1, %tid.x;
+    mov.b32 %r2, 0;
+    mov.b32 %r3, 0;
+    mov.b32 %r4, 0;
+    mov.b32 %r5, 0;
+    setp.lt.s32 %p1, %r1, 16;
+    setp.lt.s32 %p2, %r1, 32;
+    shl.b32 %r10, %r1, 2;
+    xor.b32 %r11, %r10, 4;
+    cvt.u64.u32 %rd2, %r10;
+    add.s64 %rd3, %rd1, %rd2;
+"""
+HALF, ALL = "@%p1 ", "@%p2 "
+MMA = (
+    "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+    "{%r2, %r3, %r4, %r5}, {%r2, %r3}, {%r2}, {%r2, %r3, %r4, %r5};"
+)
+STORE, LOAD, NEXT = "st.shared.b32 [%r10], %r1;", "ld.shared.b32 %r2, [%r10];", "[%r11]"
+LOAD_NEXT, MEET = LOAD.replace("[%r10]", NEXT), "bar.warp.sync -1;"
+
+
+def run(body, *, ctas=1, drain="at once", is_written=True, **options):
+    program = parse(f"{PROLOGUE}{body}\nret;\n}}\n")
+    data, written = np.zeros(64, np.uint32), np.full(256, is_written, np.uint8)
+    region = machine.Region(1 << 36, 256, data.ctypes.data, written)
+    schedule = Schedule(0, "random", drain)
+    return machine.run(
+        program, (ctas, 1, 1), [1 << 36], [region], 1024, schedule=schedule, **options
+    )
+
+
+LANES = "collective instruction without all of its lanes"
+MEMBERS = "member mask that leaves out a lane, or differs between lanes"
+WARP = "intra-warp shared {} without bar.warp.sync"
+
+
+@pytest.mark.parametrize(
+    ("body", "kinds"),
+    [
+        (MMA, []),
+        (ALL + MMA, []),
+        (HALF + MMA, [LANES]),
+        (f"{HALF} ret; {MMA}", [LANES]),
+        (HALF + "bar.sync 0;", ["predicated bar.sync"]),
+        (HALF + MEET, [LANES]),
+        (HALF + "bar.warp.sync 65535;", []),
+        ("shfl.sync.bfly.b32 %r2, %r3, 1, 31, -1;", []),
+        ("shfl.sync.bfly.b32 %r2, %r3, 1, 31, 0;", [MEMBERS]),
+        (HALF + "bra.uni L; mov.b32 %r2, 1;\nL:", ["bra.uni that diverges"]),
+        (ALL + "bra.uni L; mov.b32 %r2, 1;\nL:", []),
+        (HALF + "bra L; mov.b32 %r2, 1;\nL:", []),
+        (STORE + LOAD, []),
+        (STORE + MEET + LOAD_NEXT, []),
+        (STORE + LOAD_NEXT, [WARP.format("write-read")]),
+        (STORE + MEET + LOAD_NEXT + STORE, [WARP.format("read-write")]),
+        (STORE + STORE.replace("[%r10]", NEXT), [WARP.format("write-write")]),
+        (LOAD, ["shared read of uninitialised memory"]),
+        ("st.shared.b32 [%r10 + 1000], %r1;", ["shared out of bounds"]),
+        ("st.shared.b32 [%r2], %r1;", ["two lanes store DIFFERENT values to one shared address"]),
+        ("st.global.b32 [%rd1], %r1;", ["two lanes store DIFFERENT values to one address"]),
+        ("st.global.b32 [%rd1], %r2;", ["two lanes store the same value to one address"]),
+        ("ld.global.b32 %r2, [%rd3 + 252];", ["global out of bounds"]),
+        ("ld.global.b32 %r2, [%rd3 + 2];", ["misaligned global access", "fatal"]),
+        ("trap;", ["trap", "fatal"]),
+    ],
+)
+def test_kinds(body, kinds):
+    outcome = run(body)
+    assert {finding.kind for finding in outcome.findings} == set(kinds)
+    assert outcome.status == ("FATAL" if "fatal" in kinds else "ended")
+
+
+@pytest.mark.parametrize("drain", machine.DRAINS)
+def test_bytes_that_nobody_wrote(drain):
+    """Also beside those that are still on their way."""
+    store = "shl.b64 %rd2, %rd2, 1; add.s64 %rd3, %rd1, %rd2; st.global.b32 [%rd3], %r1;"
+    outcome = run(store + "ld.global.b32 %r2, [%rd3];", is_written=False, drain=drain)
+    assert outcome.findings == []
+    outcome = run(store + "ld.global.v2.b32 {%r2, %r3}, [%rd3];", is_written=False, drain=drain)
+    assert [f.kind for f in outcome.findings] == ["global read of uninitialised memory"]
+
+
+@pytest.mark.parametrize(
+    ("store", "load", "kind"),
+    [
+        ("st.global", "ld.global", "global write-read other CTA (both weak)"),
+        ("st.global", "ld.volatile.global", "global write-read other CTA (mixed weak/strong)"),
+        ("st.relaxed.gpu.global", "ld.relaxed.gpu.global", None),
+    ],
+)
+def test_two_programs(store, load, kind):
+    """One writes what the other reads, in either order."""
+    body = f"""
+        mov.u32 %r6, %ctaid.x;
+        setp.eq.s32 %p3, %r6, 0;
+        @%p3 bra W;
+        {load}.b32 %r2, [%rd3];
+        ret;
+    W:  {store}.b32 [%rd3], %r1;
+    """
+    found = {f.kind for f in run(body, ctas=2).findings}
+    weak = "both weak" if kind and "both" in kind else "mixed"
+    either = {kind, f"global read-write other CTA (UNORDERED, {weak})"} if kind else set()
+    assert bool(found) == bool(kind)
+    assert found <= either
+
+
+def test_what_never_ends():
+    endless = "L: atom.global.relaxed.gpu.add.u32 %r2, [%rd1], {}; bra L;"
+    assert run(endless.format(1), most_instructions=10_000).status == "ENDLESS"
+    assert run(endless.format(0)).status == "HANG"
+
+
+def test_a_long_computation_is_no_hang():
+    loop = "L: add.s32 %r2, %r2, 1; setp.lt.s32 %p3, %r2, 100000; @%p3 bra L;"
+    assert run(loop).status == "ended"
+
+
+def test_limits():
+    with pytest.raises(ValueError, match="16385"):
+        run("", ctas=16385)
