@@ -6,9 +6,15 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+import fastrnn
 from fastrnn import cpu, gpu, ops, planner
+from fastrnn.call import Asked, Call, Cotangents
+from fastrnn.cells import CELLS
+from fastrnn.flow import Flow, make_marks
 from fastrnn.kernels.configs import DEVICES, Device
+from fastrnn.planner import use_path
 
 
 @contextlib.contextmanager
@@ -39,3 +45,49 @@ def as_on_a_gpu(device: Device = DEVICES["h100"], precision: str = "ieee") -> It
         patched.setattr(cpu, "backward", fall_back(gpu.backward))
         patched.setattr(ops, "_with_output", lambda y, saved: (y, *saved))
         yield
+
+
+# What layers do by every schedule, whether their kernels are interpreted or emulated.
+
+
+def check_layers(schedule: str) -> None:
+    """Two layers in both directions, forward and backward."""
+    gru = fastrnn.GRU(3, 40, num_layers=2, bidirectional=True, batch_first=True)
+    x = torch.randn(2, 4, 3)
+    with use_path("reference"):
+        expected, _ = gru(x)
+    with use_path(schedule):
+        y, _ = gru(x)
+        y.sum().backward()
+    torch.testing.assert_close(y, expected)
+    assert gru.weight_hh_l1_reverse.grad.any()
+
+
+def check_empty_batch(cell: str, schedule: str) -> None:
+    """No rows at all."""
+    module = getattr(fastrnn, cell.upper())(3, 40, bidirectional=True)
+    x = torch.randn(4, 0, 3, requires_grad=True)
+    with use_path(schedule):
+        y, _ = module(x)
+        y.sum().backward()
+    assert y.shape == (4, 0, 80)
+    assert x.grad.shape == x.shape
+    assert not any(p.grad.any() for p in module.parameters())
+
+
+def check_dtypes(schedule: str) -> None:
+    """Results and gradients in half precision are in it."""
+    lstm, hidden = CELLS["lstm"], 24
+    x = torch.zeros(5, 3, 3, dtype=torch.bfloat16)
+    state = [torch.zeros(1, 3, hidden, dtype=x.dtype) for _ in lstm.states]
+    weights = [torch.zeros(4 * hidden, n, dtype=x.dtype) for n in (3, hidden)]
+    marks = make_marks(5, 3, 1, x.device, torch.tensor([3, 5, 0]), torch.ones(5, 3).bool())
+    call = Call(lstm, x, state, weights, flow=Flow(marks, state))
+    with torch.no_grad(), use_path(schedule):
+        (y, final, traces), saved = gpu.forward(call, cpu.ALL, True)
+        dx, d_state, d_fresh, d_weights = gpu.backward(
+            call, Cotangents(y, final, traces), [y, *saved], Asked()
+        )
+    results = (y, *final, *traces, dx, *d_state, *d_fresh, *d_weights)
+    assert {t.dtype for t in results} == {torch.bfloat16}
+    assert [t.shape for t in d_state] == [t.shape for t in d_fresh] == [t.shape for t in state]

@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 import torch
-from gpu_stand_in import as_on_a_gpu
+from gpu_stand_in import as_on_a_gpu, check_dtypes, check_empty_batch, check_layers
 from kernel_harness import MODES, as_on_a_device
 from test_ops import make
 
 import fastrnn
 from fastrnn import gpu, ops, planner, reference
-from fastrnn.call import Asked, Call, Cotangents
+from fastrnn.call import Call
 from fastrnn.cells import CELLS
 from fastrnn.cpu import ALL, NOTHING, STATES
 from fastrnn.flow import Flow, make_marks
@@ -96,15 +96,7 @@ def test_marks_and_traces(cell, recompute):
 
 @pytest.mark.parametrize("schedule", MODES)
 def test_use_path_takes_a_schedule(schedule):
-    gru = fastrnn.GRU(3, 40, num_layers=2, bidirectional=True, batch_first=True)
-    x = torch.randn(2, 4, 3)
-    with use_path("reference"):
-        expected, _ = gru(x)
-    with use_path(schedule):
-        y, _ = gru(x)
-        y.sum().backward()
-    torch.testing.assert_close(y, expected)
-    assert gru.weight_hh_l1_reverse.grad.any()
+    check_layers(schedule)
 
 
 def test_a_schedule_that_cannot_run_is_refused():
@@ -161,14 +153,7 @@ def test_projection_runs_without_kernels():
 @pytest.mark.parametrize("schedule", MODES)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_empty_batch(cell, schedule):
-    lstm = getattr(fastrnn, cell.upper())(3, 40, bidirectional=True)
-    x = torch.randn(4, 0, 3, requires_grad=True)
-    with use_path(schedule):
-        y, _ = lstm(x)
-        y.sum().backward()
-    assert y.shape == (4, 0, 80)
-    assert x.grad.shape == x.shape
-    assert not any(p.grad.any() for p in lstm.parameters())
+    check_empty_batch(cell, schedule)
 
 
 def test_strides_of_inputs_do_not_matter():
@@ -261,18 +246,7 @@ def test_float32_precision_follows_torchs_switches():
 
 @pytest.mark.parametrize("schedule", MODES)
 def test_gradients_have_the_dtypes_that_compilers_expect(schedule):
-    x, state, weights, _ = make("lstm", 1, dtype=torch.bfloat16)
-    weights = [w.detach() for w in weights]
-    with torch.no_grad(), use_path(schedule):
-        marks = make_marks(5, 3, 1, x.device, torch.tensor([3, 5, 0]), torch.ones(5, 3).bool())
-        call = Call(CELLS["lstm"], x.detach(), state, weights, flow=Flow(marks, state))
-        (y, final, traces), saved = gpu.forward(call, ALL, True)
-        dx, d_state, d_fresh, d_weights = gpu.backward(
-            call, Cotangents(y, final, traces), [y, *saved], Asked()
-        )
-    results = (y, *final, *traces, dx, *d_state, *d_fresh, *d_weights)
-    assert {t.dtype for t in results} == {torch.bfloat16}
-    assert [t.shape for t in d_state] == [t.shape for t in d_fresh] == [t.shape for t in state]
+    check_dtypes(schedule)
 
 
 def test_planned_mailboxes_are_filled():

@@ -12,6 +12,7 @@ import functools
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -136,9 +137,9 @@ class Emulator(contextlib.AbstractContextManager["Emulator"]):
             stack.enter_context(triton.knobs.cache.scope())
             triton.knobs.cache.dir = str(folder() / "triton")
             triton.knobs.cache.manager_class = FileCacheManager
-            stack.enter_context(_set(CUDABackend, "make_cubin", _keep_ptx))
-            stack.enter_context(_set(drivers, "_active", _Driver(self.capability)))
-            stack.enter_context(_set(Emulator, "_current", self))
+            stack.enter_context(mock.patch.object(CUDABackend, "make_cubin", _keep_ptx))
+            stack.enter_context(mock.patch.object(drivers, "_active", _Driver(self.capability)))
+            stack.enter_context(mock.patch.object(Emulator, "_current", self))
             self._exits = stack.pop_all()
         return self
 
@@ -333,13 +334,3 @@ def _keep_ptx(backend: Any, ptx: str, *_: object) -> bytes:
 @functools.lru_cache(maxsize=32)
 def _parsed(ptx: str) -> Program:
     return parse(ptx)
-
-
-@contextlib.contextmanager
-def _set(target: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(target, name)
-    setattr(target, name, value)
-    try:
-        yield
-    finally:
-        setattr(target, name, before)

@@ -132,6 +132,7 @@ def measure(case: Case, schedules: int, seconds: float) -> tuple[int, int, str]:
     if case.cell in HAVE_MAXIMUM and case.eps > 1e-4:
         good = "ok, without gradients"  # see `stable`: of so many numbers rounding decides some
     for n in range(schedules):
+        # Of one alone no bits could be compared.
         if n >= 2 and time.monotonic() - start > seconds:
             return n, instructions, good
         try:

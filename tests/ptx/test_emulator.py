@@ -17,6 +17,7 @@ from . import driver
 from .driver import EmulationError, Emulator, Schedule
 from .machine import DRAINS, POLICIES
 from .program import PtxError
+from .test_faults import IS_FENCED, UNFENCED
 
 CAPABILITIES = (80, 90)
 
@@ -144,19 +145,14 @@ def test_products(capability, dtype, precision, tolerance, block, warps, stages)
     exact = a.double() @ b.double()
     assert (c - exact).abs().max() <= tolerance * exact.abs().max()
     faults = [text for text in emulator.findings() if "(benign)" not in text]
-    unfenced = "without fence.proxy.async"
-    if _is_triton_36() and capability == 90:  # see test_faults.py
-        faults = [text for text in faults if unfenced not in text]
+    if not IS_FENCED:
+        faults = [text for text in faults if UNFENCED not in text]
     assert faults == []
     is_exact = precision == "ieee" and dtype == torch.float32
     ptx = emulator.launches[0].ptx
     is_warp_group = capability == 90 and block[0] >= 64 and not is_exact
     assert ("wgmma.mma_async" in ptx) == is_warp_group
     assert ("mma.sync" in ptx) == (not is_exact and not is_warp_group)
-
-
-def _is_triton_36():
-    return triton.__version__.startswith("3.6.")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from gpu_stand_in import as_on_a_gpu
+from gpu_stand_in import as_on_a_gpu, check_dtypes, check_empty_batch, check_layers
 from kernel_harness import (
     Layer,
     by_kernels,
@@ -23,12 +23,10 @@ from kernel_harness import (
 from minimal_gated_unit import MGU
 
 import fastrnn
-from fastrnn import devices, gpu
+from fastrnn import devices
 from fastrnn.bench import empty_gpu
-from fastrnn.call import Asked, Call, Cotangents
 from fastrnn.cells import CELLS
-from fastrnn.cpu import ALL
-from fastrnn.flow import Flow, make_marks
+from fastrnn.flow import make_marks
 from fastrnn.kernels import exchange, launch, persistent
 from fastrnn.kernels.configs import DEVICES, Config, block_s
 from fastrnn.planner import use_path
@@ -274,44 +272,20 @@ def test_forward_for_inference():
 
 
 def test_layers_by_the_persistent_schedule(emulator):
-    gru = fastrnn.GRU(3, 24, num_layers=2, bidirectional=True, batch_first=True)
-    x = torch.randn(2, 4, 3)
-    with use_path("reference"):
-        expected, _ = gru(x)
-    with as_on_a_gpu(precision="tf32x3"), use_path("persistent"):
-        y, _ = gru(x)
-        y.sum().backward()
-    torch.testing.assert_close(y, expected)
-    assert gru.weight_hh_l1_reverse.grad.any()
+    with as_on_a_gpu(precision="tf32x3"):
+        check_layers("persistent")
     assert [run.grid[0] > 1 for run in emulator.launches] == [True] * 4
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_empty_batch(cell):
-    module = getattr(fastrnn, cell.upper())(3, 40, bidirectional=True)
-    x = torch.randn(4, 0, 3, requires_grad=True)
-    with as_on_a_gpu(precision="tf32x3"), use_path("persistent"):
-        y, _ = module(x)
-        y.sum().backward()
-    assert y.shape == (4, 0, 80)
-    assert x.grad.shape == x.shape
-    assert not any(p.grad.any() for p in module.parameters())
+    with as_on_a_gpu(precision="tf32x3"):
+        check_empty_batch(cell, "persistent")
 
 
 def test_gradients_have_the_dtypes_that_compilers_expect():
-    x = torch.zeros(5, 3, 3, dtype=torch.bfloat16)
-    state = [torch.zeros(1, 3, 24, dtype=x.dtype) for _ in LSTM.states]
-    weights = [torch.zeros(96, n, dtype=x.dtype) for n in (3, 24)]
-    marks = make_marks(5, 3, 1, x.device, torch.tensor([3, 5, 0]), torch.ones(5, 3).bool())
-    call = Call(LSTM, x, state, weights, flow=Flow(marks, state))
-    with torch.no_grad(), as_on_a_gpu(), use_path("persistent"):
-        (y, final, traces), saved = gpu.forward(call, ALL, True)
-        dx, d_state, d_fresh, d_weights = gpu.backward(
-            call, Cotangents(y, final, traces), [y, *saved], Asked()
-        )
-    results = (y, *final, *traces, dx, *d_state, *d_fresh, *d_weights)
-    assert {t.dtype for t in results} == {torch.bfloat16}
-    assert [t.shape for t in d_state] == [t.shape for t in d_fresh] == [t.shape for t in state]
+    with as_on_a_gpu():
+        check_dtypes("persistent")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

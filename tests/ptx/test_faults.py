@@ -10,6 +10,8 @@ from fastrnn.kernels.configs import DEVICES, PRECISIONS, Config, Shape
 
 from .layers import Case, emulate, expected, faults
 
+# Triton PR 9610: between cp.async and a warp-group product.
+IS_FENCED = tuple(map(int, triton.__version__.split("+")[0].split(".")[:3])) >= (3, 7, 1)
 UNFENCED = "shared: generic write read by wgmma without fence.proxy.async"
 
 
@@ -23,8 +25,7 @@ def test_warp_group_products_lack_a_fence_before_triton_3_7_1(dtype):
     _, emulator = emulate(Case("lstm", 96, 50, 2, dtype, configs=(config, config)))
     assert "wgmma" in emulator.launches[0].ptx
     lacks = [text for text in faults(emulator) if UNFENCED in text]
-    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
-    assert bool(lacks) == (version < (3, 7, 1))
+    assert bool(lacks) != IS_FENCED
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -12,7 +12,7 @@ from fastrnn.kernels import configs
 from fastrnn.kernels.configs import DEVICES
 
 from .driver import Schedule
-from .layers import HAVE_MAXIMUM, MODULES, Case, check, emulate, faults, stable
+from .layers import HAVE_MAXIMUM, POINTWISE, Case, check, emulate, faults, stable
 
 # Beside the first, which every case runs: stores that arrive late in memory, a program or a warp
 # that gets little time, one program far ahead.
@@ -35,14 +35,14 @@ FORMATS = {
     "tf32x3": ("float32", "tf32x3"),
     "ieee": ("float32", "ieee"),
 }
-UNSAVED = [name for name in MODULES if not CELLS[name].n_saved]
+UNSAVED = [name for name in POINTWISE if not CELLS[name].n_saved]
 GPUS = ("a100", "h100")  # sm_80 and sm_90
 
 
 def cases_of_everything():
     """Every cell by every schedule, protocol and format; the rest, which costs little, in turn."""
     for (c, cell), (m, mode), (f, name) in itertools.product(
-        *(enumerate(names) for names in (MODULES, MODES, FORMATS))
+        *(enumerate(names) for names in (POINTWISE, MODES, FORMATS))
     ):
         exact, exchanged = name == "ieee", mode in ("flag", "counter")
         if cell == "gru" and exact and exchanged:
@@ -153,7 +153,7 @@ def test_cases_are_of_every_kind():
             (where["schedule"], where.get("protocol"), *which, fact)
             for where, which, fact in itertools.product(MODES.values(), FORMATS.values(), facts)
         }
-    assert len(cases) == len(MODULES) * len(MODES) * len(FORMATS) - 2
+    assert len(cases) == len(POINTWISE) * len(MODES) * len(FORMATS) - 2
     _, emulator = emulate(Case("gru", 40, 33, 3, processors=3, **MODES["flag"]))
     assert [launch.grid for launch in emulator.launches] == [(3, 1, 1)] * 4
 
