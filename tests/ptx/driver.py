@@ -27,10 +27,12 @@ from . import machine
 from .build import folder
 from .machine import Outcome
 from .parser import parse
-from .program import Program
+from .program import OPS, Program
 
 #: Most bytes of shared memory of a CTA, by compute capability.
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_MEMORY |= {103: 227 * 1024, 120: 99 * 1024}
+_SHARED_ACCESSES = ("LDS", "STS", "LDMATRIX", "STMATRIX")
 # Tensors lie this far apart, so that an access beside one is an access to none.
 _REGION, _FIRST_BYTE = 1 << 36, 0x10000
 # Programs of a launch that need not all be on the device at once: so many are.
@@ -58,6 +60,22 @@ class Schedule(NamedTuple):
     drain: str = "random"
 
 
+class Wavefronts(NamedTuple):
+    """What the accesses of a source line to shared memory took, of all warps together.
+
+    Attributes
+    ----------
+    place : str
+        The line, with its callers.
+    count, fewest : int
+        Wavefronts, and how many there would be if no words lay in one bank.
+    """
+
+    place: str
+    count: int
+    fewest: int
+
+
 class Launch(NamedTuple):
     """One launch, and what became of it; `tensors` are the names of its arguments by region."""
 
@@ -71,6 +89,26 @@ class Launch(NamedTuple):
     def findings(self) -> list[str]:
         """Races and other faults, each with its instructions, their source and an example."""
         return [self._named(found.show(self.program)) for found in self.outcome.findings]
+
+    def wavefronts(self) -> list[Wavefronts]:
+        """Of each source line with loads, stores or matrices of shared memory that were executed.
+
+        Needs `statistics`. What `cp.async` and `wgmma` take is not counted.
+        """
+        counts = self.outcome.statistics
+        if counts is None:
+            raise ValueError("wavefronts are counted by an emulator with statistics")
+        totals: dict[str, tuple[int, int]] = {}
+        is_shared = np.isin(self.program.code[:, 0], [OPS[name] for name in _SHARED_ACCESSES])
+        for pc in np.flatnonzero(is_shared & (counts.transactions > 0)):
+            count, fewest = totals.get(self.program.where[pc], (0, 0))
+            added = int(counts.transactions[pc]), int(counts.least[pc])
+            totals[self.program.where[pc]] = count + added[0], fewest + added[1]
+        return [Wavefronts(place, *total) for place, total in totals.items()]
+
+    def conflicts(self) -> list[Wavefronts]:
+        """Source lines with bank conflicts; of a kernel without any, none. Needs `statistics`."""
+        return [line for line in self.wavefronts() if line.count > line.fewest]
 
     def stuck(self) -> str:
         """Where the warps are that did not end, a line for each instruction."""
@@ -95,7 +133,7 @@ class Emulator(contextlib.AbstractContextManager["Emulator"]):
     Parameters
     ----------
     capability : int
-        80, 86, 89, 90 or 100.
+        One of those in `SHARED_MEMORY`.
     schedule : Schedule
     mutate : function of str, optional
         Changes the PTX of a kernel before it runs.

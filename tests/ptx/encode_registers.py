@@ -66,6 +66,54 @@ def _maximum_of_halves(statement: Statement) -> list[Word]:
     ]
 
 
+@encodes(
+    *(
+        f"{name}.{kind}"
+        for name in ("add", "sub", "mul")
+        for kind in ("f16", "bf16", "f16x2", "bf16x2")
+    )
+)
+def _arithmetic_of_halves(statement: Statement) -> list[Word]:
+    """By way of float32, from which a sum or product is rounded to what it would be at once."""
+    first, *others = statement.operands(3)
+    destination, sources = statement.destination(first, "r"), statement.sources(others)
+    operation, _, kind = statement.name.upper().partition(".")
+    halves, new, words = [[source] for source in sources], statement.assembler.temporary, []
+    if kind.endswith("X2"):
+        halves = [[new(), new()] for _ in sources]
+        words = [
+            statement.word("UNPACK32_16", pair, [source])
+            for pair, source in zip(halves, sources, strict=True)
+        ]
+    results = []
+    for pair in zip(*halves, strict=True):
+        wide = [new() for _ in range(3)]
+        words += [
+            statement.word(f"CVT_F32_{kind.removesuffix('X2')}", [to], [half])
+            for to, half in zip(wide, pair, strict=False)
+        ]
+        words.append(statement.word(f"{operation}F", wide[2:], wide[:2]))
+        results.insert(0, wide[2])
+    return [*words, statement.word(f"CVT_{kind}_F32", [destination], results)]
+
+
+@encodes("mul.wide.u16", "mul.wide.s16", "mad.wide.u16", "mad.wide.s16")
+def _wide_product_of_halves(statement: Statement) -> list[Word]:
+    """Of 32 bits, by way of factors of 32 bits."""
+    first, *factors = statement.operands(4 if statement.name.startswith("mad") else 3)
+    summands = statement.sources(factors[2:])
+    destination = statement.destination(first, "r")
+    kind = statement.name[-3].upper()
+    wide = [statement.assembler.temporary() for _ in range(2)]
+    return [
+        *(
+            statement.word(f"CVT_{kind}32_{kind}16", [to], [statement.source(text, "r")])
+            for to, text in zip(wide, factors, strict=False)
+        ),
+        statement.word("MADLO32" if summands else "MULLO32", [destination], [*wide, *summands]),
+    ]
+
+
 _ORDERED = ("eq", "ne", "lt", "le", "gt", "ge")
 # By the first letter of the type.
 _COMPARISONS = {"b": ("eq", "ne"), "s": _ORDERED, "u": (*_ORDERED, "lo", "ls", "hi", "hs")}
@@ -165,7 +213,7 @@ def _trap(statement: Statement) -> list[Word]:
 def _bra(statement: Statement) -> list[Word]:
     uniform = statement.has("uni")
     (label,) = statement.operands(1)
-    statement.assembler.jumps.append((len(statement.assembler.code), label))
+    statement.assembler.jump(label)
     return [statement.word("BRA", aux=int(uniform))]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from . import encode_memory, encode_registers, encode_warps  # noqa: F401 - they register encoders
 from .program import FIELDS, OPS, Program, PtxError
-from .statements import REGISTERS, Assembler, Register, encode, guard_and_rest
+from .statements import REGISTERS, Assembler, encode, guard_and_rest
 
 
 def parse(ptx: str) -> Program:
@@ -39,16 +39,15 @@ def parse(ptx: str) -> Program:
     header = _read_header(ptx)
     _check_outside(ptx[: header.start], 1)
     assembler = Assembler(header.params)
-    scopes: list[dict[str, Register]] = []
     origins: list[_Token] = []
     for token in _tokens(ptx, header.end):
         try:
             if token.kind == "label":
                 assembler.add_label(token.text)
             elif token.kind == "{":
-                scopes.append(assembler.registers.copy())
+                assembler.open_block()
             elif token.kind == "}":
-                assembler.registers = scopes.pop()
+                assembler.close_block()
             elif token.text.startswith("."):
                 _read_directive(assembler, token.text)
             else:
@@ -57,10 +56,10 @@ def parse(ptx: str) -> Program:
                 origins += [token] * len(words)
         except PtxError as error:
             raise _failure(token, error) from None
-    for at, label in assembler.jumps:
-        if label not in assembler.labels:
+    for at, label, labels in assembler.jumps:
+        if label not in labels:
             raise _failure(origins[at], f"there is no label {label}")
-        assembler.code[at][-1] = assembler.labels[label]
+        assembler.code[at][-1] = labels[label]
     assembler.code.append([OPS["RET"], -1, *[0] * (FIELDS - 2)])
     source = origins[-1].source if origins else "?"
     origins.append(_Token("statement", "(end)", len(ptx.splitlines()), source))
@@ -76,7 +75,7 @@ def parse(ptx: str) -> Program:
         [token.text for token in origins],
         [token.source for token in origins],
         [token.line for token in origins],
-        assembler.labels,
+        dict(assembler.labels),
     )
 
 
@@ -168,8 +167,8 @@ _NEXT = re.compile(r"(?P<label>[\w$]+)\s*:(?!:)|(?P<brace>[{}])|(?P<statement>[^
 def _tokens(ptx: str, start: int) -> Iterator[_Token]:
     """Split the body of a kernel, up to the brace that closes it.
 
-    A brace where a statement may begin opens or closes a scope, as inline assembly does for
-    registers of its own; others belong to operands.
+    A brace where a statement may begin opens or closes a block, as inline assembly does for
+    registers and labels of its own; others belong to operands.
     """
     first = ptx.count("\n", 0, start) + 1
     rest, source, depth, begun = "", "?", 1, first

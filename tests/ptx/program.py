@@ -67,7 +67,7 @@ class Program:
     text, where, line : list
         Of every instruction: as it was written, its line in the source, its line in the PTX.
     labels : dict of str to int
-        The instructions that they stand before.
+        The instructions that they stand before; without those of blocks.
     """
 
     name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -40,17 +41,27 @@ class Register(NamedTuple):
 
 
 class Assembler:
-    """What the encoded instructions refer to: registers, constants, parameters, labels."""
+    """What the encoded instructions refer to: registers, constants, parameters, labels.
+
+    Names of registers and labels are those of the block that is open, which hide those of the
+    blocks around it; a label may stand behind the jumps to it.
+    """
 
     def __init__(self, params: Sequence[str]) -> None:
         self.params = params
-        self.registers: dict[str, Register] = {}
+        self.registers: ChainMap[str, Register] = ChainMap()
         self.counts = {"r": 0, "d": 0, "p": 0}
         self.constants: dict[str, dict[int, int]] = {"r": {}, "d": {}}
         self.pool: list[int] = []
         self.code: list[Word] = []
-        self.labels: dict[str, int] = {}
-        self.jumps: list[tuple[int, str]] = []
+        self.labels: ChainMap[str, int] = ChainMap()
+        self.jumps: list[tuple[int, str, ChainMap[str, int]]] = []
+
+    def open_block(self) -> None:
+        self.registers, self.labels = self.registers.new_child(), self.labels.new_child()
+
+    def close_block(self) -> None:
+        self.registers, self.labels = self.registers.parents, self.labels.parents
 
     def declare(self, kind: str, name: str) -> None:
         """Add a register, or with ``<n>`` behind the name so many."""
@@ -59,6 +70,8 @@ class Assembler:
             raise PtxError(f"{name!r} is not the name of a register")
         names = [f"{found[1]}{n}" for n in range(int(found[2]))] if found[2] else [name]
         for each in names:
+            if each in self.registers.maps[0]:
+                raise PtxError(f"there is another register {each}")
             self.registers[each] = Register(kind, self.temporary(kind))
 
     def temporary(self, kind: str = "r") -> int:
@@ -67,9 +80,13 @@ class Assembler:
         return self.counts[kind] - 1
 
     def add_label(self, name: str) -> None:
-        if name in self.labels:
+        if name in self.labels.maps[0]:
             raise PtxError("there is another label of this name")
         self.labels[name] = len(self.code)
+
+    def jump(self, label: str) -> None:
+        """The next instruction goes there."""
+        self.jumps.append((len(self.code), label, self.labels))
 
     def is_wide(self, text: str) -> bool:
         """Whether this is a register of 64 bits."""

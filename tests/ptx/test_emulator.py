@@ -12,6 +12,7 @@ import triton.language as tl
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.runtime.errors import OutOfResources
 
 from . import driver
 from .driver import EmulationError, Emulator, Schedule
@@ -93,7 +94,7 @@ def strided_kernel(x_ptr, out_ptr, stride, BLOCK: tl.constexpr):  # noqa: N803
     tl.store(out_ptr + at, tl.load(x_ptr + at * stride))
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", driver.SHARED_MEMORY)
 def test_sum(capability):
     x, y = torch.randn(2, 1000)
     with Emulator(capability) as emulator, emulator.watching():
@@ -315,6 +316,302 @@ def test_gluon():
         out = torch.empty(256)
         gluon_kernel[(1,)](torch.arange(256.0), out, BLOCK=256)
     assert torch.equal(out, torch.arange(256.0).flip(0) + 1)
+    assert emulator.findings() == []
+
+
+@pytest.mark.parametrize(("capability", "fits"), [(103, True), (120, False)])
+def test_shared_memory_of_a_device(capability, fits):
+    """128 KiB."""
+    out = torch.empty(2**15)
+    with Emulator(capability):
+        if fits:
+            gluon_kernel[(1,)](torch.ones(2**15), out, BLOCK=2**15)
+        else:
+            with pytest.raises(OutOfResources, match=r"Required: 131072, .*: 101376"):
+                gluon_kernel[(1,)](torch.ones(2**15), out, BLOCK=2**15)
+    assert not fits or torch.equal(out, torch.full((2**15,), 2.0))
+
+
+@gluon.jit
+def transpose_kernel(x_ptr, out_ptr, SHARED: gl.constexpr):  # noqa: N803
+    by_row: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+    by_column: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1])
+    i = gl.arange(0, 32, layout=gl.SliceLayout(1, by_row))[:, None]
+    j = gl.arange(0, 32, layout=gl.SliceLayout(0, by_row))[None, :]
+    shared = gl.allocate_shared_memory(gl.float32, [32, 32], SHARED)
+    shared.store(gl.load(x_ptr + i * 32 + j))
+    i = gl.arange(0, 32, layout=gl.SliceLayout(1, by_column))[:, None]
+    j = gl.arange(0, 32, layout=gl.SliceLayout(0, by_column))[None, :]
+    gl.store(out_ptr + i + j * 32, shared.load(by_column))
+
+
+@pytest.mark.parametrize(("phases", "expected"), [(1, 1024), (32, 32)])
+def test_conflicts(phases, expected):
+    """A warp stores rows of 32 words and loads columns, which lie in one bank or are swizzled."""
+    x, out = torch.randn(32, 32), torch.empty(32, 32)
+    shared = gl.SwizzledSharedLayout(1, 1, phases, [1, 0])
+    with Emulator(90, statistics=True) as emulator:
+        transpose_kernel[(1,)](x, out, shared)
+    assert torch.equal(out, x.t())
+    (launch,) = emulator.launches
+    first = transpose_kernel.starting_line_number  # of the decorator
+    lines = [(rf"test_emulator\.py:{first + 7}:\d+", 32), (rf"{first + 10}:\d+", expected)]
+    for (place, count), found in zip(lines, launch.wavefronts(), strict=True):
+        assert re.search(place, found.place)
+        assert (found.count, found.fewest) == (count, 32)
+    assert launch.conflicts() == launch.wavefronts()[1:] * (expected > 32)
+
+
+def test_conflicts_need_statistics():
+    with Emulator(90) as emulator:
+        add_kernel[(1,)](*torch.ones(3, 256), 256, BLOCK=256)
+    with pytest.raises(ValueError, match="an emulator with statistics"):
+        emulator.launches[0].conflicts()
+
+
+@gluon.jit
+def assembly_kernel(x_ptr, out_ptr, ASM: gl.constexpr, CONSTRAINTS: gl.constexpr):  # noqa: N803
+    at = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    x = gl.load(x_ptr + at)
+    y = gl.inline_asm_elementwise(ASM, CONSTRAINTS, (x,), out_ptr.dtype.element_ty, False, 1)
+    gl.store(out_ptr + at, y)
+
+
+def assembled(asm, x, out_dtype=torch.int32):
+    out = torch.empty(x.shape, dtype=out_dtype)
+    kinds = ["=r" if out_dtype == torch.int32 else "=f", "r" if x.dtype == torch.int32 else "f"]
+    with Emulator(90) as emulator:
+        assembly_kernel[(1,)](x, out, asm, ",".join(kinds))
+    assert emulator.findings() == []
+    return out
+
+
+@pytest.mark.parametrize(
+    ("asm", "expected"),
+    [
+        ("mov.u32 $0, %laneid;", lambda x: torch.arange(128) % 32),
+        # bytes 3 2 1 0 of x; the first two of it behind those of itself
+        ("prmt.b32 $0, $1, $1, 0x0123;", lambda x: x.view(torch.uint8).view(-1, 4).flip(1)),
+        ("prmt.b32 $0, $1, 7, 0x1054;", lambda x: (x << 16) | 7),
+        ("{ .reg .b16 a, b; mov.b32 {a, b}, $1; mov.b32 $0, {b, a}; }", lambda x: x.roll(1, 0)),
+        (
+            "{ .reg .pred p; setp.gt.s32 p, $1, 0; setp.lt.and.s32 p, $1, 9, p; "
+            "selp.b32 $0, 1, 0, p; }",
+            lambda x: (x > 0) & (x < 9),
+        ),
+        (
+            "{ .reg .pred p; setp.lt.s32 p, $1, 0; setp.gt.or.s32 p, $1, 9, !p; "
+            "selp.b32 $0, 1, 0, p; }",
+            lambda x: (x > 9) | ~(x < 0),
+        ),
+        (
+            "{ .reg .pred p, q; setp.lt.s32 p, $1, 0; setp.eq.xor.s32 p|q, $1, -3, p; "
+            "selp.b32 $0, 1, 0, p; @q add.s32 $0, $0, 2; }",
+            lambda x: ((x < 0) ^ (x == -3)) + 2 * ((x < 0) ^ (x != -3)),
+        ),
+        ("redux.sync.add.s32 $0, $1, -1;", lambda x: x.view(4, 32).sum(1).repeat_interleave(32)),
+        ("redux.sync.max.s32 $0, $1, -1;", lambda x: x.view(4, 32).amax(1).repeat_interleave(32)),
+        (
+            "{ .reg .b32 n; mov.b32 $0, 0; and.b32 n, $1, 15;\n"
+            "AGAIN: add.s32 $0, $0, n; sub.s32 n, n, 1; .reg .pred p; setp.gt.s32 p, n, 0;\n"
+            "@p bra AGAIN; }",
+            lambda x: ((x & 15) * ((x & 15) + 1)) // 2,
+        ),
+    ],
+)
+def test_inline_assembly(asm, expected):
+    x = torch.arange(-20, 108, dtype=torch.int32)
+    if "b, a" in asm:
+        wanted = x.view(torch.int16).view(-1, 2).flip(1).contiguous().view(torch.int32).flatten()
+    else:
+        wanted = expected(x)
+    if wanted.dtype == torch.uint8:
+        wanted = wanted.contiguous().view(torch.int32).flatten()
+    assert torch.equal(assembled(asm, x), wanted.to(torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("asm", "expected"),
+    [
+        ("ex2.approx.ftz.f32 $0, $1;", torch.exp2),
+        ("rcp.approx.ftz.f32 $0, $1;", torch.reciprocal),
+    ],
+)
+def test_approximations(asm, expected):
+    x = torch.cat([torch.linspace(-100, 100, 124), torch.tensor([0.0, -0.0, torch.inf, torch.nan])])
+    found, exact = assembled(asm, x, torch.float32), expected(x.double()).float()
+    torch.testing.assert_close(found, exact, rtol=2**-23, atol=0, equal_nan=True)
+
+
+# How a thread's four words are stored and loaded; halves of a word one by one.
+PIECES = {"b16": 0, "b32": 1, "v2.b32": 2, "v4.b32": 4}
+
+
+def publish_asm(form):
+    """Store four words, $4 and on, at the address $8; what they were is also the result."""
+    lines = ["{", ".reg .b16 low, high;"]
+    for i in range(0, 4, PIECES[form] or 1):
+        words = [f"${4 + n}" for n in range(i, i + (PIECES[form] or 1))]
+        if form == "b16":
+            lines.append(f"mov.b32 {{low, high}}, {words[0]};")
+            lines += [
+                f"st.relaxed.gpu.global.b16 [$8+{4 * i + 2 * n}], {half};"
+                for n, half in enumerate(("low", "high"))
+            ]
+        else:
+            vector = words[0] if form == "b32" else f"{{{', '.join(words)}}}"
+            lines.append(f"st.relaxed.gpu.global.{form} [$8+{4 * i}], {vector};")
+    return "\n".join([*lines, *(f"mov.b32 ${n}, ${4 + n};" for n in range(4)), "}"])
+
+
+def poll_asm(form):
+    """Load the four words at the address $4, those that are missing again until all are there."""
+    size = PIECES[form] or 1
+    lines = ["{", ".reg .pred missing<4>, any;", ".reg .b16 low, high;", ".reg .b32 x;"]
+    lines += [f"mov.b32 ${n}, -1;" for n in range(4)]
+    lines.append("AGAIN:")
+    for first in range(0, 4, size):
+        p = f"missing{first}"
+        for n in range(first, first + size):
+            joined, before = (".or", f", {p}") if n > first else ("", "")
+            if form == "b16":  # a half that is all ones carries out of it
+                lines.append(f"add.u32 x, ${n}, 65537;\nnot.b32 x, x;\nand.b32 x, x, ${n};")
+                lines.append(f"and.b32 x, x, -2147450880;\nsetp.ne.s32 {p}, x, 0;")
+            else:
+                lines.append(f"setp.eq{joined}.s32 {p}, ${n}, -1{before};")
+        lines.append(f"or.pred any, any, {p};" if first else f"mov.pred any, {p};")
+        words = [f"${n}" for n in range(first, first + size)]
+        if form == "b16":
+            lines.append(f"@{p} ld.relaxed.gpu.global.b16 low, [$4+{4 * first}];")
+            lines.append(f"@{p} ld.relaxed.gpu.global.b16 high, [$4+{4 * first + 2}];")
+            lines.append(f"@{p} mov.b32 {words[0]}, {{low, high}};")
+        else:
+            vector = words[0] if form == "b32" else f"{{{', '.join(words)}}}"
+            lines.append(f"@{p} ld.relaxed.gpu.global.{form} {vector}, [$4+{4 * first}];")
+    return "\n".join([*lines, "@!any bra DONE;", "bra AGAIN;", "DONE:", "}"])
+
+
+@gluon.jit
+def relay_kernel(box_ptr, out_ptr, rounds, PUBLISH: gl.constexpr, POLL: gl.constexpr):  # noqa: N803
+    """Every program tells the one before it its words and takes those of the next, twice a round.
+
+    Beside the words, their sum, which all lanes of a warp make together.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [2], [0])
+    at = gl.arange(0, 256, layout=layout)
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    words, total, row = program * 1000 + at, 0, 0
+    for _ in range(rounds):
+        for _ in gl.static_range(2):
+            own = box_ptr + (row + program) * 256 + at
+            gl.inline_asm_elementwise(
+                PUBLISH, "=&r,=&r,=&r,=&r,r,r,r,r,l,l,l,l", (words, own), gl.int32, False, 4
+            )
+            others = box_ptr + (row + (program + 1) % programs) * 256 + at
+            words = gl.inline_asm_elementwise(
+                POLL, "=&r,=&r,=&r,=&r,l,l,l,l", (others,), gl.int32, False, 4
+            )
+            total += gl.sum(words, 0)
+            words += 1
+            row += programs
+    gl.store(out_ptr + program * 256 + at, words + total)
+
+
+def relay(stored, loaded, schedule, *, mutate=str, programs=3, rounds=2):
+    box = torch.full((2 * rounds, programs, 256), -1, dtype=torch.int32)
+    emulator = Emulator(90, schedule, mutate=mutate)
+    with emulator, emulator.watching():
+        out = torch.empty(programs, 256, dtype=torch.int32)
+        relay_kernel[(programs,)](
+            box, out, rounds, publish_asm(stored), poll_asm(loaded),
+            num_warps=2, launch_cooperative_grid=True,
+        )  # fmt: skip
+    words = torch.arange(programs)[:, None] * 1000 + torch.arange(256)
+    total = 0
+    for _ in range(2 * rounds):
+        words = words.roll(-1, 0)
+        total += words.sum(1, keepdim=True)
+        words = words + 1
+    return emulator, torch.equal(out, (words + total).int())
+
+
+@pytest.mark.parametrize("drain", DRAINS)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("form", PIECES)
+def test_words_that_are_polled(form, policy, drain):
+    """A loop in inline assembly, in which each thread waits for its own words."""
+    emulator, is_right = relay(form, form, Schedule(5, policy, drain))
+    assert is_right
+    assert emulator.findings() == []
+    assert emulator.launches[0].ptx.count("AGAIN:") == 2
+
+
+POLLED = "global write-read other CTA"
+
+
+@pytest.mark.parametrize(
+    ("stored", "loaded", "kind"),
+    [
+        ("b32", "v2.b32", None),
+        ("b32", "v4.b32", None),
+        ("v4.b32", "v2.b32", None),
+        ("v4.b32", "b32", None),
+        ("b32", "b16", f"{POLLED} (both strong, of different sizes)"),
+        ("v2.b32", "b16", f"{POLLED} (both strong, of different sizes)"),
+    ],
+)
+def test_pieces_that_are_polled(stored, loaded, kind):
+    """Vectors are accesses of their elements; who loads a part of a word that is stored, races."""
+    for seed in range(3):
+        emulator, is_right = relay(stored, loaded, Schedule(seed, "random", "lazy"))
+        assert is_right
+        kinds = {found.kind for found in emulator.launches[0].outcome.findings}
+        assert kind in kinds if kind else not kinds
+
+
+def test_halves_that_are_polled_as_a_word():
+    """One half may be there and look like all of it."""
+    rights, kinds = set(), set()
+    for seed in range(5):
+        emulator, is_right = relay("b16", "v4.b32", Schedule(seed, "random", "random"))
+        rights.add(is_right)
+        kinds |= {found.kind for found in emulator.launches[0].outcome.findings}
+    assert False in rights
+    assert f"{POLLED} (both strong, of different sizes)" in kinds
+
+
+@pytest.mark.parametrize(("old", "new"), [("st.relaxed.gpu", "st"), ("ld.relaxed.gpu", "ld")])
+def test_weak_words_that_are_polled(old, new):
+    kinds = set()
+    for seed in range(3):
+        schedule = Schedule(seed, "random", "at once")
+        emulator, _ = relay("b32", "v4.b32", schedule, mutate=lambda ptx: ptx.replace(old, new))
+        kinds |= {found.kind for found in emulator.launches[0].outcome.findings}
+    assert f"{POLLED} (mixed weak/strong)" in kinds
+
+
+def test_words_that_are_polled_in_vain():
+    """It says where, by the line of the copy of the assembly."""
+    with pytest.raises(EmulationError, match=r"(?s)relay_kernel: HANG.*ld\.relaxed.*test_emulator"):
+        relay("b32", "b32", Schedule(), mutate=lambda ptx: re.sub(r"st\.relaxed.*", "", ptx))
+
+
+@gluon.jit
+def tell_kernel(out_ptr, ASM: gl.constexpr):  # noqa: N803
+    at = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    to = (out_ptr + at).to(gl.int64)
+    gl.inline_asm_elementwise(ASM, "=r,r,l", (at, to), gl.int32, False, 1)
+
+
+def test_stores_under_predicates():
+    asm = (
+        "{ .reg .pred p; setp.lt.u32 p, $1, 40; @p bra GO; mov.u32 $0, 1; "
+        "setp.gt.u32 p, $1, 99; @p st.global.u32 [$2], $1; bra DONE; GO: mov.u32 $0, 0; DONE: }"
+    )
+    with Emulator(90) as emulator:
+        out = torch.zeros(128, dtype=torch.int32)
+        tell_kernel[(1,)](out, asm)
+    assert torch.equal(out, torch.arange(128).where(torch.arange(128) > 99, 0).int())
     assert emulator.findings() == []
 
 

@@ -21,6 +21,7 @@ PROLOGUE = """
 {
     .reg .pred %p<4>;
     .reg .b32 %r<16>;
+    .reg .b16 %rs<4>;
     .reg .b64 %rd<4>;
     ld.param.b64 %rd1, [kernel_param_0];
     mov.u32 %r1, %tid.x;
@@ -44,11 +45,11 @@ STORE, LOAD, NEXT = "st.shared.b32 [%r10], %r1;", "ld.shared.b32 %r2, [%r10];", 
 LOAD_NEXT, MEET = LOAD.replace("[%r10]", NEXT), "bar.warp.sync -1;"
 
 
-def run(body, *, ctas=1, drain="at once", is_written=True, **options):
+def run(body, *, ctas=1, seed=0, drain="at once", is_written=True, **options):
     program = parse(f"{PROLOGUE}{body}\nret;\n}}\n")
     data, written = np.zeros(64, np.uint32), np.full(256, is_written, np.uint8)
     region = machine.Region(1 << 36, 256, data.ctypes.data, written)
-    schedule = Schedule(0, "random", drain)
+    schedule = Schedule(seed, "random", drain)
     return machine.run(
         program, (ctas, 1, 1), [1 << 36], [region], 1024, schedule=schedule, **options
     )
@@ -105,29 +106,103 @@ def test_bytes_that_nobody_wrote(drain):
     assert [f.kind for f in outcome.findings] == ["global read of uninitialised memory"]
 
 
+WEAK, MIXED = "both weak", "mixed weak/strong"
+SIZES = "both strong, of different sizes"
+ST, LD = "st.relaxed.gpu.global", "ld.relaxed.gpu.global"
+HALVES = f"mov.b32 {{%rs1, %rs2}}, %r1; {ST}.b16 [%rd3], %rs1; {ST}.b16 [%rd3+2], %rs2;"
+FOUR = f"setp.eq.s32 %p3, %r1, 0; @%p3 {ST}.v4.b32 [%rd1], {{%r1, %r2, %r3, %r4}};"
+LOAD_FOUR = f"{LD}.v4.b32 {{%r2, %r3, %r4, %r5}}, [%rd1];"
+
+
 @pytest.mark.parametrize(
-    ("store", "load", "kind"),
+    ("store", "load", "how"),
     [
-        ("st.global", "ld.global", "global write-read other CTA (both weak)"),
-        ("st.global", "ld.volatile.global", "global write-read other CTA (mixed weak/strong)"),
-        ("st.relaxed.gpu.global", "ld.relaxed.gpu.global", None),
+        ("st.global.b32 [%rd3], %r1;", "ld.global.b32 %r2, [%rd3];", WEAK),
+        ("st.global.b32 [%rd3], %r1;", "ld.volatile.global.b32 %r2, [%rd3];", MIXED),
+        ("st.global.b32 [%rd3], %r1;", f"{LD}.b32 %r2, [%rd3];", MIXED),
+        ("st.global.b32 [%rd3], %r1;", LOAD_FOUR, MIXED),
+        (f"{ST}.b32 [%rd3], %r1;", "ld.global.b32 %r2, [%rd3];", MIXED),
+        # the same bytes by strong operations
+        (f"{ST}.b32 [%rd3], %r1;", f"{LD}.b32 %r2, [%rd3];", None),
+        (HALVES, f"{LD}.b16 %rs3, [%rd3+2];", None),
+        ("red.relaxed.gpu.global.add.u32 [%rd3], %r1;", f"{LD}.b32 %r2, [%rd3];", None),
+        # of vectors, each element
+        (f"{ST}.b32 [%rd3], %r1;", LOAD_FOUR, None),
+        (f"{ST}.v2.b32 [%rd2], {{%r1, %r1}};", f"{LD}.b32 %r2, [%rd3];", None),
+        (f"{ST}.v2.b32 [%rd2], {{%r1, %r1}};", LOAD_FOUR, None),
+        (FOUR, LOAD_FOUR, None),
+        (HALVES, f"{LD}.v2.b16 {{%rs1, %rs2}}, [%rd3];", None),
+        # some of the same bytes
+        (f"{ST}.b32 [%rd3], %r1;", f"{LD}.b16 %rs1, [%rd3];", SIZES),
+        (f"{ST}.b32 [%rd3], %r1;", f"{LD}.b16 %rs1, [%rd3+2];", SIZES),
+        (f"{ST}.b32 [%rd3], %r1;", f"{LD}.v2.b16 {{%rs1, %rs2}}, [%rd3];", SIZES),
+        (HALVES, f"{LD}.b32 %r2, [%rd3];", SIZES),
+        (HALVES, LOAD_FOUR, SIZES),
+        (FOUR, f"{LD}.v2.b64 {{%rd2, %rd3}}, [%rd1];", SIZES),
+        ("red.relaxed.gpu.global.add.u32 [%rd3], %r1;", f"{LD}.b16 %rs1, [%rd3];", SIZES),
     ],
 )
-def test_two_programs(store, load, kind):
+def test_two_programs(store, load, how):
     """One writes what the other reads, in either order."""
     body = f"""
+        mul.wide.u32 %rd2, %r1, 8;
+        add.s64 %rd2, %rd1, %rd2;
         mov.u32 %r6, %ctaid.x;
         setp.eq.s32 %p3, %r6, 0;
         @%p3 bra W;
-        {load}.b32 %r2, [%rd3];
+        {load}
         ret;
-    W:  {store}.b32 [%rd3], %r1;
+    W:  {store}
     """
-    found = {f.kind for f in run(body, ctas=2).findings}
-    weak = "both weak" if kind and "both" in kind else "mixed"
-    either = {kind, f"global read-write other CTA (UNORDERED, {weak})"} if kind else set()
-    assert bool(found) == bool(kind)
-    assert found <= either
+    orders = set()
+    for seed in range(4):
+        found = {f.kind for f in run(body, ctas=2, seed=seed).findings}
+        assert bool(found) == bool(how)
+        orders |= found
+    unordered = {WEAK: WEAK, MIXED: "mixed", SIZES: "of different sizes"}.get(how)
+    assert orders <= {
+        f"global write-read other CTA ({how})",
+        f"global read-write other CTA (UNORDERED, {unordered})",
+    }
+
+
+def test_two_programs_store():
+    """Words, and halves of them."""
+    body = f"""
+        mov.u32 %r6, %ctaid.x;
+        setp.eq.s32 %p3, %r6, 0;
+        @%p3 {ST}.b32 [%rd3], %r1;
+        mov.b16 %rs1, 1;
+        @!%p3 {ST}.b{{}} [%rd3], {{}};
+    """
+    assert run(body.format(32, "%r1"), ctas=2).findings == []
+    kinds = {f.kind for f in run(body.format(16, "%rs1"), ctas=2).findings}
+    assert kinds == {f"global write-write other CTA ({SIZES})"}
+
+
+@pytest.mark.parametrize(("release", "kinds"), [("release", set()), ("relaxed", {WEAK})])
+@pytest.mark.parametrize("place", [0, 4])
+def test_an_element_of_a_vector_releases(release, kinds, place):
+    """A vector is an operation for each of its elements, of release patterns too."""
+    body = f"""
+        setp.ne.s32 %p1, %r1, 0;
+        @%p1 ret;
+        mov.u32 %r6, %ctaid.x;
+        mov.b32 %r7, 1;
+        setp.eq.s32 %p3, %r6, 0;
+        @%p3 bra W;
+    L:  ld.acquire.gpu.global.b32 %r2, [%rd1 + {64 + place}];
+        setp.eq.s32 %p2, %r2, 0;
+        @%p2 bra L;
+        ld.global.b32 %r2, [%rd1];
+        ret;
+    W:  st.global.b32 [%rd1], %r7;
+        st.{release}.gpu.global.v2.b32 [%rd1 + 64], {{%r7, %r7}};
+    """
+    outcome = run(body, ctas=2)
+    assert outcome.status == "ended"
+    found = {f.kind for f in outcome.findings}
+    assert found == {f"global write-read other CTA ({kind})" for kind in kinds}
 
 
 def test_what_never_ends():

@@ -90,6 +90,8 @@ ONE_WORD = [
     ("mov.b64 	%rd1, -9223372036854775808;", "MOV64", [1], [~0], {}),
     ("mov.u32 	%r1, %ctaid.y;", "SREG", [1], [], {"aux": SREGS["%ctaid.y"]}),
     ("mov.b32 	{_, %rs1}, %r2;", "UNPACK32_16", [SINK, RS + 1], [2], {}),
+    ("mov.b32 	%r1, {%rs0, %rs1};", "PACK32_16", [1], [40, 41], {}),
+    ("mov.u32 	%r1, %laneid;", "SREG", [1], [], {"aux": SREGS["%laneid"]}),
     ("mov.b64 	{%r1, %r2}, %rd3;", "UNPACK64_32", [1, 2], [3], {}),
     ("mov.b64 	%rd1, {%r2, 0};", "PACK64_32", [1], [2, ~0], {}),
     ("mov.b64 	%rd1, {%rs0, %rs1, %rs2, %rs3};", "PACK64_16", [1], [40, 41, 42, 43], {}),
@@ -111,6 +113,8 @@ ONE_WORD = [
         [1, ~0, 3],
         {"aux": 1, "aux2": 6},
     ),
+    ("setp.gt.and.s32 %p1, %r1, 3, %p1;", "SETPS32", [1], [1, ~0, 1], {"aux": 4, "aux2": 1}),
+    ("setp.eq.or.s32 %p1, %r1, -1, %p2;", "SETPS32", [1], [1, ~0, 2], {"aux2": 2}),
     # loads and stores
     ("ld.global.b32 { %r1 }, [ %rd2 + 0 ];", "LDG", [1], [2], {"aux": 4, "aux2": 1 | SYS}),
     (
@@ -154,6 +158,55 @@ ONE_WORD = [
         [],
         [1, ~0],
         {"flags": RELEASE, "aux": 4, "aux2": 1 | GPU},
+    ),
+    (
+        "ld.relaxed.gpu.global.b16 %rs1, [%rd2+2];",
+        "LDG",
+        [RS + 1],
+        [2],
+        {"imm": 2, "flags": RELAXED, "aux": 2, "aux2": 1 | GPU},
+    ),
+    (
+        "ld.relaxed.gpu.global.v2.b32 {%r1, %r2}, [%rd2];",
+        "LDG",
+        [1, 2],
+        [2],
+        {"flags": RELAXED, "aux": 4, "aux2": 2 | GPU},
+    ),
+    (
+        "ld.relaxed.gpu.global.L1::no_allocate.v4.b32 {%r1, %r2, _, %r4}, [%rd2+16];",
+        "LDG",
+        [1, 2, SINK, 4],
+        [2],
+        {"imm": 16, "flags": RELAXED, "aux": 4, "aux2": 4 | GPU},
+    ),
+    (
+        "st.relaxed.gpu.global.b16 [%rd2+2], %rs1;",
+        "STG",
+        [],
+        [2, RS + 1],
+        {"imm": 2, "flags": RELAXED, "aux": 2, "aux2": 1 | GPU},
+    ),
+    (
+        "st.relaxed.gpu.global.v2.b32 [%rd2], {%r1, %r2};",
+        "STG",
+        [],
+        [2, 1, 2],
+        {"flags": RELAXED, "aux": 4, "aux2": 2 | GPU},
+    ),
+    (
+        "st.relaxed.gpu.global.v4.b32 [%rd2], {%r1, %r2, %r3, %r4};",
+        "STG",
+        [],
+        [2, 1, 2, 3, 4],
+        {"flags": RELAXED, "aux": 4, "aux2": 4 | GPU},
+    ),
+    (
+        "st.global.u32 [%rd2], -1;",
+        "STG",
+        [],
+        [2, ~0],
+        {"aux": 4, "aux2": 1 | SYS},
     ),
     # atomics and fences
     (
@@ -313,6 +366,18 @@ def test_several_words():
         ("MAXF", [R + 2], [R, R + 1], {}),
         ("CVT_BF16_F32", [1], [R + 2], {}),
     ]
+    sums = parse(ptx_of("sub.f16x2 %r1, %r1, %r2;"))
+    assert words(sums) == [
+        ("UNPACK32_16", [R, R + 1], [1], {}),
+        ("UNPACK32_16", [R + 2, R + 3], [2], {}),
+        ("CVT_F32_F16", [R + 4], [R], {}),
+        ("CVT_F32_F16", [R + 5], [R + 2], {}),
+        ("SUBF", [R + 6], [R + 4, R + 5], {}),
+        ("CVT_F32_F16", [R + 7], [R + 1], {}),
+        ("CVT_F32_F16", [R + 8], [R + 3], {}),
+        ("SUBF", [R + 9], [R + 7, R + 8], {}),
+        ("CVT_F16X2_F32", [1], [R + 9, R + 6], {}),
+    ]
     pairs = parse(ptx_of("setp.gt.f16x2 %p1|%p2, %r1, %r2;"))
     assert words(pairs) == [
         ("UNPACK32_16", [R, R + 1], [1], {}),
@@ -326,7 +391,7 @@ def test_several_words():
         ("AND32", [RS + 1], [R, ~0], {}),
     ]
     assert narrow.const32.tolist() == [0xFF]
-    for program in (mixed, load, store, maximum, halves, pairs, narrow):
+    for program in (mixed, load, store, maximum, halves, sums, pairs, narrow):
         assert len(program.code) == len(program.text) == len(program.where) == len(program.line)
 
 
@@ -533,8 +598,10 @@ UNKNOWN = [
     (".branchtargets $L__BB0_1;", "not known"),
     (".reg .b128 %rq<2>;", r"type \.b128"),
     (".reg .b32 %r[2];", "not the name"),
+    (".reg .b32 %r<2>;", "another register %r0"),
     # structure
     ("here: here:", "another label"),
+    ("here: { here: } here:", "another label"),
     ("add.s32 %r1, %r2, %r3\n\t.loc 1 9 9\n;", "no ; ends it"),
 ]
 
@@ -601,6 +668,74 @@ def test_unfinished_kernel():
         parse(text)
     with pytest.raises(PtxError, match=r"ptx:18 add at kernel.py:7:5: the kernel does not end"):
         parse(f"{text} add")
+
+
+# Waits for a word; as inline assembly of its own, with names that every copy of it has.
+WAIT = """\
+	// begin inline asm
+	{
+	.reg .pred any, gone; .reg .b32 x, t<2>;
+AGAIN:
+	ld.relaxed.gpu.global.b32 x, [%rd1];
+	setp.eq.s32 any, x, -1;
+	@!any bra DONE;
+	@gone bra $L__END;
+	bra AGAIN;
+DONE:
+	mov.b32 %r0, x; }
+	// end inline asm
+"""
+
+
+def test_one_block_several_times():
+    """Each copy of inline assembly has registers and labels of its own."""
+    program = parse(ptx_of(f"{WAIT}{WAIT}DONE:\n{WAIT}\tbra DONE;\n$L__END:"))
+    copies = 3
+    assert program.counts == (R + 3 * copies, D, P + 2 * copies)
+    assert program.labels == {"DONE": 12, "$L__END": 19}
+    *blocks, back = words(program)
+    for n in range(copies):
+        x, (any_, gone), first = R + 3 * n, (P + 2 * n, P + 2 * n + 1), 6 * n
+        assert blocks[first : first + 6] == [
+            ("LDG", [x], [1], {"flags": RELAXED, "aux": 4, "aux2": 1 | GPU}),
+            ("SETPS32", [any_], [x, ~0], {}),
+            ("BRA", [], [], {"target": first + 5}),
+            ("BRA", [], [], {"target": 19}),
+            ("BRA", [], [], {"target": first} if n else {}),
+            ("MOV32", [0], [x], {}),
+        ]
+        assert program.code[first + 2 : first + 4, 1:3].tolist() == [[any_, 1], [gone, 0]]
+    assert back == ("BRA", [], [], {"target": 12})
+
+
+def test_blocks_in_blocks():
+    """A name is that of the innermost block that has it, also if it comes later."""
+    program = parse(
+        ptx_of(
+            """\
+	{ .reg .b32 x;
+	{ .reg .b32 x; L: bra M; bra L; mov.b32 x, 1; { bra L; bra N; } M: }
+	L: bra L; mov.b32 x, 2; }
+	N: bra N;"""
+        )
+    )
+    assert [(name, to, more.get("target", 0)) for name, to, _, more in words(program)] == [
+        ("BRA", [], 5),  # M
+        ("BRA", [], 0),  # the inner L
+        ("MOV32", [R + 1], 0),
+        ("BRA", [], 0),
+        ("BRA", [], 7),  # N
+        ("BRA", [], 5),  # the outer L
+        ("MOV32", [R], 0),
+        ("BRA", [], 7),
+    ]
+
+
+def test_label_of_a_block_ends_with_it():
+    with pytest.raises(PtxError, match=r"ptx:18 bra at kernel\.py:7:5: there is no label INSIDE"):
+        parse(ptx_of("{ INSIDE: trap; }\n\tbra INSIDE;"))
+    with pytest.raises(PtxError, match=r"ptx:17 INSIDE at .*: there is another label"):
+        parse(ptx_of("{ INSIDE: INSIDE: }"))
 
 
 def test_register_of_a_scope_ends_with_it():

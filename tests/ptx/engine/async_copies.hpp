@@ -45,7 +45,7 @@ inline void Machine::perform_copy(Warp &warp, const AsyncCopy &copy) {
                 continue;
             u32 forwarded = read_global(warp, cta, region, address, count, ins.flags, bytes);
             check_global_defined(warp, region, address, count, forwarded, copy.pc, lane);
-            watch_global_read(warp, region, address, count, false, false, copy.pc, lane);
+            watch_global_read(warp, region, address, count, 0, false, copy.pc, lane);
         }
         memcpy(&cta.shared[copy.destination[lane]], bytes, size);
         memset(&cta.shared_defined[copy.destination[lane]], 1, size);

@@ -127,9 +127,9 @@ inline void Machine::load_global(Warp &warp, const Instruction &ins, u32 mask) {
             u32 forwarded = read_global(warp, cta, region, address, size, ins.flags, bytes);
             check_global_defined(warp, region, address, size, forwarded, pc, lane);
             bool observed = ins.strong() && !forwarded;
-            watch_global_read(warp, region, address, size, ins.strong(), observed, pc, lane);
-            if (ins.strong())
-                observe(warp, address, ins.flags & ACQUIRE);
+            watch_global_read(warp, region, address, size, ins.strong_size(), observed, pc, lane);
+            for (u32 i = 0; ins.strong() && i < ins.vector_length(); i++)
+                observe(warp, address + i * ins.element_size(), ins.flags & ACQUIRE);
         }
         // "Memory Operations on Vector Data Types": one operation for each element. Here they
         // come at once; the order that the ISA leaves open is not tried.
@@ -159,7 +159,7 @@ inline void Machine::store_global(Warp &warp, const Instruction &ins, u32 mask) 
         i32 region = check_global(warp, address, size, size, pc, lane, "store");
         if (region < 0)
             continue;
-        watch_global_write(warp, region, address, size, ins.strong(), pc, lane);
+        watch_global_write(warp, region, address, size, ins.strong_size(), pc, lane);
         // Aligned accesses of one size overlap only where they are equal. Lanes at one address are
         // a race, "Conflict and Data-races": which of them stays is not said.
         if (address <= highest)
@@ -184,8 +184,8 @@ inline void Machine::store_global(Warp &warp, const Instruction &ins, u32 mask) 
             u64 value = get_element(warp, source(ins, 1 + i), lane, element);
             buffer_store(warp, cta, address + i * element, value, element);
         }
-        if (ins.strong())
-            publish(warp, address, ins.flags & RELEASE, false);
+        for (u32 i = 0; ins.strong() && i < ins.vector_length(); i++)
+            publish(warp, address + i * element, ins.flags & RELEASE, false);
     }
     tick(warp);
 }
@@ -240,8 +240,8 @@ inline void Machine::atomic(Warp &warp, const Instruction &ins, u32 mask) {
         if (region < 0)
             continue;
         drain_word(cta, address);
-        watch_global_read(warp, region, address, 4, true, true, pc, lane);
-        watch_global_write(warp, region, address, 4, true, pc, lane);
+        watch_global_read(warp, region, address, 4, 4, true, pc, lane);
+        watch_global_write(warp, region, address, 4, 4, pc, lane);
         check_global_defined(warp, region, address, 4, 0, pc, lane);
         // "Atomicity": reads and writes L2 in one.
         u8 *place = regions[region].bytes + (address - regions[region].base);

@@ -2,10 +2,19 @@
 //
 // "Conflict and Data-races": two accesses of overlapping memory conflict if one of them writes;
 // they race if causality order has neither before the other and they are not "Morally strong
-// operations". Morally strong is taken for: both strong. Laxer than the ISA, which also asks for
-// scopes that include each other and for complete overlap.
+// operations". Those are taken for: both strong, and of the same bytes. Laxer than the ISA, which
+// also asks for scopes that include each other. A vector is an operation for each of its elements.
+//
+// `strong` is here how many bytes an element of a strong operation has; 0 if it is weak. Elements
+// are aligned to their size: those that overlap have the same bytes if they have one size.
 #pragma once
 #include "clocks.hpp"
+
+enum Weakness : int { BOTH_WEAK, ONE_WEAK, SIZES_DIFFER };
+
+inline Weakness weakness(u32 strong, u32 other_strong) {
+    return strong && other_strong ? SIZES_DIFFER : strong || other_strong ? ONE_WEAK : BOTH_WEAK;
+}
 
 inline GlobalShadow &Machine::global_shadow(i32 region, u64 granule) {
     GlobalShadow *&page = shadow_pages[region][granule / SHADOW_PAGE];
@@ -15,14 +24,15 @@ inline GlobalShadow &Machine::global_shadow(i32 region, u64 granule) {
 }
 
 inline void Machine::check_last_global_write(Warp &warp, const GlobalShadow &shadow, u64 address,
-                                             bool write, bool strong, i32 pc, int lane) {
+                                             bool write, u32 strong, i32 pc, int lane) {
     if (!shadow.write_clock || shadow.writer == warp.id)
         return;
-    if (warp.clock[shadow.writer] >= shadow.write_clock || (strong && shadow.write_strong))
+    if (warp.clock[shadow.writer] >= shadow.write_clock ||
+        (strong && strong == shadow.write_strong))
         return;
     const Warp &writer = warps[shadow.writer];
-    bool mixed = strong || shadow.write_strong;
-    int kind = GLOBAL_AFTER_WRITE + write + 2 * (writer.cta == warp.cta) + 4 * mixed;
+    int kind = GLOBAL_AFTER_WRITE + write + 2 * (writer.cta == warp.cta) +
+               4 * weakness(strong, shadow.write_strong);
     report(Kind(kind), shadow.write_pc, pc, [&](Text &text) {
         name_address(text, address);
         text.add(": written by ");
@@ -33,7 +43,7 @@ inline void Machine::check_last_global_write(Warp &warp, const GlobalShadow &sha
 }
 
 // `observed`: the value came from memory by a strong read, not from a store buffer.
-inline void Machine::watch_global_read(Warp &warp, i32 region, u64 address, u32 size, bool strong,
+inline void Machine::watch_global_read(Warp &warp, i32 region, u64 address, u32 size, u32 strong,
                                        bool observed, i32 pc, int lane) {
     const u64 offset = address - regions[region].base;
     const GlobalRead now_read{warp.clock[warp.id], pc, u16(warp.id), u16(strong)};
@@ -68,7 +78,7 @@ inline void Machine::watch_global_read(Warp &warp, i32 region, u64 address, u32 
     }
 }
 
-inline void Machine::watch_global_write(Warp &warp, i32 region, u64 address, u32 size, bool strong,
+inline void Machine::watch_global_write(Warp &warp, i32 region, u64 address, u32 size, u32 strong,
                                         i32 pc, int lane) {
     const u64 offset = address - regions[region].base;
     for (u64 g = offset >> global_shift; g <= (offset + size - 1) >> global_shift; g++) {
@@ -78,12 +88,13 @@ inline void Machine::watch_global_write(Warp &warp, i32 region, u64 address, u32
             const GlobalRead &read = shadow.reads[i];
             if (read.warp == warp.id || warp.clock[read.warp] >= read.clock)
                 continue;
-            if (strong && read.strong)
+            if (strong && strong == read.strong)
                 continue;
             const Warp &reader = warps[read.warp];
             bool by_values = warp.practical[read.warp] >= read.clock;
-            int order = by_values ? 2 : (strong || read.strong);
-            int kind = GLOBAL_AFTER_READ + (reader.cta == warp.cta) + 2 * order;
+            int order = weakness(strong, read.strong);
+            int kind = by_values ? GLOBAL_RW_OTHER_VALUES : GLOBAL_AFTER_READ + 2 * order;
+            kind += reader.cta == warp.cta;
             report(Kind(kind), read.pc, pc, [&](Text &text) {
                 name_address(text, address);
                 text.add(": read by ");

@@ -86,11 +86,11 @@ struct Machine {
 
     // global_races.hpp
     GlobalShadow &global_shadow(i32 region, u64 granule);
-    void check_last_global_write(Warp &, const GlobalShadow &, u64 address, bool write, bool strong,
+    void check_last_global_write(Warp &, const GlobalShadow &, u64 address, bool write, u32 strong,
                                  i32 pc, int lane);
-    void watch_global_read(Warp &, i32 region, u64 address, u32 size, bool strong, bool observed,
+    void watch_global_read(Warp &, i32 region, u64 address, u32 size, u32 strong, bool observed,
                            i32 pc, int lane);
-    void watch_global_write(Warp &, i32 region, u64 address, u32 size, bool strong, i32 pc,
+    void watch_global_write(Warp &, i32 region, u64 address, u32 size, u32 strong, i32 pc,
                             int lane);
     void mark_visible(i32 region, u64 address, u32 size, i32 warp, u32 clock);
 

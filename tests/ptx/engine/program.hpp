@@ -55,6 +55,9 @@ struct Instruction {
     bool strong() const {
         return flags & STRONG;
     }
+    u32 strong_size() const { // of an element
+        return strong() ? element_size() : 0;
+    }
     // Of fences.
     i32 scope() const {
         return aux2 >> 8;

@@ -130,14 +130,14 @@ struct GlobalRead {
     u32 clock;
     i32 pc;
     u16 warp;
-    u16 strong;
+    u16 strong; // bytes of an element, 0 if weak
 };
 
 struct GlobalShadow { // of a granule
     u32 write_clock;  // of the last store in the order of execution; 0 if there was none
     i32 write_pc;
     u16 writer;
-    u16 write_strong;
+    u16 write_strong;  // as that of a read
     u32 visible_clock; // of the last store that has left its buffer; 0 if there was none
     u16 visible_writer;
     u16 n_reads;
