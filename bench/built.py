@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import planner
 from .registry import Case
 
 _CLASSES = {
     "lstm": "LSTM",
     "gru": "GRU",
     "rnn": "RNN",
+    "peephole_lstm": "PeepholeLSTM",
     "lstm_cell": "LSTMCell",
     "gru_cell": "GRUCell",
     "rnn_cell": "RNNCell",
@@ -38,12 +41,30 @@ class Built(NamedTuple):
     parameters : sequence of Tensor
     to_torch : callable
         Turns gradients of `inputs`, then `parameters`, into those of torch.nn's.
+    gradients : callable
+        As ``torch.autograd.grad``, of results of `run`.
     """
 
     run: Callable[..., list[Tensor]]
     inputs: Tensors
     parameters: Tensors
     to_torch: Callable[[Tensors], Tensors] = _same
+    gradients: Callable[..., Tensors] = torch.autograd.grad
+
+
+@contextlib.contextmanager
+def forced(path: str) -> Iterator[None]:
+    """Force a path on what runs inside, backward too.
+
+    What ``planner.use_path`` and ``launch.bounded_spin`` ask for holds in their own thread, and
+    autograd has others for GPUs.
+
+    Parameters
+    ----------
+    path : str
+    """
+    with planner.use_path(path), torch.autograd.set_multithreading_enabled(False):
+        yield
 
 
 def make_baseline(case: Case, device: torch.device) -> tuple[torch.nn.Module, list[Tensor]]:
@@ -109,5 +130,7 @@ def make_module(library: Any, case: Case, device: torch.device) -> torch.nn.Modu
 
 
 def flat(result: Any) -> list[Tensor]:
-    """List the tensors of nested tuples."""
+    """List the tensors of nested tuples, in which some may be None."""
+    if result is None:
+        return []
     return [result] if isinstance(result, Tensor) else [t for part in result for t in flat(part)]

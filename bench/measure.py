@@ -242,7 +242,7 @@ def ready(case: Case, built: Built) -> Ready:
     def train() -> list[Tensor]:
         outputs = built.run(*inputs)
         # Not .backward(): the gradients are new each time, nothing is added up.
-        gradients = torch.autograd.grad(outputs, leaves, cotangents)
+        gradients = built.gradients(outputs, leaves, cotangents)
         # Nodes of a graph that lived on would tie a capture to the stream of an earlier call.
         return [*(output.detach() for output in outputs), *gradients]
 

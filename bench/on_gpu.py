@@ -1,13 +1,17 @@
 """Everything that only a GPU can show, in one program: ``python -m fastrnn.bench.on_gpu``.
 
-In order: the GPU tests; compute-sanitizer's memcheck and racecheck on small layers; then the
-kernels beside torch.nn, most telling cases first, until the time is used up. It needs torch,
-triton, pytest and hypothesis, no network and no installation: run it in the root of a checkout.
-The evidence, ``gpu.json``, ``results.json`` and ``results.csv`` of the benchmark and pytest's
-``tests.xml``, is left in the output folder, a table is printed last, and the exit status is 1 if a
-test or a sanitizer found something, one of them ran out of time, a result was wrong, or there was
-no time left for the benchmark. ``fastrnn bench --render`` makes pictures and a page of the results,
-there or elsewhere.
+In order, what is told first if time is short: whether the kernels whose programs wait for each
+other are right, on ten telling cases; how long a step takes, in ours and in torch.nn's; the GPU
+tests; compute-sanitizer's memcheck and racecheck on small layers; the benchmark, most telling cases
+first, until the time is used up. Each part is a process with a limit of its own: what hangs or
+crashes costs one case, or its part, and not the others.
+
+It needs torch, triton, pytest and hypothesis, no network and no installation: run it in the root of
+a checkout. The evidence is written before the next part begins: ``gpu.json`` has all of it,
+``telling.json``, ``steps.json`` and ``bench.json`` the rows of their parts as they come,
+``tests.xml`` is pytest's, ``results.json`` and ``results.csv`` are the benchmark's, of which
+``fastrnn bench --render`` makes pictures and a page. A table is printed last, and the exit status
+is 1 if a part found something wrong, crashed or ran out of time.
 """
 
 from __future__ import annotations
@@ -16,35 +20,81 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
-import itertools
-import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import torch
 
-from .. import nn, planner
-from . import results, terminal
+from . import terminal
 from .environment import Environment, environment
-from .measure import measure_all
-from .providers import default_providers, problem_of
-from .registry import Case
-from .results import Results, Row
+from .gpu_parts import CASES, HEADERS, line, read_rows, write_json
 
 _ROOT = Path(__file__).resolve().parents[1]
-# Shares of the time: what the tests and each sanitizer may take at most.
-_TESTS, _SANITIZER = 0.45, 0.12
-_SECONDS_PER_CASE = 0.3
-_RESERVE = 5.0  # seconds that are left for writing
-_TAIL = 4000  # characters of a program's output that are kept
+_GRACE = 10.0  # seconds between asking a program to stop and killing it
+_RESERVE = _GRACE + 5  # seconds that are left at the end, for that and for writing
+_LAST = 15.0  # seconds before the end of a part, in which it begins nothing new
+_TAIL = 200  # lines of a program's output that are kept
+_SHOWN = 11_500  # characters of the table
+
+
+class Part(NamedTuple):
+    """What is run in a process.
+
+    Attributes
+    ----------
+    name : str
+    command : tuple of str
+        In which ``{out}`` is the folder and ``{seconds}`` the time until nothing new should begin.
+    share : float
+        Of the time that is left when it begins, what it may take; the last may take all.
+    is_endless : bool
+        Whether it takes all the time that it is given.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    share: float
+    is_endless: bool = False
+
+
+def parts() -> list[Part]:
+    """List the parts in their order.
+
+    Returns
+    -------
+    list of Part
+    """
+    module = sys.executable, "-m", "fastrnn.bench.gpu_parts"
+    rows = "--out={out}"
+    pytest = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", "--no-header", "-rfE"]
+    pytest += ["-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short"]
+    pytest += ["--junitxml={out}/tests.xml"]
+    if importlib.util.find_spec("pytest_timeout"):
+        # A hang is a failure with a name. A thread ends it: a wait for the GPU hears no signal.
+        pytest += ["--timeout=60", "--timeout-method=thread"]
+    if importlib.util.find_spec("xdist"):
+        # Compilation is most of the time.
+        pytest += ["-n", str(min(8, os.cpu_count() or 1))]
+    sanitizer = "compute-sanitizer", "--error-exitcode", "9", "--tool"
+    return [
+        Part("telling", (*module, "telling", rows), 0.25),
+        Part("steps", (*module, "steps", rows), 0.35),
+        Part("tests", tuple(pytest), 0.4),
+        Part("memcheck", (*sanitizer, "memcheck", *module, "small"), 0.3),
+        Part("racecheck", (*sanitizer, "racecheck", *module, "small"), 0.3),
+        Part("bench", (*module, "bench", rows, "--seconds={seconds}"), 1.0, is_endless=True),
+    ]
 
 
 @terminal.printing()
@@ -61,66 +111,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         Exit status.
     """
+    chosen = parts()
+    names = [part.name for part in chosen]
     parser = argparse.ArgumentParser(prog="python -m fastrnn.bench.on_gpu", description=__doc__)
     parser.add_argument(
         "--out", type=terminal.path, help="folder (default bench/results/<device>-<date>)"
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default 9)")
+    parser.add_argument("--minutes", type=float, default=13.0, help="for everything (default 13)")
     parser.add_argument("--commit", help="of the checkout, where git is not there to tell")
-    parser.add_argument("--only", choices=("tests", "sanitizer", "bench"), help="one part alone")
-    parser.add_argument("--small", action="store_true", help="run small layers and nothing else")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="some parts alone")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("no CUDA device")
-    if args.small:
-        _small_layers()
-        return 0
-    start = time.monotonic()
-
-    def remaining() -> float:
-        return 60 * args.minutes - (time.monotonic() - start)
-
+    end = time.monotonic() + 60 * args.minutes - _RESERVE
     env = environment(torch.device("cuda"), "python -m fastrnn.bench.on_gpu")
     if args.commit:
         env = dataclasses.replace(env, commit=args.commit)
     out = args.out or _ROOT / "bench" / "results" / _folder(env)
+    out = out.resolve()  # the parts run in the root
     out.mkdir(parents=True, exist_ok=True)
-    evidence: dict[str, Any] = {"environment": dataclasses.asdict(env), "cuda": torch.version.cuda}
-    found: Results | None = None
-    failed = False
-    if args.only in (None, "tests"):
-        evidence["tests"] = _tests(out, remaining() if args.only else remaining() * _TESTS)
-        failed |= evidence["tests"]["status"] != 0
-        _write(out, evidence)  # so that what was found survives a crash or being cut off
-    if args.only in (None, "sanitizer"):
-        for tool in ("memcheck", "racecheck"):
-            evidence[tool] = _sanitize(tool, 60 * args.minutes * _SANITIZER)
-            failed |= evidence[tool]["status"] not in (0, "not run")
-            _write(out, evidence)
-    if args.only in (None, "bench"):
-        device = torch.device("cuda")
-        chosen = list(dict.fromkeys(cases()))
-        evidence["model"] = [_model(case, device) for case in chosen]
-        providers = default_providers("full", device.type)
-        path = out / "results.json"
-        if remaining() > _RESERVE:
-            for so_far in measure_all(chosen, device, _SECONDS_PER_CASE, providers, env, path):
-                found = so_far
-                if remaining() < _RESERVE:
-                    break
-        rows = found.rows if found else []
-        failed |= not rows
-        failed |= any(row.status != "ok" for row in rows if row.is_ours)
-    if found is not None:
-        results.write_csv(out / "results.csv", found)
-    evidence["failed"] = failed
-    _write(out, evidence)
-    _report(evidence, found.rows if found else [])
-    return int(failed)
-
-
-def _write(out: Path, evidence: dict[str, Any]) -> None:
-    (out / "gpu.json").write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
+    evidence: dict[str, Any] = {"environment": dataclasses.asdict(env)}
+    evidence["cuda"] = torch.version.cuda
+    run_parts([part for part in chosen if part.name in args.only], out, evidence, end)
+    print(table(evidence))
+    return int(evidence["failed"])
 
 
 def _folder(env: Environment) -> str:
@@ -128,137 +142,171 @@ def _folder(env: Environment) -> str:
     return f"{device}-{env.date[:10]}"
 
 
-def _run(command: list[str], seconds: float) -> dict[str, Any]:
-    """Run a program; its status, or 'out of time', and the end of its output."""
+def run_parts(chosen: Sequence[Part], out: Path, evidence: dict[str, Any], end: float) -> None:
+    """Run parts one after another and add what they found to the evidence, also in ``gpu.json``.
+
+    Parameters
+    ----------
+    chosen : sequence of Part
+    out : Path
+    evidence : dict of str to Any
+    end : float
+        When all must be over, by ``time.monotonic``.
+    """
+    evidence |= {"parts": {}, "failed": False}
+    write_json(out / "gpu.json", evidence)
+    for part in chosen:
+        seconds = (end - time.monotonic()) * (1.0 if part is chosen[-1] else part.share)
+        print(f"== {part.name}: at most {seconds:.0f} s", flush=True)
+        found = _run_part(part, out, seconds)
+        evidence["parts"][part.name] = found
+        evidence["failed"] |= found["failed"]
+        write_json(out / "gpu.json", evidence)
+
+
+def _run_part(part: Part, out: Path, seconds: float) -> dict[str, Any]:
+    """Run a part; once more as long as it crashes and has new rows: it goes on behind them."""
     start = time.monotonic()
-    environ = {**os.environ, "PYTHONPATH": str(_ROOT), "TRITON_INTERPRET": "0"}
+    kept = out / f"{part.name}.json", out / f"{part.name}.xml"
+    for path in kept:
+        path.unlink(missing_ok=True)
+    status: int | str = "out of time"
+    rows: list[dict[str, Any]] = []
+    output: deque[str] = deque(maxlen=_TAIL)
+    starts = 0
+    if shutil.which(part.command[0]) is None:
+        status = "not run"
+        output.append(f"{part.command[0]} is not installed\n")
+    while status != "not run" and (left := seconds - (time.monotonic() - start)) > 0:
+        until = f"{max(0.0, left - _LAST):.0f}"
+        command = [
+            word.replace("{out}", str(out)).replace("{seconds}", until) for word in part.command
+        ]
+        status = _run(command, left, output)
+        starts += 1
+        before, rows = len(rows), read_rows(kept[0])
+        if status in (0, "out of time") or len(rows) == before:
+            break
+    if status and any("Device not supported" in text for text in output):
+        status = "not run"  # a sanitizer, on some virtual machines
+    rows += _failed_tests(kept[1])
+    is_over = status in (0, "not run")
+    if part.is_endless and status == "out of time" and len(rows) > 1:
+        is_over, rows = True, rows[:-1]  # the last was cut off
+    wrong = any(row["status"] != "ok" for row in rows)
+    return {
+        "command": " ".join(part.command[1:]),
+        "status": status,
+        "failed": wrong or not is_over or (part.is_endless and not rows),
+        "starts": starts,
+        "seconds": round(time.monotonic() - start, 1),
+        "output": "".join(output),
+        "rows": rows,
+    }
+
+
+def _run(command: Sequence[str], seconds: float, output: deque[str]) -> int | str:
+    """Run a program and print what it prints; its status, or 'out of time'."""
+    environ = {
+        **os.environ, "PYTHONPATH": str(_ROOT), "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"
+    }  # fmt: skip
     # In a group of its own, so that no child goes on using the GPU.
     process = subprocess.Popen(
         command, cwd=_ROOT, env=environ, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
     )  # fmt: skip
+    reader = threading.Thread(target=_pass_on, args=(process.stdout, output), daemon=True)
+    reader.start()
     status: int | str
     try:
-        output, _ = process.communicate(timeout=seconds)
-        status = process.returncode
+        status = process.wait(seconds)
     except subprocess.TimeoutExpired:
         status = "out of time"
         # pytest reports what failed so far when it is interrupted.
-        for interruption, grace in ((signal.SIGINT, 15.0), (signal.SIGKILL, None)):
+        for interruption in (signal.SIGINT, signal.SIGKILL):
             os.killpg(process.pid, interruption)
-            try:
-                output, _ = process.communicate(timeout=grace)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
                 break
-            except subprocess.TimeoutExpired:
-                continue
+    finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    return {
-        "command": " ".join(command[1:]),
-        "status": status,
-        "seconds": round(time.monotonic() - start, 1),
-        "output": output[-_TAIL:],
-    }
+        reader.join(_GRACE)
+    return status
 
 
-def _tests(out: Path, seconds: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", "-p", "no:cacheprovider"]
-    command += ["-p", "no:benchmark", "--no-header", "-rf", "--tb=short"]
-    command += [f"--junitxml={out / 'tests.xml'}"]
-    if importlib.util.find_spec("pytest_timeout"):
-        command += ["--timeout=120"]  # a hang is a failure with a name
-    if importlib.util.find_spec("xdist"):
-        # Compilation is most of the time.
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
-    return _run(command, seconds)
+def _pass_on(stream: Any, output: deque[str]) -> None:
+    with stream:
+        for text in stream:
+            output.append(text)
+            with contextlib.suppress(OSError):  # nobody reads
+                print(text, end="", flush=True)
 
 
-def _sanitize(tool: str, seconds: float) -> dict[str, Any]:
-    if shutil.which("compute-sanitizer") is None:
-        return {"status": "not run", "output": "compute-sanitizer is not installed"}
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable]
-    found = _run([*command, "-m", "fastrnn.bench.on_gpu", "--small"], seconds)
-    if "Device not supported" in found["output"]:  # as on some virtual machines
-        found["status"] = "not run"
-    return found
-
-
-def _small_layers() -> None:
-    """Run every cell and schedule once, forward and backward, on odd sizes."""
-    for kind, schedule in itertools.product(
-        ("lstm", "gru", "rnn"), ("resident", "persistent", "stepwise")
-    ):
-        layer = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[kind](5, 39, bidirectional=True)
-        layer.to("cuda", torch.bfloat16)
-        x = torch.randn(4, 19, 5, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        with planner.use_path(schedule):
-            layer(x)[0].sum().backward()
-    torch.cuda.synchronize()
-
-
-def cases() -> Iterator[Case]:
-    """Cases of the benchmark, the most telling first.
-
-    Yields
-    ------
-    Case
-    """
-    # Published by others: LSTM on an H100, T=1024, B=16, H=768.
-    for dtype, mode in itertools.product(("float16", "bfloat16"), ("forward", "training")):
-        yield Case("lstm", mode, dtype, 1024, 16, 768, 768)
-    grid = [
-        (batch, hidden)
-        for hidden in (512, 256, 1024, 128, 768, 384, 1408, 64, 2048)
-        for batch in (16, 64, 1, 128)
+def _failed_tests(path: Path) -> list[dict[str, Any]]:
+    """What is not right in a file of pytest, which is not there if pytest was killed."""
+    try:
+        cases = ElementTree.parse(path).iter("testcase")
+    except (OSError, ElementTree.ParseError):
+        return []
+    return [
+        {
+            "name": str(case.get("name")),
+            "status": "failed",
+            "reason": str(found.get("message")).partition("\n")[0],
+        }
+        for case in cases
+        for found in case
+        if found.tag in ("failure", "error")
     ]
-    for mode in ("forward", "training"):
-        for batch, hidden in grid[:8]:
-            for cell, dtype in itertools.product(("lstm", "gru"), ("bfloat16", "float32")):
-                yield Case(cell, mode, dtype, 256, batch, hidden, hidden)
-    for (batch, hidden), mode in itertools.product(grid[8:], ("forward", "training")):
-        for cell in ("lstm", "gru"):
-            yield Case(cell, mode, "bfloat16", 256, batch, hidden, hidden)
-    for hidden, mode in itertools.product((256, 512), ("forward", "training")):
-        for cell in ("lstm", "gru"):
-            yield Case(cell, mode, "bfloat16", 256, 16, hidden, hidden, 2, True)
-        yield Case("rnn", mode, "bfloat16", 256, 16, hidden, hidden)
-        yield Case("lstm", mode, "float16", 256, 16, hidden, hidden)
-        yield Case("lstm", mode, "float32", 256, 16, hidden, hidden)
 
 
-def _model(case: Case, device: torch.device) -> dict[str, Any]:
-    """What the planner expected of a case: its path, its kernels and the time of their steps."""
-    plan = planner.plan(problem_of(case, device))
-    record: dict[str, Any] = {**dataclasses.asdict(case), "planned": plan.path}
-    for name, choice in zip(("forward", "backward"), plan.kernels or (), strict=False):
-        record |= {f"{name}_config": list(choice.config), f"{name}_us": choice.step_us}
-    return record
+def table(evidence: dict[str, Any]) -> str:
+    """Make the table that is printed last, short enough for the end of a log.
+
+    Parameters
+    ----------
+    evidence : dict of str to Any
+
+    Returns
+    -------
+    str
+        How long a step takes; what is wrong; how the parts ended, and their rows.
+    """
+    found = evidence["parts"]
+    lines = _table_of("steps", found)
+    wrong = [
+        f"{name}: {row['name']}: {row['status']}: {row['reason']}"
+        for name, part in found.items()
+        for row in part["rows"]
+        if row["status"] != "ok"
+    ]
+    lines += ["", "wrong:", *wrong[:30]] if wrong else ["", "nothing is wrong in what ran"]
+    lines += [f"and {len(wrong) - 30} more, in gpu.json"] if len(wrong) > 30 else []
+    lines.append("")
+    for name, part in found.items():
+        more = f", {len(part['rows'])} of {len(CASES[name])} cases" if name in CASES else ""
+        more += f", {part['starts']} starts" if part["starts"] > 1 else ""
+        verdict = "failed" if part["failed"] else "not run" if not part["starts"] else "right"
+        lines.append(f"{name}: {verdict}; status {part['status']}, {part['seconds']} s{more}")
+        if name not in CASES or part["status"] not in (0, "out of time"):
+            lines += [f"    {text}" for text in part["output"].splitlines()[-6:]]
+    lines += [*_table_of("telling", found), *_table_of("bench", found)]
+    shown, size = [], 0
+    for text in "\n".join(lines).splitlines():
+        size += len(text[:200]) + 1
+        if size > _SHOWN:
+            shown.append("and more, in gpu.json")
+            break
+        shown.append(text[:200])
+    return "\n".join(shown)
 
 
-def _report(evidence: dict[str, Any], rows: Sequence[Row]) -> None:
-    for name in ("tests", "memcheck", "racecheck"):
-        if name in evidence:
-            part = evidence[name]
-            print(f"== {name}: status {part['status']}, {part.get('seconds')} s")
-            print("\n".join(part["output"].splitlines()[-12:]))
-    models = {
-        tuple(m[f.name] for f in dataclasses.fields(Case)): m for m in evidence.get("model", ())
-    }
-    numbers = f"{'ms':>8}{'ratio':>7}{'graph':>7}{'us/step':>9}{'model':>7}"
-    print(f"{'case':40}{'provider':20}{numbers}  ran")
-    for row in rows:
-        name = row.case.name
-        if row.times is None:
-            print(f"{name:40}{row.provider:20} {row.status}: {row.reason} error {row.error}")
-            continue
-        graph = f"{row.graph.ratio.median:7.2f}" if row.graph else f"{'-':>7}"
-        model = models[dataclasses.astuple(row.case)]
-        passes = ("forward", "backward") if row.case.mode == "training" else ("forward",)
-        expected = sum(model.get(f"{name}_us", 0.0) for name in passes)
-        print(
-            f"{name:40}{row.provider:20}{row.times.ms.median:8.3f}{row.times.ratio.median:7.2f}"
-            f"{graph}{row.step_us:9.2f}{expected:7.2f}  {row.path}"
-        )
+def _table_of(name: str, found: dict[str, Any]) -> list[str]:
+    """The header and the lines of the rows that have numbers; the others are told as wrong."""
+    rows = found[name]["rows"] if name in found else []
+    lines = [line(name, row) for row in rows if row["status"] == "ok" or row.get("rows")]
+    return ["", HEADERS[name], *lines] if lines else []
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from ..call import Call
 from ..cells import CELLS
 from ..kernels.configs import SCHEDULES
 from . import others
-from .built import Built, Tensors, flat, make_module
+from .built import Built, Tensors, flat, forced, make_module
 from .registry import Case
 
 Build = Callable[[Case, torch.nn.Module, Tensors], Built]
@@ -75,11 +75,20 @@ def _of_module(
             return flat(module(x, state))
         return flat(module(x, *state))
 
-    def forced(*inputs: Tensor) -> list[Tensor]:
-        with planner.use_path(path):
-            return run(*inputs)
+    built = Built(run, inputs, list(module.parameters()))
+    if path is None:
+        return built
+    return built._replace(run=_inside(path, run), gradients=_inside(path, torch.autograd.grad))
 
-    return Built(forced if path else run, inputs, list(module.parameters()))
+
+def _inside(path: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function on a forced path."""
+
+    def of_path(*arguments: Any) -> Any:
+        with forced(path):
+            return call(*arguments)
+
+    return of_path
 
 
 def problem_of(case: Case, device: torch.device) -> planner.Problem:
@@ -168,7 +177,7 @@ def _build_compiled(case: Case, baseline: torch.nn.Module, inputs: Tensors) -> B
 
 
 def _registry() -> dict[str, Provider]:
-    forced = {
+    by_path = {
         f"fastrnn:{path}": Provider(
             functools.partial(_forced_gap, path), functools.partial(_build_fastrnn, path=path)
         )
@@ -184,7 +193,7 @@ def _registry() -> dict[str, Provider]:
     return {
         BASELINE: Provider(_never, _build_torch),
         OURS: Provider(_never, _build_fastrnn),
-        **forced,
+        **by_path,
         "torch.compile": Provider(_compile_gap, _build_compiled),
         "flashrnn": other("flashrnn", ("lstm",), (*halves, "float32"), others.build_flashrnn),
         "torchrl": other("torchrl", both, ("float32",), others.build_torchrl),

@@ -21,7 +21,6 @@ from fastrnn.bench import (
     built,
     cli,
     measure,
-    on_gpu,
     page,
     plots,
     providers,
@@ -31,7 +30,6 @@ from fastrnn.bench import (
 )
 from fastrnn.bench import report as report_
 from fastrnn.bench.environment import environment
-from fastrnn.bench.limits import Bound
 from fastrnn.bench.registry import Case
 from fastrnn.bench.results import Band, Results, Row, Times
 
@@ -622,80 +620,3 @@ def test_pytest_runs_the_suite():
                "no:xdist", "-k", "rnn_cell or rnn-forward-T32", "--benchmark-disable"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert re.search(r"^\d+ passed, \d+ deselected", done.stdout.splitlines()[-1]), done.stdout
-
-
-# The program for a GPU, with everything replaced that needs one.
-
-
-class FakeLimits:
-    def __init__(self, device):
-        self.observed = []
-
-    def observe(self, case):
-        self.observed.append(case)
-
-    def of(self, case):
-        assert case in self.observed
-        return Bound(0.5, "products")
-
-    def record(self):
-        return LIMITS
-
-
-@pytest.fixture
-def fake_gpu(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    env = dataclasses.replace(environment(CPU, "x"), device="NVIDIA H100", device_type="cuda")
-    monkeypatch.setattr(on_gpu, "environment", lambda device, command: env)
-    monkeypatch.setattr(measure, "Limits", FakeLimits)
-    monkeypatch.setattr(on_gpu, "problem_of", lambda case, device: providers.problem_of(case, CPU))
-    monkeypatch.setattr(on_gpu, "cases", lambda: iter([*CASES[:2], CASES[0]]))
-
-
-@pytest.mark.parametrize("status", ["ok", "wrong"])
-def test_on_gpu_leaves_its_evidence(fake_gpu, monkeypatch, tmp_path, capsys, status):
-    def fake_measure(case, device, seconds, names):
-        assert names[0] == "fastrnn"
-        row = make_row(case, 2.0)
-        if status == "wrong":
-            row = dataclasses.replace(row, status="wrong", times=None)
-        return [make_baseline(case), row]
-
-    monkeypatch.setattr(measure, "measure", fake_measure)
-    arguments = ["--only", "bench", "--out", str(tmp_path), "--commit", "abc"]
-    assert on_gpu.main(arguments) == (status == "wrong")
-    found = results.load(tmp_path / "results.json")
-    assert [row.case for row in found.rows] == [CASES[0], CASES[0], CASES[1], CASES[1]]
-    assert found.env.commit == "abc"
-    evidence = json.loads((tmp_path / "gpu.json").read_text())
-    assert evidence["failed"] == (status == "wrong")
-    assert [model["planned"] for model in evidence["model"]] == ["torch", "torch"]
-    printed = capsys.readouterr().out
-    assert ("666.67" if status == "ok" else "wrong: because") in printed
-
-
-def test_on_gpu_stops_in_time(fake_gpu, monkeypatch, tmp_path):
-    monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("measured"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert on_gpu.main(["--only=bench", "--out=~/below", "--minutes=0.01"]) == 1
-    assert json.loads((tmp_path / "below" / "gpu.json").read_text())["failed"]
-
-
-def test_on_gpu_reads_output_of_any_encoding():
-    code = "import sys; sys.stdout.buffer.write(b'\\xe2\\x96\\xbc \\xff')"
-    found = on_gpu._run([sys.executable, "-c", code], 60)
-    assert (found["status"], found["output"]) == (0, "▼ �")
-
-
-def test_on_gpu_keeps_what_the_tests_found(fake_gpu, monkeypatch, tmp_path):
-    monkeypatch.setattr(on_gpu, "_tests", lambda *_: {"status": 0, "seconds": 1, "output": "ok"})
-    monkeypatch.setattr(on_gpu, "_sanitize", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        on_gpu.main(["--out", str(tmp_path)])
-    assert json.loads((tmp_path / "gpu.json").read_text())["tests"]["status"] == 0
-
-
-def test_on_gpu_has_each_case_for_its_schedules():
-    cases = list(dict.fromkeys(on_gpu.cases()))
-    assert cases[0] == Case("lstm", "forward", "float16", 1024, 16, 768, 768)
-    assert {case.dtype for case in cases} == {"float16", "bfloat16", "float32"}

@@ -496,6 +496,22 @@ def test_results_of_a_call_keep_no_graph():
     assert not any(tensor.requires_grad for tensor in ready.results())
 
 
+def test_what_is_forced_is_forced_backward_too(monkeypatch):
+    """In this thread: autograd's own do not know what is asked for here."""
+
+    def forced():
+        return planner.forced.schedule, torch._C._is_multithreading_enabled()
+
+    seen, grad, case = [], torch.autograd.grad, CASES[0]
+    module, inputs = built.make_baseline(case, CPU)
+    expected = measure.ready(case, PROVIDERS["torch.nn"].build(case, module, inputs)).call()
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a: seen.append(forced()) or grad(*a))
+    mine = measure.ready(case, PROVIDERS["fastrnn:stepwise"].build(case, module, inputs)).call()
+    assert seen == [("stepwise", False)]
+    assert forced() == (None, True)
+    torch.testing.assert_close(mine, expected)
+
+
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
 def test_all_multiply_float32_alike(monkeypatch, precision):
     chosen = []
@@ -582,7 +598,16 @@ def test_no_exchange_without_a_runtime(monkeypatch):
     assert found.of(CASES[0]).ms > 0
 
 
-def test_no_empty_exchange_where_programs_may_not_wait(monkeypatch):
+@pytest.mark.parametrize(
+    "device", [None, DEVICES["mi300x"], DEVICES["h100"]._replace(gap="an old driver")], ids=str
+)
+def test_no_empty_exchange_where_no_persistent_kernel_is(monkeypatch, device):
     empty_gpu = pytest.importorskip("fastrnn.bench.empty_gpu")
-    monkeypatch.setattr(devices, "gpu", lambda index: DEVICES["mi300x"])
+    monkeypatch.setattr(devices, "gpu", lambda index: device)
     assert empty_gpu.loop(CUDA, 5) is None
+    assert limits.exchange_us(CUDA) is None
+
+
+def test_no_empty_exchange_without_gluon(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastrnn.bench.empty_gpu", None)
+    assert limits.exchange_us(CUDA) is None

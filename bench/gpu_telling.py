@@ -1,0 +1,242 @@
+"""Whether the kernels whose programs wait for each other are right on a GPU: ten telling cases.
+
+Each is a layer, forward and backward, beside the reference path in float64, which is torch's own
+operations. As in the tests, the error of every output and gradient may be twice that of the same
+path in the layer's dtype, and two roundings.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import devices, nn, planner, variants
+from ..cells import CELLS
+from ..problem import Problem
+from .built import flat, forced, make_module
+from .limits import on_equal_terms
+from .providers import problem_of
+from .registry import Case
+
+#: After so many polls, some 20 ms, a program that waits is taken to wait in vain.
+POLLS = 20_000
+
+
+class Telling(NamedTuple):
+    """A layer to check; float32 multiplies in TF32.
+
+    If `marked`, it has lengths and resets; if `fresh`, also states after a reset, and the states of
+    all steps are outputs. If `recompute`, backward computes the activations again.
+    """
+
+    cell: str
+    dtype: str
+    batch: int
+    hidden_size: int
+    bidirectional: bool = False
+    marked: bool = False
+    fresh: bool = False
+    recompute: bool = False
+    steps: int = 64
+
+    @property
+    def case(self) -> Case:
+        """The same as the benchmark has it, which knows no marks."""
+        sizes = self.steps, self.batch, self.hidden_size, self.hidden_size
+        return Case(self.cell, "training", self.dtype, *sizes, bidirectional=self.bidirectional)
+
+    @property
+    def name(self) -> str:
+        """All of it, in one line."""
+        names = ("marked", "fresh", "recompute")
+        options = [name for name in names if getattr(self, name)]
+        return " ".join((self.cell, self.case.shape, *options))
+
+
+#: The simplest first. Each cell of torch.nn is there in half precision, and one with weights beyond
+#: theirs; each dtype, each option, hidden sizes from 99 to 1024. Other cells, sizes and
+#: combinations are for the tests.
+CASES = (
+    Telling("lstm", "bfloat16", 16, 512),
+    Telling("gru", "bfloat16", 16, 512, marked=True),
+    Telling("lstm", "bfloat16", 16, 1024),
+    Telling("lstm", "float16", 64, 768, bidirectional=True),
+    Telling("gru", "bfloat16", 1, 256),
+    Telling("lstm", "float32", 16, 256),
+    Telling("lstm", "bfloat16", 16, 99, bidirectional=True, marked=True, fresh=True),
+    Telling("rnn", "bfloat16", 64, 512),
+    Telling("gru", "float16", 16, 1024, recompute=True),
+    Telling("peephole_lstm", "float32", 1, 128, bidirectional=True, marked=True),
+)
+
+
+def choose(problem: Problem, schedule: str) -> tuple[str, planner.Plan]:
+    """Choose a schedule for a problem if its GPU has it, else what the planner takes of ours.
+
+    Parameters
+    ----------
+    problem : fastrnn.problem.Problem
+    schedule : str
+
+    Returns
+    -------
+    path : str
+        For ``built.forced``.
+    plan : fastrnn.planner.Plan
+    """
+    try:
+        with planner.use_path(schedule):
+            return schedule, planner.plan(problem)
+    except ValueError:
+        with planner.use_path("kernels"):
+            return "kernels", planner.plan(problem)
+
+
+def replaced(schedule: str, path: str, device: torch.device) -> str:
+    """Say why a GPU that should have a schedule ran another path in its place.
+
+    Parameters
+    ----------
+    schedule : str
+        What was asked for.
+    path : str
+        What `choose` found.
+    device : torch.device
+
+    Returns
+    -------
+    str
+        Empty if the schedule ran, or on a device for which there are no persistent kernels.
+    """
+    gpu = devices.gpu(device.index) if device.type == "cuda" else None
+    if gpu is None or gpu.target != "cuda" or gpu.capability < 80:
+        return ""
+    if schedule == "persistent" and gpu.gap:  # perhaps since it ran
+        return gpu.gap
+    return "" if path == schedule else f"no {schedule} schedule of this on {gpu.name}"
+
+
+def check(case: Telling, device: torch.device, schedule: str = "persistent") -> dict[str, Any]:
+    """Compare every output and gradient of a layer with float64.
+
+    Parameters
+    ----------
+    case : Telling
+    device : torch.device
+    schedule : str, default 'persistent'
+        As for `choose`.
+
+    Returns
+    -------
+    dict of str to Any
+        `status` ('ok' or 'wrong') and `reason`; which path `ran`; the `error` in units of what is
+        allowed, and the `tensor` whose it is, the worst.
+    """
+    from ..kernels import launch
+
+    path, _ = choose(problem_of(case.case, device)._replace(marked=case.marked), schedule)
+    numbers = _numbers(case)
+    torch.manual_seed(0)
+    layer = make_module(variants if case.cell == "peephole_lstm" else nn, case.case, device)
+    exact = _results(case, copy.deepcopy(layer).double(), numbers, "reference")
+    with on_equal_terms(device):
+        stock = _results(case, layer, numbers, "reference")
+        # A wait in vain ends here. The kernels without such an end are others, so both are run.
+        with launch.bounded_spin(POLLS):
+            bounded = _results(case, layer, numbers, path)
+        first, again = (_results(case, layer, numbers, path) for _ in range(2))
+    errors = [
+        (_error(found[name], stock[name], truth), name)
+        for found in (bounded, first)
+        for name, truth in exact.items()
+    ]
+    error, tensor = max(errors, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])
+    reason = ""
+    if not error <= 1:  # a NaN is wrong
+        reason = f"{tensor}: {error:.3g} times the error that is allowed"
+    elif changed := [name for name in first if not torch.equal(first[name], again[name])]:
+        reason = f"the same call gave other results: {', '.join(changed)}"
+    else:
+        reason = replaced(schedule, path, device)
+    return {
+        "status": "wrong" if reason else "ok",
+        "reason": reason,
+        "ran": path,
+        "error": error,
+        "tensor": tensor,
+    }
+
+
+class _Numbers(NamedTuple):
+    """Tensors of a case, on the CPU: x, states and those after a reset, by name; the marks."""
+
+    leaves: dict[str, Tensor]
+    marks: dict[str, Tensor]
+
+
+def _numbers(case: Telling) -> _Numbers:
+    generator = torch.Generator().manual_seed(0)
+    state = 1 + case.bidirectional, case.batch, case.hidden_size
+    names = CELLS[case.case.kind].states
+    shapes = {"x": (case.steps, case.batch, case.hidden_size)}
+    shapes |= {f"{name}0": state for name in names}
+    if case.fresh:
+        shapes |= {f"{name} fresh": state for name in names}
+    dtype = getattr(torch, case.dtype)
+    leaves = {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()
+    }
+    if not case.marked:
+        return _Numbers(leaves, {})
+    lengths = torch.randint(case.steps + 1, (case.batch,), generator=generator)
+    lengths[0] = case.steps
+    reset = torch.rand(case.steps, case.batch, generator=generator) < 0.1
+    return _Numbers(leaves, {"lengths": lengths, "reset": reset})
+
+
+def _results(
+    case: Telling, layer: torch.nn.Module, numbers: _Numbers, path: str
+) -> dict[str, Tensor]:
+    """Every output and gradient by a path, on the layer's device and in its dtype."""
+    like = next(layer.parameters())
+    leaves = {
+        name: part.detach().to(like).requires_grad_() for name, part in numbers.leaves.items()
+    }
+    states = CELLS[case.case.kind].states
+    x, *parts = leaves.values()
+    first, fresh = parts[: len(states)], parts[len(states) :]
+    options: dict[str, Any] = {name: part.to(like.device) for name, part in numbers.marks.items()}
+    if case.fresh:
+        options |= {"reset_state": _as_state(fresh), "return_states": True}
+    generator, dtype = torch.Generator().manual_seed(1), numbers.leaves["x"].dtype
+    with forced(path):
+        outputs = flat(layer(x, _as_state(first), recompute=case.recompute, **options))
+        cotangents = [
+            torch.randn(output.shape, generator=generator).to(dtype).to(like) for output in outputs
+        ]
+        leaves |= dict(layer.named_parameters())
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+    names = ["y", *states, *(f"{name} of all steps" for name in states)]
+    found = dict(zip(names, outputs, strict=False))
+    found |= {f"d_{name}": part for name, part in zip(leaves, gradients, strict=True)}
+    return {name: part.detach() for name, part in found.items()}
+
+
+def _as_state(parts: Sequence[Tensor]) -> Any:
+    return tuple(parts) if len(parts) > 1 else parts[0]
+
+
+def _error(ours: Tensor, stock: Tensor, exact: Tensor) -> float:
+    """The error in units of what is allowed."""
+    allowed = 2 * _rms(stock - exact) + 2 * torch.finfo(ours.dtype).eps * _rms(exact)
+    error = _rms(ours - exact)
+    return error / allowed if allowed else math.inf if error else 0.0
+
+
+def _rms(part: Tensor) -> float:
+    return part.double().square().mean().sqrt().item()
