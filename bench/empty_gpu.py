@@ -1,7 +1,8 @@
 """An empty exchange on a GPU: the programs of a persistent kernel only hand h around.
 
-The protocol is that of the kernels (``kernels/exchange.py``), and so are the tiles: 16 rows of 512
-units in 32 programs, in bfloat16.
+As those kernels do it (``kernels/words.py``), on tiles like theirs: 16 rows of 512 units in 32
+programs of 8 warps, in bfloat16. Every warp waits for its part of all columns, and no program
+publishes before all of its warps have theirs.
 """
 
 from __future__ import annotations
@@ -9,50 +10,66 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import triton
-import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from .. import devices
-from ..kernels import exchange
-from ..kernels.exchange import counter_of, publish_state, receive_state
+from ..kernels import configs
+from ..kernels.fragments import TILE_ROWS, UNITS, sums_layout
+from ..kernels.persistent import columns_of, places_of
+from ..kernels.words import MISSING, load_chunks, publish, settle
 
-_ROWS, _UNITS, _HIDDEN = 16, 16, 512
+_ROWS, _UNITS, _HIDDEN = TILE_ROWS.value, UNITS.value, 512
+_BLOCK_K, _WARPS = 32, 8
 
 
-@triton.jit
-def empty_kernel(
-    state_ptr,
-    counter_ptr,
-    error_ptr,
-    steps,
-    H: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    PROTOCOL: tl.constexpr,
-):
-    """Publish a slice of h, wait for those of all others, and publish what they sent."""
-    unit0 = tl.program_id(0) * BLOCK_H
-    row = tl.arange(0, BLOCK_B)
-    if PROTOCOL == "counter":
-        counter_ptr = counter_of(counter_ptr, 0)
-    new = tl.zeros([BLOCK_B, BLOCK_H], state_ptr.dtype.element_ty)
-    for step in range(steps):
-        row_ptrs = state_ptr + (step * BLOCK_B + row) * H
-        publish_state(row_ptrs, row >= 0, unit0, new, counter_ptr, H, PROTOCOL)
-        h = receive_state(
-            row_ptrs,
-            row >= 0,
-            counter_ptr,
-            tl.num_programs(0) * (step + 1),
-            step,
-            error_ptr,
-            H,
-            H,
-            PROTOCOL,
-            0,
-        )
-        # The next step depends on what came, as in a layer: it hands on one more.
-        new = (tl.zeros(new.shape, tl.float32) + tl.max(h[0], 1)[:, None] + 1).to(new.dtype)
+@gluon.jit
+def hand_on(row_ptr, new, buffer, columns, publish_offsets, publish_mask, H: gl.constexpr):
+    """Publish a slice of h, wait for those of all others, and return one more than what came."""
+    offsets, left = columns
+    W: gl.constexpr = offsets.shape[0]
+    STRIDE: gl.constexpr = W * offsets.shape[2]
+    CHUNKS: gl.constexpr = (H + STRIDE - 1) // STRIDE
+    TILE: gl.constexpr = new.type.layout
+    publish(row_ptr + publish_offsets, new, publish_mask, H)
+    chunks = load_chunks(row_ptr + offsets, left, CHUNKS, H, H)
+    most = gl.zeros(offsets.shape, gl.float32, offsets.type.layout)
+    for c in gl.static_range(CHUNKS):
+        here = row_ptr + (offsets + c * STRIDE)
+        chunks = settle(chunks, here, left - c * STRIDE, None, 0, H, H, 0)
+        h = chunks[0].to(row_ptr.dtype.element_ty, bitcast=True)
+        most = gl.maximum(most, h.to(gl.float32))
+        chunks = chunks[1:]
+    # Of each row in a warp's columns, then in all of them, behind one barrier.
+    buffer.store(gl.max(most, 2))
+    row = gl.max(buffer.load(gl.SliceLayout(1, sums_layout(W))), 0)
+    row = gl.convert_layout(row, gl.SliceLayout(0, TILE), assert_trivial=True)
+    return (gl.zeros(new.shape, gl.float32, TILE) + row[None, :] + 1.0).to(new.dtype)
+
+
+@gluon.jit(do_not_specialize=["steps"])
+def empty_kernel(state_ptr, steps, H: gl.constexpr, BLOCK_K: gl.constexpr):
+    """Hand h around: that of step t is t, in every unit and row."""
+    W: gl.constexpr = gl.num_warps()
+    dtype: gl.constexpr = state_ptr.dtype.element_ty
+    TILE: gl.constexpr = gl.SliceLayout(0, sums_layout(W))
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    SIZE: gl.constexpr = TILE_ROWS * H
+    _, _, unit, row, offsets = places_of(
+        gl.program_id(0) * UNITS, H, W, dtype.primitive_bitwidth // 8
+    )
+    mask = (unit < H) & (row < TILE_ROWS)
+    columns = columns_of(H, TILE_ROWS, H, W, BLOCK_K)
+    # Turn about, so that none is overwritten while others still read it.
+    even = gl.allocate_shared_memory(gl.float32, [W, TILE_ROWS], PLAIN)
+    odd = gl.allocate_shared_memory(gl.float32, [W, TILE_ROWS], PLAIN)
+    new = gl.zeros([UNITS, TILE_ROWS], dtype, TILE)
+    for _ in range(steps // 2):
+        new = hand_on(state_ptr, new, even, columns, offsets, mask, H)
+        new = hand_on(state_ptr + SIZE, new, odd, columns, offsets, mask, H)
+        state_ptr += 2 * SIZE
+    if steps % 2 == 1:
+        hand_on(state_ptr, new, even, columns, offsets, mask, H)
 
 
 def loop(device: torch.device, steps: int) -> Callable[[], None] | None:
@@ -67,30 +84,24 @@ def loop(device: torch.device, steps: int) -> Callable[[], None] | None:
     Returns
     -------
     callable or None
-        None for a device whose programs may not wait for each other.
+        None for a device that has no persistent kernel.
     """
     facts = devices.gpu(device.index)
-    if facts is None or facts.target != "cuda":
+    shape = configs.Shape(1, _ROWS, _HIDDEN, 1, 2, "tf32")
+    if facts is None or configs.persistent_gap(shape, facts) is not None:
         return None
     state = torch.empty(steps, _ROWS, _HIDDEN, dtype=torch.bfloat16, device=device)
-    counter = torch.zeros(exchange.counter_words(1), dtype=torch.int32, device=device)
-    error = torch.zeros(1, dtype=torch.int32, device=device)
 
     def call() -> None:
         # What a layer does before each launch.
-        state.view(torch.int16).fill_(exchange.MISSING.value)
-        counter.zero_()
+        state.view(torch.int16).fill_(MISSING.value)
         with torch.cuda.device_of(state):
             empty_kernel[(_HIDDEN // _UNITS,)](
                 state,
-                counter,
-                error,
                 steps,
                 H=_HIDDEN,
-                BLOCK_B=_ROWS,
-                BLOCK_H=_UNITS,
-                PROTOCOL=facts.protocol,
-                num_warps=8,
+                BLOCK_K=_BLOCK_K,
+                num_warps=_WARPS,
                 launch_cooperative_grid=True,
             )
 

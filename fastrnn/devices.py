@@ -1,13 +1,15 @@
 """What a GPU has: kernels of ours, algorithms of cuDNN, and which of them to take.
 
-The figures are not yet our own: what cuDNN does was measured by others, what the kernels do is a
-model (see kernels/configs.py).
+The figures are not yet our own: what cuDNN does was measured by others, what the kernels take is
+simulated (see kernels/configs.py).
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -32,12 +34,30 @@ def choose(problem: Problem, forward: Choice, backward: Choice) -> tuple[str, st
         return "torch", f"below {_GPU_MIN_STEPS} steps launching our kernels costs what they save"
     # Not the small one: where it is, our kernels need no or little exchange.
     if "persistent" in cudnn_algorithm(problem).split(", "):
-        return "torch", "cuDNN has a persistent kernel for this shape, ours was not measured"
+        return "torch", "cuDNN has a persistent kernel for this shape, ours was only simulated"
     choices = (forward, backward) if problem.training else (forward,)
     if any(choice.config.schedule == "stepwise" for choice in choices):
-        return "torch", "the weights do not fit on chip; torch launches single steps with less ado"
-    times = " + ".join(f"{choice.step_us:.2f}" for choice in choices)
-    return "kernels", f"recurrent weights on chip; by the model {times} us a step"
+        return "torch", f"{_why_stepwise(problem)}; torch launches single steps with less ado"
+    times = [choice.step_us for choice in choices]
+    known = "" if any(map(math.isnan, times)) else "; simulated: {} us a step"
+    return "kernels", "recurrent weights on chip" + known.format(
+        " + ".join(f"{time:.2f}" for time in times)
+    )
+
+
+def _why_stepwise(problem: Problem) -> str:
+    """Why no kernel keeps the weights on chip, which must be so of one pass."""
+    assert problem.gpu is not None
+    shape = _shape(problem)
+    if gap := configs.persistent_gap(shape, problem.gpu):
+        return gap
+    fits = all(
+        configs.choose(shape, problem.gpu, backward=backward, schedule="persistent")
+        for backward in (False, True)
+    )
+    if fits:
+        return "a launch for each step is faster, as simulated"
+    return "the weights do not fit on chip"
 
 
 def cudnn_algorithm(problem: Problem) -> str:
@@ -119,6 +139,24 @@ def choose_kernels(problem: Problem, schedule: str | None = None) -> tuple[Choic
     `kernel_gap` must have found none. Raises ValueError if the device cannot run it by `schedule`.
     """
     assert problem.gpu is not None
+    shape = _shape(problem)
+    # A tracer's sizes have no hash to be remembered by.
+    choose = configs.choose if isinstance(problem.batch, int) else configs.choose.__wrapped__
+    choices = [
+        choose(shape, problem.gpu, backward=backward, schedule=schedule)
+        for backward in (False, True)
+    ]
+    if None in choices:
+        gap = configs.persistent_gap(shape, problem.gpu) if schedule == "persistent" else None
+        raise ValueError(
+            f"no {schedule} schedule for {problem.cell}, B={problem.batch}, "
+            f"H={problem.hidden_size}, {problem.dtype} on {problem.gpu.name}"
+            + (f": {gap}" if gap else "")
+        )
+    return choices[0], choices[1]  # type: ignore[return-value]
+
+
+def _shape(problem: Problem) -> Shape:
     shape = Shape.of(
         CELLS[problem.cell],
         problem.batch,
@@ -127,18 +165,7 @@ def choose_kernels(problem: Problem, schedule: str | None = None) -> tuple[Choic
         problem.dtype.itemsize,
         problem.precision,
     )
-    # A tracer's sizes have no hash to be remembered by.
-    choose = configs.choose if isinstance(problem.batch, int) else configs.choose.__wrapped__
-    choices = [
-        choose(shape, problem.gpu, backward=backward, schedule=schedule)
-        for backward in (False, True)
-    ]
-    if None in choices:
-        raise ValueError(
-            f"no {schedule} schedule for {problem.cell}, B={problem.batch}, "
-            f"H={problem.hidden_size}, {problem.dtype} on {problem.gpu.name}"
-        )
-    return choices[0], choices[1]  # type: ignore[return-value]
+    return shape._replace(marked=problem.marked)
 
 
 def float32_precision() -> str:
@@ -157,12 +184,29 @@ def float32_precision() -> str:
     return "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-@functools.cache
+# Why this version of Triton does not compile the persistent kernels, once that was tried in vain.
+_gap = ""
+
+
+def note_gap(reason: str) -> None:
+    """Plan no persistent kernel any more, in this process, for a reason."""
+    global _gap
+    if not _gap:
+        warnings.warn(f"{reason}; other schedules run in their place", stacklevel=2)
+    _gap = reason
+
+
 def gpu(index: int | None = None) -> Device | None:
     """Describe a GPU, by default the current one, to the planner.
 
     None if it is not there, or Triton is not installed.
     """
+    found = _gpu(index)
+    return found if found is None else found._replace(gap=_gap)
+
+
+@functools.cache
+def _gpu(index: int | None) -> Device | None:
     if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return None
     facts = torch.cuda.get_device_properties(index)

@@ -22,7 +22,6 @@ from .cpu.direction import Direction
 from .cpu.rows import Rows
 from .cpu.walk import Walk
 from .flow import CUT, FRESH, HOLD, START, without_unasked
-from .kernels.configs import Choice
 from .problem import Problem
 
 if TYPE_CHECKING:
@@ -42,8 +41,20 @@ def _problem(call: Call) -> Problem | None:
     return problem if devices.kernel_gap(problem) is None else None
 
 
-def _choices(problem: Problem) -> tuple[Choice, Choice]:
-    return devices.choose_kernels(problem, planner.forced.schedule)
+def _launched(run: str, call: Call, problem: Problem, *args: Any, **options: Any) -> Any:
+    """Run `launch.forward` or `launch.backward` as is planned, and if this Triton does not compile
+    that, as is planned then.
+    """
+    from .kernels import launch
+
+    choice = devices.choose_kernels(problem, planner.forced.schedule)[run == "backward"]
+    try:
+        return getattr(launch, run)(call.cell, choice.config, problem.precision, *args, **options)
+    except launch.UncompiledError as error:
+        assert problem.gpu is not None
+        devices.note_gap(str(error))
+        problem = problem._replace(gpu=problem.gpu._replace(gap=str(error)))
+        return _launched(run, call, problem, *args, **options)
 
 
 def forward(call: Call, save: int, traced: bool) -> tuple[Result, list[Tensor]]:
@@ -55,8 +66,6 @@ def forward(call: Call, save: int, traced: bool) -> tuple[Result, list[Tensor]]:
     problem = _problem(call)
     if problem is None:
         return cpu.forward(call, save, traced)
-    from .kernels import launch
-
     cpu.check_batch((*call.state, *call.flow.fresh), call.batch)
     operands = _operands(call)
     with _products(problem):
@@ -64,10 +73,10 @@ def forward(call: Call, save: int, traced: bool) -> tuple[Result, list[Tensor]]:
         if operands.fresh:
             fresh_rh = operands.fresh[0] @ operands.r.transpose(1, 2)
             operands = operands._replace(fresh_rh=fresh_rh)
-    y, states, activations, final = launch.forward(
-        call.cell,
-        _choices(problem)[0].config,
-        problem.precision,
+    y, states, activations, final = _launched(
+        "forward",
+        call,
+        problem,
         wx,
         operands,
         traced=traced or save != cpu.NOTHING,
@@ -126,10 +135,10 @@ def backward(call: Call, given: Cotangents, saved: Sequence[Tensor], asked: Aske
             parts = (activations[0] if activations else y.new_empty(0),)
         else:
             parts = _input_projection(call), _recurrent_parts(call, directions, y)
-        d_gates, d_state, d_fresh = launch.backward(
-            cell,
-            _choices(problem)[1].config,
-            problem.precision,
+        d_gates, d_state, d_fresh = _launched(
+            "backward",
+            call,
+            problem,
             _operands(call),
             launch.Past(y, states[1:], parts),
             (

@@ -76,7 +76,8 @@ def use_path(path: str | None) -> Iterator[None]:
         another, 'kernels' are 'operators' where there are none, and on a GPU the other way round
         where there are some; under a ``torch.func`` transform, as far as our operators have no rule
         for it, and in complex numbers, both are 'reference'. What ``torch.compile`` traces does not
-        ask.
+        ask, nor does what autograd runs in threads of its own, which is backward on a GPU unless
+        ``torch.autograd.set_multithreading_enabled(False)``.
 
     Raises
     ------

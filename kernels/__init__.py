@@ -5,14 +5,17 @@ A cell comes from ``fastrnn.cells``, where it is written once for every engine;
 and one backward loop through time that knows no cell by name:
 
 ``persistent.py``
-    The recurrent weights stay on chip for the whole sequence: in one program (*resident*) or
-    spread over a group of programs that exchange h every step (*persistent*).
+    The recurrent weights stay on chip for the whole sequence, spread over a group of programs that
+    exchange h every step; in Gluon, Triton's language of explicit layouts.
+``resident.py``
+    They stay in one program, for small hidden sizes.
 ``stepwise.py``
     One launch for each step.
 
-``exchange.py`` holds the protocols by which programs of a group wait for each other, ``tiles.py``
-what both schedules are made of. ``configs.py`` chooses schedule and tiles by a model of a step's
-time, ``launch.py`` allocates and launches.
+``words.py`` is how the programs of a group wait for each other and ``fragments.py`` where the
+operands of their products lie; ``tiles.py`` is what the other two schedules are made of.
+``configs.py`` chooses schedule and tiles by simulated times of a step, ``steps.csv``, and
+``launch.py`` allocates and launches.
 
 Of the package only ``cells`` is imported here, which imports nothing; ``launch.py`` alone imports
 torch, so that kernels can be read, interpreted and compiled, and plans be made, without it.

@@ -1,15 +1,20 @@
-"""Which schedule, tiles and protocol for a problem on a device, by a model of a step's time.
+"""Which schedule and tiles for a problem on a device, by simulated times of a step.
 
 Nothing here runs on a device or imports torch, so a plan can be made for a GPU that is not there.
-The model adds up, in cycles of one multiprocessor, what a step cannot avoid; constants are
-published figures or counts from compiled code, named beside them. None of its results has been
-compared with a measurement yet.
+The times are in a table, ``steps.csv``, that a simulator of a multiprocessor makes from compiled
+kernels (fastrnn/bench/step_time.py, which states its error: between schedules a quarter either
+way, which the choice does not heed). None has been compared with a measurement yet.
 """
 
 from __future__ import annotations
 
+import bisect
+import csv
 import functools
+import math
+from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..cells import Cell
@@ -30,9 +35,8 @@ class Device(NamedTuple):
         Most bytes that one program may have.
     clock_mhz : int
         Boost clock, for times in microseconds.
-    protocol : {'flag', 'counter'}
-        How programs wait for each other (see exchange.py). By default 'flag', which is one trip
-        through L2 where 'counter' is two.
+    gap : str
+        Why no persistent kernel runs there, if none does, beyond what this module knows.
     """
 
     name: str
@@ -41,7 +45,7 @@ class Device(NamedTuple):
     processors: int
     shared_memory: int
     clock_mhz: int
-    protocol: str = "flag"
+    gap: str = ""
 
 
 # From the vendors' data sheets and tuning guides.
@@ -55,6 +59,7 @@ DEVICES = {
         Device("h100", "cuda", 90, 132, 227 * 1024, 1980),
         Device("h200", "cuda", 90, 132, 227 * 1024, 1980),
         Device("b200", "cuda", 100, 148, 227 * 1024, 1965),
+        Device("rtx5090", "cuda", 120, 170, 99 * 1024, 2407),
         Device("mi300x", "hip", 942, 304, 64 * 1024, 2100),
     )
 }
@@ -74,6 +79,8 @@ class Shape(NamedTuple):
     n_more : int
         Tiles that a thread holds beyond those of an LSTM: of further states, and rows of extra
         weights.
+    marked : bool
+        Whether there are lengths, resets or truncated gradients.
     """
 
     n_gates: int
@@ -83,6 +90,7 @@ class Shape(NamedTuple):
     itemsize: int
     precision: str
     n_more: int = 0
+    marked: bool = False
 
     @classmethod
     def of(cls, cell: Cell, *others: Any) -> Shape:
@@ -97,98 +105,50 @@ class Config(NamedTuple):
     Attributes
     ----------
     schedule : {'resident', 'persistent', 'stepwise'}
-    protocol : {'local', 'flag', 'counter'}
     block_b, block_h : int
         Rows of the batch and hidden units of one program.
     block_k : int
-        Columns of h (forward) or of dh (backward) that go through one dot.
+        Columns of the operands that go through one product; of one warp, in a persistent kernel.
     num_warps : int
+    in_registers : int
+        Chunks of the weights that a persistent kernel has in registers.
     tiles : int
         Batch tiles in one launch; more of them are launched one after another.
     """
 
     schedule: str
-    protocol: str
     block_b: int
     block_h: int
     block_k: int
     num_warps: int
+    in_registers: int
     tiles: int
 
 
 class Choice(NamedTuple):
-    """A configuration and what the model says of it."""
+    """A configuration and its time of a step, which is simulated; NaN where nothing can be."""
 
     config: Config
     step_us: float
 
     def __str__(self) -> str:
-        schedule, protocol, block_b, block_h, _, num_warps, _ = self.config
-        exchange = f", exchange by {protocol}" if protocol != LOCAL else ""
-        return (
-            f"{schedule}, {block_b} rows x {block_h} units a program, {num_warps} warps{exchange}: "
-            f"{self.step_us:.2f} us a step by the model"
-        )
+        schedule, block_b, block_h, _, num_warps, *_ = self.config
+        time = "" if math.isnan(self.step_us) else f": {self.step_us:.2f} us a step, simulated"
+        return f"{schedule}, {block_b} rows x {block_h} units a program, {num_warps} warps{time}"
 
 
 SCHEDULES = ("resident", "persistent", "stepwise")
 PRECISIONS = ("ieee", "tf32", "tf32x3")  # of float32
 MAX_BATCH = 16 * 65535  # batch tiles are the second dimension of a grid
-LOCAL, FLAG, COUNTER = PROTOCOLS = ("local", "flag", "counter")  # see exchange.py
 
-# Cycles. Shared memory reads 128 bytes a cycle (CUDA programming guide, 32 banks of 4 bytes).
-_SHARED_BYTES = 128
-# A warp-level matrix product that waits for the one before it, 16 deep in K for 2-byte elements: a
-# design estimate after Sun et al., arXiv:2206.02874, who measured A100, for all devices.
-_DOT_LATENCY = 33
-# Multiply-adds of a multiprocessor in a cycle: 312, 156 and 19.5 TFLOP/s of the A100 white paper.
-# Later devices are taken to be no faster at the same warp-level instructions, a design estimate.
-_FMA = {"half": 1024, "tf32": 512, "tf32x3": 512 / 3, "ieee": 64}
-# Store, until another multiprocessor sees it in L2 (some 0.5 us); a load from L2; bytes that
-# arrive at one multiprocessor in a cycle. Design estimates for an H100.
-_VISIBLE, _L2_LATENCY, _L2_BYTES = 900, 270, 64
-# Pointwise part: some ten barriers with a trip through shared memory between, 40 cycles each
-# (they are counted in bench/results/compile_budget.csv; the cycles are a design estimate).
-_POINTWISE = 400
-# A launch that does nothing, back to back on a stream, and the latency of device memory: design
-# estimates.
-_LAUNCH_US, _MEMORY_LATENCY = 2.5, 600
+# What a persistent kernel's programs are made of; see fragments.py.
+_UNITS = _TILE_ROWS = 16
 
 
-class _Limits(NamedTuple):
-    """What a thread may hold of a tile [block_b, block_h] without spilling its 255 registers.
-
-    Each for rows that are loaded 16 bytes at a time, and for rows that start anywhere and are
-    loaded in parts, each with an address and a predicate.
-
-    Attributes
-    ----------
-    resident, backward : (float, float)
-        Elements, of a resident kernel (of which only backward minds how rows are loaded) and of a
-        persistent backward one.
-    forward : (float, float)
-        Elements times `_PER_ELEMENT` and h in registers together, of a persistent forward one.
-    """
-
-    resident: tuple[float, float]
-    backward: tuple[float, float]
-    forward: tuple[float, float]
-
-
-# Fitted to what compiles without spilling for sm_80, sm_90 and sm_100 with triton 3.6
-# (bench/compile_budget.py); mostly the next larger tile spills. The registers of products in three
-# parts and of exact ones, which no matrix instruction computes, vary more than a formula follows:
-# see `_in_registers`.
-_LIMITS = {
-    "half": _Limits((8, 4), (4, 2), (118, 77)),
-    "tf32": _Limits((4, 4), (2, 1), (118, 59)),
-    "tf32x3": _Limits((4, 2), (2, 1), (86, 43)),
-    "ieee": _Limits((1, 1), (1, 0.5), (59, 29)),
-}
-# An element of one gate, and of several gates with what is computed from them.
-_PER_ELEMENT_OF_ONE, _PER_ELEMENT = 10.5, 27
-# Elements of dh, of a tile of the batch and all units: 32 rows of 2048 spill, of 1408 do not.
-_BACKWARD_TILE = 32 * 1536
+# Elements of a tile [block_b, block_h] that a thread of a resident kernel may hold. Fitted to what
+# compiles without spilling for sm_80, sm_90 and sm_100 with triton 3.6 and 3.7
+# (bench/compile_budget.py); mostly the next larger tile spills.
+_RESIDENT = {"half": 8, "tf32": 4, "tf32x3": 2, "ieee": 1}
 # 256 threads: then all 255 registers of NVIDIA's and 512 of AMD's multiprocessors are theirs.
 _WARPS = {"cuda": 8, "hip": 4}
 _THREADS = 256
@@ -198,27 +158,25 @@ _THREADS = 256
 def choose(
     shape: Shape, device: Device, *, backward: bool = False, schedule: str | None = None
 ) -> Choice | None:
-    """Choose how to launch a kernel: the fastest by the model, perhaps of one schedule only.
+    """Choose how to launch a kernel: the fastest by simulation, perhaps of one schedule only.
 
-    None if `schedule` cannot run this shape on this device.
+    Where nothing was simulated, as on AMD's devices, the first that fits. None if `schedule` cannot
+    run this shape on this device.
     """
     choices = [
         Choice(config, step_us(config, shape, device, backward=backward))
         for config in candidates(shape, device, backward=backward)
         if schedule in (None, config.schedule)
     ]
-    return min(choices, key=lambda choice: choice.step_us, default=None)
+    times = [math.inf if math.isnan(choice.step_us) else choice.step_us for choice in choices]
+    return choices[times.index(min(times))] if choices else None
 
 
 def candidates(shape: Shape, device: Device, *, backward: bool = False) -> Iterator[Config]:
     """All configurations that fit the device."""
-    # 64 rows would be warp-group (sm_90) or tcgen05 (sm_100) products, whose left operand is in
-    # shared memory, all of h at once; up to 3,744 bytes of a thread spilled in most of those tried.
-    for block_b in (16, 32):
-        if block_b > 16 and block_b >= 2 * shape.batch:
-            continue  # more than half of its rows would be empty
-        for block_h in (16, 32, 64, 128):
-            yield from _on_chip(shape, device, backward, block_b, block_h)
+    yield from _resident(shape, device, backward)
+    if persistent_gap(shape, device) is None:
+        yield from _persistent(shape, device, backward)
     # Larger blocks, or float32 or more tiles in fewer threads, spill.
     kind, narrow = _kind(shape), _narrow(shape)
     block_k = 64 if kind == "half" else 32
@@ -231,69 +189,90 @@ def candidates(shape: Shape, device: Device, *, backward: bool = False) -> Itera
     if kind == "ieee":
         more_rows, block_k = (32,), 16 if narrow else 32
     for block_b in (16, *more_rows):
-        yield Config("stepwise", LOCAL, block_b, 32, block_k, num_warps, 65535)
+        yield Config("stepwise", block_b, 32, block_k, num_warps, 0, 65535)
 
 
-def _on_chip(
-    shape: Shape, device: Device, backward: bool, block_b: int, block_h: int
-) -> Iterator[Config]:
-    hidden, warps = shape.hidden_size, _WARPS[device.target]
-    slices = -(-hidden // block_h)
-    if slices == 1:
-        if block_h > 16 and block_h >= 2 * hidden:
-            return
-        config = Config("resident", LOCAL, block_b, block_h, block_h, warps, 65535)
-    else:
-        if device.target != "cuda":
-            return  # programs that wait for each other were not tried there
-        block_k = _block_k(shape, backward)
-        if backward:
-            block_k = max(block_k, block_h)  # a mailbox is filled by one product
-        tiles = min(device.processors // (slices * shape.directions), 65535)
-        config = Config("persistent", device.protocol, block_b, block_h, block_k, warps, tiles)
-    if (
-        config.tiles
-        and _in_registers(config, shape, backward)
-        and shared_memory(config, shape, backward=backward) <= device.shared_memory
-    ):
-        yield config
+def persistent_gap(shape: Shape, device: Device) -> str | None:
+    """Say why no persistent kernel can run a shape, whatever its size; None if one can."""
+    if device.target != "cuda":
+        return f"no persistent kernel of ours for {device.name}"
+    if shape.itemsize == 4 and shape.precision != "tf32":
+        return f"no persistent kernel of ours for float32 in {shape.precision}"
+    return device.gap or None
 
 
-def _in_registers(config: Config, shape: Shape, backward: bool) -> bool:
-    """Whether a kernel compiles without spilling registers, and its warps share its products."""
-    kind, narrow = _kind(shape), _narrow(shape)
-    limits = _LIMITS[kind]
-    tile = config.block_b * config.block_h / _THREADS
-    several = 4 if shape.n_gates == 1 else 1  # elements of one gate take so much less
-    padded = -(-shape.hidden_size // config.block_k) * config.block_k
-    if config.schedule == "resident":
-        is_tight = narrow or (kind == "tf32x3" and shape.n_more > 0)
-        return tile <= several * limits.resident[is_tight and backward]
-    if backward:
-        fits = tile <= several * limits.backward[narrow]
-        return fits and config.block_b * padded <= _BACKWARD_TILE
-    # If products follow each other, Triton gives all warps the same columns of one that is not
-    # wider than high.
-    if _block_width(shape) * config.block_h <= config.block_b and kind != "ieee":
-        return False
-    # These spill although the formula below sees room.
-    wide = config.block_h > 16
-    if kind == "tf32" and shape.n_gates > 2 and wide and padded > (128 if shape.n_more else 256):
-        return False
-    if kind == "tf32x3":
-        widest = 128 if wide or shape.n_gates == 3 or shape.n_more else 256
-        if padded > widest or (shape.n_gates > 2 and wide):
-            return False
-    if kind == "ieee" and (shape.n_gates == 3 or (shape.n_more and config.block_k < 64)):
-        return False
-    h = config.block_b * padded * shape.itemsize / 4 / _THREADS
-    per_element = _PER_ELEMENT_OF_ONE if shape.n_gates == 1 else _PER_ELEMENT + shape.n_more
-    return h + per_element * tile <= limits.forward[narrow]
+def _resident(shape: Shape, device: Device, backward: bool) -> Iterator[Config]:
+    kind, narrow, warps = _kind(shape), _narrow(shape), _WARPS[device.target]
+    block_h = max(16, 1 << (shape.hidden_size - 1).bit_length())
+    most = _RESIDENT[kind] * (4 if shape.n_gates == 1 else 1)  # one gate takes so much less
+    if backward and narrow and kind == "half":
+        most //= 2  # each part of a row has an address and a predicate
+    for block_b in _row_blocks(shape) if kind == "half" else (16,):
+        config = Config("resident", block_b, block_h, block_h, warps, 0, 65535)
+        fits = shared_memory(config, shape, backward=backward) <= device.shared_memory
+        if block_h <= 128 and block_b * block_h / _THREADS <= most and fits:
+            yield config
 
 
-def _block_width(shape: Shape) -> int:
-    """Gates of the block that goes through forward's products: of 3, one of 4 is empty."""
-    return 4 if shape.n_gates == 3 else shape.n_gates
+def _persistent(shape: Shape, device: Device, backward: bool) -> Iterator[Config]:
+    slices = -(-shape.hidden_size // _UNITS)
+    tiles = min(device.processors // (slices * shape.directions), 65535)
+    columns = shape.hidden_size * (shape.n_gates if backward else 1)
+    # Two tiles with marks would take more registers than there are.
+    for block_b in (16,) if shape.marked else _row_blocks(shape):
+        # Fewer warps have fewer partial sums, but more of the weights each.
+        for warps in (4, 8) if shape.hidden_size <= 512 and block_b == _TILE_ROWS else (8,):
+            block_k = _block_k(columns, warps, shape.itemsize)
+            in_registers = _in_registers(shape, backward, block_b, block_k, warps)
+            if in_registers is None:
+                continue
+            config = Config("persistent", block_b, _UNITS, block_k, warps, in_registers, tiles)
+            fits = shared_memory(config, shape, backward=backward) <= device.shared_memory
+            if tiles and fits:
+                yield config
+
+
+def _chunks(shape: Shape, backward: bool, block_k: int, warps: int) -> int:
+    """Chunks of a persistent kernel's products."""
+    columns = shape.hidden_size * (shape.n_gates if backward else 1)
+    return -(-columns // (warps * block_k))
+
+
+def _row_blocks(shape: Shape) -> tuple[int, ...]:
+    return (16, 32) if shape.batch > 16 else (16,)
+
+
+def _block_k(columns: int, warps: int, itemsize: int) -> int:
+    """Columns of a warp's chunk: 64 bytes of a row, or 32 if an eighth would be empty otherwise.
+
+    Tensor cores take no less than 16 columns.
+    """
+    widest = 64 // itemsize
+    if widest == 16:
+        return widest
+    wide, narrow = (-(-columns // (warps * k)) * k * warps for k in (widest, widest // 2))
+    return widest // 2 if wide > columns * 9 / 8 and narrow < wide else widest
+
+
+def _in_registers(
+    shape: Shape, backward: bool, block_b: int, block_k: int, warps: int
+) -> int | None:
+    """How many chunks of the weights a thread of a persistent kernel has in registers.
+
+    From above what is compiled without spilling; see bench/compile_budget.py. A few chunks in
+    shared memory cost little. None if even without any there are not enough registers.
+    """
+    of_chunk = block_k * shape.itemsize // 8  # of h, and of the weights of a tile of sums
+    sums = 1 if backward else shape.n_gates
+    chunks = _chunks(shape, backward, block_k, warps)
+    group = min(-(-chunks // shape.n_gates) if backward else chunks, 32 // of_chunk)
+    used = (85 if backward else 75) + min(chunks, 2 * group) * of_chunk + 8 * sums
+    used += 6 * shape.n_more + 40 * _narrow(shape) + 15 * (warps == 4)
+    used += 70 * (block_b > _TILE_ROWS) + (60 if backward else 45) * shape.marked
+    if (255 - used) // (sums * of_chunk) >= chunks:
+        return chunks
+    used += 24 + 4 * max(0, chunks - 16)  # of weights on their way
+    return (255 - used) // (sums * of_chunk) if used < 255 else None
 
 
 def _narrow(shape: Shape) -> bool:
@@ -305,72 +284,127 @@ def _kind(shape: Shape) -> str:
     return "half" if shape.itemsize == 2 else shape.precision
 
 
-def _block_k(shape: Shape, backward: bool) -> int:
-    """The widest block that wastes less than an eighth of itself and does not spill."""
-    widest = {
-        "half": 128 if backward else 512,
-        "tf32": 128,
-        "tf32x3": 64 if backward else 32,
-        "ieee": 64,
-    }[_kind(shape)]
-    while widest > 32 and -(-shape.hidden_size // widest) * widest > shape.hidden_size * 9 / 8:
-        widest //= 2
-    return widest
-
-
-def block_s(config: Config, slices: int) -> int:
-    """How many mailboxes a program reads at once: at most 64 registers of every thread."""
-    most = 64 * 32 * config.num_warps // (config.block_b * config.block_h)
-    return min(most, 1 << (slices - 1).bit_length())
-
-
 def shared_memory(config: Config, shape: Shape, *, backward: bool = False) -> int:
     """Bytes of shared memory of an on-chip schedule, from above; compiled code takes no more."""
-    padded = -(-shape.hidden_size // config.block_k) * config.block_k
+    gates = 1 if backward else shape.n_gates
+    if config.schedule == "persistent":
+        chunks = _chunks(shape, backward, config.block_k, config.num_warps)
+        weights = (chunks - config.in_registers) * config.block_k * shape.itemsize
+        sums = 2 * _TILE_ROWS * 4
+        return gates * _UNITS * config.num_warps * (weights + sums)
     copies = 2 if _kind(shape) == "tf32x3" else 1
-    gates = shape.n_gates if backward else _block_width(shape)
-    weights = gates * config.block_h * padded * shape.itemsize * copies
+    gates = shape.n_gates if backward else shape.n_gates + (shape.n_gates == 3)
+    weights = gates * config.block_h**2 * shape.itemsize * copies
     # On their way to another layout: the left operand of a dot, a result of backward, dh and a tile
     # of each gate, or what a reduction needs at least.
     columns = max(
-        config.block_k * shape.itemsize * copies,
-        min(config.block_k, 128) * 4,
+        config.block_h * shape.itemsize * copies,
+        config.block_h * 4,
         (shape.n_gates + 1) * config.block_h * shape.itemsize,
         256,
     )
     return weights + config.block_b * columns
 
 
+class Simulated(NamedTuple):
+    """A row of ``steps.csv``: what a step of a kernel takes, by simulation.
+
+    ``python -m fastrnn.bench.compile_budget --steps`` makes the table.
+
+    Attributes
+    ----------
+    architecture : {80, 90}
+        Compute capability, times 10, of the simulated GPU: an A100 or an H100.
+    run : {'forward', 'backward'}
+    n_gates : int
+    kind : {'half', 'tf32', 'tf32x3', 'ieee'}
+        How elements are multiplied.
+    schedule : str
+    block_b, num_warps : int
+    hidden_size : int
+    alone, full : float
+        Cycles of a step, of one group of programs that has the GPU for itself, and where all
+        multiprocessors run such programs; they share the bytes from L2.
+    """
+
+    architecture: int
+    run: str
+    n_gates: int
+    kind: str
+    schedule: str
+    block_b: int
+    num_warps: int
+    hidden_size: int
+    alone: int
+    full: int
+
+
+STEPS = Path(__file__).with_name("steps.csv")
+
+
+@functools.cache
+def _simulated() -> dict[tuple[Any, ...], list[Simulated]]:
+    """The rows of the table by all but their hidden size, by which they are sorted."""
+    found: dict[tuple[Any, ...], list[Simulated]] = defaultdict(list)
+    with STEPS.open(encoding="utf-8", newline="") as file:
+        _, *rows = csv.reader(file)
+    for texts in rows:
+        fields: list[Any] = [int(text) if text.isdecimal() else text for text in texts]
+        row = Simulated(*fields)
+        found[row[:-3]].append(row)
+    return {key: sorted(of_key, key=lambda row: row.hidden_size) for key, of_key in found.items()}
+
+
+def _rows_of(config: Config, shape: Shape, device: Device, backward: bool) -> list[Simulated]:
+    """What was simulated of a configuration, or of the one most like it."""
+    if device.target != "cuda":
+        return []
+    # A cell of two gates is like one of three, and where only an H100 was simulated, an A100 is
+    # like it; so are more rows or warps of a launch for each step.
+    facts = (
+        "backward" if backward else "forward",
+        max(shape.n_gates, 3) if shape.n_gates > 1 else 1,
+        _kind(shape),
+        config.schedule,
+    )
+    for architecture in (90,) if device.capability >= 90 else (80, 90):
+        for block_b in dict.fromkeys((config.block_b, min(config.block_b, 32))):
+            for num_warps in dict.fromkeys((config.num_warps, 4, 8)):
+                key = (architecture, *facts, block_b, num_warps)
+                if rows := _simulated().get(key):
+                    return rows
+    return []
+
+
 def step_us(config: Config, shape: Shape, device: Device, *, backward: bool = False) -> float:
-    """Model the time of one time step in microseconds."""
-    hidden = shape.hidden_size
-    slices = -(-hidden // config.block_h)
+    """Tell the simulated time of one time step in microseconds; NaN if nothing was simulated.
+
+    Between hidden sizes of the table it is interpolated, beyond them taken to grow with the hidden
+    size; of a device that is neither, the cycles of an A100 below sm_90 and of an H100 from there
+    on. Not in it is what a launch of all steps takes once.
+    """
+    rows = _rows_of(config, shape, device, backward)
+    if not rows:
+        return math.nan
+    slices = -(-shape.hidden_size // config.block_h)
     tiles = -(-shape.batch // config.block_b)
-    padded = -(-hidden // config.block_k) * config.block_k
-    gates = shape.n_gates if backward else _block_width(shape)
-    rate = _FMA[_kind(shape)]
-    products = config.block_b * gates * config.block_h * padded / rate
-    if config.schedule == "stepwise":
-        waves = -(-slices * tiles * shape.directions // device.processors)
-        # Each K block of the weights comes from L2 behind the one before it.
-        reads = padded // config.block_k * _L2_LATENCY + (
-            gates * config.block_h * padded * shape.itemsize / _L2_BYTES
-        )
-        cycles = waves * (max(products, reads) + _POINTWISE + _MEMORY_LATENCY)
-        return _LAUNCH_US + cycles / device.clock_mhz
-    weights = gates * config.block_h * padded * shape.itemsize / _SHARED_BYTES
-    depth = gates * config.block_h if backward else padded
-    chain = _DOT_LATENCY * depth * shape.itemsize / 32
-    if _kind(shape) == "ieee":
-        chain = 0.0
-    cycles = max(products, weights, chain) + _POINTWISE
-    if config.schedule == "persistent":
-        # Everybody receives h, or dh in float32.
-        received = config.block_b * padded * (4 if backward else shape.itemsize)
-        trips = 1 if config.protocol == FLAG else 2
-        cycles += trips * (_VISIBLE + _L2_LATENCY) + received / _L2_BYTES
-        if backward:  # and sends as much
-            cycles += received / _L2_BYTES
-    launches = -(-tiles // config.tiles)
-    resident = -(-slices * min(tiles, config.tiles) * shape.directions // device.processors)
-    return launches * resident * cycles / device.clock_mhz
+    programs = slices * min(tiles, config.tiles) * shape.directions
+    # How far from one group of programs to a full device.
+    share = min(1.0, (programs - slices) / max(1, device.processors - slices))
+    sizes = [row.hidden_size for row in rows]
+    times = [row.alone + (row.full - row.alone) * share for row in rows]
+    n = bisect.bisect_left(sizes, shape.hidden_size)
+    if n == 0:
+        cycles = times[0]
+    elif n == len(rows):
+        cycles = times[-1] * shape.hidden_size / sizes[-1]
+    else:
+        above = (shape.hidden_size - sizes[n - 1]) / (sizes[n] - sizes[n - 1])
+        cycles = times[n - 1] + (times[n] - times[n - 1]) * above
+    waves = -(-programs // device.processors) * -(-tiles // config.tiles)
+    launches_us = _LAUNCH_US if config.schedule == "stepwise" else 0.0
+    return launches_us + waves * cycles / device.clock_mhz
+
+
+# A launch that does nothing, back to back on a stream: a design estimate.
+_LAUNCH_US = 2.5

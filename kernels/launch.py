@@ -8,7 +8,6 @@ CUDA graph can record a launch.
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,12 +15,26 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import PTXASError
 
 from ..cells import Cell
-from . import configs, exchange, persistent, stepwise
-from .activations import bound
+from . import resident, stepwise
+from .activations import ENGINE, NVIDIA_ENGINE, bound
 from .configs import Config
 from .tiles import STOPS
+
+
+class UncompiledError(RuntimeError):
+    """This version of Triton does not compile a persistent kernel, whose language is young."""
+
+    @classmethod
+    def of(cls, failure: Exception) -> UncompiledError:
+        """Say why."""
+        why = str(failure).strip().splitlines() or [""]
+        return cls(
+            f"triton {triton.__version__} does not compile our persistent kernels "
+            f"({type(failure).__name__}: {why[-1][:200]})"
+        )
 
 
 class _Debug(threading.local):
@@ -149,19 +162,15 @@ def forward(
         "fresh_rh_ptr": operands.fresh_rh,
         "state_ptrs": (y, *traces),
         "saved_ptr": saved,
-        "BLOCK_K": config.block_k,
     }
     if config.schedule == "stepwise":
         running = [part.to(torch.float32, copy=True) for part in initial]
         arguments |= {"initial_ptr": initial[0], "running_ptrs": tuple(running)}
         _step_by_step(stepwise.forward_kernel, config, operands, arguments)
         return y, traces, saved, [part.to(wx.dtype) for part in running]
-    final = [torch.empty_like(part) for part in initial]
+    final = [torch.empty_like(part, dtype=wx.dtype) for part in initial]
     arguments |= {"initial_ptrs": tuple(initial), "final_ptrs": tuple(final)}
-    if config.protocol == configs.FLAG:
-        y.view(_integer(y.dtype)).fill_(exchange.MISSING.value)
-    for grid, exchanged in _launches(config, operands):
-        persistent.forward_kernel[grid](**arguments, **exchanged)
+    _all_at_once("forward_kernel", config, operands, arguments, published=y)
     return y, traces, saved, final
 
 
@@ -210,7 +219,7 @@ def backward(
     }
     if config.schedule == "stepwise":
         running = [part.to(torch.float32, copy=True) for part in d_final]
-        arguments |= {"running_ptrs": tuple(running), "BLOCK_K": config.block_k}
+        arguments |= {"running_ptrs": tuple(running)}
         _step_by_step(stepwise.backward_kernel, config, operands, arguments)
         for d in range(directions):
             first = -1 if d else 0
@@ -224,16 +233,8 @@ def backward(
     arguments |= {
         "d_final_ptrs": tuple(d_final),
         "d_initial_ptrs": tuple(d_initial),
-        "BLOCK_N": max(config.block_k, config.block_h),  # or mailboxes would not be filled
-        "BLOCK_S": configs.block_s(config, triton.cdiv(hidden, config.block_h)),
     }
-    for grid, exchanged in _launches(config, operands):
-        mail = None
-        if config.protocol != configs.LOCAL:
-            words = exchange.mailbox_words(math.prod(grid[1:]), grid[0], *config[2:4])
-            mail = y.new_zeros(words, dtype=torch.int32)
-        exchanged["exchange_ptrs"] += (mail,)
-        persistent.backward_kernel[grid](**arguments, **exchanged)
+    _all_at_once("backward_kernel", config, operands, arguments, published=d_gates)
     return d_gates, d_initial, d_fresh
 
 
@@ -248,9 +249,8 @@ def _arguments(
         "T": steps,
         "B": operands.initial[0].shape[1],
         "H": operands.r.shape[-1],
-        "CELL": bound(cell),
+        "CELL": bound(cell, NVIDIA_ENGINE if config.schedule == "persistent" else ENGINE),
         "BLOCK_B": config.block_b,
-        "BLOCK_H": config.block_h,
         "PRECISION": precision,
         "num_warps": config.num_warps,
         # Without a limit of registers ptxas takes 128 and spills a few.
@@ -275,41 +275,66 @@ def _grid(config: Config, operands: Operands) -> tuple[int, int, int]:
 def _step_by_step(
     kernel: Any, config: Config, operands: Operands, arguments: dict[str, Any]
 ) -> None:
+    arguments |= {"BLOCK_H": config.block_h, "BLOCK_K": config.block_k}
     with torch.cuda.device_of(operands.r):
         grid = _grid(config, operands)
         for step in range(arguments["T"]):
             kernel[grid](**arguments, step=step)
 
 
-def _launches(
-    config: Config, operands: Operands
-) -> Iterator[tuple[tuple[int, int, int], dict[str, Any]]]:
-    """The grid of each launch of an on-chip schedule and the arguments of its exchange.
+def _all_at_once(
+    name: str, config: Config, operands: Operands, arguments: dict[str, Any], published: Tensor
+) -> None:
+    """Launch a kernel of an on-chip schedule for all steps.
 
-    In debug mode, raises after a launch in which a wait gave up.
+    `published` is what programs of a persistent one hand each other. In debug mode, raises after a
+    launch in which a wait gave up.
     """
+    like, limit = operands.r, _debug.spin_limit
     slices, tiles, directions = _grid(config, operands)
-    limit, like = _debug.spin_limit, operands.r
+    if config.schedule == "resident":
+        with torch.cuda.device_of(like):
+            kernel = getattr(resident, name)
+            kernel[slices, tiles, directions](**arguments, BLOCK_H=config.block_h)
+        return
+    published.view(_integer(published.dtype)).fill_(-1)  # words.MISSING
+    kernel = _persistent(name)
+    error = like.new_zeros(1, dtype=torch.int32) if limit else None
     for first in range(0, tiles, config.tiles):
         grid = slices, min(config.tiles, tiles - first), directions
-        counter = error = None
-        if config.protocol == configs.COUNTER:
-            words = exchange.counter_words(grid[1] * directions)
-            counter = like.new_zeros(words, dtype=torch.int32)
-        if limit:
-            error = like.new_zeros(1, dtype=torch.int32)
-        with torch.cuda.device_of(like):
-            yield (
-                grid,
-                {
-                    "first_tile": first,
-                    "exchange_ptrs": (counter, error),
-                    "PROTOCOL": config.protocol,
-                    "SPIN_LIMIT": limit,
-                    "launch_cooperative_grid": config.protocol != configs.LOCAL,
-                },
+        with torch.cuda.device_of(like), _compiling():
+            kernel[grid](
+                **arguments,
+                error_ptr=error,
+                first_tile=first,
+                BLOCK_K=config.block_k,
+                IN_REGISTERS=config.in_registers,
+                SPIN_LIMIT=limit,
+                launch_cooperative_grid=True,
             )
         if error is not None and (step := int(error.item())):
             raise RuntimeError(
                 f"a program waited in vain at step {step - 1}: {limit} polls, {config}, grid {grid}"
             )
+
+
+def _persistent(name: str) -> Any:
+    """A persistent kernel, from a module that imports Gluon."""
+    try:
+        from . import persistent
+    except (ImportError, AttributeError) as failure:
+        raise UncompiledError.of(failure) from failure
+    return getattr(persistent, name)
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """Tell that a kernel could not be compiled from all else that a launch may raise."""
+    try:
+        yield
+    except (triton.CompilationError, PTXASError) as failure:
+        raise UncompiledError.of(failure) from failure
+    except RuntimeError as failure:
+        if "PassManager" not in str(failure):
+            raise
+        raise UncompiledError.of(failure) from failure

@@ -1,304 +1,646 @@
-"""Whole sequences in one launch, the recurrent weights held on chip.
+"""Whole sequences in one launch, the recurrent weights spread over a group of programs.
 
-A group of SLICES programs holds the weights of one direction for one tile of the batch: program j
-keeps all gates of its BLOCK_H hidden units, and the states of these units, from the first step to
-the last. Every step it needs h of all units, which it gets from the others by a protocol of
-``exchange.py``. With one slice, the *resident* schedule, nothing is exchanged.
+Program j of a group holds all gates of UNITS hidden units, and the states of these units, from the
+first step to the last, for one or two tiles of TILE_ROWS rows of the batch; with two, one computes
+while what the other published is on its way. Every step each program needs what all of them
+computed: forward h of all units, backward the gradients of all gates. They go through memory,
+word by word (see ``words.py``), straight into the operands of the product, which is split over the
+warps by columns (see ``fragments.py``): R stays in registers, as far as they reach, and only the
+partial sums go through shared memory, with one barrier. Whatever does not need the others is before
+the wait for them.
 
-Forward multiplies h by its columns of R^T and publishes its slice of the new h. Backward runs in
-reverse time and needs dh = dgates @ R; program j multiplies the gradients of its own gates by the
-rows of R that it holds and sends every other program the part that this adds to its dh. It writes
-gate gradients only; those of the weights and the input are GEMMs over all steps, afterwards.
+Forward multiplies h by the rows of R of its own units; backward, in reverse time, the gradients of
+all gates by the columns of R of its own units. It writes gate gradients only; those of the weights
+and the input are GEMMs over all steps, afterwards.
 
-    wx, rh         (D, T, B, G * H)  input part of the gates with b_ih; recurrent part with b_hh
-    r, b           (D, G * H, H)     recurrent weights; b_hh (D, G * H) or None
-    extra          (D, E * H)        what weights a cell has beyond these, or None
-    states         (T, B, D * H)     y, the h of every step, where it is also exchanged; then
-                                     the other states (c) after every step, in float32
-    saved          (D, T, B, S * H)  activations for backward
-    past                             saved, or wx and rh with its bias, to compute them again
-    d_out                            gradients of the states: of y alone, or of all
-    d_gates        (D, T, B, (G + A) * H)  gradients of the recurrent parts, then of the input
-                                     parts of the gates in which the two differ
-    initial, final (D, B, H)         each state before the first step and after the last
-    marks          (D, T, B)         how the state of a row flows at a step (see tiles.py), or None
-    fresh          (D, B, H)         each state after a reset, or None for zeros
-    fresh_rh       (D, B, G * H)     products of the fresh h with R^T
+The arguments are those of ``resident.py``; y, and d_gates backward, are filled with MISSING before.
+The grid is (slices of UNITS units, tiles or pairs of them, directions), all of it on the device at
+once; further tiles are further launches. In Gluon, Triton's language of explicit layouts, which
+neither its interpreter nor AMD's compiler takes.
 
-The second direction of a layer walks through time from its end. The grid is (slices, batch tiles,
-directions), all of it on the device at once; further batch tiles are further launches. T and B are
-not compiled in; offsets that grow with them have 64 bits.
+Its functions take no records, so that what belongs together is in tuples:
+
+    context   the pointers of a pass; vectors of the units, such as biases; the operands, which are
+              the weights and error_ptr; units and rows of a tile [UNITS, TILE_ROWS], along its
+              sides; the offsets at which it is published; T, rows from a step to the next, columns
+              of y
+    place     of a tile: its first row of the batch; rows from there on; its mask, and as it is
+              published; the columns of its operand, see `columns_of`
+    tile      what a tile has from step to step, beginning with the row that it published
 """
 
-import triton
-import triton.language as tl
+from typing import NamedTuple
 
-from .exchange import (
-    collect_partials,
-    counter_of,
-    load_state,
-    mailboxes_of,
-    publish_state,
-    receive_state,
-    send_partial,
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from .fragments import (
+    TILE_ROWS,
+    UNITS,
+    keep,
+    kept,
+    left_operand,
+    named_rows,
+    product_layout,
+    publishing_layout,
+    right_operand,
+    shared_sums_layout,
+    state_layout,
+    sums_layout,
+    weights_layout,
 )
 from .tiles import (
     FRESH,
     HOLD,
+    START,
     add,
-    as_operands,
+    as_operand,
     choose,
-    load_columns,
-    load_mark,
-    load_past,
-    load_rows,
-    load_states,
-    load_tiles,
-    load_vectors,
+    has,
     mark_gradients,
     mark_received,
-    multiply_columns,
-    multiply_rows,
-    recurrent_part,
-    refresh,
     shift,
-    store_states,
-    store_tiles,
+    without,
     zeros_like,
 )
+from .words import MISSING, load_chunks, publish, settle
 
 
-@triton.jit(do_not_specialize=["T", "B", "first_tile"])
-def forward_kernel(
-    wx_ptr,
-    r_ptr,
-    b_ptr,
-    extra_ptr,
-    initial_ptrs,
-    marks_ptr,
-    fresh_ptrs,
-    fresh_rh_ptr,
-    state_ptrs,
-    saved_ptr,
-    final_ptrs,
-    exchange_ptrs,
-    T,
-    B,
-    first_tile,
-    H: tl.constexpr,
-    CELL: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PROTOCOL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SPIN_LIMIT: tl.constexpr,
-):
-    i_slice, i_tile, i_direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slices, tiles, directions = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
-    unit0 = i_slice * BLOCK_H
-    row0 = (first_tile + i_tile).to(tl.int64) * BLOCK_B
-    row = row0 + tl.arange(0, BLOCK_B)
-    row_mask = row < B
-    width = directions * H
-    N_GATES: tl.constexpr = CELL.n_gates
-    N_SAVED: tl.constexpr = CELL.n_saved
-    counter_ptr, error_ptr = exchange_ptrs
+class Pass(NamedTuple):
+    """What is compiled into the functions of a pass, beside its cell."""
 
-    # Move every pointer to this program's direction.
-    direction_rows = i_direction * T.to(tl.int64) * B
-    r_ptr += i_direction * N_GATES * H * H
-    if b_ptr is not None:
-        b_ptr += i_direction * N_GATES * H
-    if extra_ptr is not None:
-        extra_ptr += i_direction * CELL.n_extra * H
-    wx_ptr += direction_rows * (N_GATES * H)
-    initial_ptrs = shift(initial_ptrs, i_direction * B.to(tl.int64) * H)
-    final_ptrs = shift(final_ptrs, i_direction * B.to(tl.int64) * H)
-    state_ptrs = shift(state_ptrs, i_direction * H)
-    if fresh_ptrs is not None:
-        fresh_ptrs = shift(fresh_ptrs, i_direction * B.to(tl.int64) * H)
-        fresh_rh_ptr += i_direction * B.to(tl.int64) * (N_GATES * H)
-    if saved_ptr is not None:
-        saved_ptr += direction_rows * (N_SAVED * H)
-    if PROTOCOL == "counter":
-        counter_ptr = counter_of(counter_ptr, i_direction * tiles + i_tile)
+    H: int
+    K: int  # columns of the operands
+    GROUP: int  # chunks of them that are loaded at once: at most 32 registers of a thread
+    IN_REGISTERS: int  # chunks of the weights
+    PRECISION: str
+    SPIN_LIMIT: int
 
-    columns = load_columns(r_ptr, unit0, H, N_GATES, BLOCK_H, BLOCK_K, PRECISION)
-    bias = load_vectors(b_ptr, unit0, H, BLOCK_H, N_GATES)
-    extra = load_vectors(extra_ptr, unit0, H, BLOCK_H, CELL.n_extra)
-    dtype = state_ptrs[0].dtype.element_ty
-    state = load_states(initial_ptrs, row, H, row_mask, unit0, H, BLOCK_H)
-    if PROTOCOL == "local":
-        h = (state[0].to(dtype),)
+
+@gluon.constexpr_function
+def pass_of(H, K, CHUNKS, CHUNK_BYTES, IN_REGISTERS, PRECISION, SPIN_LIMIT):
+    """`CHUNKS` are as many as may be loaded at once, `CHUNK_BYTES` those of a warp's row."""
+    return Pass(H, K, min(CHUNKS, 256 // CHUNK_BYTES), IN_REGISTERS, PRECISION, SPIN_LIMIT)
+
+
+# The barrier of a program is called so in triton 3.7 and 3.6.
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+
+@gluon.jit
+def load_tiles(ptr, offsets, mask, H: gl.constexpr, N: gl.constexpr):
+    """Load N tiles that lie H columns apart, as float32."""
+    tiles = ()
+    for n in gl.static_range(N):
+        tiles += (gl.load(ptr + (offsets + n * H), mask=mask, other=0.0).to(gl.float32),)
+    return tiles
+
+
+@gluon.jit
+def load_each(ptrs, at, offsets, mask):
+    """Load a tile from each of several places, `at` elements further, as float32."""
+    tiles = ()
+    for n in gl.static_range(len(ptrs)):
+        tiles += (gl.load(ptrs[n] + at + offsets, mask=mask, other=0.0).to(gl.float32),)
+    return tiles
+
+
+@gluon.jit
+def store_each(ptrs, at, offsets, mask, tiles):
+    """Store each of several tiles, rounded to the dtype of its memory."""
+    for n in gl.static_range(len(ptrs)):
+        gl.store(ptrs[n] + at + offsets, tiles[n].to(ptrs[n].dtype.element_ty), mask=mask)
+
+
+@gluon.jit
+def load_mark(marks_ptr, at, row, left):
+    """Load the marks of a tile's rows at a step, along its rows; nothing from None."""
+    if marks_ptr is None:
+        return ()
     else:
-        h = load_state(initial_ptrs[0] + row * H, row_mask, H, BLOCK_K, False)
-    to_next = tl.where(i_direction == 0, B, -B).to(tl.int64)
-    rows = row + tl.where(i_direction == 0, 0, T - 1).to(tl.int64) * B
-    wx = load_tiles(wx_ptr + rows * (N_GATES * H), row_mask, unit0, H, BLOCK_H, N_GATES)
-    mark = None
-    if marks_ptr is not None:
-        marks_ptr += direction_rows + row0 + tl.where(i_direction == 0, 0, T - 1).to(tl.int64) * B
-        mark = load_mark(marks_ptr, row_mask)
-
-    for step in range(T):
-        block = multiply_columns(h, columns, BLOCK_B, PRECISION)
-        rh = recurrent_part(
-            block, bias, mark, fresh_rh_ptr, row, row_mask, unit0, H, N_GATES, BLOCK_B, BLOCK_H
-        )
-        before = refresh(state, mark, fresh_ptrs, row, row_mask, unit0, H, BLOCK_H)
-        state, saved = CELL.forward(wx, rh, before, extra)
-        if marks_ptr is not None:
-            state = choose(mark, HOLD, before, state)
-
-        new = state[0].to(dtype)
-        row_ptrs = state_ptrs[0] + rows * width
-        publish_state(row_ptrs, row_mask, unit0, new, counter_ptr, H, PROTOCOL)
-        # What does not need the others goes before the wait for them.
-        store_states(state_ptrs, rows, width, row_mask, unit0, state, H, BLOCK_H, 1)
-        if saved_ptr is not None:
-            store_tiles(saved_ptr + rows * (N_SAVED * H), row_mask, unit0, saved, H, BLOCK_H)
-        rows += tl.where(step + 1 < T, to_next, 0)
-        wx = load_tiles(wx_ptr + rows * (N_GATES * H), row_mask, unit0, H, BLOCK_H, N_GATES)
-        if marks_ptr is not None:
-            marks_ptr += tl.where(step + 1 < T, to_next, 0)
-            mark = load_mark(marks_ptr, row_mask)
-        if PROTOCOL == "local":
-            h = (new,)
-        else:
-            h = receive_state(
-                row_ptrs,
-                row_mask,
-                counter_ptr,
-                slices * (step + 1),
-                step,
-                error_ptr,
-                H,
-                BLOCK_K,
-                PROTOCOL,
-                SPIN_LIMIT,
-            )
-
-    store_states(final_ptrs, row, H, row_mask, unit0, state, H, BLOCK_H, 0)
+        return (gl.load(marks_ptr + at + row, mask=row < left, other=0),)
 
 
-@triton.jit(do_not_specialize=["T", "B", "first_tile"])
-def backward_kernel(
-    d_out_ptrs,
-    d_final_ptrs,
-    r_ptr,
-    extra_ptr,
-    initial_ptrs,
-    marks_ptr,
-    fresh_ptrs,
-    state_ptrs,
-    past_ptrs,
-    d_gates_ptr,
-    d_initial_ptrs,
-    d_fresh_ptrs,
-    exchange_ptrs,
-    T,
-    B,
-    first_tile,
-    H: tl.constexpr,
-    CELL: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    PROTOCOL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SPIN_LIMIT: tl.constexpr,
+@gluon.jit
+def load_vectors(ptr, i_direction, unit, H: gl.constexpr, N: gl.constexpr):
+    """Load N parts of a direction's vector, H apart, as columns of tiles; nothing from None."""
+    vectors = ()
+    if ptr is not None:
+        ptr += i_direction * N * H
+        for n in gl.static_range(N):
+            vectors += (gl.load(ptr + n * H + unit, mask=unit < H, other=0.0).to(gl.float32),)
+    return vectors
+
+
+@gluon.jit
+def load_weights(
+    r_ptr, unit0, H: gl.constexpr, K: gl.constexpr, IS_BACKWARD: gl.constexpr, TILES: gl.constexpr,
+    W: gl.constexpr, BLOCK_K: gl.constexpr, IN_REGISTERS: gl.constexpr, PRECISION: gl.constexpr,
+):  # fmt: skip
+    """Load a program's part of R, as operands: TILES tiles of all K columns, chunk by chunk.
+
+    The first IN_REGISTERS chunks of a tile are in registers, the others in shared memory.
+    """
+    VECTOR: gl.constexpr = 128 // r_ptr.dtype.element_ty.primitive_bitwidth
+    # Backward, the columns of R of some units are the rows of an operand: units lie side by side.
+    ACROSS: gl.constexpr = gl.BlockedLayout(
+        [1, 1, VECTOR], [1, 2 * VECTOR, 16 // VECTOR], [W, 1, 1], [2, 1, 0]
+    )
+    LAYOUT: gl.constexpr = ACROSS if IS_BACKWARD else weights_layout(W, BLOCK_K)
+    ROWS: gl.constexpr = BLOCK_K if IS_BACKWARD else UNITS
+    COLUMNS: gl.constexpr = UNITS if IS_BACKWARD else BLOCK_K
+    warp = gl.arange(0, W, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    column = column[None, None, :]
+    weights = ()
+    for t in gl.static_range(TILES):
+        for first in gl.static_range(0, K, W * BLOCK_K):
+            k = first + warp * BLOCK_K + (row if IS_BACKWARD else column)
+            unit = unit0 + (column if IS_BACKWARD else row)
+            offsets = k * H + unit if IS_BACKWARD else (t * H + unit) * H + k
+            r = gl.load(r_ptr + offsets, mask=(k < K) & (unit < H), other=0.0)
+            r = as_operand(r, PRECISION)
+            if IS_BACKWARD:
+                r = gl.convert_layout(gl.permute(r, (0, 2, 1)), weights_layout(W, BLOCK_K))
+            r = left_operand(r, W, BLOCK_K)
+            if first < IN_REGISTERS * W * BLOCK_K:
+                weights += (r,)
+            else:
+                weights += (keep(r, W, BLOCK_K),)
+    return weights
+
+
+@gluon.jit
+def columns_of(stride, left, K: gl.constexpr, W: gl.constexpr, BLOCK_K: gl.constexpr):
+    """The offsets of the elements of the first chunk of rows `stride` apart, and how many columns
+    there are from each on.
+
+    There are `left` rows. In place of those beyond is the last one again, which will be there.
+    """
+    LAYOUT: gl.constexpr = state_layout(W, BLOCK_K)
+    warp = gl.arange(0, W, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    row = gl.arange(0, TILE_ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+    row = gl.minimum(row, left - 1)[None, :, None]
+    k = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    k = warp * BLOCK_K + k
+    return row * stride + k, K - k + 0 * row
+
+
+@gluon.jit
+def multiply(
+    chunks, row_ptr, columns, operands, buffers, number, GROUP: gl.constexpr, PASS: gl.constexpr
 ):
-    i_slice, i_tile, i_direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    tiles, directions = tl.num_programs(1), tl.num_programs(2)
-    unit0 = i_slice * BLOCK_H
-    row0 = (first_tile + i_tile).to(tl.int64) * BLOCK_B
-    row = row0 + tl.arange(0, BLOCK_B)
-    row_mask = row < B
-    width = directions * H
-    SLICES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    N_GATES: tl.constexpr = CELL.n_gates
-    N_PAST: tl.constexpr = CELL.n_saved if len(past_ptrs) == 1 else N_GATES
-    N_GRADIENTS: tl.constexpr = N_GATES + CELL.n_apart
-    counter_ptr, error_ptr, mail_ptr = exchange_ptrs
+    """Multiply the weights by what all programs published in a row, as soon as it is there.
 
-    direction_rows = i_direction * T.to(tl.int64) * B
-    r_ptr += i_direction * N_GATES * H * H
-    if extra_ptr is not None:
-        extra_ptr += i_direction * CELL.n_extra * H
-    initial_ptrs = shift(initial_ptrs, i_direction * B.to(tl.int64) * H)
-    d_final_ptrs = shift(d_final_ptrs, i_direction * B.to(tl.int64) * H)
-    d_initial_ptrs = shift(d_initial_ptrs, i_direction * B.to(tl.int64) * H)
-    state_ptrs = shift(state_ptrs, i_direction * H)
-    d_out_ptrs = shift(d_out_ptrs, i_direction * H)
-    if fresh_ptrs is not None:
-        fresh_ptrs = shift(fresh_ptrs, i_direction * B.to(tl.int64) * H)
-        d_fresh_ptrs = shift(d_fresh_ptrs, i_direction * B.to(tl.int64) * H)
-    past_ptrs = shift(past_ptrs, direction_rows * (N_PAST * H))
-    d_gates_ptr += direction_rows * (N_GRADIENTS * H)
-    group = i_direction * tiles + i_tile
-    if PROTOCOL == "counter":
-        counter_ptr = counter_of(counter_ptr, group)
-    if PROTOCOL != "local":
-        mail_ptr = mailboxes_of(mail_ptr, group, SLICES, BLOCK_B, BLOCK_H)
-
-    r_rows = load_rows(r_ptr, unit0, H, N_GATES, BLOCK_H, BLOCK_N, PRECISION)
-    extra = load_vectors(extra_ptr, unit0, H, BLOCK_H, CELL.n_extra)
-    d_state = load_states(d_final_ptrs, row, H, row_mask, unit0, H, BLOCK_H)
-    to_before = tl.where(i_direction == 0, -B, B).to(tl.int64)
-    rows = row + tl.where(i_direction == 0, T - 1, 0).to(tl.int64) * B
-    mark = None
-    if marks_ptr is not None:
-        marks_ptr += direction_rows + row0 + tl.where(i_direction == 0, T - 1, 0).to(tl.int64) * B
-        mark = load_mark(marks_ptr, row_mask)
-    if fresh_ptrs is not None:
-        d_fresh = zeros_like(d_state)
-    past = load_past(
-        d_out_ptrs, state_ptrs, initial_ptrs, fresh_ptrs, past_ptrs, extra, mark,
-        rows, rows + to_before, T == 1, row, width, row_mask, unit0, H, BLOCK_H, CELL,
-    )  # fmt: skip
-
-    for step in range(T):
-        d_out, saved, state, previous = past
-        d_state = add(d_state, d_out)
-        d_rh, d_wx, d_previous = CELL.backward(saved, state, previous, d_state, extra)
-        if fresh_ptrs is not None:
-            d_fresh = choose(mark, FRESH, add(d_fresh, d_previous), d_fresh)
-        if marks_ptr is not None:
-            d_rh, d_wx, d_previous = mark_gradients(mark, d_state, d_rh, d_wx, d_previous)
-
-        gates = as_operands(d_rh, r_rows[0].dtype, PRECISION)
-        for n in tl.static_range((H + BLOCK_N - 1) // BLOCK_N):
-            partial = multiply_rows(gates, r_rows, n, BLOCK_N, PRECISION)
-            if PROTOCOL != "local":
-                send_partial(
-                    mail_ptr, partial, n * BLOCK_N, i_slice, step,
-                    SLICES, BLOCK_B, BLOCK_H, PROTOCOL,
-                )  # fmt: skip
-        # What does not need the others goes before the wait for them.
-        store_tiles(
-            d_gates_ptr + rows * (N_GRADIENTS * H), row_mask, unit0, d_rh + d_wx, H, BLOCK_H
-        )
-        rows += tl.where(step + 1 < T, to_before, 0)
-        if marks_ptr is not None:
-            marks_ptr += tl.where(step + 1 < T, to_before, 0)
-            after, mark = mark, load_mark(marks_ptr, row_mask)
-        past = load_past(
-            d_out_ptrs, state_ptrs, initial_ptrs, fresh_ptrs, past_ptrs, extra, mark,
-            rows, rows + to_before, step + 2 >= T, row, width, row_mask, unit0, H, BLOCK_H, CELL,
-        )  # fmt: skip
-        if PROTOCOL == "local":
-            dh = partial
+    `chunks` are the first GROUP of that row, loaded once. There is a buffer for each tile of
+    weights, where the warps' parts of the sums are left. `number`, 1 + the step that is waited for,
+    is what a wait that gives up writes to `error_ptr`.
+    """
+    offsets, left = columns
+    weights, error_ptr = operands
+    PRECISION: gl.constexpr = PASS.PRECISION
+    dtype: gl.constexpr = row_ptr.dtype.element_ty
+    W: gl.constexpr = offsets.shape[0]
+    BLOCK_K: gl.constexpr = offsets.shape[2]
+    STRIDE: gl.constexpr = W * BLOCK_K
+    TILES: gl.constexpr = len(buffers)
+    CHUNKS: gl.constexpr = len(weights) // TILES
+    totals = ()
+    waiting = chunks
+    for first in gl.static_range(0, CHUNKS, GROUP):
+        chunks = waiting
+        sums = ()
+        for _t in gl.static_range(TILES):
+            sums += (gl.zeros([W, UNITS, TILE_ROWS], gl.float32, product_layout(W)),)
+        for c in gl.static_range(first, min(first + GROUP, CHUNKS)):
+            here = row_ptr + (offsets + c * STRIDE)
+            chunks = settle(
+                chunks, here, left - c * STRIDE, error_ptr, number, PASS.H, PASS.K, PASS.SPIN_LIMIT
+            )
+            if c == first and first + GROUP < CHUNKS:
+                # Now that some are there, most probably all are: only now are others worth reading.
+                there = row_ptr + (offsets + (first + GROUP) * STRIDE)
+                after = left - (first + GROUP) * STRIDE
+                waiting = load_chunks(
+                    there, after, min(GROUP, CHUNKS - first - GROUP), PASS.H, PASS.K
+                )
+            operand = as_operand(chunks[0].to(dtype, bitcast=True), PRECISION)
+            operand = right_operand(operand, W, BLOCK_K)
+            chunks = chunks[1:]
+            before = sums
+            sums = ()
+            for t in gl.static_range(TILES):
+                r = weights[t * CHUNKS + c]
+                if c >= PASS.IN_REGISTERS:
+                    r = kept(r, W, BLOCK_K)
+                sums += (mma_v2(r, operand, before[t], input_precision="tf32"),)
+        if first == 0:
+            totals = sums
         else:
-            dh = collect_partials(
-                mail_ptr, counter_ptr, i_slice, step, error_ptr,
-                SLICES, BLOCK_S, BLOCK_B, BLOCK_H, PROTOCOL, SPIN_LIMIT,
-            )  # fmt: skip
-        if marks_ptr is not None:
-            dh = mark_received(after, dh)
-        d_state = add(d_previous, (dh,))
+            totals = add(totals, sums)
+    for t in gl.static_range(TILES):
+        buffers[t].store(named_rows(totals[t], W))
 
-    store_states(d_initial_ptrs, row, H, row_mask, unit0, d_state, H, BLOCK_H, 0)
+
+@gluon.jit
+def reduce(buffers):
+    """Add up what the warps left in each buffer, behind the one barrier of a step."""
+    W: gl.constexpr = gl.num_warps()
+    sums = ()
+    for t in gl.static_range(len(buffers)):
+        sums += (gl.sum(buffers[t].load(sums_layout(W)), 0),)
+    return sums
+
+
+@gluon.jit
+def buffers_of(SUMS: gl.constexpr):
+    """Shared memory for the parts of SUMS tiles of sums."""
+    W: gl.constexpr = gl.num_warps()
+    SHAPE: gl.constexpr = [W, UNITS, TILE_ROWS]
+    buffers = ()
+    for _ in gl.static_range(SUMS):
+        buffers += (gl.allocate_shared_memory(gl.float32, SHAPE, shared_sums_layout(W)),)
+    return buffers
+
+
+@gluon.jit
+def load_published(row_ptr, columns, PASS: gl.constexpr):
+    """Load the first chunks of what all programs publish in a row, as far as it is there."""
+    offsets, left = columns
+    return load_chunks(row_ptr + offsets, left, PASS.GROUP, PASS.H, PASS.K)
+
+
+@gluon.jit
+def through_time(
+    STEP: gl.constexpr, tiles, places, buffers, steps, context, CELL: gl.constexpr,
+    PASS: gl.constexpr,
+):  # fmt: skip
+    """Walk one or two tiles, which have published a step, through further ones.
+
+    What a tile waits for is loaded as soon as it may be there: of a single tile at once, of one of
+    two while the other is at work. A step leaves partial sums in shared memory that others may
+    still read when the next one begins, so that two steps, or the two tiles of one, take turns with
+    two sets of buffers. Returns the tiles, and the chunks that the first waits for.
+    """
+    even, odd = buffers
+    chunks = load_published(tiles[0][0], places[0][4], PASS)
+    if len(tiles) == 1:
+        tile, place = tiles[0], places[0]
+        for _ in range(steps // 2):
+            tile, chunks = STEP(tile, chunks, place, (), even, context, CELL, PASS)
+            tile, chunks = STEP(tile, chunks, place, (), odd, context, CELL, PASS)
+        if steps % 2 == 1:
+            tile, chunks = STEP(tile, chunks, place, (), even, context, CELL, PASS)
+        return (tile,), chunks
+    else:
+        a, b = tiles
+        for _ in range(steps):
+            other = b[0], places[1][4]
+            a, chunks = STEP(a, chunks, places[0], other, even, context, CELL, PASS)
+            other = a[0], places[0][4]
+            b, chunks = STEP(b, chunks, places[1], other, odd, context, CELL, PASS)
+        return (a, b), chunks
+
+
+@gluon.jit
+def publish_state(state, wx, marks, sums, at, place, context, H: gl.constexpr, CELL: gl.constexpr):
+    """Walk one step on from the products of the state before it."""
+    row0, _, mask, publish_mask, _ = place
+    pointers, vectors, _, unit, row, publish_offsets, size = context
+    _, fresh_rh_ptr, _, fresh_ptrs, state_ptrs, _ = pointers
+    bias, extra = vectors
+    _, _, width = size
+    G: gl.constexpr = CELL.n_gates
+    dtype: gl.constexpr = state_ptrs[0].dtype.element_ty
+
+    if len(marks) > 0:
+        sums = without(marks[0], FRESH, sums)
+        state = without(marks[0], FRESH, state)
+    rh = add(sums, bias)
     if fresh_ptrs is not None:
-        store_states(d_fresh_ptrs, row, H, row_mask, unit0, d_fresh, H, BLOCK_H, 0)
+        # Seldom any: what is masked costs no trip to memory.
+        is_fresh = mask & has(marks[0], FRESH)
+        offsets = unit + row * (G * H)
+        rh = add(rh, load_tiles(fresh_rh_ptr + row0 * (G * H), offsets, is_fresh, H, G))
+        state = add(state, load_each(fresh_ptrs, row0 * H, unit + row * H, is_fresh))
+    before = state
+    state, saved = CELL.forward(wx, rh, before, extra)
+    if len(marks) > 0:
+        state = choose(marks[0], HOLD, before, state)
+
+    row_ptr = state_ptrs[0] + at * width
+    publish(row_ptr + publish_offsets, state[0].to(dtype), publish_mask, H)
+    return row_ptr, state, saved
+
+
+@gluon.jit
+def store_rest(state, saved, at, place, context, H: gl.constexpr, CELL: gl.constexpr):
+    """Store what nobody waits for."""
+    _, _, mask, _, _ = place
+    pointers, _, _, unit, row, _, size = context
+    _, _, _, _, state_ptrs, saved_ptr = pointers
+    _, _, width = size
+    N: gl.constexpr = CELL.n_saved
+    store_each(state_ptrs[1:], at * width, unit + row * width, mask, state[1:])
+    if saved_ptr is not None:
+        for n in gl.static_range(N):
+            ptr = saved_ptr + at * (N * H) + (unit + row * (N * H) + n * H)
+            gl.store(ptr, saved[n].to(saved_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
+def load_ahead(at, step, place, context, H: gl.constexpr, CELL: gl.constexpr):
+    """Load wx and the marks of the step that is next, if there is one."""
+    _, left, mask, _, _ = place
+    pointers, _, _, unit, row, _, size = context
+    wx_ptr, _, marks_ptr, _, _, _ = pointers
+    T, to_next, _ = size
+    G: gl.constexpr = CELL.n_gates
+    at += gl.where(step < T, to_next, 0)
+    wx = load_tiles(wx_ptr + at * (G * H), unit + row * (G * H), mask, H, G)
+    return wx, load_mark(marks_ptr, at, row, left), at
+
+
+@gluon.jit
+def forward_step(
+    tile, chunks, place, other, buffers, context, CELL: gl.constexpr, PASS: gl.constexpr
+):
+    row_ptr, state, wx, marks, at, step = tile
+    _, _, _, _, columns = place
+    _, _, operands, _, _, _, _ = context
+    H: gl.constexpr = PASS.H
+    multiply(chunks, row_ptr, columns, operands, buffers, step, PASS.GROUP, PASS)
+    # Before the barrier, or the compiler puts it behind the next wait, which needs none of it.
+    if len(other) > 0:
+        chunks = load_published(other[0], other[1], PASS)
+    next_wx, next_marks, after = load_ahead(at, step + 1, place, context, H, CELL)
+    sums = reduce(buffers)
+    row_ptr, state, saved = publish_state(state, wx, marks, sums, at, place, context, H, CELL)
+    if len(other) == 0:
+        chunks = load_published(row_ptr, columns, PASS)
+    store_rest(state, saved, at, place, context, H, CELL)
+    return (row_ptr, state, next_wx, next_marks, after, step + 1), chunks
+
+
+@gluon.jit
+def places_of(unit0, stride, W: gl.constexpr, ITEMSIZE: gl.constexpr):
+    """Units and rows of a program's tile, as a column and a row of tiles, and by the layout in
+    which it publishes: offsets, units, rows.
+    """
+    TILE: gl.constexpr = gl.SliceLayout(0, sums_layout(W))
+    PUBLISH: gl.constexpr = publishing_layout(W, ITEMSIZE)
+    unit = unit0 + gl.arange(0, UNITS, layout=gl.SliceLayout(1, TILE))[:, None]
+    row = gl.arange(0, TILE_ROWS, layout=gl.SliceLayout(0, TILE))[None, :]
+    its_unit = unit0 + gl.arange(0, UNITS, layout=gl.SliceLayout(1, PUBLISH))[:, None]
+    its_row = gl.arange(0, TILE_ROWS, layout=gl.SliceLayout(0, PUBLISH))[None, :]
+    return unit, row, its_unit, its_row, its_unit + its_row * stride
+
+
+@gluon.jit(do_not_specialize=["T", "B", "first_tile"])
+def forward_kernel(
+    wx_ptr, r_ptr, b_ptr, extra_ptr, initial_ptrs, marks_ptr, fresh_ptrs, fresh_rh_ptr, state_ptrs,
+    saved_ptr, final_ptrs, error_ptr, T, B, first_tile, H: gl.constexpr, CELL: gl.constexpr,
+    BLOCK_B: gl.constexpr, BLOCK_K: gl.constexpr, IN_REGISTERS: gl.constexpr,
+    PRECISION: gl.constexpr, SPIN_LIMIT: gl.constexpr,
+):  # fmt: skip
+    W: gl.constexpr = gl.num_warps()
+    G: gl.constexpr = CELL.n_gates
+    CHUNKS: gl.constexpr = (H + W * BLOCK_K - 1) // (W * BLOCK_K)
+    dtype: gl.constexpr = r_ptr.dtype.element_ty
+    ITEMSIZE: gl.constexpr = dtype.primitive_bitwidth // 8
+    integer: gl.constexpr = gl.int16 if ITEMSIZE == 2 else gl.int32
+    PASS: gl.constexpr = pass_of(
+        H, H, CHUNKS, BLOCK_K * ITEMSIZE, IN_REGISTERS, PRECISION, SPIN_LIMIT
+    )
+    i_slice, i_tile, i_direction = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    unit0 = i_slice * UNITS
+    width = gl.num_programs(2) * H
+
+    # Rows of the batch are counted in (D, B), and those of a step in (D, T, B).
+    rows = i_direction * B.to(gl.int64)
+    state_ptrs = shift(state_ptrs, i_direction * H - rows * T * width)
+
+    r_ptr += i_direction * G * H * H
+    weights = load_weights(r_ptr, unit0, H, H, False, G, W, BLOCK_K, IN_REGISTERS, PRECISION)
+    unit, row, its_unit, its_row, its_offsets = places_of(unit0, width, W, ITEMSIZE)
+    bias = load_vectors(b_ptr, i_direction, unit, H, G)
+    extra = load_vectors(extra_ptr, i_direction, unit, H, CELL.n_extra)
+    to_next = gl.where(i_direction == 0, B, -B).to(gl.int64)
+    pointers = wx_ptr, fresh_rh_ptr, marks_ptr, fresh_ptrs, state_ptrs, saved_ptr
+    operands, size = (weights, error_ptr), (T, to_next, width)
+    context = pointers, (bias, extra), operands, unit, row, its_offsets, size
+    buffers = buffers_of(G), buffers_of(G)
+    tiles = ()
+    places = ()
+    for n in gl.static_range(BLOCK_B // TILE_ROWS):
+        first = (first_tile + i_tile).to(gl.int64) * BLOCK_B + n * TILE_ROWS
+        left = (B - first).to(gl.int32)
+        row0, mask = rows + first, (unit < H) & (row < left)
+        columns = columns_of(width, left, H, W, BLOCK_K)
+        place = row0, left, mask, (its_unit < H) & (its_row < left), columns
+        at = rows * T + first + gl.where(i_direction == 0, 0, T - 1).to(gl.int64) * B
+        state = load_each(initial_ptrs, row0 * H, unit + row * H, mask)
+        wx = load_tiles(wx_ptr + at * (G * H), unit + row * (G * H), mask, H, G)
+        marks = load_mark(marks_ptr, at, row, left)
+        # The first h is there: if it has the bits of MISSING, it is another NaN.
+        offsets, beyond = columns_of(H, left, H, W, BLOCK_K)
+        chunks = ()
+        for c in gl.static_range(CHUNKS):
+            h_ptr = initial_ptrs[0] + row0 * H + (offsets + c * W * BLOCK_K)
+            h = gl.load(h_ptr, mask=beyond > c * W * BLOCK_K, other=0.0).to(dtype)
+            h = h.to(integer, bitcast=True)
+            chunks += (gl.where(h == MISSING, -2, h).to(integer),)
+        multiply(chunks, state_ptrs[0], columns, operands, buffers[1], 0, CHUNKS, PASS)
+        sums = reduce(buffers[1])
+        _barrier()  # before others overwrite them
+        row_ptr, state, saved = publish_state(state, wx, marks, sums, at, place, context, H, CELL)
+        store_rest(state, saved, at, place, context, H, CELL)
+        wx, marks, at = load_ahead(at, 1, place, context, H, CELL)
+        tiles += ((row_ptr, state, wx, marks, at, 1),)
+        places += (place,)
+    tiles, _ = through_time(forward_step, tiles, places, buffers, T - 1, context, CELL, PASS)
+    for n in gl.static_range(len(tiles)):
+        row0, _, mask, _, _ = places[n]
+        store_each(final_ptrs, row0 * H, unit + row * H, mask, tiles[n][1])
+
+
+@gluon.jit
+def load_past(marks, at, step, place, context, H: gl.constexpr, CELL: gl.constexpr):
+    """Load what backward needs of a step: gradients that arrive there, activations, and the states
+    after and before it. `past_ptrs` is one pointer to the activations, or two to the parts of the
+    gates from which they are computed.
+    """
+    row0, _, mask, _, _ = place
+    pointers, extra, _, unit, row, _, size = context
+    d_out_ptrs, initial_ptrs, fresh_ptrs, state_ptrs, past_ptrs, _, _ = pointers
+    T, to_before, width = size
+    is_first = step + 1 >= T
+    out_mask = mask
+    if len(marks) > 0:
+        out_mask = mask & (has(marks[0], HOLD) == 0)
+    d_out = load_each(d_out_ptrs, at * width, unit + row * width, out_mask)
+    is_initial = mask & is_first
+    is_before = mask & (is_first == 0)
+    if len(marks) > 0:
+        is_fresh = mask & has(marks[0], FRESH)
+        is_initial = mask & (is_first | has(marks[0], START)) & (is_fresh == 0)
+        is_before = mask & (is_initial == 0) & (is_fresh == 0)
+    before = (at + to_before) * width
+    previous = load_each(initial_ptrs, row0 * H, unit + row * H, is_initial)
+    previous = add(previous, load_each(state_ptrs, before, unit + row * width, is_before))
+    if fresh_ptrs is not None:
+        previous = add(previous, load_each(fresh_ptrs, row0 * H, unit + row * H, is_fresh))
+    state = load_each(state_ptrs, at * width, unit + row * width, mask)
+    N: gl.constexpr = CELL.n_saved if len(past_ptrs) == 1 else CELL.n_gates
+    saved = load_tiles(past_ptrs[0] + at * (N * H), unit + row * (N * H), mask, H, N)
+    if len(past_ptrs) == 2:
+        rh = load_tiles(past_ptrs[1] + at * (N * H), unit + row * (N * H), mask, H, N)
+        saved = CELL.forward(saved, rh, previous, extra)[1]
+    return d_out, saved, state, previous
+
+
+@gluon.jit
+def load_past_ahead(at, step, place, context, H: gl.constexpr, CELL: gl.constexpr):
+    """Load what backward needs of the step that is next, if there is one, and its marks."""
+    _, left, _, _, _ = place
+    pointers, _, _, _, row, _, size = context
+    _, _, _, _, _, marks_ptr, _ = pointers
+    T, to_before, _ = size
+    at += gl.where(step < T, to_before, 0)
+    marks = load_mark(marks_ptr, at, row, left)
+    return load_past(marks, at, step, place, context, H, CELL), marks, at
+
+
+@gluon.jit
+def receive_gradients(buffers, d_state, marks):
+    """The gradient of a state, with that from the step after it, whose marks these are."""
+    (dh,) = reduce(buffers)
+    if len(marks) > 0:
+        dh = mark_received(marks[0], dh)
+    return add(d_state, (dh,))
+
+
+@gluon.jit
+def publish_gradients(
+    d_state, past, marks, d_fresh, at, place, context, H: gl.constexpr, CELL: gl.constexpr
+):
+    """Walk back through a step, from the gradient of the states after it without `d_out`."""
+    _, _, mask, publish_mask, _ = place
+    pointers, extra, _, unit, row, publish_offsets, _ = context
+    _, _, fresh_ptrs, _, _, _, d_gates_ptr = pointers
+    G: gl.constexpr = CELL.n_gates
+    A: gl.constexpr = CELL.n_apart
+    N: gl.constexpr = G + A
+    dtype: gl.constexpr = d_gates_ptr.dtype.element_ty
+
+    d_out, saved, state, previous = past
+    d_state = add(d_state, d_out)
+    d_rh, d_wx, d_previous = CELL.backward(saved, state, previous, d_state, extra)
+    if fresh_ptrs is not None:
+        d_fresh = choose(marks[0], FRESH, add(d_fresh, d_previous), d_fresh)
+    if len(marks) > 0:
+        d_rh, d_wx, d_previous = mark_gradients(marks[0], d_state, d_rh, d_wx, d_previous)
+    row_ptr = d_gates_ptr + at * (N * H)
+    for g in gl.static_range(G):
+        publish(row_ptr + (publish_offsets + g * H), d_rh[g].to(dtype), publish_mask, H)
+    for g in gl.static_range(A):
+        ptr = row_ptr + (unit + row * (N * H) + (G + g) * H)
+        gl.store(ptr, d_wx[g].to(dtype), mask=mask)
+    return row_ptr, d_previous, marks, d_fresh
+
+
+@gluon.jit
+def backward_step(
+    tile, chunks, place, other, buffers, context, CELL: gl.constexpr, PASS: gl.constexpr
+):
+    row_ptr, d_state, published_marks, d_fresh, past, marks, at, step = tile
+    _, _, _, _, columns = place
+    _, _, operands, _, _, _, _ = context
+    H: gl.constexpr = PASS.H
+    multiply(chunks, row_ptr, columns, operands, buffers, step, PASS.GROUP, PASS)
+    # Before the barrier, or the compiler puts it behind the next wait, which needs none of it.
+    if len(other) > 0:
+        chunks = load_published(other[0], other[1], PASS)
+    next_past, next_marks, after = load_past_ahead(at, step + 1, place, context, H, CELL)
+    d_state = receive_gradients(buffers, d_state, published_marks)
+    row_ptr, d_state, marks, d_fresh = publish_gradients(
+        d_state, past, marks, d_fresh, at, place, context, H, CELL
+    )
+    if len(other) == 0:
+        chunks = load_published(row_ptr, columns, PASS)
+    return (row_ptr, d_state, marks, d_fresh, next_past, next_marks, after, step + 1), chunks
+
+
+@gluon.jit(do_not_specialize=["T", "B", "first_tile"])
+def backward_kernel(
+    d_out_ptrs, d_final_ptrs, r_ptr, extra_ptr, initial_ptrs, marks_ptr, fresh_ptrs, state_ptrs,
+    past_ptrs, d_gates_ptr, d_initial_ptrs, d_fresh_ptrs, error_ptr, T, B, first_tile,
+    H: gl.constexpr, CELL: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_K: gl.constexpr,
+    IN_REGISTERS: gl.constexpr, PRECISION: gl.constexpr, SPIN_LIMIT: gl.constexpr,
+):  # fmt: skip
+    W: gl.constexpr = gl.num_warps()
+    G: gl.constexpr = CELL.n_gates
+    N: gl.constexpr = G + CELL.n_apart
+    CHUNKS: gl.constexpr = (G * H + W * BLOCK_K - 1) // (W * BLOCK_K)
+    dtype: gl.constexpr = r_ptr.dtype.element_ty
+    ITEMSIZE: gl.constexpr = dtype.primitive_bitwidth // 8
+    # As many at once as one gate has: the first to be published are the first to be read.
+    PASS: gl.constexpr = pass_of(
+        H, G * H, (CHUNKS + G - 1) // G, BLOCK_K * ITEMSIZE, IN_REGISTERS, PRECISION, SPIN_LIMIT
+    )
+    i_slice, i_tile, i_direction = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    unit0 = i_slice * UNITS
+    width = gl.num_programs(2) * H
+
+    rows = i_direction * B.to(gl.int64)
+    state_ptrs = shift(state_ptrs, i_direction * H - rows * T * width)
+    d_out_ptrs = shift(d_out_ptrs, i_direction * H - rows * T * width)
+
+    r_ptr += i_direction * G * H * H
+    weights = load_weights(r_ptr, unit0, H, G * H, True, 1, W, BLOCK_K, IN_REGISTERS, PRECISION)
+    unit, row, its_unit, its_row, its_offsets = places_of(unit0, N * H, W, ITEMSIZE)
+    extra = load_vectors(extra_ptr, i_direction, unit, H, CELL.n_extra)
+    to_before = gl.where(i_direction == 0, -B, B).to(gl.int64)
+    pointers = (
+        d_out_ptrs, initial_ptrs, fresh_ptrs, state_ptrs, past_ptrs, marks_ptr, d_gates_ptr
+    )  # fmt: skip
+    operands, size = (weights, error_ptr), (T, to_before, width)
+    context = pointers, extra, operands, unit, row, its_offsets, size
+    buffers = buffers_of(1), buffers_of(1)
+    tiles = ()
+    places = ()
+    for n in gl.static_range(BLOCK_B // TILE_ROWS):
+        first = (first_tile + i_tile).to(gl.int64) * BLOCK_B + n * TILE_ROWS
+        left = (B - first).to(gl.int32)
+        row0, mask = rows + first, (unit < H) & (row < left)
+        columns = columns_of(N * H, left, G * H, W, BLOCK_K)
+        place = row0, left, mask, (its_unit < H) & (its_row < left), columns
+        at = rows * T + first + gl.where(i_direction == 0, T - 1, 0).to(gl.int64) * B
+        d_state = load_each(d_final_ptrs, row0 * H, unit + row * H, mask)
+        marks = load_mark(marks_ptr, at, row, left)
+        past = load_past(marks, at, 0, place, context, H, CELL)
+        d_fresh = ()
+        if fresh_ptrs is not None:
+            d_fresh = zeros_like(d_state)
+        # The last step has none after it from which it would receive.
+        row_ptr, d_state, published_marks, d_fresh = publish_gradients(
+            d_state, past, marks, d_fresh, at, place, context, H, CELL
+        )
+        past, marks, at = load_past_ahead(at, 1, place, context, H, CELL)
+        tiles += ((row_ptr, d_state, published_marks, d_fresh, past, marks, at, 1),)
+        places += (place,)
+    _barrier()  # else the compiler puts one into every step, for what was before
+    tiles, chunks = through_time(backward_step, tiles, places, buffers, T - 1, context, CELL, PASS)
+    for n in gl.static_range(len(tiles)):
+        row_ptr, d_state, published_marks, d_fresh, _, _, _, _ = tiles[n]
+        row0, _, mask, _, columns = places[n]
+        if n > 0:
+            chunks = load_published(row_ptr, columns, PASS)
+        _barrier()  # others may still read the sums of the step before
+        multiply(chunks, row_ptr, columns, operands, buffers[0], T, PASS.GROUP, PASS)
+        d_state = receive_gradients(buffers[0], d_state, published_marks)
+        store_each(d_initial_ptrs, row0 * H, unit + row * H, mask, d_state)
+        if fresh_ptrs is not None:
+            store_each(d_fresh_ptrs, row0 * H, unit + row * H, mask, d_fresh)

@@ -1,7 +1,7 @@
 """One launch for each step: the recurrent product and the pointwise part together.
 
 For cells, for hidden sizes whose weights do not fit on chip, and for devices on which programs
-cannot wait for each other. The layouts are those of ``persistent.py``; the states (and, backward,
+cannot wait for each other. The layouts are those of ``resident.py``; the states (and, backward,
 their gradients) are carried from launch to launch in float32, in `running_ptrs` of shape
 (D, B, H). The grid is (slices, batch tiles, directions).
 """
@@ -34,27 +34,10 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=["T", "B", "step"])
 def forward_kernel(
-    wx_ptr,
-    r_ptr,
-    b_ptr,
-    extra_ptr,
-    initial_ptr,
-    marks_ptr,
-    fresh_ptrs,
-    fresh_rh_ptr,
-    running_ptrs,
-    state_ptrs,
-    saved_ptr,
-    T,
-    B,
-    step,
-    H: tl.constexpr,
-    CELL: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    wx_ptr, r_ptr, b_ptr, extra_ptr, initial_ptr, marks_ptr, fresh_ptrs, fresh_rh_ptr, running_ptrs,
+    state_ptrs, saved_ptr, T, B, step, H: tl.constexpr, CELL: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     i_slice, i_tile, i_direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     unit0 = i_slice * BLOCK_H
     row0 = i_tile.to(tl.int64) * BLOCK_B
@@ -110,8 +93,8 @@ def forward_kernel(
     state, saved = CELL.forward(wx, rh, before, extra)
     if marks_ptr is not None:
         state = choose(mark, HOLD, before, state)
-    store_states(running_ptrs, row, H, row_mask, unit0, state, H, BLOCK_H, 0)
-    store_states(state_ptrs, rows, width, row_mask, unit0, state, H, BLOCK_H, 0)
+    store_states(running_ptrs, row, H, row_mask, unit0, state, H, BLOCK_H)
+    store_states(state_ptrs, rows, width, row_mask, unit0, state, H, BLOCK_H)
     if saved_ptr is not None:
         saved_rows = saved_ptr + (direction_rows + rows) * (N_SAVED * H)
         store_tiles(saved_rows, row_mask, unit0, saved, H, BLOCK_H)
@@ -119,27 +102,10 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "B", "step"])
 def backward_kernel(
-    d_out_ptrs,
-    r_ptr,
-    extra_ptr,
-    initial_ptrs,
-    marks_ptr,
-    fresh_ptrs,
-    state_ptrs,
-    past_ptrs,
-    running_ptrs,
-    d_gates_ptr,
-    d_fresh_ptrs,
-    T,
-    B,
-    step,
-    H: tl.constexpr,
-    CELL: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    d_out_ptrs, r_ptr, extra_ptr, initial_ptrs, marks_ptr, fresh_ptrs, state_ptrs, past_ptrs,
+    running_ptrs, d_gates_ptr, d_fresh_ptrs, T, B, step, H: tl.constexpr, CELL: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     i_slice, i_tile, i_direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     unit0 = i_slice * BLOCK_H
     row0 = i_tile.to(tl.int64) * BLOCK_B
@@ -202,8 +168,8 @@ def backward_kernel(
         mask = row_mask & has(mark, FRESH)
         d_fresh = load_states(d_fresh_ptrs, row, H, mask, unit0, H, BLOCK_H)
         d_fresh = add(d_fresh, d_previous)
-        store_states(d_fresh_ptrs, row, H, mask, unit0, d_fresh, H, BLOCK_H, 0)
+        store_states(d_fresh_ptrs, row, H, mask, unit0, d_fresh, H, BLOCK_H)
     if marks_ptr is not None:
         d_rh, d_wx, d_previous = mark_gradients(mark, d_state, d_rh, d_wx, d_previous)
-    store_states(running_ptrs, row, H, row_mask, unit0, d_previous, H, BLOCK_H, 0)
+    store_states(running_ptrs, row, H, row_mask, unit0, d_previous, H, BLOCK_H)
     store_tiles(d_gates_ptr + rows * (N_GRADIENTS * H), row_mask, unit0, d_rh + d_wx, H, BLOCK_H)

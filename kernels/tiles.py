@@ -7,6 +7,8 @@ with T and B is in the row pointers, in 64 bits; offsets inside a row have 32.
 import triton
 import triton.language as tl
 
+from . import activations
+
 
 @triton.jit
 def shift(ptrs, offset):
@@ -36,10 +38,9 @@ def store_states(
     tiles,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    FIRST: tl.constexpr,
 ):
-    """Store the tiles of the states from number FIRST on."""
-    for s in tl.static_range(FIRST, len(ptrs)):
+    """Store the tile of every state."""
+    for s in tl.static_range(len(ptrs)):
         store_tiles(ptrs[s] + rows * width, row_mask, unit0, (tiles[s],), H, BLOCK_H)
 
 
@@ -64,11 +65,18 @@ def has(mark, BITS: tl.constexpr):
 
 
 @triton.jit
+def _along(condition):
+    if len(condition.shape) == 1:
+        condition = condition[:, None]
+    return condition
+
+
+@triton.jit
 def choose(mark, BITS: tl.constexpr, tiles, others):
     """Tiles for the rows that have one of some marks, others for the rest."""
     chosen = ()
     for n in tl.static_range(len(tiles)):
-        chosen += (tl.where(has(mark, BITS)[:, None], tiles[n], others[n]),)
+        chosen += (tl.where(_along(has(mark, BITS)), tiles[n], others[n]),)
     return chosen
 
 
@@ -77,7 +85,7 @@ def without(mark, BITS: tl.constexpr, tiles):
     """Put zeros, whatever was there, in the rows that have one of some marks."""
     kept = ()
     for n in tl.static_range(len(tiles)):
-        kept += (tl.where(has(mark, BITS)[:, None], 0.0, tiles[n]),)
+        kept += (tl.where(_along(has(mark, BITS)), 0.0, tiles[n]),)
     return kept
 
 
@@ -86,7 +94,7 @@ def zeros_like(tiles):
     """Make zeros of the shapes of tiles."""
     zeros = ()
     for n in tl.static_range(len(tiles)):
-        zeros += (tl.zeros_like(tiles[n]),)
+        zeros += (activations.zeros_like(tiles[n]),)
     return zeros
 
 
@@ -351,60 +359,31 @@ def as_operands(tiles, dtype: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def load_columns(
     r_ptr,
-    unit0,
     H: tl.constexpr,
     N_GATES: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Load the columns of R^T for all gates of a slice of units, BLOCK_K rows at a time."""
-    ptrs, mask = block_pointers(r_ptr, unit0, H, N_GATES, BLOCK_H)
-    columns = ()
-    for first in tl.static_range(0, H, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        inside = mask[None, :] & (k < H)[:, None]
-        tile = tl.load(ptrs[None, :] + k[:, None], mask=inside, other=0.0)
-        columns += (as_operand(tile, PRECISION),)
-    return columns
-
-
-@triton.jit
-def multiply_columns(h, columns, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr):
-    """Multiply h, a tuple of [BLOCK_B, BLOCK_K], by what `load_columns` loaded, to a block."""
-    block = tl.zeros([BLOCK_B, columns[0].shape[1]], tl.float32)
-    for n in tl.static_range(len(h)):
-        block = tl.dot(as_operand(h[n], PRECISION), columns[n], block, input_precision=PRECISION)
-    return block
+    """Load R^T for all gates, as the right operand of products of h."""
+    ptrs, mask = block_pointers(r_ptr, 0, H, N_GATES, BLOCK_H)
+    k = tl.arange(0, BLOCK_H)
+    inside = mask[None, :] & (k < H)[:, None]
+    return as_operand(tl.load(ptrs[None, :] + k[:, None], mask=inside, other=0.0), PRECISION)
 
 
 @triton.jit
 def load_rows(
     r_ptr,
-    unit0,
     H: tl.constexpr,
     N_GATES: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Load the rows of R for all gates of a slice of units, BLOCK_N columns at a time."""
-    unit = unit0 + tl.arange(0, BLOCK_H)
+    """Load R, gate by gate, as right operands of products of the gates' gradients."""
+    unit = tl.arange(0, BLOCK_H)
+    mask = (unit < H)[:, None] & (unit < H)[None, :]
     rows = ()
-    for first in tl.static_range(0, H, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
-        mask = (unit < H)[:, None] & (n < H)[None, :]
-        for gate in tl.static_range(N_GATES):
-            ptrs = r_ptr + ((gate * H + unit) * H)[:, None] + n[None, :]
-            rows += (as_operand(tl.load(ptrs, mask=mask, other=0.0), PRECISION),)
+    for gate in tl.static_range(N_GATES):
+        ptrs = r_ptr + ((gate * H + unit) * H)[:, None] + unit[None, :]
+        rows += (as_operand(tl.load(ptrs, mask=mask, other=0.0), PRECISION),)
     return rows
-
-
-@triton.jit
-def multiply_rows(gates, rows, AT: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
-    """Multiply an operand of each gate by the AT-th BLOCK_N columns of what `load_rows` loaded."""
-    partial = tl.zeros([gates[0].shape[0], BLOCK_N], tl.float32)
-    for g in tl.static_range(len(gates)):
-        row = rows[AT * len(gates) + g]
-        partial = tl.dot(gates[g], row, partial, input_precision=PRECISION)
-    return partial

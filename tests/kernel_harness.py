@@ -33,7 +33,7 @@ from fastrnn.cells import Cell
 from fastrnn.kernels import launch
 from fastrnn.kernels.configs import Config
 
-#: The schedules in which no program waits for another: the interpreter runs one after another.
+#: The schedules that Triton's interpreter runs; the third is in Gluon, which it does not.
 MODES = ("resident", "stepwise")
 
 
@@ -69,8 +69,8 @@ def tiled(
     """A configuration of so many slices, its tiles by default far smaller than a GPU's."""
     whole, part = (1 << (n - 1).bit_length() for n in (hidden, -(-hidden // slices)))
     if mode == "resident":
-        return Config(mode, "local", block_b, whole, whole, 4, tiles)
-    return Config(mode, "local", block_b, part, block_k or whole, 4, tiles)
+        return Config(mode, block_b, whole, whole, 4, 0, tiles)
+    return Config(mode, block_b, part, block_k or whole, 4, 0, tiles)
 
 
 @functools.cache

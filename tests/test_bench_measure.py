@@ -568,11 +568,19 @@ def test_what_bounds_a_case_on_a_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("hidden", "batch", "by"), [(512, 16, "exchange"), (64, 16, "memory"), (4096, 1, "weights")]
+    ("dtype", "hidden", "batch", "by"),
+    [
+        ("bfloat16", 512, 16, "exchange"),
+        ("bfloat16", 4096, 1, "weights"),
+        ("float32", 16, 16, "products"),
+    ],
 )
-def test_what_bounds_a_case_on_a_gpu(monkeypatch, hidden, batch, by):
-    case = Case("gru", "forward", "bfloat16", 100, batch, hidden, hidden)
-    problem = providers.problem_of(case, CPU)._replace(device="cuda", gpu=DEVICES["h100"])
+def test_what_bounds_a_case_on_a_gpu(monkeypatch, dtype, hidden, batch, by):
+    """Exact float32 is resident: nothing is handed on."""
+    case = Case("gru", "forward", dtype, 100, batch, hidden, hidden)
+    problem = providers.problem_of(case, CPU)._replace(
+        device="cuda", gpu=DEVICES["h100"], precision="ieee"
+    )
     monkeypatch.setattr(limits, "problem_of", lambda case, device: problem)
     assert limits_with(CUDA).of(case).by == by
 

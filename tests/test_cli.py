@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import fastrnn.planner
 from fastrnn import flow, heads, testing
 from fastrnn.__main__ import main
 from fastrnn.cpu import operators
+from fastrnn.kernels import configs
 
 
 def failure(capsys, *argv: str) -> str:
@@ -77,13 +79,19 @@ def test_plan_of_a_missing_gpu_names_those_it_knows(capsys):
     assert "no device 'cuda' here; name one of a100," in says
 
 
-def test_plan_shows_the_kernels(capsys):
+def test_plan_shows_the_kernels(capsys, monkeypatch):
+    monkeypatch.setattr(configs, "choose", configs.choose.__wrapped__)
+    monkeypatch.setattr(configs, "step_us", lambda *_, **options: 1.5 + options["backward"])
     shape = ["--cell", "lstm", "--H", "512", "--B", "16", "--dtype", "bf16", "--bidirectional"]
     main(["plan", *shape, "--device", "h100"])
     _, forward, backward = capsys.readouterr().out.splitlines()
-    assert "forward kernel:  persistent" in forward
-    assert "backward kernel: persistent" in backward
-    assert "us a step by the model" in forward
+    assert "forward kernel:  persistent, 16 rows x 16 units a program, 4 warps" in forward
+    assert "backward kernel: persistent, 16 rows x 16 units a program, 4 warps" in backward
+    assert forward.endswith(": 1.50 us a step, simulated")
+    assert backward.endswith(": 2.50 us a step, simulated")
+    monkeypatch.setattr(configs, "step_us", lambda *_, **options: math.nan)
+    main(["plan", *shape, "--device", "h100"])
+    assert capsys.readouterr().out.splitlines()[1].endswith(" warps")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -6,16 +6,22 @@ Runs with torch, triton, pytest and hypothesis alone; with pytest-xdist in sever
 from __future__ import annotations
 
 import itertools
+import math
 
+import gpu_cases
 import pytest
 import torch
+from gpu_cases import MARKED, SMALL, Case
 from torch import Tensor
 
 import fastrnn
-from fastrnn import devices, gpu, ops, reference
+from fastrnn import devices, ops, reference
+from fastrnn.bench.built import forced
 from fastrnn.call import Call
 from fastrnn.cells import CELLS
 from fastrnn.flow import PLAIN, Flow, make_marks
+from fastrnn.kernels import configs, launch
+from fastrnn.kernels.configs import Choice, Shape
 from fastrnn.planner import use_path
 
 if not torch.cuda.is_available():
@@ -33,7 +39,6 @@ FORMATS = {
     "ieee": (torch.float32, False, False),
 }
 # T, B, I, H, directions
-SMALL = [(5, 3, 7, 7, 2), (9, 17, 24, 129, 1)]
 SHAPES = [
     (7, 5, 3, 1, 1),
     (16, 16, 64, 64, 1),
@@ -57,6 +62,20 @@ def dtype(request):
     yield chosen
     for switch, allow in zip(switches, before, strict=True):
         switch.allow_tf32 = allow
+
+
+@pytest.fixture(autouse=True)
+def _no_gap():
+    """What Triton does not compile runs by other kernels, and no test may be content with those."""
+    before = gap()
+    yield
+    assert gap() == before
+
+
+def gap() -> str:
+    device = devices.gpu()
+    assert device is not None
+    return device.gap
 
 
 def make(cell, shape, dtype, bias=True):
@@ -129,15 +148,158 @@ def check(ours, stock, exact):
 
 
 def compare(cell, shape, dtype, schedule, bias=True):
-    x, state, weights = make(cell, shape, dtype, bias)
-    directions = shape[-1]
-    with use_path(schedule or "kernels"):
-        try:
-            ours = run(ops.layer, cell, x, state, weights, directions)
-        except ValueError as error:
-            pytest.skip(str(error))
-    stock = run(reference.layer, cell, x, state, weights, directions)
-    check(ours, stock, in_float64(cell, x, state, weights, directions))
+    arguments = (cell, *make(cell, shape, dtype, bias), shape[-1])
+    skip_unless_planned(schedule, *arguments)
+    with forced(schedule or "kernels"):
+        ours = run(ops.layer, *arguments)
+    stock = run(reference.layer, *arguments)
+    check(ours, stock, in_float64(*arguments))
+
+
+def skip_unless_planned(schedule, cell, x, state, weights, directions, *, marked=False):
+    """Skip what does not fit this device; what Triton does not compile there is a failure."""
+    device, precision = devices.facts(x)
+    if schedule == "persistent":
+        assert not device.gap
+    batch, hidden = state[0].shape[1:]
+    shape = Shape.of(CELLS[cell], batch, hidden, directions, x.dtype.itemsize, precision)
+    for backward in (False, True):
+        chosen = configs.choose(
+            shape._replace(marked=marked), device, backward=backward, schedule=schedule
+        )
+        if chosen is None:
+            pytest.skip(f"no {schedule} schedule for {shape} on {device}")
+
+
+def marked(shape, state, fresh):
+    """Lengths, resets, also at first and one by one, and truncated gradients."""
+    steps, batch, *_, directions = shape
+    lengths = torch.randint(steps + 1, (batch,)).index_fill(0, torch.tensor([1]), 0)
+    reset = torch.rand(steps, batch) < 0.1
+    reset[:3, 0] = True
+    marks = make_marks(steps, batch, directions, state[0].device, lengths.cuda(), reset.cuda(), 10)
+    return Flow(marks, [part.detach().flip(0, 1).requires_grad_() for part in state if fresh])
+
+
+def check_marks(cell, shape, schedule, fresh, dtype):
+    """All states too, and what backward computes again."""
+    x, state, weights = make(cell, shape, dtype)
+    flow = marked(shape, state, fresh)
+    arguments = cell, x, state, weights, shape[-1]
+    skip_unless_planned(schedule, *arguments, marked=True)
+    with forced(schedule):
+        ours = run(ops.layer, *arguments, flow=flow, traced=True)
+        again = run(ops.layer, *arguments, flow=flow, traced=True, recompute=True)
+    stock, exact = run(reference.layer, *arguments, flow=flow), in_float64(*arguments, flow=flow)
+    check(ours, stock, exact)
+    check(again, stock, exact)
+
+
+# The kernels whose programs wait for each other, in each of their variants.
+
+
+@pytest.fixture
+def variant(monkeypatch):
+    """Let every persistent kernel have the rows and warps of a case."""
+
+    def of(case: Case) -> None:
+        def choose(shape, device, *, backward=False, schedule=None):
+            wanted = "persistent", case.block_b, case.num_warps
+            for config in configs.candidates(shape, device, backward=backward):
+                if wanted == (config.schedule, config.block_b, config.num_warps):
+                    return Choice(config, math.nan)
+            return None
+
+        monkeypatch.setattr(configs, "choose", choose)
+
+    return of
+
+
+def of_each(cases):
+    """Run a test for each case, in its format."""
+    pairs = [pytest.param(case, case.format, id=str(case)) for case in cases]
+    return pytest.mark.parametrize(("case", "dtype"), pairs, indirect=["dtype"])
+
+
+@of_each(gpu_cases.PERSISTENT)
+def test_persistent(case, dtype, variant):
+    variant(case)
+    compare(case.cell, case.shape, dtype, "persistent", bias=case.shape[1] != 5)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@of_each(gpu_cases.WITH_MARKS)
+def test_persistent_with_marks(case, fresh, dtype, variant):
+    variant(case)
+    check_marks(case.cell, case.shape, "persistent", fresh, dtype)
+
+
+@of_each(gpu_cases.WITH_NAN)
+def test_nan_travels_and_does_not_hang(case, dtype, variant):
+    """Forward and backward; other rows do not see it."""
+    variant(case)
+    x, state, weights = make("lstm", case.shape, dtype)
+    arguments = "lstm", x, state, weights, 1
+    skip_unless_planned("persistent", *arguments)
+    with forced("persistent"):
+        clean = run(ops.layer, *arguments)
+        with torch.no_grad():
+            x[3, 2] = math.nan
+            # The pattern that means "not there yet".
+            state[0].view({2: torch.int16, 4: torch.int32}[dtype.itemsize])[0, 5] = -1
+        dirty = run(ops.layer, *arguments)
+    y, d_x = dirty["y"], dirty["d_x"]
+    assert y[3:, 2].isnan().all()
+    assert y[:3, 2].isfinite().all()
+    assert y[:, 5].isnan().all()
+    assert d_x[:, [2, 5]].isnan().all()
+    others = [row for row in range(20) if row not in (2, 5)]
+    for name in ("y", "final0", "final1", "d_x", "d_state0", "d_state1"):
+        assert torch.equal(dirty[name][:, others], clean[name][:, others]), name
+
+
+@of_each(gpu_cases.REPEATED)
+def test_repeated_runs_are_bitwise_equal(case, dtype, variant):
+    variant(case)
+    arguments = case.cell, *make(case.cell, case.shape, dtype), case.shape[-1]
+    skip_unless_planned("persistent", *arguments)
+    with forced("persistent"):
+        first = run(ops.layer, *arguments)
+        for _ in range(200):
+            again = run(ops.layer, *arguments)
+            assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+@of_each(gpu_cases.BOUNDED)
+def test_bounded_spin_finds_nothing_to_report(case, dtype, variant):
+    """And changes nothing."""
+    variant(case)
+    arguments = case.cell, *make(case.cell, case.shape, dtype), case.shape[-1]
+    skip_unless_planned("persistent", *arguments)
+    with forced("persistent"):
+        expected = run(ops.layer, *arguments)
+        with launch.bounded_spin(10_000_000):
+            bounded = run(ops.layer, *arguments)
+    assert all(torch.equal(bounded[name], expected[name]) for name in expected)
+
+
+def test_what_is_forced_is_forced_backward_too(monkeypatch):
+    """In whichever thread autograd runs it."""
+    seen, backward = [], launch.backward
+
+    def watched(cell, config, *rest):
+        seen.append((config.schedule, launch._debug.spin_limit))
+        return backward(cell, config, *rest)
+
+    monkeypatch.setattr(launch, "backward", watched)
+    arguments = "gru", *make("gru", (5, 3, 4, 32, 1), torch.bfloat16), 1
+    for schedule in SCHEDULES:
+        with forced(schedule), launch.bounded_spin(10_000_000):
+            run(ops.layer, *arguments)
+    assert seen == [(schedule, 10_000_000) for schedule in SCHEDULES]
+
+
+# Every schedule.
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -155,48 +317,18 @@ def test_shapes(cell, shape, dtype):
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("shape", [(33, 37, 24, 127, 2), (64, 16, 32, 512, 1)], ids=str)
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "peephole_lstm", "slstm"])
-@pytest.mark.parametrize("dtype", ["bf16", "ieee"], indirect=True)
+@pytest.mark.parametrize(
+    ("schedule", "dtype", "shape"), gpu_cases.MARKED_LAYERS, indirect=["dtype"], ids=str
+)
+@pytest.mark.parametrize("cell", MARKED)
 def test_marks_and_traces(cell, shape, schedule, fresh, dtype):
-    """Lengths, resets, also at first and one by one, truncated gradients, all states."""
-    steps, batch, *_, directions = shape
-    x, state, weights = make(cell, shape, dtype)
-    lengths = torch.randint(steps + 1, (batch,)).index_fill(0, torch.tensor([1]), 0)
-    reset = torch.rand(steps, batch) < 0.1
-    reset[:3, 0] = True
-    marks = make_marks(steps, batch, directions, x.device, lengths.cuda(), reset.cuda(), 10)
-    flow = Flow(marks, [part.detach().flip(0, 1).requires_grad_() for part in state if fresh])
-    arguments = cell, x, state, weights, directions
-    with use_path(schedule):
-        try:
-            ours = run(ops.layer, *arguments, flow=flow, traced=True)
-        except ValueError as error:
-            pytest.skip(str(error))
-        again = run(ops.layer, *arguments, flow=flow, traced=True, recompute=True)
-    stock, exact = run(reference.layer, *arguments, flow=flow), in_float64(*arguments, flow=flow)
-    check(ours, stock, exact)
-    check(again, stock, exact)
-
-
-@pytest.mark.parametrize("protocol", ["flag", "counter"])
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
-def test_repeated_runs_are_bitwise_equal(cell, protocol, monkeypatch):
-    device = devices.gpu(0)._replace(protocol=protocol)
-    monkeypatch.setattr(devices, "gpu", lambda index: device)
-    x, state, weights = make(cell, (50, 16, 64, 512, 2), torch.bfloat16)
-    with use_path("persistent"):
-        first = run(ops.layer, cell, x, state, weights, 2)
-        for _ in range(200):
-            again = run(ops.layer, cell, x, state, weights, 2)
-            assert all(torch.equal(again[name], first[name]) for name in first)
+    check_marks(cell, shape, schedule, fresh, dtype)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_recompute(schedule):
     x, state, weights = make("gru", (9, 8, 16, 64, 2), torch.float32)
-    with use_path(schedule):
+    with forced(schedule):
         kept = run(ops.layer, "gru", x, state, weights, 2)
         recomputed = run(ops.layer, "gru", x, state, weights, 2, recompute=True)
     check(recomputed, kept, in_float64("gru", x, state, weights, 2))
@@ -275,7 +407,7 @@ def test_second_device():
 def test_long_sequence(schedule):
     """More steps than a 16-bit grid or counter has; state is carried to the end."""
     x, state, weights = make("gru", (70_000, 1, 4, 64, 1), torch.float32)
-    with use_path(schedule):
+    with forced(schedule):
         ours = run(ops.layer, "gru", x, state, weights, 1)
     tail = x[-200:].detach()
     with torch.no_grad():
@@ -297,30 +429,6 @@ def test_more_than_2_to_the_31_elements():
         few, *_ = ops.layer(call_of("lstm", x[:, part].contiguous(), last, weights))
     # Not bitwise: cuBLAS may project a smaller batch in another order.
     assert rms(y[:, part] - few) < torch.finfo(torch.bfloat16).eps
-
-
-def test_nan_travels_and_does_not_hang():
-    x, state, weights = make("lstm", (30, 8, 16, 512, 1), torch.bfloat16)
-    with torch.no_grad():
-        clean, *_ = ops.layer(call_of("lstm", x, state, weights))
-        x[3, 2] = float("nan")
-        state[0].view(torch.int16)[0, 5] = -1  # the pattern that means "not there yet"
-        with use_path("persistent"):
-            y, *_ = ops.layer(call_of("lstm", x, state, weights))
-    assert y[3:, 2].isnan().all()
-    assert y[:, 5].isnan().all()
-    others = [0, 1, 3, 4, 6, 7]
-    assert (
-        torch.equal(y[:, others], clean[:, others]) or rms(y[:, others] - clean[:, others]) < 1e-2
-    )
-
-
-def test_bounded_spin_finds_nothing_to_report():
-    from fastrnn.kernels import launch
-
-    x, state, weights = make("lstm", (30, 8, 16, 512, 1), torch.bfloat16)
-    with use_path("persistent"), launch.bounded_spin(10_000_000):
-        run(ops.layer, "lstm", x, state, weights, 1)
 
 
 MODULES = [
@@ -409,7 +517,7 @@ def test_autocast():
 def test_empty_batch(steps):
     x, state, weights = make("lstm", (steps, 0, 4, 40, 2), torch.float32)
     for schedule in (*SCHEDULES, "kernels"):
-        with use_path(schedule):
+        with forced(schedule):
             results = run(ops.layer, "lstm", x, state, weights, 2)
         assert results["y"].shape == (steps, 0, 80)
         assert not results["d_w1"].any()
@@ -426,7 +534,7 @@ def test_strided_inputs():
 
 
 def test_planner_describes_the_device():
-    device, precision = gpu.facts(torch.empty(0, device="cuda"))
+    device, precision = devices.facts(torch.empty(0, device="cuda"))
     assert device.processors == torch.cuda.get_device_properties(0).multi_processor_count
     assert 48 * 1024 <= device.shared_memory <= 256 * 1024
     assert 500 < device.clock_mhz < 5000

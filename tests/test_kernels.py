@@ -1,4 +1,7 @@
-"""The Triton kernels in the interpreter: every cell, schedule and size against the oracle."""
+"""The Triton kernels in the interpreter: every cell, schedule and size against the oracle.
+
+Not the persistent ones, which are in Gluon: tests/ptx.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import example, given
-from hypothesis import strategies as st
 from kernel_harness import (
     MODES,
     Layer,
@@ -24,8 +25,7 @@ from kernel_harness import (
 from minimal_gated_unit import MGU
 
 from fastrnn.cells import CELLS
-from fastrnn.kernels import activations, configs, exchange, launch, tiles
-from fastrnn.kernels.configs import DEVICES, Shape
+from fastrnn.kernels import activations, configs, launch, tiles
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="runs in Triton's interpreter"
@@ -294,91 +294,3 @@ def test_operands_of_tf32_are_rounded():
     with np.errstate(over="ignore"):  # the largest become infinity
         rounded = np.trunc(exact / unit + np.copysign(0.5, exact)) * unit
         assert (found[finite] == rounded.astype(np.float32)).all()
-
-
-@triton.jit
-def tag_kernel(x_ptr, bits_ptr, lap, n: tl.constexpr):
-    at = tl.arange(0, n)
-    tl.store(bits_ptr + at, exchange._tagged(tl.load(x_ptr + at), lap))
-
-
-@pytest.mark.parametrize("lap", [0, 1])
-def test_tag_takes_the_lowest_bit(lap):
-    """What is left is rounded to the nearest, half to even, as arithmetic would."""
-    special = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -3e-45, 1.0, np.finfo(np.float32).max]
-    generator = np.random.default_rng(0)
-    x = generator.integers(-(2**31), 2**31, 4096).astype(np.int32).view(np.float32)
-    x[: len(special)] = special
-    x[100] = np.array(-1, np.int32).view(np.float32)
-    bits = torch.zeros(len(x), dtype=torch.int32)
-    with as_on_a_device():
-        tag_kernel[(1,)](torch.from_numpy(x), bits, lap, len(x))
-    bits = bits.numpy()
-    assert (bits & 1 == lap).all()
-    received = (bits & -2).view(np.float32)
-    assert (np.isnan(received) == np.isnan(x)).all()
-    finite = np.isfinite(x)
-    exact = x[finite].astype(np.float64)
-    unit = 2.0 ** (np.maximum(np.frexp(exact)[1], -125) - 23)
-    with np.errstate(over="ignore"):  # the largest float becomes infinity
-        rounded = (np.rint(exact / unit) * unit).astype(np.float32)
-    assert (received[finite] == rounded).all()
-    assert (received[np.isinf(x)] == x[np.isinf(x)]).all()
-
-
-# Configurations: no kernel runs.
-
-shapes = st.builds(
-    Shape,
-    n_gates=st.sampled_from([1, 2, 3, 4]),
-    batch=st.integers(1, 5000),
-    hidden_size=st.integers(1, 4096),
-    directions=st.sampled_from([1, 2]),
-    itemsize=st.sampled_from([2, 4]),
-    precision=st.sampled_from(["ieee", "tf32", "tf32x3"]),
-)
-
-
-@pytest.mark.parametrize("device", DEVICES.values(), ids=named)
-@given(shape=shapes, backward=st.booleans())
-@example(Shape(1, 1, 1, 1, 2, "ieee"), False)
-@example(Shape(4, 4096, 4096, 2, 4, "tf32x3"), True)
-def test_configurations_fit_the_device(device, shape, backward):
-    chosen = configs.choose(shape, device, backward=backward)
-    found = list(configs.candidates(shape, device, backward=backward))
-    assert chosen.config in found
-    assert chosen.step_us > 0
-    for config in found:
-        assert config.schedule in configs.SCHEDULES
-        assert config.protocol in configs.PROTOCOLS
-        assert all(n & (n - 1) == 0 for n in (config.block_b, config.block_h, config.block_k))
-        slices = -(-shape.hidden_size // config.block_h)
-        if config.schedule == "resident":
-            assert slices == 1
-            assert config.block_k == config.block_h
-        if config.schedule == "persistent":
-            assert device.target == "cuda"
-            assert config.protocol != configs.LOCAL
-            assert slices > 1
-            assert 1 <= slices * config.tiles * shape.directions <= device.processors
-            together = configs.block_s(config, slices)
-            assert together >= 1
-            assert together & (together - 1) == 0
-        else:
-            assert config.protocol == configs.LOCAL
-        if config.schedule != "stepwise":
-            taken = configs.shared_memory(config, shape, backward=backward)
-            assert taken <= device.shared_memory
-
-
-@pytest.mark.parametrize("schedule", configs.SCHEDULES)
-@pytest.mark.parametrize("device", DEVICES.values(), ids=named)
-def test_only_one_schedule(device, schedule):
-    small = Shape(4, 16, 64, 2, 2, "ieee")
-    choice = configs.choose(small, device, schedule=schedule)
-    if schedule == "persistent" and device.target != "cuda":
-        assert choice is None
-    else:
-        assert choice.config.schedule == schedule
-    large = small._replace(hidden_size=4096)
-    assert (configs.choose(large, device, schedule=schedule) is None) == (schedule != "stepwise")

@@ -10,7 +10,7 @@ import torch
 import triton
 from kernel_harness import MODES, as_on_a_device, as_states, same_bits, tiled
 
-from fastrnn import cpu, flow, gpu, gradients, planner, reference
+from fastrnn import cpu, devices, flow, gpu, gradients, planner, reference
 from fastrnn.call import Asked, Call, Cotangents
 from fastrnn.cells import CELLS
 from fastrnn.flow import Flow, make_marks
@@ -47,7 +47,7 @@ def mode(request, monkeypatch):
 
 def take(monkeypatch, mode, block_b=8):
     choice = Choice(tiled(mode, HIDDEN, block_b=block_b), 0.0)
-    monkeypatch.setattr(gpu, "_choices", lambda problem: (choice, choice))
+    monkeypatch.setattr(devices, "choose_kernels", lambda *_: (choice, choice))
 
 
 class Layer(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.resources
 import inspect
 import itertools
 import json
@@ -203,7 +204,8 @@ def test_functions_have_few_parameters():
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
-                is_kernel = any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+                decorators = " ".join(ast.unparse(d) for d in node.decorator_list)
+                is_kernel = re.search(r"\b(triton|gluon)\.jit\b", decorators) is not None
                 most = 25 if is_kernel else WITH_MANY_PARAMETERS.get(path.stem, 8)
                 assert parameters(node) <= most, f"{path}: {node.name}"
 
@@ -221,7 +223,8 @@ def test_only_the_launcher_imports_torch():
         found = {module for module in imports(path) if not module.startswith(".")}
         if path.name == "launch.py":
             continue
-        assert found - {"__future__", "collections", "functools", "typing"} <= {"triton"}, path
+        others = {module.partition(".")[0] for module in found} - sys.stdlib_module_names
+        assert others <= {"triton"}, path
 
 
 def test_top_level_folders_are_imported_through_the_package():
@@ -229,6 +232,21 @@ def test_top_level_folders_are_imported_through_the_package():
     for folder in ("fastrnn", "kernels", "bench", "tests", "examples"):
         for path in (ROOT / folder).glob("*.py"):
             assert not imports(path) & {"kernels", "bench", "tests"}, path
+
+
+def test_what_is_read_beside_the_code_is_installed():
+    """An editable install has every file, a wheel those of package-data."""
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    declared = settings["package-data"]
+    assert set(declared) <= set(settings["packages"])
+    files = {(package, name) for package, names in declared.items() for name in names}
+    assert files == {
+        ("fastrnn", "py.typed"),
+        ("fastrnn.kernels", fastrnn.kernels.configs.STEPS.name),
+    }
+    for package, name in files:
+        assert importlib.resources.files(package).joinpath(name).is_file()
 
 
 def modules_after_importing_fastrnn(prelude: str = "") -> set[str]:

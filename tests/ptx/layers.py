@@ -24,14 +24,16 @@ from fastrnn import devices
 from fastrnn.cases import MODULES
 from fastrnn.cells import CELLS
 from fastrnn.kernels import launch
-from fastrnn.kernels.configs import DEVICES, Choice, Config, Device
+from fastrnn.kernels.configs import DEVICES, Choice, Config, Device, Shape, candidates
 from fastrnn.planner import use_path
 
-from .driver import Emulator, Launch, Schedule
-from .machine import Finding
+from .driver import Emulator, Schedule
 
 #: Names of the cells that have kernels.
 POINTWISE = [name for name, cell in CELLS.items() if cell.is_pointwise]
+
+#: GPUs that can be emulated.
+GPUS = {name: device for name, device in DEVICES.items() if device.target == "cuda"}
 
 #: Cells in which a gradient jumps.
 HAVE_MAXIMUM = ("rnn_relu", "slstm")
@@ -55,10 +57,9 @@ class Case:
     bias, recompute, training : bool
         Without `training` there are no gradients.
     gpu : str
-        Of ``configs.DEVICES``.
+        Of `GPUS`.
     schedule : str, optional
         As planned if not given.
-    protocol : str, optional
     processors : int, optional
         Of that GPU, instead of its own: fewer take several launches.
     configs : (Config, Config), optional
@@ -80,7 +81,6 @@ class Case:
     training: bool = True
     gpu: str = "h100"
     schedule: str | None = None
-    protocol: str | None = None
     processors: int | None = None
     configs: tuple[Config, Config] | None = None
     seed: int = 0
@@ -90,16 +90,49 @@ class Case:
         facts = [
             str(value) if isinstance(value, str) else f"{name}={value}"
             for name, value in vars(self).items()
-            if value != getattr(default, name)
+            if value != getattr(default, name) and name != "configs"
         ]
+        facts += map(described, self.configs or ())
         return " ".join([self.cell, *(f for f in facts if f != self.cell)])
 
     @property
     def device(self) -> Device:
         """The GPU."""
-        device = DEVICES[self.gpu]
-        facts = {"protocol": self.protocol, "processors": self.processors}
-        return device._replace(**{name: value for name, value in facts.items() if value})
+        device = GPUS[self.gpu]
+        return device._replace(processors=self.processors) if self.processors else device
+
+    @property
+    def shape(self) -> Shape:
+        """The problem as the kernels see it."""
+        itemsize = getattr(torch, self.dtype).itemsize
+        sizes = self.batch, self.hidden, self.directions
+        shape = Shape.of(CELLS[self.cell], *sizes, itemsize, self.precision)
+        return shape._replace(marked=bool(self.flow))
+
+    def candidates(self, **fields: Any) -> Iterator[tuple[Config, Config]]:
+        """Ways to launch its kernels: those of both, of which the fewer are taken again.
+
+        Parameters
+        ----------
+        **fields
+            What they have in common, of the fields of `Config`.
+        """
+        found = [
+            [
+                config
+                for config in candidates(self.shape, self.device, backward=backward)
+                if fields.items() <= config._asdict().items()
+            ]
+            for backward in (False, True)
+        ]
+        for n in range(max(map(len, found)) if all(found) else 0):
+            forward, backward = (of[n % len(of)] for of in found)
+            yield forward, backward
+
+    def chunks(self, config: Config, backward: bool) -> int:
+        """Count the chunks of columns of a persistent kernel."""
+        columns = self.hidden * (self.shape.n_gates if backward else 1)
+        return -(-columns // (config.num_warps * config.block_k))
 
     @property
     def is_tf32(self) -> bool:
@@ -110,6 +143,12 @@ class Case:
     def eps(self) -> float:
         """The machine epsilon: of TF32 that of float16, which has as many bits."""
         return torch.finfo(torch.float16 if self.is_tf32 else getattr(torch, self.dtype)).eps
+
+
+def described(config: Config) -> str:
+    """Tell a configuration: schedule, tile and columns, warps, chunks in registers."""
+    schedule, block_b, block_h, block_k, num_warps, in_registers, _ = config
+    return f"{schedule} {block_b}x{block_h}x{block_k}, {num_warps}, {in_registers}"
 
 
 def emulate(
@@ -192,7 +231,7 @@ def faults(emulator: Emulator) -> list[str]:
         text
         for launch in emulator.launches
         for finding, text in zip(launch.outcome.findings, launch.findings(), strict=True)
-        if not _is_harmless(launch, finding)
+        if finding.kind not in _HARMLESS
     ]
 
 
@@ -201,26 +240,6 @@ _HARMLESS = (
     "shared write-write race of the same value (benign)",
     "two lanes store the same value to one address",
 )
-# What the exchange by flags does on purpose, between CTAs and between the warps of one: a weak
-# store writes what a volatile load polls, and overwrites what one has polled. By the letter of PTX
-# a race, of operations that are not both strong, but Triton's language has no relaxed store. Each
-# element is one access of the hardware, which reads all of it or nothing, and says by its own bits
-# whether it is there.
-_POLLED = [f"global write-read {which} CTA (mixed weak/strong)" for which in ("other", "same")]
-_OVERWRITTEN = [
-    f"global read-write {which} CTA ({how})"
-    for which in ("other", "same")
-    for how in ("UNORDERED, mixed", "ordered by values only")
-]
-
-
-def _is_harmless(launch: Launch, finding: Finding) -> bool:
-    first, second = (launch.program.text[pc] for pc in (finding.first, finding.second))
-    if finding.kind in _POLLED:
-        return "st.global" in first and "ld.volatile.global" in second
-    if finding.kind in _OVERWRITTEN:
-        return "ld.volatile.global" in first and "st.global" in second
-    return finding.kind in _HARMLESS
 
 
 @contextlib.contextmanager

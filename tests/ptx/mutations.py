@@ -9,26 +9,21 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 Change = Callable[[str], str]
 
 BARRIER = r"bar\.sync"
-RELEASE = r"atom\.global\.gpu\.release\.add"
-ACQUIRE = r"(ld|atom)\.global\.gpu\.acquire"
-JUMP = r"@%p\d+\s+bra"
+LOAD = r"ld\.relaxed\.gpu\.global"
+STORE = r"st\.relaxed\.gpu\.global"
+AGAIN = r"^bra AGAIN;$"
 
 
 def in_kernel(kernel: str, change: Change) -> Change:
     """Change one kernel and leave the others as they are."""
     return lambda ptx: change(ptx) if f".entry {kernel}(" in ptx else ptx
-
-
-def both(first: Change, second: Change) -> Change:
-    """One change after another."""
-    return lambda ptx: second(first(ptx))
 
 
 def replaced(pattern: str, new: Any, *, count: int = 0) -> Change:
@@ -61,62 +56,42 @@ def without(pattern: str, *, before: str = "", after: str = "", last: bool = Fal
     return change
 
 
-def waiting_once(pattern: str) -> Change:
-    """Do not repeat a wait: without the jump back after its last load."""
+def stored_by_halves(ptx: str) -> str:
+    """Publish the halves of each word one after another."""
+    halves = (
+        r"mov.b32 {low, high}, \2;\n@p st.relaxed.gpu.global.b16 [\1], low;\n"
+        r"@p st.relaxed.gpu.global.b16 [\1+2], high;"
+    )
+    return replaced(rf"^@p {STORE}\.b32 \[(%rd\d+)\], (%r\d+);", halves)(ptx)
+
+
+def waiting_for_words(ptx: str) -> str:
+    """Take a word to be there as soon as one of its halves is."""
+    test = (
+        r"add\.u32 x, (%r\d+), 0x00010001;\nnot\.b32 x, x;\nand\.b32 x, x, %r\d+;\n"
+        r"and\.b32 x, x, 0x80008000;\nsetp\.ne(\S*)\.s32 (missing\d+), x, 0(.*);"
+    )
+    return replaced(test, r"setp.eq\2.s32 \3, \1, -1\4;")(ptx)
+
+
+def with_one_set_of_buffers(size: int) -> Change:
+    """Let the second of two sets of buffers of so many bytes, for partial sums, be the first."""
 
     def change(ptx: str) -> str:
-        lines = ptx.split("\n")
-        last = _places(lines, pattern)[-1]
-        del lines[_first(i for i in _places(lines, JUMP) if i > last)]
-        return "\n".join(lines)
+        buffers = set(re.findall(r"st\.shared\.v4\.b32 \[ (%r\d+) ", ptx))
+
+        def moved(found: re.Match[str]) -> str:
+            start, register, offset = found[1], found[2], int(found[3])
+            is_second = offset >= size and (register in buffers or start.startswith("ld"))
+            return f"{start}{offset - size}" if is_second else found[0]
+
+        loaded = re.sub(r"(ld\.shared\.b32.*\[(%r\d+)\+)(\d+)", moved, ptx)
+        stored = re.sub(r"(add\.s32\s+(%r\d+), %r\d+, )(\d+)", moved, loaded)
+        if ptx in (loaded, stored) or loaded == stored:
+            raise LookupError("no second set of buffers")
+        return stored
 
     return change
-
-
-def published_early(function: Any, text: str) -> Change:
-    """Move the barrier and the release before the store in a line of a function."""
-
-    def change(ptx: str) -> str:
-        lines = ptx.split("\n")
-        release = _places(lines, RELEASE)[0]
-        # With its predicate, whose one is made nearby, and the block of inline assembly around it.
-        barrier = [i for i in _places(lines, BARRIER) if i < release][-1]
-        one = [i for i in _places(lines, r"mov\.b32\s+%r\d+, 1;") if i < release][-1]
-        moved = [lines[i] for i in (barrier, one, release - 1, release)]
-        store = _first(i for i in _of_source(lines, function, text) if "st.global" in lines[i])
-        if not store < barrier:
-            raise LookupError("the store is not before the barrier")
-        for i in (release, release - 1, barrier):
-            del lines[i]
-        lines[store:store] = moved
-        return "\n".join(lines)
-
-    return change
-
-
-def rewritten(pattern: str, new: str, *places: tuple[Any, str]) -> Change:
-    """Rewrite instructions of a pattern that were made of lines of JIT functions."""
-
-    def change(ptx: str) -> str:
-        lines, n = ptx.split("\n"), 0
-        for i in (i for place in places for i in _of_source(lines, *place)):
-            lines[i], count = re.subn(pattern, new, lines[i])
-            n += count
-        if not n:
-            raise LookupError(f"no {pattern}")
-        return "\n".join(lines)
-
-    return change
-
-
-def with_one_mailbox(*places: tuple[Any, str]) -> Change:
-    """Let the ring have depth 1: the parity of the step is taken to be 0 where addresses are."""
-    return rewritten(r"and\.b32\s+(%r\d+), (%r\d+), \d+;", r"and.b32 \1, \2, 0;", *places)
-
-
-def without_lap(*place: Any) -> Change:
-    """Leave the lap out of what is sent."""
-    return rewritten(r"or\.b32\s+(%r\d+), (%r\d+), %r\d+;", r"mov.b32 \1, \2;", place)
 
 
 def without_each(pattern: str, ptx: str) -> Iterator[tuple[str, Change]]:
@@ -147,25 +122,8 @@ def _place(line: str) -> str:
     return found[1] if found else ""
 
 
-def _first(places: Iterable[int]) -> int:
-    for place in places:
-        return place
-    raise LookupError("no such place")
-
-
 def _places(lines: list[str], pattern: str) -> list[int]:
     found = [i for i, line in enumerate(lines) if re.search(pattern, line)]
     if not found:
         raise LookupError(f"no {pattern}")
-    return found
-
-
-def _of_source(lines: list[str], function: Any, text: str) -> list[int]:
-    """The instructions that were made of a line of a JIT function, innermost."""
-    wanted, place, found = place_of(function, text), "", []
-    for i, line in enumerate(lines):
-        if new := _place(line):
-            place = new
-        elif place == wanted:
-            found.append(i)
     return found

@@ -1,8 +1,9 @@
 """Every kernel of the compile budget in the emulator, under many schedules: ``make emulate``.
 
 ``bench/compile_budget.py`` lists the kernels that may be planned. Here each of them for an NVIDIA
-GPU runs in a layer of one tile of the batch, a forward and a backward kernel at a time, until all
-schedules or the seconds of a layer are used up. A row of the file says what came of it.
+GPU runs in a layer whose batch fills one program all but a row, a forward and a backward kernel at
+a time, until all schedules or the seconds of a layer are used up. A row of the file says what came
+of it.
 """
 
 from __future__ import annotations
@@ -29,11 +30,10 @@ from fastrnn.bench import compile_budget
 from fastrnn.kernels.configs import Config
 
 from .driver import EmulationError, Schedule
-from .layers import HAVE_MAXIMUM, Case, check, emulate, faults
+from .layers import GPUS, HAVE_MAXIMUM, Case, check, described, emulate, faults
 from .machine import DRAINS, POLICIES
 from .program import PtxError
 
-GPUS = ("a100", "h100", "b200")
 # Each policy with each way of draining, the most different ones first, then again with other seeds.
 _WAYS = sorted(
     itertools.product(range(len(POLICIES)), range(len(DRAINS))),
@@ -52,7 +52,7 @@ class Row(NamedTuple):
         As in the compile budget, whose runs are two here: forward and backward.
     batch, steps : int
     forward, backward : str
-        Schedule, protocol, block_b x block_h x block_k, warps.
+        Schedule, block_b x block_h x block_k, warps, chunks of the weights in registers.
     schedules : int
         How many were run.
     instructions : int
@@ -85,8 +85,9 @@ class Row(NamedTuple):
 
 def cases() -> Iterator[tuple[str, Case]]:
     """List layers that together have every kernel: what is run, and the layer."""
+    devices = [name for name in compile_budget.DEVICES if name in GPUS]
     kernels: dict[Any, tuple[list[Config], list[Config]]] = defaultdict(lambda: ([], []))
-    for variant in compile_budget.plan(GPUS):
+    for variant in compile_budget.plan(devices):
         way, _, flow = variant.run.partition(" ")
         is_backward = way in ("backward", "recompute")
         run = way if way in ("recompute", "inference") else f"training {flow}".strip()
@@ -205,7 +206,7 @@ def _today() -> str:
 
 
 def _row(run: str, case: Case, *found: int | str) -> Row:
-    texts = (f"{c.schedule} {c.protocol} {c[2]}x{c[3]}x{c[4]} {c[5]}" for c in case.configs or ())
+    texts = map(described, case.configs or ())
     facts = case.cell, run, case.dtype, case.precision, case.hidden, case.gpu
     rest = found or (0, 0, "", "", "", "")
     return Row(*facts, case.batch, case.steps, *texts, *rest)

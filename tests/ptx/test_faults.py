@@ -21,7 +21,7 @@ def test_warp_group_products_lack_a_fence_before_triton_3_7_1(dtype):
 
     Not so of float32, which passes through registers to be rounded.
     """
-    config = Config("stepwise", "local", 64, 32, 64, 4, 65535)
+    config = Config("stepwise", 64, 32, 64, 4, 0, 65535)
     _, emulator = emulate(Case("lstm", 96, 50, 2, dtype, configs=(config, config)))
     assert "wgmma" in emulator.launches[0].ptx
     lacks = [text for text in faults(emulator) if UNFENCED in text]

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fastrnn.cells import CELLS
-from fastrnn.kernels import configs
-from fastrnn.kernels.configs import DEVICES
+from fastrnn.kernels.configs import Config
 
 from .driver import Schedule
-from .layers import HAVE_MAXIMUM, POINTWISE, Case, check, emulate, faults, stable
+from .layers import GPUS, HAVE_MAXIMUM, POINTWISE, Case, check, emulate, faults, stable
 
 # Beside the first, which every case runs: stores that arrive late in memory, a program or a warp
 # that gets little time, one program far ahead.
-SCHEDULES = (
+ORDERS = (
     Schedule(1, "starve-cta", "lazy"),
     Schedule(2, "starve-warp", "random"),
     Schedule(3, "bursts", "lazy"),
     Schedule(4, "one", "at once"),
 )
-MODES = {
-    "resident": {"schedule": "resident"},
-    "flag": {"schedule": "persistent", "protocol": "flag"},
-    "counter": {"schedule": "persistent", "protocol": "counter"},
-    "stepwise": {"schedule": "stepwise"},
-}
 FORMATS = {
     "bf16": ("bfloat16", "tf32"),
     "fp16": ("float16", "tf32"),
@@ -35,75 +30,143 @@ FORMATS = {
     "tf32x3": ("float32", "tf32x3"),
     "ieee": ("float32", "ieee"),
 }
+# Schedule and format, as far as there are kernels.
+KINDS = [
+    *itertools.product(("resident", "stepwise"), FORMATS),
+    *itertools.product(("persistent",), ("bf16", "fp16", "tf32")),
+]
 UNSAVED = [name for name in POINTWISE if not CELLS[name].n_saved]
-GPUS = ("a100", "h100")  # sm_80 and sm_90
+NAMES = ("a100", "h100", "rtx5090")  # sm_80, sm_90, sm_120
+FLOWS = ("", "marked", "fresh")
+# Rows that start at multiples of 16, 4, 2 and 8 bytes in 16 bits; in 32 of 16, 8, 4 and 16.
+UNITS = (40, 50, 33, 36)
 
 
-def cases_of_everything():
-    """Every cell by every schedule, protocol and format; the rest, which costs little, in turn."""
-    for (c, cell), (m, mode), (f, name) in itertools.product(
-        *(enumerate(names) for names in (POINTWISE, MODES, FORMATS))
+def launched(case: Case, block_b: int = 16, num_warps: int = 4, kept: float = 1) -> Case:
+    """The case on persistent kernels that have a part of the weights in registers.
+
+    Not more than that part of them, of which some chunk may be left for shared memory. Whether they
+    would spill in registers of a GPU plays no part here.
+    """
+    tiles = case.device.processors // (-(-case.hidden // 16) * case.directions)
+    configs = []
+    for backward in (False, True):
+        columns = case.hidden * (case.shape.n_gates if backward else 1)
+        block_k = 64 // case.shape.itemsize
+        if block_k > 16 and columns % (num_warps * block_k):
+            block_k //= 2
+        config = Config("persistent", block_b, 16, block_k, num_warps, 0, tiles)
+        chunks = case.chunks(config, backward)
+        configs.append(config._replace(in_registers=int(kept * chunks)))
+    return replace(case, configs=(configs[0], configs[1]))
+
+
+def cases_of_everything() -> Iterator[Case]:
+    """Every cell by every schedule and format; the rest, which costs little, in turn."""
+    for (c, cell), (k, (schedule, name)) in itertools.product(
+        enumerate(POINTWISE), enumerate(KINDS)
     ):
-        exact, exchanged = name == "ieee", mode in ("flag", "counter")
-        if cell == "gru" and exact and exchanged:
-            continue  # see `test_what_is_not_planned`
-        hidden = (60 if exact else 40) if exchanged else 16 if exact else 24
-        rows = 17 if (c + f) % 3 == 0 else 5
-        if cell in HAVE_MAXIMUM and name in ("bf16", "fp16", "tf32"):
-            rows = 2  # see `stable`
-        yield Case(
+        n = c * len(KINDS) + k
+        is_unstable = cell in HAVE_MAXIMUM and name in ("bf16", "fp16", "tf32")
+        case = Case(
             cell,
-            hidden,
-            2
-            if cell in HAVE_MAXIMUM and name in ("bf16", "fp16", "tf32")
-            else rows,  # see `stable`
-            3,
+            {"resident": 16 if name == "ieee" else 24, "stepwise": 24}.get(schedule, UNITS[n % 4]),
+            2 if is_unstable else (1, 17, 5)[n % 3],  # see `stable`
+            (3, 2)[n % 2],
             *FORMATS[name],
-            directions=1 + (c // 2 + m + f) % 2,
-            bias=(c + m + f) % 5 > 0,
-            recompute=(c + 2 * m + f) % 4 == 0,
-            gpu=GPUS[(c + m + f) % 2],
-            **MODES[mode],
+            directions=1 + (c + k) % 2,
+            bias=n % 5 > 0,
+            recompute=n % 4 == 0,
+            flow=FLOWS[(c + k) % 3],
+            gpu=NAMES[(c + n) % 3],
+            schedule=schedule,
         )
+        if schedule == "persistent":
+            block_b = 32 if case.batch > 16 and n % 2 else 16
+            case = launched(case, block_b, (4, 8)[(c + k) % 2], (0, 0.5, 1)[n % 3])
+        yield case
 
 
-def cases_of_features():
-    """What a call may ask for beyond that, by every schedule and protocol."""
-    resident, flag, counter, stepwise = MODES.values()
-    for mode, cell, hidden in (
-        (resident, "lstm", 21),
-        (flag, "gru", 37),
-        (counter, "lstm", 33),
-        (stepwise, "gru", 45),
-    ):
+def cases_of_features() -> Iterator[Case]:
+    """What a call may ask for beyond that."""
+    for schedule, cell, hidden in (("resident", "lstm", 21), ("stepwise", "gru", 45)):
         # Rows that start anywhere; a second tile of one row.
-        yield Case(cell, hidden, 17, 4, directions=2, gpu="a100", **mode)
-        yield Case(cell, hidden, 17, 2, "float32", **mode)
-        # One step; and many: mailboxes are used again from the third on, their laps from the fifth.
-        few = 40 if mode["schedule"] == "persistent" else 24
-        yield Case("rnn_tanh", few, 1, 1, **mode)
-        yield Case("rnn_tanh", few, 3, 9, "float32", gpu="a100", **mode)
-        yield Case(cell, 24, 6, 5, flow="marked", **mode)
-        yield Case("lstm", 24, 18, 4, flow="fresh", directions=2, **mode)
-    yield Case("slstm", 24, 5, 4, flow="fresh", **flag)
-    yield Case("slstm", 24, 5, 4, flow="fresh", gpu="a100", **stepwise)
-    yield Case("lstm", 24, 5, 4, recompute=True, flow="fresh", **counter)
-    yield Case("gru", 40, 5, 3, "float16", training=False, **flag)
-    yield Case("lstm", 24, 5, 3, training=False, gpu="a100", **resident)
-    yield Case("gru", 24, 5, 4, recompute=True, flow="marked", gpu="a100", **resident)
-    # As many programs as a GPU of three or six processors holds: launch after launch.
-    yield Case("gru", 40, 33, 3, processors=3, **flag)
-    yield Case("rnn_tanh", 48, 40, 3, "float32", directions=2, processors=6, **counter)
-    # More than one block of columns of h, and of dh.
-    yield Case("lstm", 129, 4, 3, gpu="a100", **flag)
-    yield Case("rnn_tanh", 136, 4, 3, "float32", **counter)
-    yield Case("lstm", 136, 33, 2, **stepwise)
-    yield Case("rnn_tanh", 136, 33, 2, "float32", gpu="a100", **stepwise)
+        yield Case(cell, hidden, 17, 4, directions=2, gpu="a100", schedule=schedule)
+        yield Case(cell, hidden, 17, 2, "float32", schedule=schedule)
+        yield Case("rnn_tanh", 24, 1, 1, schedule=schedule)
+        yield Case(cell, 24, 6, 5, flow="marked", schedule=schedule)
+        yield Case("lstm", 24, 18, 4, flow="fresh", directions=2, schedule=schedule)
+    yield Case("slstm", 24, 5, 4, flow="fresh", gpu="a100", schedule="stepwise")
+    yield Case("lstm", 24, 5, 3, training=False, gpu="a100", schedule="resident")
+    yield Case("lstm", 136, 33, 2, schedule="stepwise")
+    yield Case("rnn_tanh", 136, 33, 2, "float32", gpu="a100", schedule="stepwise")
+
+
+def cases_of_exchanges() -> Iterator[Case]:
+    """What makes another program of a persistent kernel, or another way through it."""
+    # Batches of one row, of one more than a tile or two, of less than a pair at the end; a step or
+    # few, even and odd; units that fill no program, no chunk, no word.
+    lstm = Case(schedule="persistent")
+    for hidden, batch, steps, block_b, num_warps, kept, fields in (
+        (1, 1, 1, 16, 4, 1, {"dtype": "float16"}),
+        (1, 17, 5, 32, 8, 0, {}),
+        (17, 3, 1, 16, 8, 0, {"directions": 2}),
+        (72, 17, 5, 32, 4, 0.5, {"flow": "fresh", "directions": 2}),
+        (50, 40, 2, 32, 8, 1, {"flow": "marked", "gpu": "rtx5090"}),
+        (33, 66, 3, 32, 4, 0, {"directions": 2, "processors": 12}),
+        (37, 40, 5, 16, 8, 0.5, {"flow": "fresh", "processors": 3, "gpu": "a100"}),
+        (129, 17, 3, 16, 4, 0.5, {"gpu": "a100"}),
+        (144, 3, 3, 16, 8, 0.5, {}),
+    ):
+        case = replace(lstm, hidden=hidden, batch=batch, steps=steps, **fields)
+        yield launched(case, block_b, num_warps, kept)
+    gru = replace(lstm, cell="gru")
+    for hidden, batch, steps, block_b, num_warps, kept, fields in (
+        (50, 66, 2, 32, 8, 0, {"recompute": True, "flow": "fresh", "dtype": "float16"}),
+        (40, 33, 3, 32, 4, 1, {"processors": 3}),
+        (33, 17, 5, 32, 8, 1, {"dtype": "float32", "flow": "marked"}),
+        (129, 5, 2, 16, 8, 0.5, {"dtype": "float32", "gpu": "a100"}),
+        (36, 40, 1, 32, 4, 0.5, {"dtype": "float32", "directions": 2}),
+        (40, 5, 3, 16, 4, 1, {"dtype": "float16", "training": False}),
+    ):
+        case = replace(gru, hidden=hidden, batch=batch, steps=steps, **fields)
+        yield launched(case, block_b, num_warps, kept)
+    tanh = replace(lstm, cell="rnn_tanh", dtype="float32")
+    for hidden, batch, steps, block_b, num_warps, kept, fields in (
+        (1, 2, 3, 16, 8, 1, {}),
+        (129, 40, 2, 32, 8, 0.5, {"directions": 2, "processors": 36}),
+        (272, 3, 3, 16, 4, 0.5, {"dtype": "bfloat16", "gpu": "rtx5090"}),
+        (256, 2, 2, 16, 8, 1, {"gpu": "a100"}),
+    ):
+        case = replace(tanh, hidden=hidden, batch=batch, steps=steps, **fields)
+        yield launched(case, block_b, num_warps, kept)
+    yield launched(replace(lstm, cell="slstm", hidden=24, batch=5, flow="fresh"), 16, 8, 0.5)
+    yield Case("peephole_lstm", 36, 17, 3, flow="fresh", gpu="rtx5090", schedule="persistent")
+
+
+def cases_of_candidates() -> Iterator[Case]:
+    """All that may be chosen for some shapes."""
+    for case in (
+        Case("lstm", 64, 33, 3),
+        Case("gru", 66, 17, 2, "float32", gpu="a100"),
+        Case("rnn_tanh", 129, 17, 3, "float16", directions=2, gpu="rtx5090"),
+        Case("rnn_tanh", 64, 17, 2, "float32", "tf32x3", gpu="a100"),
+        Case("gru", 33, 17, 2, "float32", "ieee"),
+    ):
+        for configs in case.candidates():
+            yield replace(case, configs=configs)
 
 
 CASES = [
-    pytest.param(case, number, id=str(case).replace(" ", "-"))
-    for number, case in enumerate([*cases_of_everything(), *cases_of_features()])
+    pytest.param(case, number, id=str(case).replace(",", "").replace(" ", "-"))
+    for number, case in enumerate(
+        [
+            *cases_of_everything(),
+            *cases_of_features(),
+            *cases_of_exchanges(),
+            *cases_of_candidates(),
+        ]
+    )
 ]
 
 
@@ -112,7 +175,7 @@ def test_layer(case, number):
     case = stable(case)
     results, first = emulate(case)
     check(case, results)
-    again, second = emulate(case, SCHEDULES[number % len(SCHEDULES)])
+    again, second = emulate(case, ORDERS[number % len(ORDERS)])
     for emulator in (first, second):
         assert_launched(case, emulator)
         assert faults(emulator) == []
@@ -126,52 +189,60 @@ def assert_launched(case, emulator):
     assert {launch.kernel for launch in launches} == {
         "forward_kernel", *(["backward_kernel"] if case.training else [])
     }  # fmt: skip
-    exchanged = case.schedule == "persistent"
-    if case.schedule == "stepwise":
-        assert len(launches) == case.steps * (1 + case.training)
-    capability = {"a100": 80, "h100": 90}[case.gpu]
     for launch in launches:
-        assert f".target sm_{capability}" in launch.ptx
+        is_backward = launch.kernel == "backward_kernel"
+        config = case.configs[is_backward] if case.configs else None
+        schedule = config.schedule if config else case.schedule
+        if schedule == "stepwise":
+            assert sum(one.kernel == launch.kernel for one in launches) == case.steps
+        assert f".target sm_{case.device.capability}" in launch.ptx
         assert launch.grid[2] == case.directions
-        assert (launch.grid[0] > 1) or not exchanged
-        assert ("ld.volatile.global" in launch.ptx) == (exchanged and case.protocol == "flag")
-        assert (".acquire" in launch.ptx) == (exchanged and case.protocol == "counter")
+        if config:
+            assert launch.program.threads == 32 * config.num_warps
+            assert launch.grid[0] == -(-case.hidden // config.block_h)
+        assert ("ld.relaxed" in launch.ptx) == (schedule == "persistent")
         names = "/".join(launch.tensors)
         assert ("marks_ptr" in names) == bool(case.flow)
         assert ("fresh_ptrs" in names) == (case.flow == "fresh")
-        if launch.kernel == "backward_kernel":
+        if is_backward:
             assert ("past_ptrs[1]" in names) == (case.recompute and case.cell not in UNSAVED)
 
 
 def test_cases_are_of_every_kind():
-    """Each schedule and format on both GPUs, in both directions; launches one after another."""
+    """Each schedule and format on every GPU, of every flow and in both directions."""
     cases = list(cases_of_everything())
-    for facts in (GPUS, (1, 2)):
-        name = "gpu" if facts is GPUS else "directions"
-        found = {(c.schedule, c.protocol, c.dtype, c.precision, getattr(c, name)) for c in cases}
-        assert found == {
-            (where["schedule"], where.get("protocol"), *which, fact)
-            for where, which, fact in itertools.product(MODES.values(), FORMATS.values(), facts)
-        }
-    assert len(cases) == len(POINTWISE) * len(MODES) * len(FORMATS) - 2
-    _, emulator = emulate(Case("gru", 40, 33, 3, processors=3, **MODES["flag"]))
-    assert [launch.grid for launch in emulator.launches] == [(3, 1, 1)] * 4
+    assert len(cases) == len(POINTWISE) * len(KINDS)
+    for name, facts in (("gpu", NAMES), ("directions", (1, 2)), ("flow", FLOWS)):
+        found = {(c.schedule, c.dtype, c.precision, getattr(c, name)) for c in cases}
+        kinds = [(schedule, *FORMATS[name]) for schedule, name in KINDS]
+        assert found == {(*kind, fact) for kind, fact in itertools.product(kinds, facts)}
 
 
-def test_what_is_not_planned():
-    """No tile of a GRU in exact float32 leaves room for an exchange."""
-    for gpu, hidden in itertools.product(GPUS, range(17, 400)):
-        shape = configs.Shape(3, 5, hidden, 1, 4, "ieee")
-        assert None in [
-            configs.choose(shape, DEVICES[gpu], backward=backward, schedule="persistent")
-            for backward in (False, True)
-        ]
+def test_exchanges_are_of_every_kind():
+    """Persistent kernels of one tile and of two, of 4 and 8 warps, of all places of weights."""
+    cases = [c for c in [*cases_of_everything(), *cases_of_exchanges()] if c.configs]
+    for backward in (False, True):
+        found = set()
+        for case in cases:
+            config, chunks = case.configs[backward], case.chunks(case.configs[backward], backward)
+            kept = config.in_registers
+            place = "registers" if kept == chunks else "both" if kept else "shared memory"
+            found.add((config.block_b, config.num_warps, place))
+        places = ("registers", "both", "shared memory")
+        assert found == set(itertools.product((16, 32), (4, 8), places))
 
 
-@pytest.mark.parametrize("gpu", GPUS)
+def test_launch_after_launch():
+    """As many programs at a time as a GPU of three processors holds."""
+    _, emulator = emulate(launched(Case("gru", 40, 33, 3, schedule="persistent", processors=3)))
+    assert [launch.grid for launch in emulator.launches] == [(3, 1, 1)] * 6
+
+
+@pytest.mark.parametrize("gpu", NAMES)
 def test_planned(gpu):
     """Without a schedule that is asked for."""
     case = Case("gru", 40, 20, 3, gpu=gpu)
+    assert GPUS[gpu].capability in (80, 90, 120)
     results, emulator = emulate(case)
     check(case, results)
     assert faults(emulator) == []

@@ -1,0 +1,104 @@
+"""What test_gpu.py runs by a schedule, where a test without a GPU sees whether it is there."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+# Formats that persistent kernels have.
+FORMATS = ("bf16", "fp16", "tf32")
+
+# By every schedule: T, B, I, H, directions.
+SMALL = [(5, 3, 7, 7, 2), (9, 17, 24, 129, 1)]
+# With marks: cells; schedule, format and shape.
+MARKED = ["lstm", "gru", "rnn_tanh", "peephole_lstm", "slstm"]
+MARKED_LAYERS = [
+    ("resident", "bf16", (33, 37, 24, 60, 2)),
+    ("resident", "bf16", (64, 16, 32, 128, 1)),
+    ("resident", "ieee", (33, 37, 24, 15, 2)),
+    ("persistent", "bf16", (33, 37, 24, 127, 2)),
+    ("persistent", "bf16", (64, 16, 32, 512, 1)),
+    ("stepwise", "bf16", (33, 37, 24, 127, 2)),
+    ("stepwise", "bf16", (64, 16, 32, 512, 1)),
+    ("stepwise", "ieee", (33, 37, 24, 127, 2)),
+]
+
+
+class Case(NamedTuple):
+    """A layer, T, B, I, H and directions, by kernels of so many rows and warps a program."""
+
+    cell: str
+    shape: tuple[int, int, int, int, int]
+    block_b: int
+    num_warps: int
+    format: str
+    marked: bool = False
+
+    def __str__(self) -> str:
+        """All of it, as the id of a test."""
+        sizes = "x".join(map(str, self.shape))
+        return f"{self.cell}-{sizes}-{self.block_b}rows-{self.num_warps}warps-{self.format}"
+
+
+def in_every_format(*cases: tuple, formats=FORMATS, marked=False) -> list[Case]:
+    return [Case(*case, name, marked) for case, name in itertools.product(cases, formats)]
+
+
+PERSISTENT = [
+    *in_every_format(
+        ("lstm", (33, 16, 24, 512, 1), 16, 8),
+        ("lstm", (33, 16, 24, 256, 1), 16, 4),
+        ("gru", (33, 32, 24, 512, 1), 32, 8),
+        ("gru", (33, 1, 24, 256, 2), 16, 4),
+        # A second tile that is half empty; one that is empty; launch after launch.
+        ("rnn_tanh", (33, 24, 24, 384, 1), 32, 8),
+        ("lstm", (17, 35, 24, 256, 2), 32, 8),
+        ("gru", (9, 300, 8, 768, 1), 16, 8),
+        # Rows that begin anywhere, and columns that are not there.
+        ("lstm", (33, 17, 24, 99, 2), 32, 8),
+        ("gru", (33, 5, 24, 130, 1), 16, 8),
+        ("rnn_relu", (5, 3, 7, 1, 1), 16, 4),
+        # Further states and weights.
+        ("peephole_lstm", (17, 16, 24, 256, 1), 16, 8),
+        ("slstm", (17, 20, 24, 128, 1), 32, 8),
+        ("slstm", (17, 5, 24, 128, 1), 16, 4),
+        # One step, and many.
+        ("gru", (1, 16, 24, 256, 1), 16, 8),
+        ("lstm", (2, 32, 24, 256, 1), 32, 8),
+        ("lstm", (2000, 16, 16, 512, 1), 16, 8),
+        # All chunks of the weights that there can be; in TF32 those of an LSTM fit up to here.
+        ("gru", (33, 16, 24, 1024, 1), 16, 8),
+        ("lstm", (33, 16, 24, 896, 1), 16, 8),
+    ),
+    *in_every_format(
+        ("lstm", (33, 16, 24, 1024, 1), 16, 8),
+        ("lstm", (33, 32, 24, 1024, 1), 32, 8),
+        formats=("bf16", "fp16"),
+    ),
+]
+
+# Two tiles have no kernels with marks.
+WITH_MARKS = in_every_format(
+    ("lstm", (40, 20, 16, 320, 2), 16, 8),
+    ("gru", (40, 20, 16, 127, 2), 16, 8),
+    ("rnn_tanh", (40, 20, 16, 127, 2), 16, 4),
+    ("lstm", (40, 20, 16, 100, 2), 16, 4),
+    ("slstm", (40, 20, 16, 128, 2), 16, 4),
+    marked=True,
+)
+
+WITH_NAN = in_every_format(*(("lstm", (30, 20, 16, 512, 1), rows, 8) for rows in (16, 32)))
+
+REPEATED = [
+    Case(cell, (50, 32, 64, 384, 2), *others)
+    for cell, *others in (
+        ("lstm", 16, 8, "bf16"),
+        ("lstm", 32, 8, "bf16"),
+        ("gru", 16, 4, "bf16"),
+        ("gru", 32, 8, "fp16"),
+        ("rnn_tanh", 32, 8, "bf16"),
+        ("lstm", 16, 8, "tf32"),
+    )
+]
+
+BOUNDED = [Case("lstm", (30, 32, 16, 512, 1), rows, 8, "bf16") for rows in (16, 32)]
