@@ -166,7 +166,7 @@ def write(
         What is left out.
     """
     planned = {tuple(map(str, key(variant))): variant for variant in plan(devices)}
-    kept = compiled.read_table(path, N_KEY) if path.exists() else {}
+    kept = compiled.read_table(path, N_KEY)
     everything = {tuple(map(str, key(variant))) for variant in plan()}
     rows = {
         name: row
