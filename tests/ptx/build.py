@@ -17,7 +17,7 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
-from fastrnn.cpu.engine import cache_folder
+from fastrnn.cache import cache_folder
 
 ENGINE = Path(__file__).parent / "engine"
 
