@@ -43,6 +43,8 @@ class Built(NamedTuple):
         Turns gradients of `inputs`, then `parameters`, into those of torch.nn's.
     gradients : callable
         As ``torch.autograd.grad``, of results of `run`.
+    has_threads : bool, default False
+        Whether it runs on threads of its own and not on torch's.
     """
 
     run: Callable[..., list[Tensor]]
@@ -50,6 +52,7 @@ class Built(NamedTuple):
     parameters: Tensors
     to_torch: Callable[[Tensors], Tensors] = _same
     gradients: Callable[..., Tensors] = torch.autograd.grad
+    has_threads: bool = False
 
 
 @contextlib.contextmanager
@@ -119,6 +122,7 @@ def make_module(library: Any, case: Case, device: torch.device) -> torch.nn.Modu
     options = {} if case.is_step else {
         "num_layers": case.num_layers,
         "bidirectional": case.bidirectional,
+        **({"proj_size": case.proj_size} if case.proj_size else {}),  # which a GRU has not
     }  # fmt: skip
     return getattr(library, _CLASSES[case.cell])(
         case.input_size,

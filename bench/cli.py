@@ -35,9 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     suite = parser.add_mutually_exclusive_group()
     for name, help in (
-        ("quick", "some 35 cases in about two minutes (default)"),
+        ("quick", "some 40 cases in about two minutes (default)"),
         ("full", "hundreds of cases over T, B, H and dtypes"),
         ("published", "sizes that others published figures for, everybody side by side"),
+        ("runtimes", "inference on a CPU beside onnxruntime and openvino"),
     ):
         suite.add_argument(f"--{name}", dest="suite", action="store_const", const=name, help=help)
     only = parser.add_argument_group("cases", "only these of the suite, or of the grid")
@@ -59,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_list(
         parser, "--providers", _one_of("provider", (*names, _ALL)), "NAME",
         f"whom to measure beside torch.nn: {_ALL}, {', '.join(names)} (default: fastrnn; with "
-        "--published all but fastrnn:reference; with --full on a GPU also its schedules)",
+        "--published all but fastrnn:reference; with --runtimes also onnxruntime and openvino; "
+        "with --full on a GPU also its schedules)",
     )  # fmt: skip
     parser.add_argument(
         "--device", type=_arguments.device, help="cpu, cuda or cuda:N (default: cuda if any)"

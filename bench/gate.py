@@ -63,7 +63,8 @@ def tolerances_of(case: Case, device: torch.device) -> Tolerances:
     if is_tf32 or case.is_half:
         n_recurrent, n_summed = 0, steps
     base = 2 + 2 * case.num_layers
-    count = 4 * case.num_layers * case.directions if case.mode == "training" else 0
+    weights = 5 if case.proj_size else 4
+    count = weights * case.num_layers * case.directions if case.mode == "training" else 0
     return Tolerances(eps * (base + n_recurrent**0.5), eps * (base + n_summed**0.5), count)
 
 

@@ -181,7 +181,7 @@ def on_equal_terms(device: torch.device) -> Iterator[None]:
 
 
 def _recurrent_bytes(case: Case) -> int:
-    return case.itemsize * case.directions * case.gates * case.hidden_size**2
+    return case.itemsize * case.directions * case.recurrent_weights
 
 
 def uses_threads(case: Case) -> bool:
@@ -189,10 +189,12 @@ def uses_threads(case: Case) -> bool:
     if torch.get_num_threads() == 1:
         return False
     try:
-        from ..cpu import engine
+        from ..cpu import engine, machine
     except ImportError:  # no llvmlite
         return True
-    return engine.threads(2 * case.batch * case.gates * case.hidden_size**2) > 1
+    target = machine.target()
+    slices = 1 if target is None else -(-case.hidden_size // target.units)
+    return engine.threads(2 * case.batch * case.recurrent_weights, slices) > 1
 
 
 def exchange_us(device: torch.device) -> float | None:

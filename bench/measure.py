@@ -46,6 +46,13 @@ _FEW_PAIRS, _LONG_SECONDS = 3, 20.0
 # waiting for the device, are below one percent of it.
 _SAMPLE_SECONDS = {"cpu": 1e-3, "cuda": 2e-3}
 _WARM_UP_SECONDS = 0.02
+# Threads that have nothing to do wait in a loop before they sleep: torch's for 10 ms, onnxruntime's
+# for 40 ms, openvino's for 1 ms. They would take the cores of another library's threads, which made
+# times of either up to ten times longer. So each sample begins when the process is idle: when it
+# took less than a tenth of the time of a pause.
+_PAUSE_SECONDS, _MAX_PAUSES = 5e-3, 40
+# Its threads are awake again after a few calls.
+_WAKE_UP_SECONDS = 5e-3
 
 Call = Callable[[], object]
 
@@ -55,6 +62,7 @@ class Ready(NamedTuple):
 
     call: Callable[[], list[Tensor]]
     in_torch_layout: Callable[[list[Tensor]], list[Tensor]]
+    has_threads: bool = False
 
     def results(self) -> list[Tensor]:
         return self.in_torch_layout(self.call())
@@ -117,7 +125,7 @@ def _measure(
                 measured.append(dataclasses.replace(row, status="wrong"))
                 continue
             peak = _peak_mib(ours.call, device)
-            pairs = time_pairs(ours.call, theirs.call, device, seconds)
+            pairs = time_pairs(ours.call, theirs.call, device, seconds, apart=ours.has_threads)
             row = dataclasses.replace(row, pairs=len(pairs), times=_times(pairs, 0), peak_mib=peak)
             if base.times is None:
                 base = dataclasses.replace(base, pairs=len(pairs), times=_times(pairs, 1))
@@ -226,7 +234,7 @@ def ready(case: Case, built: Built) -> Ready:
             with torch.no_grad():
                 return built.run(*built.inputs)
 
-        return Ready(infer, lambda outputs: outputs)
+        return Ready(infer, lambda outputs: outputs, built.has_threads)
 
     with torch.no_grad():
         outputs = built.run(*built.inputs)
@@ -249,13 +257,23 @@ def ready(case: Case, built: Built) -> Ready:
     def in_torch_layout(results: list[Tensor]) -> list[Tensor]:
         return [*results[: len(outputs)], *built.to_torch(results[len(outputs) :])]
 
-    return Ready(train, in_torch_layout)
+    return Ready(train, in_torch_layout, built.has_threads)
 
 
 def time_pairs(
-    ours: Call, theirs: Call, device: torch.device, seconds: float
+    ours: Call, theirs: Call, device: torch.device, seconds: float, apart: bool = False
 ) -> list[tuple[float, float]]:
     """Time two calls alternately.
+
+    Parameters
+    ----------
+    ours, theirs : callable
+    device : torch.device
+    seconds : float
+        As for `measure`.
+    apart : bool, default False
+        Whether the two have threads of their own, so that those of one have to be asleep before the
+        other is timed.
 
     Returns
     -------
@@ -265,7 +283,7 @@ def time_pairs(
         machine meets both alike.
     """
     calls = (ours, theirs)
-    singles = [_warm_up(call, device) for call in calls]
+    singles = [_warm_up(call, _WARM_UP_SECONDS, device) for call in calls]
     repeats = math.ceil(_SAMPLE_SECONDS[device.type] / min(singles))
     least = _MIN_PAIRS if _MIN_PAIRS * sum(singles) < _LONG_SECONDS else _FEW_PAIRS
     pairs: list[tuple[float, float]] = []
@@ -273,14 +291,26 @@ def time_pairs(
     while len(pairs) < least or (time.perf_counter() < end and len(pairs) < _MAX_PAIRS):
         times = [0.0, 0.0]
         for side in (0, 1) if len(pairs) % 2 else (1, 0):
+            if apart:
+                _wait_until_idle()
+                _warm_up(calls[side], _WAKE_UP_SECONDS, device)
             times[side] = seconds_of(calls[side], repeats, device)
         pairs.append((times[0], times[1]))
     return pairs
 
 
-def _warm_up(call: Call, device: torch.device) -> float:
+def _wait_until_idle() -> None:
+    """Until no thread of this process runs, or a while."""
+    for _ in range(_MAX_PAUSES):
+        before = time.process_time()
+        time.sleep(_PAUSE_SECONDS)
+        if time.process_time() - before < _PAUSE_SECONDS / 10:
+            return
+
+
+def _warm_up(call: Call, seconds: float, device: torch.device) -> float:
     """Call for a while; returns the shortest time of one call."""
-    best, end = math.inf, time.perf_counter() + _WARM_UP_SECONDS
+    best, end = math.inf, time.perf_counter() + seconds
     while best == math.inf or time.perf_counter() < end:
         best = min(best, seconds_of(call, 1, device))
     return best

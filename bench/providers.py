@@ -115,6 +115,7 @@ def problem_of(case: Case, device: torch.device) -> planner.Problem:
         device=device.type,
         training=case.mode == "training",
         packed=case.ragged,
+        projected=case.proj_size > 0,
         is_step=case.is_step,
         layers=case.num_layers,
         directions=case.directions,
@@ -141,7 +142,7 @@ _MAX_UNROLLED = 16
 
 
 def _compile_gap(case: Case, device: torch.device) -> str | None:
-    if case.ragged or case.bidirectional or case.num_layers > 1:
+    if case.stack:
         return "one plain layer only"
     return None
 
@@ -189,6 +190,9 @@ def _registry() -> dict[str, Provider]:
     ) -> Provider:
         return Provider(functools.partial(others.plain_gap, package, cells, dtypes), build)
 
+    def runtime(package: str, build: Build) -> Provider:
+        return Provider(functools.partial(others.runtime_gap, package), build)
+
     both, halves = ("lstm", "gru"), ("float16", "bfloat16")
     return {
         BASELINE: Provider(_never, _build_torch),
@@ -198,6 +202,8 @@ def _registry() -> dict[str, Provider]:
         "flashrnn": other("flashrnn", ("lstm",), (*halves, "float32"), others.build_flashrnn),
         "torchrl": other("torchrl", both, ("float32",), others.build_torchrl),
         "haste": other("haste_pytorch", both, ("float32",), others.build_haste),
+        "onnxruntime": runtime("onnxruntime", others.build_onnxruntime),
+        "openvino": runtime("openvino", others.build_openvino),
     }
 
 
@@ -220,11 +226,13 @@ def default_providers(suite: str | None, device: str) -> list[str]:
     Returns
     -------
     list of str
-        'published': everybody; 'full' on a GPU: the planner's choice and each schedule; else the
-        planner's choice.
+        'published': everybody; 'runtimes': the planner's choice and the runtimes; 'full' on a GPU:
+        the planner's choice and each schedule; else the planner's choice.
     """
     if suite == "published":
         return [name for name in PROVIDERS if name != BASELINE and name != "fastrnn:reference"]
+    if suite == "runtimes":
+        return [OURS, "onnxruntime", "openvino"]
     schedules = [f"fastrnn:{schedule}" for schedule in SCHEDULES]
     return [OURS, *schedules] if suite == "full" and device == "cuda" else [OURS]
 
@@ -282,7 +290,8 @@ def torch_algorithm(case: Case, device: torch.device) -> str:
     if device.type == "cpu":
         is_fast_half = case.is_half and crossover.multiplies(getattr(torch, case.dtype))
         takes = case.dtype == "float32" or is_fast_half
-        is_fused = case.cell == "lstm" and not case.ragged and torch.backends.mkldnn.is_available()
+        is_lstm = case.cell == "lstm" and not case.ragged and not case.proj_size
+        is_fused = is_lstm and torch.backends.mkldnn.is_available()
         return "oneDNN" if is_fused and takes else "ATen"
     if torch.version.hip is not None:
         return "MIOpen"

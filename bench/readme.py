@@ -25,6 +25,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 _BETWEEN = re.compile(r"(<!-- speed: (\S+) -->\n).*?(<!-- /speed -->)", re.DOTALL)
 _NAMES = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
 _MODES = {"forward": "inference", "training": "training"}
+# Below, a row is about what a call costs, and not its steps.
+_SHORTEST = 16
 _BATCHES = ((1, 1, "B = 1"), (2, 16, "B = 8 to 16"), (17, 2**31, "B from 32"))
 
 
@@ -122,10 +124,14 @@ def _group(case: Case, main_dtype: str) -> str:
         return f"cells, {mode}"
     if case.ragged:
         return f"sequences of different lengths, {mode}"
+    if case.proj_size:
+        return f"projected LSTM, {mode}"
     if case.stack:
         return f"two layers, two directions or both, {mode}"
     if case.dtype != main_dtype:
         return f"{_NAMES[case.cell]} {mode}, {case.dtype}"
+    if case.steps < _SHORTEST:
+        return f"{_NAMES[case.cell]} {mode}, {case.dtype}, T below {_SHORTEST}"
     batch = next(name for low, high, name in _BATCHES if low <= case.batch <= high)
     return f"{_NAMES[case.cell]} {mode}, {case.dtype}, {batch}"
 

@@ -33,6 +33,8 @@ class Case:
     bidirectional : bool, default False
     ragged : bool, default False
         Whether the input is a PackedSequence of lengths from T/4 to T.
+    proj_size : int, default 0
+        To which an LSTM projects its h; 0 for no projection.
     """
 
     cell: str
@@ -45,6 +47,7 @@ class Case:
     num_layers: int = 1
     bidirectional: bool = False
     ragged: bool = False
+    proj_size: int = 0
 
     @property
     def lengths(self) -> list[int]:
@@ -84,11 +87,22 @@ class Case:
         return 2 if self.bidirectional else 1
 
     @property
+    def output_size(self) -> int:
+        """P, the size of h: that of the projection, or H."""
+        return self.proj_size or self.hidden_size
+
+    @property
+    def recurrent_weights(self) -> int:
+        """Elements of the matrices that one direction of a layer needs at every step."""
+        gates = self.gates * self.hidden_size * self.output_size
+        return gates + self.hidden_size * self.proj_size
+
+    @property
     def weights(self) -> int:
         """Elements of all weight matrices."""
-        first = self.input_size + self.hidden_size
-        deeper = (self.num_layers - 1) * (self.directions + 1) * self.hidden_size
-        return self.directions * self.gates * self.hidden_size * (first + deeper)
+        deeper = (self.num_layers - 1) * self.directions * self.output_size
+        inputs = self.gates * self.hidden_size * (self.input_size + deeper)
+        return self.directions * (inputs + self.num_layers * self.recurrent_weights)
 
     @property
     def flops(self) -> float:
@@ -104,9 +118,9 @@ class Case:
         and writes the gradients of x and of the weights.
         """
         rows = sum(self.lengths)
-        deeper = (self.num_layers - 1) * self.directions * self.hidden_size
+        deeper = (self.num_layers - 1) * self.directions * self.output_size
         inputs = rows * (self.input_size + deeper)
-        outputs = rows * self.num_layers * self.directions * self.hidden_size
+        outputs = rows * self.num_layers * self.directions * self.output_size
         once = inputs + outputs + self.weights
         return float(self.itemsize * (3 * once if self.mode == "training" else once))
 
@@ -120,6 +134,7 @@ class Case:
         """What is beyond one plain layer: '', '2 layers', '2 layers, bidirectional', 'ragged'..."""
         layers = [f"{self.num_layers} layers"] * (self.num_layers > 1)
         others = ["bidirectional"] * self.bidirectional + ["ragged"] * self.ragged
+        others += [f"projected to {self.proj_size}"] * (self.proj_size > 0)
         return ", ".join(layers + others)
 
     @property
@@ -131,7 +146,7 @@ class Case:
             self.dtype
         ]
         stack = f"{self.num_layers}L" * (self.num_layers > 1) + " bi" * self.bidirectional
-        stack += " ragged" * self.ragged
+        stack += " ragged" * self.ragged + f" P{self.proj_size}" * (self.proj_size > 0)
         return " ".join(part for part in (sizes, dtype, stack) if part)
 
     @property
@@ -159,6 +174,9 @@ _QUICK_PICKS = {"lstm": range(6), "gru": (0, 1, 3, 4), "rnn": (0, 3, 4)}
 _QUICK_HALF_SHAPE = {"cpu": (32, 8, 64), "cuda": (128, 64, 256)}
 _STACK_SHAPE = {"cpu": (64, 8, 128), "cuda": (256, 16, 512)}
 _QUICK_STEPS = [("forward", 1, 128), ("training", 32, 256)]
+# (cell, T) of streams: of one step, what a call costs; of more, what each step adds.
+_QUICK_STREAMS = [("lstm", 1), ("lstm", 16), ("gru", 1), ("rnn", 1)]
+_QUICK_STREAM_HIDDEN = 256
 
 _FULL_STEPS = (16, 64, 256, 1024, 4096)
 _FULL_BATCHES = (1, 8, 16, 32, 64, 128, 256)
@@ -176,6 +194,14 @@ _FULL_DTYPES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 _FULL_CPU_HALF_SHAPES = [(128, 1, 256), (128, 8, 64), (32, 8, 256)]
+_FULL_CPU_DOUBLE_SHAPES = [(16, 1, 256), (128, 1, 256), (128, 8, 64)]
+# (T, B, H, P)
+_FULL_CPU_PROJECTED = [(16, 1, 256, 64), (128, 1, 512, 128), (64, 8, 256, 64), (64, 32, 512, 128)]
+# A stream comes in blocks of few steps.
+_STREAM_SHAPES = [*product((1, 4, 16), (1,), (128, 256, 512)), (1, 4, 256)]
+_STREAM_HALF_SHAPES = [(1, 1, 256), (16, 1, 256)]
+# Where the paths of a single sequence's LSTM meet, and those of other programs.
+_SINGLE_STEPS, _SINGLE_HIDDEN = 128, (64, 128, 192, 256, 384, 512, 768, 1024)
 _FULL_RAGGED_SHAPES = {
     "cpu": [(128, 8, 64), (128, 8, 256), (128, 64, 256)],
     "cuda": [(256, 16, 256), (256, 64, 512), (1024, 16, 512)],
@@ -212,6 +238,11 @@ def quick(device: str) -> list[Case]:
         for cell in STEPS
         for mode, batch, hidden in _QUICK_STEPS
     ]
+    if device == "cpu":
+        cases += [
+            _case(cell, "forward", "float32", steps, 1, _QUICK_STREAM_HIDDEN)
+            for cell, steps in _QUICK_STREAMS
+        ]
     return cases
 
 
@@ -241,10 +272,7 @@ def full(device: str) -> list[Case]:
         for dtype, shape, mode in product(dtypes[cell], shapes, MODES)
     ]
     if device == "cpu":
-        cases += [
-            _case(cell, mode, "bfloat16", *shape)
-            for cell, shape, mode in product(LAYERS, _FULL_CPU_HALF_SHAPES, MODES)
-        ]
+        cases += _full_cpu()
     main = "float32" if device == "cpu" else "bfloat16"
     cases += [
         _case(cell, mode, main, *shape, ragged=True)
@@ -259,7 +287,36 @@ def full(device: str) -> list[Case]:
         for cell, mode, batch, hidden in product(STEPS, MODES, _STEP_BATCHES, _STEP_HIDDEN)
         if (batch in (1, 32)) == (hidden in (64, 256, 1024)) and batch * hidden < 2**16
     ]
-    return cases
+    return list(dict.fromkeys(cases))  # some streams are in the grid too
+
+
+def _full_cpu() -> list[Case]:
+    """What is measured on a CPU only: streams, single sequences, other dtypes and projections."""
+    shapes = {
+        "bfloat16": _FULL_CPU_HALF_SHAPES,
+        "float64": _FULL_CPU_DOUBLE_SHAPES,
+    }
+    streams = {"float32": _STREAM_SHAPES, "bfloat16": _STREAM_HALF_SHAPES}
+    return [
+        *(
+            _case(cell, mode, dtype, *shape)
+            for dtype in shapes
+            for cell, shape, mode in product(LAYERS, shapes[dtype], MODES)
+        ),
+        *(
+            _case(cell, "forward", dtype, *shape)
+            for dtype in streams
+            for cell, shape in product(LAYERS, streams[dtype])
+        ),
+        *(
+            _case("lstm", mode, "float32", _SINGLE_STEPS, 1, hidden)
+            for hidden, mode in product(_SINGLE_HIDDEN, MODES)
+        ),
+        *(
+            _case("lstm", mode, "float32", steps, batch, hidden, proj_size=proj_size)
+            for (steps, batch, hidden, proj_size), mode in product(_FULL_CPU_PROJECTED, MODES)
+        ),
+    ]
 
 
 def _is_affordable(steps: int, batch: int, hidden: int, device: str) -> bool:
@@ -348,10 +405,39 @@ def published(device: str) -> list[Case]:
     return list(dict.fromkeys(cases))
 
 
+_RUNTIME_SHAPES = [
+    *((1, 1, hidden) for hidden in (128, 512)),
+    (16, 1, 256),
+    *((128, 1, hidden) for hidden in (64, 256, 512, 1024)),
+    *((128, 8, hidden) for hidden in (64, 256, 512)),
+    *((128, 64, hidden) for hidden in (64, 256)),
+    (64, 64, 512),
+    (32, 8, 128),
+]
+
+
+def runtimes(device: str) -> list[Case]:
+    """Inference of single layers, as runtimes for trained models have it, from a step to a batch.
+
+    Parameters
+    ----------
+    device : {'cpu', 'cuda'}
+
+    Returns
+    -------
+    list of Case
+    """
+    return [
+        _case(cell, "forward", "float32", *shape)
+        for cell, shape in product(("lstm", "gru"), _RUNTIME_SHAPES)
+    ]
+
+
 SUITES: dict[str, Callable[[str], list[Case]]] = {
     "quick": quick,
     "full": full,
     "published": published,
+    "runtimes": runtimes,
 }
 
 

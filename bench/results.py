@@ -141,6 +141,7 @@ class Row:
         rest = dict(record)
         for name in _DERIVED:
             del rest[name]
+        rest.setdefault("proj_size", 0)  # which cases have since 2026-11-29
         case = Case(**{field.name: rest.pop(field.name) for field in dataclasses.fields(Case)})
         numbers = [rest.pop(column) for *_, column in _band_columns()]
         size = len(numbers) // len(_TIMES)

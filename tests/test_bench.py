@@ -3,6 +3,7 @@
 import argparse
 import csv
 import dataclasses
+import functools
 import importlib.util
 import io
 import itertools
@@ -21,6 +22,7 @@ from fastrnn.bench import (
     built,
     cli,
     measure,
+    others,
     page,
     plots,
     providers,
@@ -75,8 +77,8 @@ def test_suites_have_every_cell_in_both_modes_and_no_case_twice(suite, device):
 
 
 def test_size_of_the_suites():
-    assert 30 <= len(registry.quick("cpu")) <= 36
-    assert 200 <= len(registry.full("cpu")) <= 300
+    assert 30 <= len(registry.quick("cpu")) <= 40
+    assert 300 <= len(registry.full("cpu")) <= 380
     assert 500 <= len(registry.full("cuda")) <= 1000
 
 
@@ -91,7 +93,32 @@ def test_the_full_suite_covers_the_axes():
         }  # fmt: skip
     on_cpu = [case for case in registry.full("cpu") if case.is_plain and case.mode == "forward"]
     assert max(case.flops for case in on_cpu) < 2e10
-    assert {case.steps for case in on_cpu} >= {16, 64, 256, 1024, 4096}
+    assert {case.steps for case in on_cpu} >= {1, 4, 16, 64, 256, 1024, 4096}
+    assert {case.dtype for case in on_cpu} == {"float32", "bfloat16", "float64"}
+
+
+@pytest.mark.parametrize("suite", ["quick", "full"])
+def test_streams_have_the_time_of_a_step_and_of_several(suite):
+    """Of the same sizes: so the cost of a call is known, and that of a step."""
+    streams = {
+        (case.cell, case.hidden_size, case.steps)
+        for case in registry.SUITES[suite]("cpu")
+        if case.is_plain and (case.mode, case.batch, case.dtype) == ("forward", 1, "float32")
+    }
+    both = {(cell, hidden) for cell, hidden, steps in streams if steps == 1} & {
+        (cell, hidden) for cell, hidden, steps in streams if steps == 16
+    }
+    assert ("lstm", 256) in both
+    if suite == "full":
+        assert both >= set(itertools.product(registry.LAYERS, (128, 256, 512)))
+
+
+def test_cases_of_the_runtimes():
+    cases = registry.runtimes("cpu")
+    assert len(cases) == len(set(cases)) == 2 * 14
+    gap = functools.partial(others.runtime_gap, "torch")  # which is installed
+    if importlib.util.find_spec("onnx"):
+        assert not any(gap(case, CPU) for case in cases)
 
 
 def test_published_cases_are_in_the_suite():
@@ -117,10 +144,15 @@ def test_lengths_operations_and_bytes_of_a_case():
     assert deep.flops == 2 * 8 * 3 * 3 * 7 * (first + second)
     rows = 8 * 3 * (5 + 2 * 7 + 2 * 2 * 7)
     assert deep.min_bytes == 4 * (rows + 3 * 7 * (first + second))
+    projected = Case("lstm", "forward", "float32", 8, 3, 5, 7, proj_size=2)
+    assert projected.flops == 2 * 8 * 3 * (4 * 7 * (5 + 2) + 7 * 2)
+    assert projected.min_bytes == 4 * (8 * 3 * (5 + 2) + 4 * 7 * (5 + 2) + 7 * 2)
 
 
 def test_weights_are_those_of_torch():
-    for case in (*CASES, *registry.quick("cpu"), Case("gru", "forward", "float32", 1, 1, 5, 7, 3)):
+    deep = Case("gru", "forward", "float32", 1, 1, 5, 7, 3)
+    projected = Case("lstm", "forward", "float32", 1, 1, 5, 7, 3, True, proj_size=2)
+    for case in (*CASES, *registry.quick("cpu"), deep, projected):
         module, _ = built.make_baseline(case, CPU)
         assert case.weights == sum(p.numel() for p in module.parameters() if p.dim() == 2)
 
@@ -234,6 +266,16 @@ def test_json_round_trip(tmp_path, found):
     rows = [dataclasses.replace(found.rows[0], graph=graph), *found.rows[1:]]
     results.write_json(tmp_path / "results.json", found._replace(rows=rows))
     assert results.load(tmp_path / "results.json") == found._replace(rows=rows)
+
+
+def test_results_from_before_projections(tmp_path, found):
+    path = tmp_path / "results.json"
+    results.write_json(path, found)
+    content = json.loads(path.read_text())
+    for record in content["rows"]:
+        assert record.pop("proj_size") == 0
+    path.write_text(json.dumps(content))
+    assert results.load(path) == found
 
 
 def test_csv_rows_carry_the_environment(tmp_path, found):
@@ -351,6 +393,19 @@ def test_pictures_of_a_grid(tmp_path, found):
 # The table of README.md.
 
 
+@pytest.mark.parametrize(
+    ("case", "group"),
+    [
+        (Case("lstm", "forward", "float32", 16, 1, 8, 8), "LSTM inference, float32, B = 1"),
+        (Case("gru", "forward", "float32", 4, 4, 8, 8), "GRU inference, float32, T below 16"),
+        (Case("rnn", "forward", "float64", 16, 1, 8, 8), "RNN inference, float64"),
+        (Case("lstm", "training", "float32", 1, 1, 8, 8, proj_size=2), "projected LSTM, training"),
+    ],
+)
+def test_groups_of_the_table_of_speeds(case, group):
+    assert readme._group(case, "float32") == group
+
+
 def test_the_table_of_speeds_is_that_of_a_file(tmp_path, found):
     path = tmp_path / "README.md"
     other = "\n<!-- /speed -->\nb\n<!-- speed: cuda -->\nc\n<!-- /speed -->\n"
@@ -361,7 +416,7 @@ def test_the_table_of_speeds_is_that_of_a_file(tmp_path, found):
     assert "old" not in text
     assert text.startswith("a\n<!-- speed: cpu -->\n")
     assert text.endswith(other)
-    assert "| LSTM training, float32, B = 8 to 16 | 1 | 0.80 | 0.80 | 0.80 | 1 |" in text
+    assert "| LSTM training, float32, T below 16 | 1 | 0.80 | 0.80 | 0.80 | 1 |" in text
     assert found.env.command in text
     path.write_text("nothing")
     with pytest.raises(SystemExit):
@@ -424,10 +479,12 @@ def test_run_writes_all_files(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(name in printed for name in names)
     found = results.load(out / "results.json")
+    # Where the planner takes torch's path, fastrnn is fastrnn:torch.
+    is_ours = [row.path != "torch" for row in found.rows if row.provider == "fastrnn"]
     assert [(row.case.mode, row.provider) for row in found.rows] == [
         (mode, name)
-        for mode in registry.MODES
-        for name in ("torch.nn", "fastrnn")  # which is fastrnn:torch here
+        for mode, more in zip(registry.MODES, is_ours, strict=True)
+        for name in ("torch.nn", "fastrnn", "fastrnn:torch")[: 3 if more else 2]
     ]
     assert all(row.bound and row.share > 0 for row in found.rows)
     assert found.limits["gemm_tflops"]["float32"] > 0
@@ -457,6 +514,7 @@ def test_run_writes_all_files(tmp_path, capsys):
         ["--full", "--cells", "lstm", "gru", "--dtype", "float32"],
         ["--T", "3", "--H", "8", "9", "--layers", "2", "--bidirectional", "--mode", "forward"],
         ["--published", "--providers", "fastrnn", "torch.compile", "--seconds", "0.5"],
+        ["--runtimes"],
     ],
 )
 def test_the_recorded_command_gives_the_same_cases(options):
@@ -477,6 +535,7 @@ def test_who_is_measured_if_nobody_is_asked_for():
         (["--full"], CPU, ["fastrnn"]),
         (["--full"], torch.device("cuda"), ["fastrnn", *schedules]),
         (["--published"], CPU, published),
+        (["--runtimes"], CPU, ["fastrnn", "onnxruntime", "openvino"]),
         (["--T=3", "--providers=all"], CPU, everybody),
         (["--full", "--providers=haste,fastrnn"], CPU, ["haste", "fastrnn"]),
     ):

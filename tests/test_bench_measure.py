@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import itertools
 import math
 import sys
 import types
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from fastrnn import devices, planner
-from fastrnn.bench import built, empty_cpu, gate, limits, measure, providers
+from fastrnn.bench import built, empty_cpu, gate, limits, measure, others, providers
 from fastrnn.bench.environment import environment
 from fastrnn.bench.limits import Bound, Limits
 from fastrnn.bench.providers import PROVIDERS, Provider
@@ -390,6 +391,60 @@ def test_why_another_library_is_not_measured(monkeypatch, name):
     assert gap(CASES[0], CUDA).endswith("is not installed")
 
 
+RUNTIMES = ("onnxruntime", "openvino")
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_runtime(name, cell, layers, bidirectional):
+    for package in ("onnx", name):
+        pytest.importorskip(package)
+    case = Case(cell, "forward", "float32", 5, 3, 6, 8, layers, bidirectional)
+    assert PROVIDERS[name].gap(case, CPU) is None
+    _, row = measure.measure(case, CPU, 0, [name])
+    assert row.status == "ok", row
+    assert row.error <= row.tolerance < 1e-5
+
+
+@pytest.mark.parametrize("load", [others.onnxruntime_call, others.openvino_call])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_state_goes_through_a_runtime(load, kind):
+    for package in ("onnx", load.__name__.removesuffix("_call")):
+        pytest.importorskip(package)
+    module, x = getattr(torch.nn, kind)(5, 7, num_layers=2), torch.randn(3, 2, 5)
+    states = {name: torch.randn(2, 2, 7) for name in ("h0", "c0")[: 1 + (kind == "LSTM")]}
+    with torch.no_grad():
+        y, final = module(x, tuple(states.values()) if kind == "LSTM" else states["h0"])
+    call, outputs = load(others.onnx_model(module, 3, 2, has_state=True), {"x": x, **states})
+    call()
+    expected = [y.unsqueeze(1), *built.flat(final)]
+    for output, right in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output, right, rtol=1e-5, atol=1e-6)
+    x.zero_()  # inputs are read at each call
+    call()
+    assert not torch.allclose(outputs[0], y.unsqueeze(1), atol=1e-2)
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_why_a_runtime_is_not_measured(monkeypatch, name):
+    gap, case = PROVIDERS[name].gap, Case("lstm", "forward", "float32", 4, 2, 5, 8)
+    found = {name: object(), "onnx": object()}
+    monkeypatch.setattr(importlib.util, "find_spec", found.get)
+    assert gap(case, CPU) is None
+    assert gap(case, CUDA) == "on a CPU only"
+    assert gap(dataclasses.replace(case, mode="training"), CPU) == "inference only"
+    for change in (
+        {"cell": "lstm_cell", "steps": 1}, {"dtype": "float64"}, {"ragged": True}, {"proj_size": 4},
+    ):  # fmt: skip
+        assert "layers in float32 only" in gap(dataclasses.replace(case, **change), CPU)
+    del found["onnx"]
+    assert gap(case, CPU) == "onnx is not installed"
+    found.clear()
+    assert gap(case, CPU) == f"{name} is not installed"
+
+
 # Time.
 
 
@@ -407,6 +462,37 @@ def test_pairs_alternate_and_keep_their_sides(monkeypatch):
     )
     assert measure.time_pairs("us", "them", CPU, seconds=60) == [(1.0, 3.0)] * 8
     assert {tuple(order[:2]), tuple(order[2:4])} == {("us", "them"), ("them", "us")}
+
+
+def test_other_threads_sleep_before_a_sample(monkeypatch):
+    """Each side is called again, untimed, after the process was idle."""
+    monkeypatch.setattr(measure, "_MAX_PAIRS", 2)
+    monkeypatch.setattr(measure, "_MIN_PAIRS", 2)
+    order = []
+    monkeypatch.setattr(measure, "_warm_up", lambda call, *_: order.append(f"call {call}") or 1.0)
+    monkeypatch.setattr(measure, "_wait_until_idle", lambda: order.append("wait"))
+    monkeypatch.setattr(measure, "seconds_of", lambda call, *_: order.append(f"time {call}") or 1.0)
+    measure.time_pairs("us", "them", CPU, seconds=60, apart=True)
+    sides = [["wait", f"call {side}", f"time {side}"] for side in ("them", "us", "us", "them")]
+    assert order[2:] == [*itertools.chain.from_iterable(sides)]
+
+
+def test_waiting_for_threads_that_spin(monkeypatch):
+    clock = {"now": 0.0, "spinning": 0.042}
+
+    def sleep(seconds):
+        clock["now"] += min(seconds, clock["spinning"])
+        clock["spinning"] = max(0.0, clock["spinning"] - seconds)
+        clock["slept"] = clock.get("slept", 0.0) + seconds
+
+    monkeypatch.setattr(measure.time, "sleep", sleep)
+    monkeypatch.setattr(measure.time, "process_time", lambda: clock["now"])
+    measure._wait_until_idle()
+    assert clock["spinning"] == 0
+    assert 0.042 <= clock["slept"] <= 0.042 + 2 * measure._PAUSE_SECONDS
+    clock.update(spinning=math.inf, slept=0.0)
+    measure._wait_until_idle()
+    assert clock["slept"] == pytest.approx(measure._MAX_PAUSES * measure._PAUSE_SECONDS)
 
 
 @pytest.mark.parametrize(("single", "pairs"), [(1e-3, 7), (1.0, 7), (2.0, 3)])
@@ -483,7 +569,7 @@ def test_graphs_are_timed_beside_each_other(monkeypatch):
 def test_what_fails_late_has_no_times(monkeypatch):
     monkeypatch.setattr(measure, "_replay", lambda ready, *_: ready.call)
     timed = [[(1.0, 2.0)] * 7]
-    monkeypatch.setattr(measure, "time_pairs", lambda *_: timed.pop())
+    monkeypatch.setattr(measure, "time_pairs", lambda *_, **__: timed.pop())
     base, row = measure.measure(CASES[0], CPU, seconds=0)
     assert row.status == row.verdict == "failed"
     assert row.times is row.graph is row.error is None

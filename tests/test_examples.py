@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,31 @@ def test_train_ddp(options, tmp_path):
     assert figures["kept"] == (1713 if options else 3409)  # half of each, rounded up
     first, last = (sum(part) / 5 for part in (figures["losses"][:5], figures["losses"][-5:]))
     assert last < first / 4
+
+
+STREAM = ["--steps", "160", "--hidden", "12", "--layers", "2"]
+
+
+def test_streaming(example, tmp_path, capsys):
+    assert example("streaming").main([*STREAM, "--out", str(tmp_path)]) == 0
+    assert "all the same output" in capsys.readouterr().out
+    figures = read(tmp_path, "streaming")
+    has_runtime = all(find_spec(package) for package in ("onnx", "onnxruntime"))
+    libraries = ["fastrnn", "torch.nn", *["onnxruntime"] * has_runtime]
+    assert list(figures["microseconds"]) == [
+        f"{cell}, {size} frames, {library}"
+        for cell in ("LSTM", "GRU")
+        for size in (1, 4)
+        for library in libraries
+    ]
+    assert all(0 < of["median"] <= of["p99"] for of in figures["microseconds"].values())
+
+
+def test_a_stream_without_its_state_is_noticed(example, monkeypatch, capsys):
+    module = example("streaming")
+    monkeypatch.setattr(module, "by_module", lambda layer: lambda block: layer(block)[0])
+    assert module.main(STREAM) == 1
+    assert "outputs DIFFER" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
