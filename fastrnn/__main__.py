@@ -1,9 +1,10 @@
-"""The command line: ``fastrnn bench``, ``verify``, ``plan`` and ``warmup``."""
+"""The command line: ``fastrnn bench``, ``verify``, ``plan``, ``tune`` and ``warmup``."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -96,6 +97,8 @@ def _plan(args: argparse.Namespace) -> int:
         )
     )
     print(f"{chosen.path}: {chosen.reason}")
+    if chosen.source:
+        print(f"  decided by:      {chosen.source}")
     for name, choice in zip(("forward", "backward"), chosen.kernels or (), strict=False):
         print(f"  {name + ' kernel:':17}{choice}")
     return 0
@@ -182,24 +185,60 @@ def _add_warmup(parser: argparse.ArgumentParser) -> None:
         "--cells", nargs="+", choices=names, default=names, metavar="CELL",
         help=f"any of {', '.join(names)} (default all)",
     )  # fmt: skip
+    parser.add_argument(
+        "--dtype", nargs="+", type=dtype, default=[torch.float32], help="default float32"
+    )
 
 
 def _warmup(args: argparse.Namespace) -> int:
     from .cpu import kernel_gap
 
-    gap = kernel_gap(torch.float32, False)
+    gap = kernel_gap(torch.float32)
     if gap is not None:
         print(f"nothing to compile: {gap}")
         return 1
+    from . import cache
     from .cells import CELLS
-    from .cpu import engine
+    from .cpu import engine, machine
 
-    for cell in args.cells:
+    # What the kernels do not multiply runs by those for float32.
+    multiplied = [of if machine.multiplies(of) else torch.float32 for of in args.dtype]
+    for of, cell in itertools.product(dict.fromkeys(multiplied), args.cells):
         start = time.perf_counter()
-        engine.kernels(CELLS[cell])
-        print(f"{cell:13}{time.perf_counter() - start:6.2f} s")
+        engine.kernels(CELLS[cell], of)
+        took = time.perf_counter() - start
+        print(f"{cell:13} {str(of).removeprefix('torch.'):8} {took:6.2f} s")
     with contextlib.suppress(OSError):  # which was logged
-        print(f"kept in {engine.cache_folder()}")
+        print(f"kept in {cache.cache_folder()}")
+    return 0
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    from .bench.terminal import path
+
+    parser.add_argument("--device", type=device, help="cpu or cuda (default all that are there)")
+    parser.add_argument(
+        "--seconds", type=positive, default=110, help="to measure for, in all (default 110)"
+    )
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--show", action="store_true", help="print the table in force")
+    one.add_argument("--forget", action="store_true", help="remove what was measured here")
+    one.add_argument("--out", type=path, metavar="FOLDER", help="write tables there too")
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from . import tune, tuned
+
+    found = tune.machines(args.device)
+    for each, machine in found:
+        if args.show:
+            print(tune.shown(machine))
+        elif args.forget:
+            was_there = tuned.forget(machine)
+            print(f"{machine}: {'forgotten' if was_there else 'nothing was measured here'}")
+        else:
+            table = tune.measured(each, machine, args.seconds / len(found))
+            print(tune.kept(table, args.out))
     return 0
 
 
@@ -219,6 +258,7 @@ _COMMANDS: dict[str, tuple[str, Any, Any]] = {
     "bench": ("time our modules beside torch.nn's", _add_bench, _bench),
     "verify": ("check our modules against float64 and torch.nn", _add_verify, _verify),
     "warmup": ("compile the kernels for this CPU ahead of their first use", _add_warmup, _warmup),
+    "tune": ("measure what the planner needs to know of this machine", _add_tune, _tune),
     "plan": ("show which path would run, and why", _add_plan, _plan),
 }
 

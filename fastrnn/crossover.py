@@ -1,120 +1,154 @@
-"""Where our paths on a CPU are faster than torch's: each constant with what set it."""
+"""Whether our path or torch's is faster on a CPU: from what was measured, else from a model."""
 
 from __future__ import annotations
 
 import functools
-import math
+from typing import NamedTuple
 
 import torch
 
-from . import cpu
-from .problem import Problem
+from . import cpu, hardware, tuned
+from .cells import CELLS
+from .cpu import machine as instructions
+from .hardware import Machine
+from .problem import Decision, Problem
 
 
-def choose(problem: Problem) -> tuple[str, str]:
-    """Choose between torch's path and ours for a plain layer on a CPU, and say why."""
+def choose(problem: Problem) -> Decision:
+    """Choose between torch's path and ours for a plain layer or a cell on a CPU, and say why."""
+    path, here = ours(problem), hardware.cpu()
+    if not tuned.has_sizes(problem):
+        reason = "one operator for all sizes, which a tracer leaves open"
+        return Decision("torch" if problem.is_step else path, reason)
+    ratio, source = expected_ratio(problem, path, here), tuned.MODEL
+    factor = tuned.factor(here, tuned.point_of(problem), path, _expected)
+    if factor is not None:
+        ratio, source = ratio * factor, tuned.source(here)
+    gap = cpu.kernel_gap(problem.dtype)
+    what = f"our loop, {gap}" if gap else f"compiled kernels, {cpu.describe()}"
+    return tuned.Measured(path, ratio, source).decision(path, what)
+
+
+def _expected(machine: Machine, point: tuned.Point, path: str) -> float:
+    return expected_ratio(tuned.problem_of(point), path, machine)
+
+
+def ours(problem: Problem) -> str:
+    """Name the path of ours for a problem: kernels, or where there are none the operators."""
+    return "operators" if cpu.kernel_gap(problem.dtype) else "kernels"
+
+
+# The model: what a call takes is a sum over what it has to do, in units that follow from the CPU.
+# The factors are those that fit the tables best; of each side they are the same for all CPUs.
+
+
+class Cost(NamedTuple):
+    """How long an implementation takes over the parts of a call.
+
+    Attributes
+    ----------
+    call : float
+        Microseconds, at 3 GHz, of what is done once.
+    step : float
+        The same for each step, for each gate and once more.
+    elements : float
+        Cycles for a vector of the gates of a step.
+    products : float
+        Times the multiplications at full speed or, if that is longer, reading the weights.
+    weights : float
+        Times reading all weights once.
+    """
+
+    call: float
+    step: float
+    elements: float
+    products: float
+    weights: float
+
+
+# In inference and in training. What is packed or in half precision takes the longer way each time.
+_COSTS = {
+    "kernels": (Cost(18, 0.19, 85, 1.1, 0.08), Cost(570, 0.76, 360, 2.9, 7.2)),
+    "kernels, the longer way": (Cost(200, 0.28, 35, 1.8, 1.0), Cost(860, 1.5, 230, 4.7, 7.3)),
+    "operators": (Cost(140, 4.4, 260, 1.7, 0.9), Cost(600, 11, 950, 2.9, 3.4)),
+    "oneDNN": (Cost(94, 0.42, 98, 1.2, 4.7), Cost(380, 1.1, 118, 5, 25)),
+    "ATen": (Cost(33, 3.5, 240, 1.75, 0.92), Cost(149, 29, 436, 6.7, 3.9)),
+    "ATen's cell": (Cost(9, 3.0, 155, 2.1, 0.8), Cost(46, 34, 590, 4.9, 4.1)),
+}
+
+_CYCLES_PER_US = 3000
+_FLOPS_PER_LANE = 4  # two units that multiply and add
+_BYTES_PER_CYCLE = 10, 3.3  # of a thread from the last cache, of all from memory
+_MIN_FLOPS = 30_000  # of a step, below which one thread does all
+_EMULATED = 8  # times as long multiplies, through float32, a CPU without instructions for it
+
+
+def expected_ratio(problem: Problem, path: str, on: Machine) -> float:
+    """Say how many times as long as ours torch.nn takes by the model."""
+    times = [
+        _us(problem, _COSTS[name][problem.training], on, is_native)
+        for name, is_native in (
+            (_ours_in_full(problem, path), instructions.multiplies(problem.dtype)),
+            (torchs(problem), _is_native(problem.dtype)),
+        )
+    ]
+    is_emulated = not _is_native(problem.dtype)
+    return times[1] / times[0] * (_EMULATED if is_emulated else 1)
+
+
+def _ours_in_full(problem: Problem, path: str) -> str:
+    is_longer = problem.packed or not instructions.multiplies(problem.dtype)
+    return "kernels, the longer way" if path == "kernels" and is_longer else path
+
+
+def torchs(problem: Problem) -> str:
+    """Name what torch runs on a CPU."""
     if problem.is_step:
-        return "torch", "one step is one fused ATen call; ours would have to pack the weights"
-    if problem.dtype in (torch.bfloat16, torch.float16) and multiplies(problem.dtype):
-        return "torch", f"this CPU multiplies {problem.dtype}; we would use float32"
-    gap = cpu.kernel_gap(problem.dtype, problem.projected)
-    return _by_kernels(problem) if gap is None else _by_operators(problem, gap)
+        return "ATen's cell"
+    is_fused = (
+        problem.cell == "lstm"
+        and not problem.packed
+        and not problem.projected
+        and problem.dtype != torch.float64
+        and torch.backends.mkldnn.is_available()
+        and _is_native(problem.dtype)
+    )
+    return "oneDNN" if is_fused else "ATen"
 
 
-# Below so many steps the fixed costs of a call, 0.1 ms and in
-# training 0.5 ms, are more than the steps save. Measured with torch 2.13 on a 2-core x86-64
-# machine with AVX2, float32, 2 threads; time of torch.nn / ours at (B, I = H) = (1, 64), (1, 256),
-# (16, 64), (16, 256):
-#   RNN  inference T=4 0.8, 0.8, 1.1, 1.1; T=8 1.1, 1.0, 1.7, 1.4
-#        training  T=4 0.8, 0.9, 1.0, 1.0; T=8 1.1, 1.6, 1.4, 1.6
-#   GRU  inference T=2 0.9, 0.8, 1.0, 1.1; T=4 1.1, 0.9, 1.4, 1.3
-#        training  T=2 0.9, 0.9, 1.0, 1.0; T=4 1.4, 1.3, 1.5, 1.3
-#   LSTM inference T=2 1.2, 1.0, 1.2, 0.9; T=16 1.3, 0.9, 1.3, 1.1
-#        training  T=4 0.8, 1.3, 0.9, 1.8; T=32 0.9, 1.4, 1.2, 1.0
-_KERNEL_MIN_STEPS = {"rnn": (8, 8), "gru": (4, 4), "lstm": (2, 4)}
-# Hidden units below which training needs more steps; (T, B, H) = (16, 8, 128) 0.90 and 0.95,
-# (16, 16, 192) 0.98, (16, 8, 768) 2.3.
-_SMALL_LSTM = 256
-_SMALL_LSTM_MIN_STEPS = 48
-# Where oneDNN's LSTM is as fast or faster, (T, B, H): training (128, 64, 512) 0.91, (128, 64, 1024)
-# 0.96, (64, 32, 576) 0.94, (64, 32, 512) 1.06, (128, 64, 256) 1.28.
-_LARGE_LSTM = 32 * 576  # B * H
-# Inference, where packing the weights takes as long as using them in a few steps:
-#   B=1   H=64 T=8 0.94, 32 1.05; H=128 T=32 0.83, 64 1.14; H=256 T=32 0.90, 64 1.10
-#         H=512 T=64 0.98, 128 1.15; H=768 T=256 0.91; H=1024 T=128 0.75, 512 0.87
-#   B=4   H=64 T=8 1.11; H=128 T=8 0.98, 16 1.09; H=256 T=32 0.92, 64 1.19; H=512 T=32 0.90, 64 1.02
-#   B=16  H=64 T=8 1.07; H=128 T=8 1.03; H=256 T=16 0.90, 32 1.02; H=512 T=32 0.96, 64 1.06
-# Up to so many hidden units: the steps it takes with a batch below 4, and with a larger one.
-_LSTM_MIN_STEPS = (
-    (127, 32, 2),
-    (255, 64, 16),
-    (511, 64, 64),
-    (512, 128, 64),
-    (math.inf, math.inf, 64),
-)
-_MANY_ROWS = 1024  # T * B from which packing does not matter to a larger batch
-
-# Where the loop of torch operators wins, T=64, in training:
-#   float64 (B, H) = (8, 64), (8, 256), (64, 256): 1.2-1.3, 1.2-1.3, 0.9-1.2
-#   projected to H/2: (1, 64), (8, 64), (8, 256), (32, 256): 1.3, 1.3, 1.2, 1.1; T=48: (8, 256),
-#   (32, 256): 1.1, 0.96; (64, 256): 0.9-1.0
-#   inference: 0.5-1.0
-_OPERATORS_MIN_STEPS = 48
-_MAX_BATCH_TIMES_HIDDEN = 8192
-# and in bfloat16 and float16, on a CPU that does not multiply them, T=64:
-#   training  (1, 64) 1.3-1.7, (16, 64) 2.1-3.5, (16, 256) 9-18, (64, 256) 15-22
-#   inference (1, 64) 0.6-0.8, (1, 1024) 0.7-1.2, (4, 256) 1.5-1.9, (16, 64) 1.6-2.2
-#   (16, 64), T=16: training 1.3-2.3, inference 1.2-2.0; T=4: 0.7-1.2
-_HALF_MIN_STEPS = 16
-_HALF_MIN_BATCH = 4
-_HALF_MIN_BATCH_TIMES_HIDDEN = 1024
+def _is_native(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.float64) or multiplies(dtype)
 
 
-def _by_kernels(problem: Problem) -> tuple[str, str]:
-    if not problem.packed:
-        minimum = _kernel_min_steps(problem)
-        if problem.steps < minimum:
-            if minimum == math.inf:
-                return "torch", "a step is bound by reading the weights, which oneDNN does as fast"
-            return "torch", f"below {minimum} steps our call costs what the steps save"
-        large = problem.batch * problem.hidden_size >= _LARGE_LSTM
-        if large and problem.training and problem.cell == "lstm" and problem.dtype == torch.float32:
-            return "torch", f"B * H >= {_LARGE_LSTM}: bound by the same products as oneDNN's LSTM"
-    return "kernels", f"compiled kernels, {cpu.describe()}"
+def _us(problem: Problem, cost: Cost, on: Machine, is_native: bool) -> float:
+    """Microseconds of a layer at 3 GHz."""
+    gates, hidden = CELLS[problem.cell].n_gates, problem.hidden_size
+    width = hidden // 2 if problem.projected else hidden
+    itemsize = problem.dtype.itemsize if is_native else 4
+    target = instructions.target()
+    lanes = (4 if target is None else target.lanes) * 4 / itemsize
+    elements = problem.batch * gates * hidden
+    flops = 2 * elements * (problem.input_size + width)
+    threads = on.threads if flops >= _MIN_FLOPS else 1
+    vectors_per_us = lanes * threads * _CYCLES_PER_US
+    recurrent = gates * hidden * width * itemsize
+    weights = recurrent + gates * hidden * problem.input_size * itemsize
+    step = (
+        cost.step * (1 + gates)
+        + cost.elements * elements / vectors_per_us
+        + cost.products
+        * max(flops / (_FLOPS_PER_LANE * vectors_per_us), _reading_us(recurrent, on, threads))
+    )
+    return cost.call + problem.steps * step + cost.weights * _reading_us(weights, on, threads, 0)
 
 
-def _kernel_min_steps(problem: Problem) -> float:
-    if problem.cell == "lstm" and problem.dtype == torch.float32:  # oneDNN's is slow in halves
-        if problem.training and problem.hidden_size < _SMALL_LSTM:
-            return _SMALL_LSTM_MIN_STEPS
-        is_small = problem.batch < 4
-        if not problem.training and (is_small or problem.steps * problem.batch < _MANY_ROWS):
-            for hidden, small, other in _LSTM_MIN_STEPS:
-                if problem.hidden_size <= hidden:
-                    return small if is_small else other
-    return _KERNEL_MIN_STEPS[problem.cell.partition("_")[0]][problem.training]
-
-
-def _by_operators(problem: Problem, gap: str) -> tuple[str, str]:
-    if problem.dtype in (torch.bfloat16, torch.float16):
-        size = problem.batch * problem.hidden_size
-        large = problem.batch >= _HALF_MIN_BATCH and size >= _HALF_MIN_BATCH_TIMES_HIDDEN
-        if problem.steps >= (_HALF_MIN_STEPS if large else _OPERATORS_MIN_STEPS) and (
-            large or problem.training
-        ):
-            reason = f"{gap}; this CPU does not multiply {problem.dtype}, our loop need not"
-            return "operators", reason
-        return "torch", f"{gap}; too small to gain from computing in float32"
-    if not problem.training:
-        return "torch", f"{gap}; in inference torch's were faster than our loop"
-    unfused = problem.packed or problem.projected or problem.dtype == torch.float64
-    if problem.cell == "lstm" and not unfused:
-        return "torch", f"{gap}; oneDNN runs the whole LSTM layer fused"
-    if problem.steps < _OPERATORS_MIN_STEPS:
-        return "torch", f"{gap}; below {_OPERATORS_MIN_STEPS} steps our loop costs what it saves"
-    if not problem.packed and problem.batch * problem.hidden_size > _MAX_BATCH_TIMES_HIDDEN:
-        return "torch", f"{gap}; B * H > {_MAX_BATCH_TIMES_HIDDEN}: bound by the same GEMMs"
-    return "operators", f"{gap}; one GEMM for each weight gradient instead of one a step"
+def _reading_us(size: int, on: Machine, threads: int, level: int = 2) -> float:
+    """Microseconds for reading so many bytes, unless a cache of a level keeps them."""
+    if level and size <= threads * max(on.caches[:level], default=size):
+        return 0.0
+    per_thread, of_memory = _BYTES_PER_CYCLE
+    is_cached = size <= max(on.caches, default=size)
+    return size / (per_thread * threads if is_cached else of_memory) / _CYCLES_PER_US
 
 
 @functools.cache

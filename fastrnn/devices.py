@@ -1,7 +1,7 @@
 """What a GPU has: kernels of ours, algorithms of cuDNN, and which of them to take.
 
-The figures are not yet our own: what cuDNN does was measured by others, what the kernels take is
-simulated (see kernels/configs.py).
+Where ``fastrnn tune`` has measured a GPU, its table decides. Otherwise the figures are not our own:
+what cuDNN does was measured by others, what the kernels take is simulated (see kernels/configs.py).
 """
 
 from __future__ import annotations
@@ -14,20 +14,35 @@ import warnings
 import torch
 from torch import Tensor
 
+from . import hardware, tuned
 from .cells import CELLS
 from .kernels import configs
 from .kernels.configs import Choice, Device, Shape
-from .problem import Problem
+from .problem import Decision, Problem
 
 # Below this our launches, from Python, are expected to cost more than the steps save.
 _GPU_MIN_STEPS = 16
 
 
-def choose(problem: Problem, forward: Choice, backward: Choice) -> tuple[str, str]:
+def choose(problem: Problem, forward: Choice, backward: Choice) -> Decision:
     """Choose between torch's path and ours for a plain layer on a GPU, and say why.
 
     `forward` and `backward` are how our kernels, which the problem must have, would run.
     """
+    last = backward if problem.training else forward
+    best = _best(problem)
+    # What torch asks of cuDNN for the layer that was measured must be what it asks for this one.
+    alike = problem._replace(layers=1, directions=1, input_size=problem.hidden_size)
+    if (
+        best is not None
+        and best.path == last.config.schedule
+        and cudnn_algorithm(problem) == cudnn_algorithm(alike)
+    ):
+        return best.decision("kernels", f"{best.path} kernels")
+    return Decision(*_simulated(problem, forward, backward), tuned.MODEL)
+
+
+def _simulated(problem: Problem, forward: Choice, backward: Choice) -> tuple[str, str]:
     if problem.is_step:
         return "torch", "one step is one fused ATen call; ours was not measured against it"
     if problem.steps < _GPU_MIN_STEPS:
@@ -142,10 +157,15 @@ def choose_kernels(problem: Problem, schedule: str | None = None) -> tuple[Choic
     shape = _shape(problem)
     # A tracer's sizes have no hash to be remembered by.
     choose = configs.choose if isinstance(problem.batch, int) else configs.choose.__wrapped__
-    choices = [
-        choose(shape, problem.gpu, backward=backward, schedule=schedule)
-        for backward in (False, True)
-    ]
+
+    def chosen(backward: bool) -> Choice | None:
+        if schedule is None and (best := _best(problem._replace(training=backward))):
+            found = choose(shape, problem.gpu, backward=backward, schedule=best.path)
+            if found is not None:  # as it is with one direction, which is what was measured
+                return found
+        return choose(shape, problem.gpu, backward=backward, schedule=schedule)
+
+    choices = [chosen(backward) for backward in (False, True)]
     if None in choices:
         gap = configs.persistent_gap(shape, problem.gpu) if schedule == "persistent" else None
         raise ValueError(
@@ -154,6 +174,28 @@ def choose_kernels(problem: Problem, schedule: str | None = None) -> tuple[Choic
             + (f": {gap}" if gap else "")
         )
     return choices[0], choices[1]  # type: ignore[return-value]
+
+
+def schedules(problem: Problem) -> list[str]:
+    """List the schedules by which both passes can run; `kernel_gap` must have found none."""
+    assert problem.gpu is not None
+    shape = _shape(problem)
+    return [
+        schedule
+        for schedule in configs.SCHEDULES
+        if all(
+            configs.choose(shape, problem.gpu, backward=backward, schedule=schedule)
+            for backward in (False, True)
+        )
+    ]
+
+
+def _best(problem: Problem) -> tuned.Measured | None:
+    """The fastest schedule by measurement; None if nothing like this was measured."""
+    if problem.gpu is None or not tuned.has_sizes(problem):
+        return None
+    here = hardware.gpu(problem.gpu)
+    return tuned.best(here, tuned.point_of(problem)) if tuned.table_of(here) else None
 
 
 def _shape(problem: Problem) -> Shape:

@@ -30,7 +30,7 @@ from .call import Call
 from .cells import CELLS
 from .context import are_known, differentiated, is_ragged, is_traced, transform
 from .kernels.configs import SCHEDULES, Choice
-from .problem import Problem
+from .problem import Decision, Problem
 
 #: Ours, of which the planner takes the one that there is.
 OURS = ("kernels", "operators")
@@ -46,12 +46,13 @@ class Plan(NamedTuple):
     """The chosen path, the reason in one sentence, and how the kernels of a GPU would run.
 
     `kernels` are the choices for forward and backward; None where no kernel can run the problem,
-    whatever the path.
+    whatever the path. `source` is that of the ``Decision`` between torch's path and ours.
     """
 
     path: str
     reason: str
     kernels: tuple[Choice, Choice] | None = None
+    source: str = ""
 
 
 class _Forced(threading.local):
@@ -124,13 +125,13 @@ def plan(problem: Problem) -> Plan:
     Examples
     --------
     >>> from fastrnn.planner import Problem, plan
-    >>> plan(Problem("lstm", steps=1, batch=8, input_size=256, hidden_size=256)).path
-    'torch'
+    >>> plan(Problem("lstm", 64, 8, input_size=256, hidden_size=256, marked=True)).reason
+    'torch has no lengths, resets, truncated gradients, states of all steps or heads'
     """
     gap = devices.kernel_gap(problem)
     kernels = None if gap else devices.choose_kernels(problem, forced.schedule)
-    path, reason = _choose_path(forced.path, problem, gap, kernels)
-    return Plan(path, reason, kernels)
+    path, reason, source = _choose_path(forced.path, problem, gap, kernels)
+    return Plan(path, reason, kernels, source)
 
 
 def problem_of(call: Call, dtype: torch.dtype | None = None, *, is_step: bool = False) -> Problem:
@@ -145,7 +146,7 @@ def problem_of(call: Call, dtype: torch.dtype | None = None, *, is_step: bool = 
         hidden_size=hidden if num_heads == 1 else hidden // num_heads,
         dtype=x.dtype if dtype is None else dtype,
         device=x.device.type,
-        training=not is_step and differentiated(*call.tensors),
+        training=differentiated(*call.tensors),
         packed=is_ragged(call.batch_sizes),
         projected=call.size_h != hidden,
         is_step=is_step,
@@ -173,7 +174,7 @@ def path_of(call: Call, dtype: torch.dtype | None = None, *, is_step: bool = Fal
     key = (
         asked, forced.schedule, x.dtype, dtype, differentiated(*tensors), transform(), packed,
         options.training, options.lengths is None, options.reset is None,
-        x.is_cpu or (x.device, devices.facts(x)),
+        torch.get_num_threads() if x.is_cpu else (x.device, devices.facts(x)),
     )  # fmt: skip
     found = known.paths.get(key)
     if found is None:
@@ -203,7 +204,7 @@ def _recorded_path(call: Call, dtype: torch.dtype, is_step: bool) -> str:
 
 def _choose_path(
     asked: str | None, problem: Problem, gap: str | None, kernels: tuple[Choice, Choice] | None
-) -> tuple[str, str]:
+) -> Decision:
     missing = _missing_in_torch(problem)
     if missing and asked == "torch":
         asked = None
@@ -211,25 +212,27 @@ def _choose_path(
     if asked in (None, *OURS):
         if problem.transform == "forward" or (problem.transform and (problem.is_step or unknown)):
             what = "forward mode" if problem.transform == "forward" else "a torch.func transform"
-            return "reference", f"our operators have no rule for this in {what}"
+            return Decision("reference", f"our operators have no rule for this in {what}")
         if problem.dtype not in _FLOATS:
             path = "reference" if missing or asked or problem.transform else "torch"
-            return path, f"our operators have no derivatives in {problem.dtype}"
+            return Decision(path, f"our operators have no derivatives in {problem.dtype}")
     if asked is not None:
         path = _ours(problem, kernels) if asked in OURS else asked
-        return path, "asked for by fastrnn.planner.use_path"
+        return Decision(path, "asked for by fastrnn.planner.use_path")
     if unknown:
         what = "recurrent dropout and zoneout" if problem.noisy else problem.cell
-        return "reference", f"no kernel of ours for {what}"
+        return Decision("reference", f"no kernel of ours for {what}")
     if problem.marked and problem.device == "cuda" and kernels is None:
-        return "reference", f"{missing}; {gap}"
+        return Decision("reference", f"{missing}; {gap}")
     if missing:
-        return _ours(problem, kernels), missing
+        return Decision(_ours(problem, kernels), missing)
     if problem.transform:
-        return _ours(problem, kernels), "torch's kernels have no batching rules"
+        return Decision(_ours(problem, kernels), "torch's kernels have no batching rules")
     if problem.device == "cpu":
         return crossover.choose(problem)
-    return ("torch", str(gap)) if kernels is None else devices.choose(problem, *kernels)
+    if kernels is None:
+        return Decision("torch", str(gap))
+    return devices.choose(problem, *kernels)
 
 
 def _ours(problem: Problem, kernels: tuple[Choice, Choice] | None) -> str:
@@ -237,7 +240,7 @@ def _ours(problem: Problem, kernels: tuple[Choice, Choice] | None) -> str:
     if problem.noisy or not CELLS[problem.cell].is_pointwise:
         return "operators"
     if problem.device == "cpu":
-        return "operators" if cpu.kernel_gap(problem.dtype, problem.projected) else "kernels"
+        return "operators" if cpu.kernel_gap(problem.dtype) else "kernels"
     return "operators" if kernels is None else "kernels"
 
 

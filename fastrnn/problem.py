@@ -1,4 +1,4 @@
-"""What the choice of a path depends on."""
+"""What the choice of a path depends on, and what is chosen."""
 
 from __future__ import annotations
 
@@ -59,3 +59,20 @@ class Problem(NamedTuple):
     noisy: bool = False
     gpu: Device | None = None
     precision: str = "tf32"
+
+
+class Decision(NamedTuple):
+    """A choice between torch's path and ours.
+
+    Attributes
+    ----------
+    path : str
+    reason : str
+        One sentence.
+    source : str
+        What it rests on: 'model', or where and when it was measured; empty if nothing was compared.
+    """
+
+    path: str
+    reason: str
+    source: str = ""

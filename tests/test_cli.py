@@ -13,9 +13,8 @@ import torch
 
 import fastrnn.cpu
 import fastrnn.planner
-from fastrnn import flow, heads, testing
+from fastrnn import flow, heads, products, testing, tuned
 from fastrnn.__main__ import main
-from fastrnn.cpu import operators
 from fastrnn.kernels import configs
 
 
@@ -41,9 +40,11 @@ def failure(capsys, *argv: str) -> str:
         (["verify", "--cells", "lstm,gru"], "invalid choice: 'lstm,gru'"),
         (["verify", "--cases", "-3"], "'-3' is not a positive integer"),
         (["verify", "--device", "nowhere"], "unknown device 'nowhere'"),
+        (["tune", "--seconds", "0"], "'0' is not a positive integer"),
+        (["tune", "--show", "--forget"], "not allowed with argument --show"),
         (["bench", "--T", "x"], "x"),
         (["bench", "--compare", "missing.json"], "missing.json"),
-        ([], "required: {bench,verify,warmup,plan}"),
+        ([], "required: {bench,verify,warmup,tune,plan}"),
         (["train"], "invalid choice: 'train'"),
     ],
 )
@@ -54,12 +55,8 @@ def test_bad_arguments_give_one_line_and_status_2(capsys, argv, says):
 @pytest.mark.parametrize(
     ("argv", "path"),
     [
-        (["--cell", "lstm", "--T", "1", "--B", "64", "--H", "512"], "torch"),
-        (["--cell", "lstm", "--T", "512", "--B", "64", "--H", "512", "--projected"], "torch"),
-        (["--cell", "lstm", "--T", "512", "--B", "64", "--H", "512", "--packed"], "kernels"),
-        (["--cell", "gru", "--H", "64", "--training"], "kernels"),
-        (["--cell", "gru", "--H", "64", "--training", "--step"], "torch"),
         (["--cell", "rnn_identity", "--H", "64"], "kernels"),
+        (["--cell", "gru", "--H", "64", "--noisy"], "reference"),
         (["--cell", "gru", "--H", "64", "--training", "--device", "h100"], "kernels"),
         (["--cell", "gru", "--H", "64", "--T", "8", "--device", "h100"], "torch"),
         (["--cell", "lstm", "--H", "4096", "--dtype", "bf16", "--device", "b200"], "torch"),
@@ -68,9 +65,33 @@ def test_bad_arguments_give_one_line_and_status_2(capsys, argv, says):
 )
 def test_plan_names_the_path_and_the_reason(capsys, argv, path):
     assert main(["plan", *argv]) == 0
-    chosen, reason = capsys.readouterr().out.split(": ", 1)
+    (chosen, reason), *_ = (line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert chosen == path
     assert len(reason) > 10
+
+
+@pytest.fixture
+def no_tables(monkeypatch, tmp_path):
+    """What was measured here does not count."""
+    monkeypatch.setenv("FASTRNN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuned, "SHIPPED", tmp_path)
+    tuned.forget_what_was_read()
+    yield
+    tuned.forget_what_was_read()
+
+
+@pytest.mark.parametrize(("ratio", "path"), [(0.5, "torch"), (2.0, "kernels")])
+@pytest.mark.parametrize(
+    "argv", [[], ["--training"], ["--packed"], ["--projected"], ["--step"], ["--dtype", "fp64"]]
+)
+def test_plan_says_how_it_was_decided(capsys, monkeypatch, no_tables, argv, ratio, path):
+    monkeypatch.setattr(fastrnn.crossover, "expected_ratio", lambda *_: ratio)
+    monkeypatch.setattr(fastrnn.crossover, "ours", lambda _: "kernels")
+    assert main(["plan", "--cell", "lstm", "--H", "64", *argv]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{path}: ")
+    assert "2 times as fast" in first
+    assert second == "  decided by:      model"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="describes the device that is there")
@@ -84,14 +105,15 @@ def test_plan_shows_the_kernels(capsys, monkeypatch):
     monkeypatch.setattr(configs, "step_us", lambda *_, **options: 1.5 + options["backward"])
     shape = ["--cell", "lstm", "--H", "512", "--B", "16", "--dtype", "bf16", "--bidirectional"]
     main(["plan", *shape, "--device", "h100"])
-    _, forward, backward = capsys.readouterr().out.splitlines()
+    _, source, forward, backward = capsys.readouterr().out.splitlines()
+    assert source == "  decided by:      model"
     assert "forward kernel:  persistent, 16 rows x 16 units a program, 4 warps" in forward
     assert "backward kernel: persistent, 16 rows x 16 units a program, 4 warps" in backward
     assert forward.endswith(": 1.50 us a step, simulated")
     assert backward.endswith(": 2.50 us a step, simulated")
     monkeypatch.setattr(configs, "step_us", lambda *_, **options: math.nan)
     main(["plan", *shape, "--device", "h100"])
-    assert capsys.readouterr().out.splitlines()[1].endswith(" warps")
+    assert capsys.readouterr().out.splitlines()[2].endswith(" warps")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -154,12 +176,13 @@ def test_verify_half_precision(dtype):
 
 
 def test_verify_reports_a_wrong_gradient_and_how_to_reproduce_it(capsys, monkeypatch):
-    factors = operators._factors
+    add_d_x = products.add_d_x
 
-    def wrong(*args):
-        return [part * (1 + 1e-5) for part in factors(*args)]
+    def wrong(dx, *args, **options):
+        add_d_x(dx, *args, **options)
+        dx.mul_(1 + 1e-5)
 
-    monkeypatch.setattr(operators, "_factors", wrong)
+    monkeypatch.setattr(products, "add_d_x", wrong)
     assert main(["verify", "--cells", "gru", "--cases", "10", "--dtype", "float64"]) == 1
     out = capsys.readouterr().out
     command = next(line for line in out.splitlines() if "python -m fastrnn" in line).split()
@@ -238,10 +261,3 @@ def test_cases_cover_every_argument():
     cases = [testing.draw_case("lstm", seed=0, index=k) for k in range(200)]
     for name in testing.Case.__dataclass_fields__.keys() - {"cell", "seed"}:
         assert len({getattr(case, name) for case in cases}) > 1, name
-
-
-@pytest.mark.parametrize("native", [False, True])
-def test_plan_of_half_precision_depends_on_the_cpu(capsys, monkeypatch, native):
-    monkeypatch.setattr(fastrnn.crossover, "multiplies", lambda dtype: native)
-    main(["plan", "--cell", "lstm", "--B", "16", "--H", "64", "--dtype", "bf16"])
-    assert capsys.readouterr().out.startswith("torch: " if native else "kernels: ")
