@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
@@ -59,6 +60,33 @@ def is_plain(*tensors: Tensor | None) -> bool:
         and not autocasts("cpu")
         and not autocasts("cuda")
     )
+
+
+def is_watched() -> bool:
+    """Whether something looks at what is called that a `guard` does not see: Python's affair.
+
+    A compiler, a ``TorchFunctionMode``, or forward-mode AD.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_function_stack() > 0
+        or forward_ad._current_level >= 0
+    )
+
+
+def guard(tensors: Sequence[Tensor], n_free: int) -> Callable[..., bool]:
+    """Make a check whether a call of other tensors is as good as one of these, now.
+
+    It compares all but values that an operation on them depends on: kinds and whether a gradient is
+    recorded, dtypes, devices, layouts, sizes, strides but those of the first `n_free`, and what the
+    dispatcher would do for modes, transforms, tracers and autocast. It is that of torch.compile,
+    and takes less than asking a single tensor for so much. A tensor that is there twice fails.
+    """
+    sizes = [list(part.shape) for part in tensors]
+    strides: list[list[Any]] = [list(part.stride()) for part in tensors]
+    strides[:n_free] = [[None] * part.dim() for part in tensors[:n_free]]
+    guards: Any = TensorGuards
+    return guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
 
 def are_known(*tensors: Tensor | None) -> bool:

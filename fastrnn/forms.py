@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +11,139 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from . import context
+from . import checks, context, cpu, paths, planner
 from . import functional as F
 from .options import Options, States
+
+# Of a module, what the way of a call depends on: entries of its dict, because attributes of modules
+# take longer.
+_NUMBERS = operator.itemgetter(
+    "mode", "batch_first", "bidirectional", "num_layers", "input_size", "hidden_size", "proj_size",
+    "dropout", "training",
+)  # fmt: skip
+_ORDINARY = {Tensor, torch.nn.Parameter}
+_STEP_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+# What runs the calls in inference that pass a guard, by what a guard does not see; of steps also,
+# as a key of nothing, the numbers of those that no kernel runs.
+_prepared: dict[Any, tuple[tuple[Callable[..., bool], paths.Prepared | None], ...]] = {}
+_MOST_KEYS, _MOST_GUARDS = 1024, 4
+
+
+def run_prepared(module: Any, input: Any, hx: Any) -> Any:
+    """Run a call in inference that is like one before; None if it has a longer way.
+
+    Nothing is taken for granted: what decides the way of a call is in its key or seen by the guard.
+    """
+    kind, parameters, state = type(hx), module._parameters, hx
+    if type(input) is not Tensor:
+        return None
+    if kind is Tensor:
+        state = (hx,)
+    elif hx is None:
+        state = ()
+    elif kind is not tuple and kind is not list:
+        return None
+    # One tensor as h and as c, such as zeros, counts once.
+    is_twice = len(state) == 2 and state[0] is state[1]
+    tensors = (input, *(state[:1] if is_twice else state), *parameters.values())
+    if not set(map(type, tensors)) <= _ORDINARY:
+        return None
+    if context.is_watched() or (torch.is_grad_enabled() and context.differentiated(*tensors)):
+        return None
+    if module.recurrent_dropout or module.zoneout or module.weight_dropout:
+        return None
+    forced, n_given = planner.forced, len(tensors) - len(parameters)
+    key = (
+        kind, n_given, is_twice, input.shape, *_NUMBERS(module.__dict__), module.num_heads,
+        *parameters, torch.get_num_threads(), forced.path, forced.schedule, cpu.target(),
+    )  # fmt: skip
+    try:
+        known = _prepared.get(key, ())
+    except TypeError:  # of a number that has no hash
+        return None
+    for check, found in known:
+        if check(*tensors):
+            run = found
+            break
+    else:
+        run = _prepare(key, module, tensors, hx)
+    if run is None:
+        return None
+    y, final = run(input, state, tensors[n_given:])
+    return y, final[0] if len(final) == 1 else tuple(final)
+
+
+def _prepare(key: Any, module: Any, tensors: Any, hx: Any) -> paths.Prepared | None:
+    """Check a call and plan it; remember what runs the next ones like it."""
+    if not module._is_stock or not module._is_ordinary(tensors[0], hx):
+        return None
+    options = Options(module.batch_first, module.bidirectional, module.dropout, module.training)
+    state = [hx] if type(hx) is Tensor else hx
+    weights, name = module._flat_weights, module._definition.name
+    call = checks.checked(name, tensors[0], state, weights, options)
+    return _remember(key, tensors, len(tensors) - len(weights), paths.prepared(call))
+
+
+def _remember(
+    key: Any, tensors: Any, n_given: int, run: paths.Prepared | None
+) -> paths.Prepared | None:
+    """Keep what runs calls like one of these tensors, of which so many are input and state."""
+    if len(set(map(id, tensors))) == len(tensors):  # no guard lets others pass
+        if len(_prepared) >= _MOST_KEYS:
+            _prepared.clear()
+        others = _prepared.get(key, ())[1 - _MOST_GUARDS :]
+        _prepared[key] = (*others, (context.guard(tensors, n_given), run))
+    return run
+
+
+def step_prepared(module: Any, input: Any, hx: Any) -> Any:
+    """`run_prepared` of a cell module; None, and soon, unless the kernels run it."""
+    if type(input) is not Tensor:
+        return None
+    forced = planner.forced
+    numbers = (
+        module._stock, module.__dict__.get("nonlinearity"), input.shape, input.dtype,
+        module.hidden_size, torch.get_num_threads(), forced.path, forced.schedule, cpu.target(),
+    )  # fmt: skip
+    if numbers in _prepared or context.is_watched():
+        return None
+    kind, parameters = type(hx), module._parameters
+    given = () if hx is None else hx if kind is tuple else (hx,)
+    weights = [part for part in parameters.values() if part is not None]
+    tensors = (input, *given, *weights)
+    key = numbers, kind, len(given), len(weights), *parameters
+    for check, found in _prepared.get(key, ()):
+        if check(*tensors):
+            run = found
+            break
+    else:
+        run = _prepare_step(key, module, tensors, hx)
+    if run is None:
+        return None
+    _, final = run(input, given, weights)
+    return final[0] if len(final) == 1 else tuple(final)
+
+
+def _prepare_step(key: Any, module: Any, tensors: Any, hx: Any) -> paths.Prepared | None:
+    """`_prepare` of a step; what does not fit is refused elsewhere."""
+    input, parameters = tensors[0], module._parameters
+    state = module._zeros(input) if hx is None else hx
+    if tuple(parameters) != _STEP_WEIGHTS or not module._is_ordinary(input, state):
+        return None
+    parts = state if type(state) is tuple else (state,)
+    try:
+        call = checks.checked_step(module._cell_name, input, parts, [*parameters.values()])
+        checks.check_alike(call)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    if not checks.is_step(call):
+        return None
+    run = paths.prepared(call, is_step=True)
+    if run is None:
+        _prepared[key[0]] = ()
+        return None
+    return _remember(key, tensors, len(tensors) - len(call.weights), run)
 
 
 def run_packed(module: Any, packed: PackedSequence, hx: Any, options: Options) -> Any:

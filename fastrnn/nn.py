@@ -246,6 +246,10 @@ class _Layers(_torch.RNNBase):
         ValueError, RuntimeError
             If the arguments do not fit the module or each other; texts as in torch.nn.
         """
+        if lengths is reset is reset_state is bptt is None and return_states is recompute is False:
+            result = forms.run_prepared(self, input, hx)
+            if result is not None:
+                return result
         options = Options(
             self.batch_first, self.bidirectional, self.dropout, self.training, None,
             lengths, reset, reset_state, return_states, bptt, recompute,
@@ -543,11 +547,15 @@ class _Cell(_Convertible, _torch.RNNCellBase):
         ValueError, RuntimeError
             If the arguments do not fit the module or each other; texts as in torch.nn.
         """
+        if not torch.is_grad_enabled():
+            new = forms.step_prepared(self, input, hx)
+            if new is not None:
+                return new
         name, given = self._stock.__name__, hx
         if hx is None and type(input) is Tensor and input.dim() == 2:
-            zeros = input.new_zeros(input.shape[0], self.hidden_size)
-            given = zeros if self._n_states == 1 else (zeros, zeros)
-        if self._is_ordinary(input, given):
+            given = self._zeros(input)
+        is_by_torch = planner.forced.path is None and self._aten is not None
+        if is_by_torch and self._is_ordinary(input, given):
             weights = self._parameters
             return self._aten(
                 input,
@@ -581,10 +589,16 @@ class _Cell(_Convertible, _torch.RNNCellBase):
             return new
         return tuple(part.squeeze(0) for part in new) if paired else new.squeeze(0)
 
-    def _is_ordinary(self, input: Any, hx: Any) -> bool:
-        """Whether torch's kernel may be called without ado: a batch, a state, plain weights.
+    def _zeros(self, input: Tensor) -> Any:
+        """The initial state of a batch."""
+        zeros = input.new_zeros(input.shape[0], self.hidden_size)
+        return zeros if self._n_states == 1 else (zeros, zeros)
 
-        Such a step is torch's, whatever the planner would look at, unless another path is forced.
+    def _is_ordinary(self, input: Any, hx: Any) -> bool:
+        """Whether a kernel may be called without ado: a batch, a state, plain weights.
+
+        Such a step is torch's, whatever the planner would look at, unless another path is forced
+        or, in inference, the kernels are for it.
         """
         state = hx if isinstance(self, LSTMCell) and type(hx) is tuple else (hx,)
         return (
@@ -593,9 +607,7 @@ class _Cell(_Convertible, _torch.RNNCellBase):
             and len(state) == self._n_states
             and all(type(part) is Tensor and part.dim() == 2 for part in state)
             and self._parameters.keys() == _STEP_WEIGHTS
-            and self._aten is not None
             and not context.transformed()
-            and planner.forced.path is None
         )
 
     _cell_name: Any  # key of ``fastrnn.cells.CELLS``

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import _VF, Tensor
 
-from . import autocast, checks, chunks, heads, ops, planner, reference
+from . import autocast, checks, chunks, cpu, heads, ops, planner, reference
 from . import flow as flows
 from .call import Call, Result
 from .context import can_look, differentiated, is_plain, is_traced
@@ -28,6 +28,10 @@ ATEN_STEPS: dict[str, Callable[..., Any]] = {
     "rnn_tanh": _VF.rnn_tanh_cell,
     "rnn_relu": _VF.rnn_relu_cell,
 }
+
+
+#: Takes input, states and weights, and returns output and final states.
+Prepared = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]]
 
 
 def run(call: Call) -> tuple[Any, ...]:
@@ -49,6 +53,39 @@ def run(call: Call) -> tuple[Any, ...]:
         output, (h, *final), *states = _on_path(path, autocast.to(call, dtypes.compute))
     states = [part._replace(h=part.h.to(dtypes.of_h)) for part in states]
     return output.to(dtypes.of_h), [h.to(dtypes.of_h), *final], *states
+
+
+def prepared(call: Call, *, is_step: bool = False) -> Prepared | None:
+    """Make what runs calls like this one in inference, without a record; None if nothing does.
+
+    That is for the path of this call, and for tensors that differ from its own in values and
+    strides only, where `context.is_bare` and without gradients.
+    """
+    if not is_plain(*call.tensors) or reference.is_watched():
+        return None
+    if not call.x.is_cpu:
+        return None
+    path = planner.path_of(call, is_step=is_step)
+    if path == "torch" and not is_step:
+        return _prepared_by_torch(call)
+    if path != "kernels":
+        return None
+    checks.check_alike(call)
+    return cpu.prepared(call, is_step=is_step)
+
+
+def _prepared_by_torch(call: Call) -> Prepared:
+    """`_by_torch` for other tensors."""
+    cell, options, others = call.cell, call.options, call[5:]
+
+    def run(
+        x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        x = x.transpose(0, 1) if options.batch_first else x
+        output, final = _by_torch(Call(cell, x, state, weights, None, *others))
+        return output.transpose(0, 1) if options.batch_first else output, final
+
+    return run
 
 
 def _begun(call: Call) -> Call:

@@ -111,7 +111,8 @@ def test_results(kind: str, form: str, dtype: torch.dtype) -> None:
             for hx in (True, False):
                 ours, stock = pair(kind, input_size, hidden_size, bias=bias, dtype=dtype)
                 call = Call(ours, form, batch=batch, hx=hx, dtype=dtype)
-                check(ours, stock, call, paths_of(kind), (batch, input_size, bias, hx))
+                sizes_of = (batch, input_size, bias, hx)
+                check(ours, stock, call, paths_of(kind), sizes_of, terms=batch)
 
 
 @on_paths(CELLS)
