@@ -6,15 +6,33 @@ input parts differs in the last gates only, where it is `d_apart` (N, A * H), of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .call import Weights
 
+#: Writes the product of the second and the third matrix to the first, or adds it to that.
+Multiply = Callable[[Tensor, Tensor, Tensor, bool], object]
 
-def add_d_x(dx: Tensor, d_rh: Tensor, d_apart: Tensor, w_ih: Tensor) -> None:
+
+def by_torch(c: Tensor, a: Tensor, b: Tensor, adds: bool) -> None:
+    """Multiply by torch's own product."""
+    if c.shape != (a.shape[0], b.shape[1]):  # it would be resized
+        raise RuntimeError(f"a product of {tuple(a.shape)} and {tuple(b.shape)} is not {c.shape}")
+    torch.addmm(c, a, b, beta=1 if adds else 0, out=c)
+
+
+def add_d_x(
+    dx: Tensor,
+    d_rh: Tensor,
+    d_apart: Tensor,
+    w_ih: Tensor,
+    *,
+    adds: bool = True,
+    multiply: Multiply = by_torch,
+) -> None:
     """Add the gradient of the input.
 
     Parameters
@@ -23,14 +41,24 @@ def add_d_x(dx: Tensor, d_rh: Tensor, d_apart: Tensor, w_ih: Tensor) -> None:
         In and out.
     d_rh, d_apart : Tensor
     w_ih : Tensor of shape (G * H, I)
+    adds : bool, default True
+        False if what `dx` holds is nothing yet.
+    multiply : callable, optional
     """
     shared = d_rh.shape[1] - d_apart.shape[1]
-    dx.addmm_(d_rh[:, :shared], w_ih[:shared])
+    multiply(dx, d_rh[:, :shared], w_ih[:shared], adds)
     if d_apart.shape[1]:
-        dx.addmm_(d_apart, w_ih[shared:])
+        multiply(dx, d_apart, w_ih[shared:], True)
 
 
-def d_weights(d_rh: Tensor, d_apart: Tensor, x: Tensor, d_w_hh: Tensor, w: Weights) -> list[Tensor]:
+def d_weights(
+    d_rh: Tensor,
+    d_apart: Tensor,
+    x: Tensor,
+    d_w_hh: Tensor,
+    w: Weights,
+    multiply: Multiply = by_torch,
+) -> list[Tensor]:
     """Compute the gradients of the weights of a direction, but for that of a projection.
 
     Parameters
@@ -40,6 +68,7 @@ def d_weights(d_rh: Tensor, d_apart: Tensor, x: Tensor, d_w_hh: Tensor, w: Weigh
     d_w_hh : Tensor of shape (G * H, P)
         Is part of the result.
     w : Weights
+    multiply : callable, optional
 
     Returns
     -------
@@ -48,9 +77,9 @@ def d_weights(d_rh: Tensor, d_apart: Tensor, x: Tensor, d_w_hh: Tensor, w: Weigh
     """
     shared = d_rh.shape[1] - d_apart.shape[1]
     d_w_ih = d_rh.new_empty(w.w_ih.shape)
-    torch.mm(d_rh[:, :shared].t(), x, out=d_w_ih[:shared])
+    multiply(d_w_ih[:shared], d_rh[:, :shared].t(), x, False)
     if d_apart.shape[1]:
-        torch.mm(d_apart.t(), x, out=d_w_ih[shared:])
+        multiply(d_w_ih[shared:], d_apart.t(), x, False)
     if w.b_ih is None:
         return [d_w_ih, d_w_hh]
     d_b_hh = d_rh.sum(0)
@@ -107,7 +136,14 @@ def d_weights_by_group(
     return result
 
 
-def d_w_hh(d_rh: Tensor, h: Tensor, batch: int, h_0: Tensor | None, reverse: bool) -> Tensor:
+def d_w_hh(
+    d_rh: Tensor,
+    h: Tensor,
+    batch: int,
+    h_0: Tensor | None,
+    reverse: bool,
+    multiply: Multiply = by_torch,
+) -> Tensor:
     """Sum ``d_rh[t].T @ h[t - 1]`` over the steps of a padded batch.
 
     Parameters
@@ -118,6 +154,7 @@ def d_w_hh(d_rh: Tensor, h: Tensor, batch: int, h_0: Tensor | None, reverse: boo
     h_0 : Tensor of shape (B, P), optional
         The state before the first step, which is apart from those in `h`; by default zeros.
     reverse : bool
+    multiply : callable, optional
 
     Returns
     -------
@@ -128,5 +165,8 @@ def d_w_hh(d_rh: Tensor, h: Tensor, batch: int, h_0: Tensor | None, reverse: boo
         later, first, before = *d_rh.tensor_split([rest]), h[batch:]
     else:
         first, later, before = *d_rh.tensor_split([batch]), h[:rest]
-    product = later.t() @ before
-    return product if h_0 is None else product.addmm_(first.t(), h_0)
+    product = d_rh.new_empty(d_rh.shape[1], h.shape[1])
+    multiply(product, later.t(), before, False)
+    if h_0 is not None:
+        multiply(product, first.t(), h_0, True)
+    return product

@@ -1,11 +1,11 @@
-"""The compiled kernels of the CPU: every cell, width and number of threads against float64."""
+"""The compiled kernels of the CPU: every cell, dtype, width and number of threads against float64.
+
+Their pieces have tests of their own, in test_cpu_code.py.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import random
-import re
 import subprocess
 import sys
 import warnings
@@ -13,13 +13,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import Call as CallOfModule
+from compare import oracle_of, pair
+from cpu_calls import (
+    CELLS,
+    convert,
+    draw,
+    drawn,
+    exact_of,
+    operators_of,
+    random_state,
+    run,
+)
 from torch import Tensor
 
 import fastrnn
-from fastrnn import cpu, gradients, reference
+from fastrnn import cpu
 from fastrnn.call import Asked, Call, Cotangents, Weights
-from fastrnn.cells import CELLS as EVERY_CELL
-from fastrnn.cpu import ALL, layers, machine, operators
+from fastrnn.cpu import ALL, NOTHING, machine
 from fastrnn.cpu.direction import Direction
 from fastrnn.cpu.rows import Rows
 from fastrnn.flow import PLAIN, Flow, make_marks
@@ -28,190 +39,144 @@ pytest.importorskip("llvmlite")
 if machine.target() is None:
     pytest.skip("no kernels for this CPU", allow_module_level=True)
 
-import llvmlite.binding as llvm
-from llvmlite import ir
-
-from fastrnn.cpu import activations, engine, native, vector
+from fastrnn.cpu import engine, native
 from fastrnn.planner import use_path
 
 ROOT = Path(__file__).resolve().parent.parent
-EPS = torch.finfo(torch.float32).eps
-SIZES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 65)
-CELLS = {name: cell for name, cell in EVERY_CELL.items() if cell.is_pointwise}
-
-
-def random_state(name: str, *shape: int) -> list[Tensor]:
-    """A state as steps leave it: of an sLSTM, n >= 1, or 0 with nothing in c.
-
-    By an empty one whose m is large, derivatives grow as exp(m - i), and so do their errors;
-    test_variants.py has those in float64.
-    """
-    state = [torch.randn(shape) for _ in CELLS[name].states]
-    if name == "slstm":
-        is_empty = torch.rand(shape) < 0.25
-        state[2] = (1.0 + state[2].abs()).masked_fill(is_empty, 0.0)
-        state[1] = state[1].masked_fill(is_empty, 0.0)
-        state[3] = state[3].masked_fill(is_empty, -5.0)
-    return state
-
-
-def random_flow(name: str, rng: random.Random, steps: int, batch: int, *shape: int) -> Flow:
-    """Lengths, resets and truncation, each of them or not."""
-    lengths, reset, bptt = (rng.random() < 0.5 for _ in range(3))
-    marks = make_marks(
-        steps,
-        batch,
-        shape[0],
-        torch.device("cpu"),
-        torch.tensor([rng.randint(0, steps) for _ in range(batch)]) if lengths else None,
-        torch.rand(steps, batch) < 0.3 if reset else None,
-        rng.randint(1, steps) if bptt else None,
-    )
-    fresh = random_state(name, *shape) if marks is not None and rng.random() < 0.5 else []
-    return Flow(marks, fresh)
-
-
-def draw(name: str, seed: int) -> tuple[Call, Cotangents]:
-    """Draw a call of a layer and gradients of its results."""
-    rng, cell = random.Random(f"{name}{seed}"), CELLS[name]
-    torch.manual_seed(seed)
-    inputs, hidden, batch = rng.choice(SIZES), rng.choice(SIZES), rng.choice((1, 2, 3, 5, 7, 13))
-    bidirectional, biased, packed, flows = (rng.random() < 0.5 for _ in range(4))
-    given = packed or rng.random() < 0.5
-    directions = 2 if bidirectional else 1
-    lengths = sorted((rng.randint(1, 6) for _ in range(batch)), reverse=True)
-    sizes = torch.tensor([sum(n > t for n in lengths) for t in range(lengths[0])])
-    rows = (int(sizes.sum()),) if packed else (lengths[0], batch)
-    width, of_state = cell.n_gates * hidden, (directions, batch, hidden)
-    shapes = [(width, inputs), (width, hidden), *[(width,), (width,)] * biased]
-    shapes += [(extra.blocks * hidden,) for extra in cell.extras]
-    state = random_state(name, *of_state)
-    call = Call(
-        cell,
-        torch.randn(*rows, inputs),
-        state if given else [],
-        [torch.randn(shape) * shape[-1] ** -0.5 for _ in range(directions) for shape in shapes],
-        sizes if packed else None,
-        bidirectional,
-        random_flow(name, rng, lengths[0], batch, *of_state) if flows and not packed else PLAIN,
-    )
-    dy = torch.randn(*rows, directions * hidden) if rng.random() < 0.8 else None
-    d_traces = [torch.randn(*rows, directions * hidden) for _ in state[1:]]
-    d_final = [torch.randn_like(part) for part in state]
-    return call, Cotangents(dy, d_final, d_traces if rng.random() < 0.5 else [])
-
-
-def convert(value, dtype: torch.dtype):
-    """A call or cotangents, in another dtype."""
-    if isinstance(value, Flow):
-        return Flow(*(convert(part, dtype) for part in value))
-    if isinstance(value, (Call, Cotangents)):
-        return type(value)(*(convert(part, dtype) for part in value))
-    if type(value) in (list, tuple):
-        return [convert(part, dtype) for part in value]
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def run(call: Call, given: Cotangents) -> list[Tensor]:
-    """All results of a layer, and all gradients; nobody asks for that of a state not given."""
-    result, saved = cpu.forward(call, ALL, True)
-    fakes = cpu.fake_saved(call, ALL)
-    assert [(t.shape, t.dtype) for t in saved] == [(t.shape, t.dtype) for t in fakes]
-    dx, d_state, d_fresh, d_weights = cpu.backward(call, given, saved, Asked())
-    d_state = d_state if call.state else []
-    return [result.y, *result.final, *result.traces, dx, *d_state, *d_fresh, *d_weights]
-
-
-def exact(call: Call, given: Cotangents) -> list[Tensor]:
-    """The same by the definition, in float64."""
-    call, given = convert(call, torch.float64), convert(given, torch.float64)
-    result, found = reference.layer(call), gradients.first(call, given)
-    inputs = [call.x, *call.state, *call.flow.fresh, *call.weights]
-    grads = [found.dx, *found.d_state, *found.d_fresh, *found.d_weights]
-    filled = [
-        torch.zeros_like(t) if grad is None else grad for grad, t in zip(grads, inputs, strict=True)
-    ]
-    return [result.y, *result.final, *result.traces, *filled]
-
-
-@functools.cache
-def exact_of(name: str, seed: int) -> list[Tensor]:
-    """Of what `draw` draws."""
-    return exact(*draw(name, seed))
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+multiplies_pairs = pytest.mark.skipif(
+    not machine.multiplies(BF16), reason="this CPU does not multiply pairs of bfloat16"
+)
+DTYPES = [F32, F64, pytest.param(BF16, marks=multiplies_pairs)]
 
 
 @pytest.fixture
 def with_threads(monkeypatch):
     def force(count: int) -> None:
-        monkeypatch.setattr(engine, "threads", lambda flops: count)
+        monkeypatch.setattr(engine, "threads", lambda *sizes: count)
 
     return force
 
 
 @pytest.fixture
-def by_operators(monkeypatch):
-    """A function that runs another one without kernels."""
+def packing(monkeypatch):
+    """A function that lets a seed say which weights forward packs."""
 
-    def run_by_operators(function, *args):
-        with monkeypatch.context() as patch:
-            patch.setattr(layers, "_backend", lambda x, projected: operators)
-            return function(*args)
+    def choose(seed: int) -> None:
+        rng = random.Random(seed)
+        monkeypatch.setattr(native, "_pays", lambda rows, times: rng.random() < 0.5)
 
-    return run_by_operators
+    return choose
 
 
-@pytest.mark.parametrize("target", [machine.NEON, machine.AVX2, machine.AVX512], ids=str)
+def errors(found: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """In units of the last place of the largest number, or of 1."""
+    unit = torch.finfo(dtype).eps * max(1.0, right.abs().max().item())
+    return (found.double() - right) / unit
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize(
+    "target", [machine.NEON, machine.AVX2, machine.AVX512], ids=lambda target: target.name
+)
 @pytest.mark.parametrize("cell", CELLS)
-def test_against_float64(monkeypatch, with_threads, by_operators, cell, target):
-    """LLVM splits vectors that the CPU at hand has not, so every width can be tested on any."""
+def test_against_float64(monkeypatch, with_threads, packing, cell, target, dtype):
+    """LLVM splits vectors that the CPU at hand has not, so every width can be tested on any.
+
+    In float64 the right results have errors too, as large as ours may be: twice the squares, of
+    units that are as many as in float32.
+    """
     monkeypatch.setattr(machine, "target", lambda: target)
-    squares = torch.zeros(2)
-    for seed in range(40):
+    squares, allowed = 0.0, 0.0
+    for seed in range(12):
         with_threads(seed % 4 + 1)
-        drawn = draw(cell, seed)
-        results = zip(run(*drawn), by_operators(run, *drawn), exact_of(cell, seed), strict=True)
-        for k, (a, b, right) in enumerate(results):
-            assert a.shape == b.shape == right.shape
-            if not right.numel():
-                continue
-            unit = EPS * max(1.0, right.abs().max().item())
-            errors = torch.stack([(t.double() - right) / unit for t in (a, b)]).flatten(1)
-            assert errors.abs().max() < 16, (seed, k)
-            squares += errors.pow(2).mean(1)
-    assert squares[0] <= 1.25**2 * squares[1], "larger errors than those of torch's operators"
+        packing(seed)
+        found = run(*drawn(cell, seed, dtype))
+        for k, (mine, right) in enumerate(zip(found, exact_of(cell, seed, dtype), strict=True)):
+            assert (mine.shape, mine.dtype) == (right.shape, dtype)
+            if mine.numel():
+                units = errors(mine, right, dtype)
+                assert units.abs().max() < 16, (seed, k)
+                squares += units.square().mean().item()
+        of_torch = zip(operators_of(cell, seed, F32), exact_of(cell, seed, F32), strict=True)
+        for theirs, right in of_torch:
+            if theirs.numel():
+                allowed += errors(theirs, right, F32).square().mean().item()
+    allowed *= 2 if dtype == F64 else 1
+    assert squares <= 1.25**2 * allowed, "larger errors than those of torch's operators"
 
 
-@pytest.mark.parametrize("is_projected", [False, True], ids=["plain", "projected"])
+def has_kinks(cell: str) -> bool:
+    """Whether derivatives depend on signs, which rounding may change."""
+    return cell == "rnn_relu"
+
+
+@multiplies_pairs
 @pytest.mark.parametrize("cell", CELLS)
-def test_operators_in_float64(cell, is_projected):
-    """Projections too, of which there are no kernels."""
-    if is_projected and cell not in ("lstm", "peephole_lstm", "slstm"):
-        pytest.skip("never projected")
-    for seed in range(6):
-        call, given = (convert(part, torch.float64) for part in draw(cell, seed))
-        if is_projected:
-            call, given = projected(call, given)
-        for a, b in zip(run(call, given), exact(call, given), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+def test_bfloat16_against_float64(with_threads, packing, cell):
+    """Beside float32 that is rounded once, h and the gradients of the gates are rounded too."""
+    squares, allowed = 0.0, 0.0
+    for seed in range(12):
+        with_threads(seed % 4 + 1)
+        packing(seed)
+        call, given = drawn(cell, seed, BF16)
+        found = run(call, given)
+        results = zip(
+            found, operators_of(cell, seed, BF16), exact_of(cell, seed, BF16), strict=True
+        )
+        for k, (mine, theirs, right) in enumerate(results):
+            assert (mine.shape, mine.dtype) == (right.shape, BF16)
+            if not mine.numel() or (has_kinks(cell) and k > 1):
+                continue
+            units = errors(mine, right, BF16)
+            assert units.abs().max() < 4, (seed, k)
+            squares += units.square().mean().item()
+            allowed += errors(theirs, right, BF16).square().mean().item()
+    assert squares <= 3**2 * allowed
 
 
-def projected(call: Call, given: Cotangents) -> tuple[Call, Cotangents]:
-    """The call with a projection of h to half its size."""
-    size, weights = (call.hidden_size + 1) // 2, []
-    for w in call.by_direction():
-        w_hr = torch.randn(size, call.hidden_size, dtype=call.x.dtype)
-        flat = [w.w_ih, torch.randn(w.w_ih.shape[0], size).to(w_hr), w.b_ih, w.b_hh, w_hr]
-        weights += [part for part in flat if part is not None] + list(w.extras)
+@multiplies_pairs
+@pytest.mark.parametrize("steps", [1, 5, 40])
+@pytest.mark.parametrize("kind", ["lstm", "lstm_proj", "gru", "rnn_tanh"])
+def test_bfloat16_beside_torch(packing, kind, steps):
+    """No output and no gradient has twice the error of torch.nn's, or a rounding's."""
+    for seed, (batch, inputs, hidden) in enumerate([(1, 7, 9), (3, 33, 48), (13, 64, 65)]):
+        packing(seed)
+        ours, stock = pair(kind, inputs, hidden, dtype=BF16, bidirectional=seed == 1)
+        call = CallOfModule(ours, steps=steps, batch=batch, dtype=BF16, seed=seed)
+        right = call.run(oracle_of(stock), F64)
+        theirs = call.run(stock)
+        with use_path("kernels"):
+            mine = call.run(ours)
+        for name, of_name in right.items():
+            rms, of_torch = (
+                errors(part[name], of_name, BF16).square().mean().sqrt() for part in (mine, theirs)
+            )
+            assert rms <= 2 * of_torch + 0.3, (name, seed)
 
-    def cut(tensors):
-        return [tensors[0][..., :size], *tensors[1:]] if tensors else tensors
 
-    flow = call.flow._replace(fresh=cut(call.flow.fresh))
-    dy = given.dy
-    if dy is not None:
-        dy = dy.unflatten(-1, (call.directions, -1))[..., :size].flatten(-2)
-    call = call._replace(state=cut(call.state), weights=weights, flow=flow)
-    return call, given._replace(dy=dy, d_final=cut(given.d_final))
+@pytest.mark.parametrize("cell", CELLS)
+def test_operators_against_float64(cell):
+    """The loop of torch's operators, which serves where there is no kernel."""
+    for dtype in (F32, F64):
+        for seed in range(8):
+            results = zip(operators_of(cell, seed, dtype), exact_of(cell, seed, dtype), strict=True)
+            for theirs, right in results:
+                assert theirs.dtype == dtype
+                if theirs.numel():
+                    assert errors(theirs, right, dtype).abs().max() < 16, seed
+
+
+def test_what_is_packed(monkeypatch):
+    """Weights that are multiplied often, by many rows."""
+    found = []
+    monkeypatch.setattr(engine, "run", lambda *args: found.append(args[3]))
+    for batch, steps in ((4, 40), (1, 100), (64, 200)):
+        weights = [torch.randn(36, 8), torch.randn(36, 5), torch.randn(5, 9)]
+        call = Call(CELLS["lstm"], torch.randn(steps, batch, 8), [], weights)
+        cpu.forward(call, NOTHING, False)
+    packed = [[bool(part) for part in (a.packed_ih, a.packed_hh, a.packed_hr)] for a in found]
+    assert packed == [[False] * 3, [False, True, True], [True] * 3]
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -219,10 +184,10 @@ def test_gradients_of_groups(cell):
     """Of each part of the batch, as if it were a call of its own."""
     call, given = draw(cell, 1)
     call = call._replace(batch_sizes=None, flow=PLAIN, x=torch.randn(5, 6, call.x.shape[-1]))
-    state = random_state(cell, call.directions, 6, call.hidden_size)
+    state = random_state(cell, (call.directions, 6), call.hidden_size, call.size_h)
     lengths = torch.tensor([5, 2, 0, 4, 5, 1])
     marks = make_marks(5, 6, call.directions, torch.device("cpu"), lengths)
-    dy = torch.randn(5, 6, call.directions * call.hidden_size)
+    dy = torch.randn(5, 6, call.directions * call.size_h)
     for flow in (PLAIN, Flow(marks)):
         of_all = call._replace(state=state, flow=flow)
         found = cpu.backward(of_all, Cotangents(dy, state), [], Asked(groups=3))
@@ -241,12 +206,29 @@ def test_gradients_of_groups(cell):
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_rounded_once(cell, dtype):
-    call, given = (convert(part, dtype) for part in draw(cell, 3))
-    wide = run(convert(call, torch.float32), convert(given, torch.float32))
-    for mine, right in zip(run(call, given), wide, strict=True):
-        assert mine.dtype == dtype
-        assert torch.equal(mine, right.to(dtype))
+def test_half_precision_that_is_not_multiplied_is_rounded_once(monkeypatch, cell, dtype):
+    without_pairs = machine.target()._replace(pairs="")
+    monkeypatch.setattr(machine, "target", lambda: without_pairs)
+    for seed in (1, 3):
+        call, given = drawn(cell, seed, dtype)
+        wide = run(convert(call, F32), convert(given, F32))
+        for mine, right in zip(run(call, given), wide, strict=True):
+            assert mine.dtype == dtype
+            assert torch.equal(mine, right.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_results_do_not_depend_on_what_is_kept(cell, dtype):
+    """Of an h before its projection, forward keeps one step or all of them."""
+    for seed in range(8):
+        call, _ = drawn(cell, seed, dtype)
+        whole, _ = cpu.forward(call, ALL, True)
+        for save, traced in ((NOTHING, False), (NOTHING, True), (ALL, False)):
+            result, _ = cpu.forward(call, save, traced)
+            expected = [whole.y, *whole.final, *(whole.traces if traced else [])]
+            found = [result.y, *result.final, *result.traces]
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_nothing_is_returned_or_saved_that_nobody_asks_for():
@@ -261,23 +243,31 @@ def test_nothing_is_returned_or_saved_that_nobody_asks_for():
     torch.testing.assert_close(found.d_state, everything.d_state)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["as it is", "packed"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_results_do_not_depend_on_the_number_of_threads(with_threads, cell):
-    for seed in range(5):
-        drawn = draw(cell, seed)
+def test_results_do_not_depend_on_the_number_of_threads(
+    monkeypatch, with_threads, cell, packed, dtype
+):
+    monkeypatch.setattr(native, "_pays", lambda rows, times: packed)
+    for seed in range(3):
         results = []
         for count in (1, 2, 3, 8):  # 8 are more than there are cores, and than slices
             with_threads(count)
-            results.append(run(*drawn))
+            results.append(run(*drawn(cell, seed, dtype)))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_many_steps_on_many_threads(with_threads):
+@pytest.mark.parametrize(("name", "size_h"), [("gru", 129), ("lstm", 70)])
+def test_many_steps_on_many_threads(with_threads, name, size_h):
     """A wait that is missing shows up in a long walk with narrow slices."""
-    weights = [torch.randn(3 * 129, n) * 0.1 for n in (33, 129)]
-    call = Call(CELLS["gru"], torch.randn(500, 3, 33), [], weights)
-    given = Cotangents(torch.randn(500, 3, 129), [torch.randn(1, 3, 129)])
+    cell = CELLS[name]
+    shapes = [(cell.n_gates * 129, n) for n in (33, size_h)] + [(size_h, 129)] * (size_h < 129)
+    weights = [torch.randn(shape) * 0.1 for shape in shapes]
+    call = Call(cell, torch.randn(500, 3, 33), [], weights)
+    d_final = random_state(name, (1, 3), 129, size_h)
+    given = Cotangents(torch.randn(500, 3, size_h), d_final)
     with_threads(1)
     alone = run(call, given)
     for count in (2, 5):
@@ -285,85 +275,6 @@ def test_many_steps_on_many_threads(with_threads):
         for _ in range(5):
             together = run(call, given)
             assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
-
-
-def activation(function):
-    """Compile a function of the cells to run over a tensor."""
-    target = machine.target()
-    module = ir.Module("activation")
-    parameters = [vector.ADDRESS, vector.ADDRESS, vector.INT]
-    code = vector.Code(module, "activation", parameters, target.lanes)
-    x, y, count = code.parameters
-    with code.loop(count, step=target.lanes) as k:
-        code.store(y + k, function(code.load(x + k, count - k)), count - k)
-    code.finish()
-    for_ = engine.target_machine()
-    owner = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), for_)
-    owner.finalize_object()
-    address = owner.get_function_address("activation")
-    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(address)
-
-    def apply(values: Tensor) -> Tensor:
-        result = torch.full((len(values) + 1,), 7.0)
-        call(values.data_ptr(), result.data_ptr(), len(values))
-        assert result[-1] == 7, "stored beyond the end"
-        assert owner
-        return result[:-1]
-
-    return apply
-
-
-EXACT = {
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "exp": torch.exp,
-    "log_sigmoid": torch.nn.functional.logsigmoid,
-}
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_activations_to_the_last_digits(name):
-    apply = activation(getattr(activations, name))
-    values = torch.cat(
-        [torch.linspace(-90, 90, 100_001), torch.logspace(-30, 1, 50_001), torch.randn(99_999)]
-    )
-    values = torch.cat([values, -values])
-    if name == "exp":
-        values = -values.abs()
-    exact = EXACT[name](values.double())
-    # Relative, down to what is lost in 1 - sigmoid below the smallest normal number.
-    error = (apply(values).double() - exact).abs() / (exact.abs() * EPS).clamp_min(2.0**-126)
-    inside = values.abs() < 87
-    assert error[inside].max() < 2.1
-    beyond = (apply(values)[~inside].double() - exact[~inside]).abs()
-    assert (beyond / exact[~inside].abs().clamp_min(1.0)).max() < 2e-38
-    special = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0])
-    special = special[1:] if name == "exp" else special
-    mine, right = apply(special), EXACT[name](special)
-    torch.testing.assert_close(mine, right, rtol=EPS, atol=2e-38, equal_nan=True)
-    if name == "tanh":
-        assert torch.equal(mine.signbit()[-2:], special.signbit()[-2:])
-    if name == "exp":
-        assert (mine[-2:] == 1).all()
-
-
-@pytest.mark.parametrize("name", ["relu", "maximum"])
-def test_what_is_not_a_number_stays_so(name):
-    values = torch.tensor([float("nan"), float("inf"), -float("inf"), -2.0, -0.0, 0.0, 3.0])
-    if name == "relu":
-        torch.testing.assert_close(
-            activation(activations.relu)(values), torch.relu(values), equal_nan=True
-        )
-        return
-    for other in values.tolist():
-        for swapped in (False, True):
-
-            def of_two(x, other=other, swapped=swapped):
-                pair = (x, x.code.splat(x.code.number(other)))
-                return activations.maximum(*(pair[::-1] if swapped else pair))
-
-            right = torch.maximum(values, torch.full_like(values, other))
-            torch.testing.assert_close(activation(of_two)(values), right, equal_nan=True)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -387,58 +298,92 @@ GUARDED = """
 import ctypes, mmap, sys
 import torch
 from fastrnn import cpu
-from fastrnn.call import Asked, Call, Cotangents
-from fastrnn.flow import Flow
+from fastrnn.cpu import engine, machine, native
 sys.path.insert(0, "tests")
-import test_cpu_kernels as tests
+import cpu_calls
 
 libc = ctypes.CDLL(None, use_errno=True)
 kept = []
 
-def guarded(value):
-    '''A copy whose tensors end where a page ends behind which nothing may be touched.'''
-    if isinstance(value, (Call, Cotangents, Flow)):
-        return type(value)(*map(guarded, value))
-    if type(value) in (list, tuple):
-        return [guarded(part) for part in value]
-    if not isinstance(value, torch.Tensor) or not value.numel():
-        return value
-    size = -(-value.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    pages = mmap.mmap(-1, size + mmap.PAGESIZE)
+def room(size):
+    '''Bytes that end where a page ends behind which nothing may be touched, all 0xff: NaN.'''
+    whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = mmap.mmap(-1, whole + mmap.PAGESIZE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
-    assert libc.mprotect(ctypes.c_void_p(start + size), mmap.PAGESIZE, 0) == 0
+    assert libc.mprotect(ctypes.c_void_p(start + whole), mmap.PAGESIZE, 0) == 0
     kept.append(pages)
-    offset = size - value.nbytes
-    flat = torch.frombuffer(pages, dtype=value.dtype, count=value.numel(), offset=offset)
-    return flat.view(value.shape).copy_(value)
+    return torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=whole - size).fill_(255)
 
-for name in tests.CELLS:
-    for seed in range(30):
-        call, given = map(guarded, tests.draw(name, seed))
-        _, saved = cpu.forward(call, cpu.ALL, False)
-        cpu.backward(call, given, guarded(saved), Asked())
+def span(part):
+    '''All memory from the first number of a tensor to its last one, as bytes.'''
+    count = 1 + sum((n - 1) * stride for n, stride in zip(part.shape, part.stride()))
+    return part.as_strided((count,), (1,)).view(torch.uint8)
+
+def work_space(*sizes):
+    parts = [room(size) if size else None for size in sizes]
+    return torch.empty(0), [0 if part is None else part.data_ptr() for part in parts]
+
+def run(cell, dtype, name, arguments, threads):
+    '''Run a kernel on copies of its tensors, and copy back what it has written.'''
+    values = (ctypes.c_int64 * (ctypes.sizeof(arguments) // 8)).from_buffer(arguments)
+    moved = []
+    for k, part in enumerate(arguments.tensors, len(values) - len(arguments.tensors)):
+        if part is not None and part.numel():
+            old = span(part)
+            moved.append((old, old.clone(), room(old.numel()).copy_(old)))
+            values[k] = moved[-1][2].data_ptr()
+    real[0](cell, dtype, name, arguments, threads)
+    for old, before, after in moved:
+        if not torch.equal(before, after):
+            old.copy_(after)
+    kept.clear()
+
+real = engine.run, native.work_space
+for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    if not machine.multiplies(dtype):
+        continue
+    for name in cpu_calls.CELLS:
+        for seed in range(12):
+            native._pays = lambda rows, times: seed % 2 == 0
+            call, given = cpu_calls.drawn(name, seed, dtype)
+            found = []
+            for engine.run, native.work_space in (real, (run, work_space)):
+                y = cpu.forward(call, cpu.NOTHING, False)[0].y
+                found.append([y, *cpu_calls.run(call, given)])
+            equal = (torch.equal(a, b) for a, b in zip(*found))
+            assert all(equal), (dtype, name, seed)
 print("all inside")
 """
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no mprotect")
 def test_nothing_beyond_the_arguments_is_touched():
+    """Of tensors, results and work space; and what is in the latter before is not used."""
     done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "all inside\n", done.stderr
 
 
-def test_nothing_beyond_the_columns_is_written(with_threads):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_nothing_beyond_the_columns_is_written(with_threads, packing, name, dtype):
+    """h may be columns of a wider tensor; that of the LSTM is projected."""
     with_threads(2)
-    for hidden in (1, 7, 17, 33):
-        canvas = torch.full((4 * 3, hidden + 5), 7.0)
-        weights = Weights.unpack([torch.randn(3 * hidden, 6), torch.randn(3 * hidden, hidden)])
-        x = torch.randn(12, 6)
-        direction = Direction(CELLS["gru"], weights, Rows(4, 3, None), False, [], None)
-        state = [torch.zeros(3, hidden)]
-        h = canvas[:, 2 : 2 + hidden]
-        native.forward(direction, x, state, h, [], [])
+    cell, exact_dtype = CELLS[name], F64 if dtype == F64 else F32
+    for seed, hidden in enumerate((2, 7, 17, 33)):
+        packing(seed)
+        size_h = hidden if name == "gru" else hidden // 2
+        canvas = torch.full((4 * 3, size_h + 5), 7.0, dtype=dtype)
+        width = cell.n_gates * hidden
+        shapes = [(width, 6), (width, size_h), *[(size_h, hidden)] * (size_h < hidden)]
+        weights = Weights.unpack([torch.randn(shape, dtype=dtype) for shape in shapes])
+        direction = Direction(cell, weights, Rows(4, 3, None), False, [], None)
+        state = [torch.zeros(3, size_h, dtype=exact_dtype)]
+        state += [torch.zeros(3, hidden, dtype=exact_dtype) for _ in cell.states[1:]]
+        h = canvas[:, 2 : 2 + size_h]
+        native.forward(direction, torch.randn(12, 6, dtype=dtype), state, h, [], [])
         assert (canvas[:, :2] == 7).all()
-        assert (canvas[:, 2 + hidden :] == 7).all()
-        assert torch.equal(h[-3:], state[0])
+        assert (canvas[:, 2 + size_h :] == 7).all()
+        assert torch.equal(h[-3:], state[0].to(dtype))
 
 
 def small_call() -> Call:
@@ -573,34 +518,3 @@ def test_recompute_in_another_autocast_region(name):
             return torch.autograd.grad(y.sum(), weights)
 
     torch.testing.assert_close(gradients(True), gradients(False))
-
-
-# What other CPUs would run.
-
-OTHERS = [
-    ("x86_64-unknown-linux-gnu", "x86-64-v3", machine.AVX2, "ymm"),
-    ("x86_64-unknown-linux-gnu", "znver4", machine.AVX512, "zmm"),
-    ("x86_64-unknown-linux-gnu", "sapphirerapids", machine.AVX512, "zmm"),
-    ("aarch64-unknown-linux-gnu", "neoverse-n1", machine.NEON, ".4s"),
-    ("aarch64-unknown-linux-gnu", "neoverse-v2", machine.NEON, ".4s"),
-]
-
-
-@pytest.mark.parametrize(("triple", "cpu", "target", "sign"), OTHERS)
-@pytest.mark.parametrize("cell", ["lstm", "rnn_tanh", "peephole_lstm", "slstm"])
-def test_products_of_other_cpus_stay_in_registers(triple, cpu, target, sign, cell):
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    try:
-        of = llvm.Target.from_triple(triple)
-    except RuntimeError:
-        pytest.skip(f"LLVM without {triple}")
-    for_ = of.create_target_machine(cpu=cpu, opt=3)
-    assembly = for_.emit_assembly(engine.optimized(CELLS[cell], target, for_))
-    blocks = re.split(r"^\.LBB\w+:", assembly, flags=re.MULTILINE)
-    in_full_tile = {2 * target.tile_rows, 24}  # and as often in a turn of the loop
-    products = [b for b in blocks if len(re.findall("vfmadd|fmla", b)) in in_full_tile]
-    assert products
-    for block in products:
-        assert sign in block
-        assert not re.search(r"\(%rsp|\[sp", block), "a spill"

@@ -25,7 +25,7 @@ pytest.importorskip("llvmlite")
 if machine.target() is None:
     pytest.skip("no kernels for this CPU", allow_module_level=True)
 
-from fastrnn.cpu import engine, native
+from fastrnn.cpu import engine, memory
 
 ROOT = Path(__file__).resolve().parent.parent
 can_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
@@ -57,16 +57,17 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_number_of_threads(monkeypatch, two_threads):
     monkeypatch.setattr(machine, "cores", lambda: 16)
-    assert engine.threads(10**9) == 2
-    assert engine.threads(10**3) == 1, "too little for a barrier after each step"
+    assert engine.threads(10**9, 16) == 2
+    assert engine.threads(10**9, 1) == 1, "more threads than parts would have nothing to do"
+    assert engine.threads(10**3, 16) == 1, "too little for a barrier after each step"
     torch.set_num_threads(1)
-    assert engine.threads(10**9) == 1
+    assert engine.threads(10**9, 16) == 1
     torch.set_num_threads(2)
     monkeypatch.setattr(machine, "cores", lambda: 1)
-    assert engine.threads(10**9) == 1, "more threads than CPUs would wait for each other"
+    assert engine.threads(10**9, 16) == 1, "more threads than CPUs would wait for each other"
     monkeypatch.setattr(machine, "cores", lambda: 16)
     monkeypatch.setattr(engine, "openmp", lambda: None)
-    assert engine.threads(10**9) == 1
+    assert engine.threads(10**9, 16) == 1
 
 
 def test_without_an_openmp_runtime(monkeypatch):
@@ -102,22 +103,25 @@ def test_work_space_is_kept_within_limits(monkeypatch):
     model, x = module_and_input(64)
     with torch.inference_mode():
         expected = model(x)[0].clone()
-        kept = native._kept.floats
-        assert 0 < kept.numel() <= native._MAX_KEPT
+        kept = memory._kept.work
+        assert 0 < kept.nbytes <= memory._MOST
         assert torch.equal(model(x)[0], expected)
     y, _ = model(x)  # what was kept in inference mode serves outside of it
     y.sum().backward()
-    assert native._kept.floats is kept
+    assert memory._kept.work is kept
     assert torch.equal(y, expected)
-    monkeypatch.setattr(native, "_MAX_KEPT", 0)
+    gradients = memory._kept.gradients
+    assert gradients.numel()
+    monkeypatch.setattr(memory, "_MOST", 0)
     large, x = module_and_input(256)
-    large(x)
-    assert native._kept.floats is kept
+    large(x)[0].sum().backward()
+    assert memory._kept.work is kept
+    assert memory._kept.gradients is gradients
 
 
 def test_more_threads_than_cores(monkeypatch, two_threads):
     """Of OpenMP, in every one of several Python threads."""
-    monkeypatch.setattr(engine, "threads", lambda flops: 8)
+    monkeypatch.setattr(engine, "threads", lambda *sizes: 8)
     model, x = module_and_input()
     with torch.no_grad():
         expected, _ = model(x)
@@ -150,7 +154,7 @@ def test_forked_processes(two_threads):
         # torch would fill memory in parallel, and wait for threads that are not there.
         torch.utils.deterministic.fill_uninitialized_memory = False
         with torch.no_grad():
-            queue.put((engine.threads(10**9), model(x)[0].sum().item()))
+            queue.put((engine.threads(10**9, 16), model(x)[0].sum().item()))
 
     children = [context.Process(target=child, daemon=True) for _ in range(3)]
     for process in children:
@@ -211,7 +215,7 @@ if child == 0:
         y.sum().backward()
         torch.testing.assert_close(y, expected)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0
-        print(machine.kernel_gap(torch.float32, False), flush=True)
+        print(machine.kernel_gap(torch.float32), flush=True)
     finally:
         os._exit(status != 0)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -302,7 +306,7 @@ def test_first_use_is_visible_and_later_uses_are_not(tmp_path):
     first = python(RUN, FASTRNN_CACHE_DIR=str(tmp_path))
     assert first.returncode == 0, first.stderr
     assert "compiling the gru kernels" in first.stderr
-    assert "compiled the gru kernels in" in first.stderr
+    assert "compiled the gru kernels for float32 in" in first.stderr
     assert len(list(tmp_path.iterdir())) == 1
     second = python(RUN, FASTRNN_CACHE_DIR=str(tmp_path))
     assert second.stdout == first.stdout
@@ -349,37 +353,6 @@ def test_a_user_without_a_home(monkeypatch, caplog):
     model, x = module_and_input(16)
     model(x)
     assert "Could not determine home directory" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("own", "shared", "folder"),
-    [
-        ("~", "", "HOME"),
-        ("~/kernels", "/shared", "HOME/kernels"),
-        ("/own/~", "/shared", "/own/~"),
-        ("own/kernels", "/shared", "own/kernels"),
-        ("", "/shared", "/shared/fastrnn"),
-        ("", "", "HOME/.cache/fastrnn"),
-        ("", "shared", "HOME/.cache/fastrnn"),
-        ("", "./shared", "HOME/.cache/fastrnn"),
-        ("", "~/shared", "HOME/.cache/fastrnn"),
-    ],
-)
-def test_folder_of_the_cache(tmp_path, monkeypatch, own, shared, folder):
-    for name, value in (("HOME", str(tmp_path)), ("USERPROFILE", str(tmp_path))):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("FASTRNN_CACHE_DIR", own)
-    monkeypatch.setenv("XDG_CACHE_HOME", shared)
-    assert engine.cache_folder() == Path(folder.replace("HOME", str(tmp_path)))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="users' homes are guessed")
-def test_folder_of_another_user(monkeypatch):
-    import pwd
-
-    user = pwd.getpwuid(os.getuid())
-    monkeypatch.setenv("FASTRNN_CACHE_DIR", f"~{user.pw_name}/kernels")
-    assert engine.cache_folder() == Path(user.pw_dir) / "kernels"
 
 
 def test_a_folder_of_nobody(monkeypatch, caplog, tmp_path):
@@ -438,6 +411,9 @@ def test_warmup(tmp_path, capsys, monkeypatch):
     assert "gru" in out
     assert "rnn_tanh" not in out
     assert len(list(tmp_path.iterdir())) == 2
+    assert main(["warmup", "--cells", "gru", "--dtype", "fp32", "fp64", "fp16"]) == 0
+    assert "float64" in capsys.readouterr().out
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_warmup_where_there_is_nothing_to_compile(capsys, monkeypatch):
@@ -456,8 +432,9 @@ def test_without_llvmlite(module):
     )
     done = python(code)
     assert done.returncode == 0, done.stderr
-    plan, *results = done.stdout.splitlines()
-    assert plan.startswith("torch: no kernels without llvmlite")
+    plan, _, *results = done.stdout.splitlines()
+    assert plan.startswith("torch: ")
+    assert "no kernels without llvmlite" in plan
     assert results == python(RUN).stdout.splitlines()
 
 

@@ -24,12 +24,14 @@ MODULES = {
     "slstm": fastrnn.SLSTM,
     "gru_reset_before": fastrnn.ResetBeforeGRU,
 }
+PROJECTED = ("lstm", "peephole_lstm", "slstm")
 HAVE_GATES = ("lstm", "gru", "layernorm_lstm", "layernorm_gru")
 BUILT = {
     "plain": {},
     "stacked": {"num_layers": 2, "bidirectional": True},
     "noisy": {"zoneout": 0.2, "recurrent_dropout": 0.3, "bidirectional": True},
     "heads": {"num_heads": 2},
+    "projected": {"proj_size": 2, "bidirectional": True},
 }
 CALLED = {
     "nothing": {},
@@ -79,10 +81,12 @@ CASES = [
     for call in CALLED
     if (call != "gates" or name in HAVE_GATES)
     and (build in ("plain", "stacked") or call in ("nothing", "gates", "chunks"))
+    and (build != "projected" or name in PROJECTED)
 ]
+PATHS = [None, "kernels", "operators", "reference"]
 
 
-@pytest.mark.parametrize("path", [None, "kernels", "reference"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("name", "build", "call"), CASES)
 def test_padding(name, build, call, path):
     module = make(name, **BUILT[build])
@@ -105,7 +109,7 @@ def test_padding(name, build, call, path):
         check(found, expected)
 
 
-@pytest.mark.parametrize("path", [None, "kernels", "reference"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("name", "build", "call"), CASES)
 def test_before_a_reset(name, build, call, path):
     """With a loss of what comes after it, and of what comes before the poison."""
@@ -139,7 +143,7 @@ def test_poison_that_is_asked_for_is_seen():
         x[2, 0] = NAN
         reset = torch.zeros(STEPS, BATCH, dtype=torch.bool)
         reset[4, 0] = True
-        for path in (None, "kernels", "reference"):
+        for path in PATHS:
             found = run(module, x, initial(module), path, lambda y: y[3].sum(), reset=reset)
             assert found[1].isnan().any(), (name, path)
 

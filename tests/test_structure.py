@@ -18,11 +18,13 @@ import pytest
 import fastrnn
 import fastrnn.compile
 import fastrnn.cpu.engine
+import fastrnn.cpu.inference
 import fastrnn.cpu.native
 import fastrnn.kernels.configs
 import fastrnn.patch
 import fastrnn.planner
 import fastrnn.testing
+import fastrnn.tune
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,17 +44,21 @@ ALLOWED = {
         "__version__",
         "_arguments",
         "bench",
+        "cache",
         "cells",
         "cpu",
         "devices",
         "kernels",
         "planner",
         "testing",
+        "tune",
+        "tuned",
     },
     "_arguments": set(),
     "_imports": set(),
     "_version": set(),
     "autocast": {"call", "context"},
+    "cache": set(),
     "call": {"cells", "context", "flow", "options"},
     "cases": {"cells", "nn", "paths", "variants"},
     "checks": {"call", "cells", "context", "flow", "options"},
@@ -60,12 +66,12 @@ ALLOWED = {
     "compile": {"nn"},
     "context": set(),
     "convert": set(),
-    "crossover": {"cpu", "problem"},
-    "devices": {"cells", "kernels", "problem"},
+    "crossover": {"cells", "cpu", "hardware", "problem", "tuned"},
+    "devices": {"cells", "hardware", "kernels", "problem", "tuned"},
     "diagnose": {"cells", "nn", "options", "planner", "reference"},
     "flops": {"_imports", "cells"},
     "flow": set(),
-    "forms": {"context", "functional", "options"},
+    "forms": {"checks", "context", "cpu", "functional", "options", "paths", "planner"},
     "functional": {"checks", "options", "paths"},
     "gpu": {
         "call",
@@ -79,6 +85,7 @@ ALLOWED = {
         "reference",
     },
     "gradients": {"call", "flow", "reference"},
+    "hardware": {"cpu", "kernels"},
     "heads": {"call", "cells", "flow"},
     "nn": {"cells", "checks", "context", "forms", "functional", "options", "paths", "planner"},
     "ops": {
@@ -103,6 +110,7 @@ ALLOWED = {
         "checks",
         "chunks",
         "context",
+        "cpu",
         "flow",
         "heads",
         "ops",
@@ -117,6 +125,17 @@ ALLOWED = {
     "states": {"call", "context", "flow", "gradients", "heads", "options", "reference"},
     "testing": {"cases", "cells", "options", "oracle", "planner"},
     "transforms": {"call", "flow", "reference"},
+    "tune": {
+        "__version__",
+        "_arguments",
+        "bench",
+        "crossover",
+        "devices",
+        "hardware",
+        "nn",
+        "tuned",
+    },
+    "tuned": {"_arguments", "_version", "cache", "cells", "hardware", "kernels", "problem"},
     "variants": {"cells", "forms", "nn"},
 }
 
@@ -125,19 +144,25 @@ ALLOWED_IN_CPU = {
     "__init__": {"layers", "machine"},
     "activations": {"vector"},
     "arguments": set(),
+    "backward_kernel": {"steps", "vector"},
     "direction": {"rows"},
     "engine": {"arguments", "machine", "sequence"},
-    "layers": {"direction", "machine", "native", "operators", "rows", "walk"},
+    "forward_kernel": {"steps", "vector"},
+    "inference": {"arguments", "direction", "engine", "machine", "memory", "native", "rows"},
+    "layers": {"direction", "inference", "machine", "native", "operators", "rows", "walk"},
     "machine": set(),
-    "native": {"arguments", "direction", "engine", "machine"},
+    "matrices": {"arguments", "tiles", "vector"},
+    "memory": set(),
+    "native": {"arguments", "direction", "engine", "machine", "memory", "operators"},
     "operators": {"direction"},
     "rows": set(),
-    "sequence": {"activations", "arguments", "machine", "tiles", "vector"},
-    "tiles": {"machine", "vector"},
+    "sequence": {"arguments", "backward_kernel", "forward_kernel", "machine"},
+    "steps": {"activations", "machine", "matrices", "vector"},
+    "tiles": {"arguments", "machine", "vector"},
     "vector": set(),
     "walk": {"direction"},
 }
-BEYOND_CPU = {"call", "cells", "flow", "gradients", "products", "reference"}
+BEYOND_CPU = {"cache", "call", "cells", "flow", "gradients", "products", "reference"}
 
 
 def imports(path: Path) -> set[str]:
@@ -243,10 +268,11 @@ def test_what_is_read_beside_the_code_is_installed():
     files = {(package, name) for package, names in declared.items() for name in names}
     assert files == {
         ("fastrnn", "py.typed"),
+        ("fastrnn", f"{fastrnn.tuned.SHIPPED.name}/*.csv"),
         ("fastrnn.kernels", fastrnn.kernels.configs.STEPS.name),
     }
     for package, name in files:
-        assert importlib.resources.files(package).joinpath(name).is_file()
+        assert [*Path(str(importlib.resources.files(package))).glob(name)]
 
 
 def modules_after_importing_fastrnn(prelude: str = "") -> set[str]:
@@ -299,10 +325,12 @@ DOCUMENTED = [
 # What only the package calls: what signatures and records say is not said again.
 INTERNAL = [
     fastrnn.autocast,
+    fastrnn.cache,
     fastrnn.cells.engine,
     fastrnn.checks,
     fastrnn.chunks,
     fastrnn.cpu.engine,
+    fastrnn.cpu.inference,
     fastrnn.cpu.layers,
     fastrnn.cpu.machine,
     fastrnn.cpu.native,
@@ -312,6 +340,7 @@ INTERNAL = [
     fastrnn.flops,
     fastrnn.gpu,
     fastrnn.gradients,
+    fastrnn.hardware,
     fastrnn.heads,
     fastrnn.kernels.configs,
     fastrnn.ops,
@@ -322,6 +351,8 @@ INTERNAL = [
     fastrnn.reference,
     fastrnn.states,
     fastrnn.transforms,
+    fastrnn.tune,
+    fastrnn.tuned,
 ]
 
 

@@ -9,9 +9,10 @@ from .layers import (
     compute_dtype,
     fake_saved,
     forward,
+    prepared,
     saves_nothing,
 )
-from .machine import describe, kernel_gap, kernels_allowed
+from .machine import describe, kernel_gap, kernels_allowed, target
 
 __all__ = [
     "ALL",
@@ -25,5 +26,7 @@ __all__ = [
     "forward",
     "kernel_gap",
     "kernels_allowed",
+    "prepared",
     "saves_nothing",
+    "target",
 ]

@@ -2,46 +2,77 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 from llvmlite import ir
 
 from ..cells import Engine
-from .vector import INT32, Value, fma, where
+from .vector import DOUBLE, INT, INT32, Value, fma, where
 
-# All are made from exp(y) = 2**n * (1 + p) with p = exp(r) - 1, y = n * ln 2 + r and
-# |r| <= ln 2 / 2: there the Taylor series to r**7 is within a quarter of a unit in the last place.
+
+class _Exp(NamedTuple):
+    """What the exponential function is made of, in one dtype.
+
+    ``exp(y) = 2**n * (1 + p)`` with p = exp(r) - 1, y = n * ln 2 + r and |r| <= ln 2 / 2. The
+    Taylor series of p to the given degree is within a quarter of a unit in the last place.
+    """
+
+    mantissa: int  # bits
+    bias: int  # of the exponent
+    ln2: tuple[float, float]  # the first part times n is exact
+    degree: int
+    limit: float  # exp of it, and of its negative, is a normal number
+    most_tanh: float  # tanh of half of it is 1
+    log_terms: int  # of the series of log_sigmoid
+
+    @property
+    def round(self) -> float:
+        """Adding it leaves an integer in the lowest bits."""
+        return 1.5 * 2.0**self.mantissa
+
+
+_SINGLE = _Exp(23, 127, (0.693359375, -2.12194440054690583e-4), 7, 87.0, 20.0, 8)
+_DOUBLE = _Exp(
+    52, 1023, (6.93147180369123816490e-01, 1.90821492927058770002e-10), 13, 708.0, 40.0, 17
+)
 _LOG2_E = 1.4426950408889634
-_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440054690583e-4  # n * high is exact
-_ROUND = 1.5 * 2.0**23  # adding it leaves an integer in the lowest bits
-_TAYLOR = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2)
+
+
+def _of(x: Value) -> _Exp:
+    return _DOUBLE if x.code.exact == DOUBLE else _SINGLE
 
 
 def _exp_parts(y: Value) -> tuple[Value, Value]:
-    """``2**n`` and p for |y| <= 87."""
-    code, build = y.code, y.code.build
-    shifted = fma(y, _LOG2_E, _ROUND)
-    n = shifted - _ROUND
-    r = fma(n, -_LN2_LOW, fma(n, -_LN2_HIGH, y))
-    series = fma(r, _TAYLOR[0], _TAYLOR[1])
-    for coefficient in _TAYLOR[2:]:
+    """``2**n`` and p for |y| up to the limit."""
+    code, build, of = y.code, y.code.build, _of(y)
+    shifted = fma(y, _LOG2_E, of.round)
+    n = shifted - of.round
+    high, low = of.ln2
+    r = fma(n, -low, fma(n, -high, y))
+    first, *others = [1 / math.factorial(k) for k in range(of.degree, 1, -1)]
+    series = code.constant(first)
+    for coefficient in others:
         series = fma(series, r, coefficient)
     p = fma(r * r, series, r)
-    integers = ir.VectorType(INT32, code.lanes)
-    exponent = build.shl(
-        build.bitcast(shifted.value, integers), ir.Constant(integers, [23] * code.lanes)
+    integers = ir.VectorType(INT32 if of is _SINGLE else INT, code.lanes)
+    shift, bias = (
+        ir.Constant(integers, [k] * code.lanes) for k in (of.mantissa, of.bias << of.mantissa)
     )
-    bits = build.add(exponent, ir.Constant(integers, [127 << 23] * code.lanes))
-    return Value(code, build.bitcast(bits, code.vector)), p
+    exponent = build.shl(build.bitcast(shifted.value, integers), shift)
+    return Value(code, build.bitcast(build.add(exponent, bias), code.vector)), p
 
 
 def sigmoid(x: Value) -> Value:
     """``1 / (1 + exp(-x))``; not a number where x is not."""
-    scale, p = _exp_parts((0.0 - x.at_most(87.0)).at_most(87.0))
+    limit = _of(x).limit
+    scale, p = _exp_parts((0.0 - x.at_most(limit)).at_most(limit))
     return 1.0 / (fma(scale, p, scale) + 1.0)
 
 
 def tanh(x: Value) -> Value:
     """``e / (e + 2)`` with e = exp(2 |x|) - 1 and the sign of x; not a number where x is not."""
-    scale, p = _exp_parts((x.code.intrinsic("fabs", x) * 2.0).at_most(20.0))
+    scale, p = _exp_parts((x.code.intrinsic("fabs", x) * 2.0).at_most(_of(x).most_tanh))
     e = fma(scale, p, scale - 1.0)
     return x.code.intrinsic("copysign", e / (e + 2.0), x)
 
@@ -52,23 +83,28 @@ def relu(x: Value) -> Value:
 
 
 def exp(x: Value) -> Value:
-    """The exponential function of x <= 80; 0 below -87, not a number where x is not."""
-    scale, p = _exp_parts(0.0 - (0.0 - x).at_most(87.0))
-    return where(x < -87.0, 0.0, fma(scale, p, scale))
+    """The exponential function of x below its limit; 0 below the negative limit, or not a number.
+
+    The latter where x is not.
+    """
+    limit = _of(x).limit
+    scale, p = _exp_parts(0.0 - (0.0 - x).at_most(limit))
+    return where(x < -limit, 0.0, fma(scale, p, scale))
 
 
 def log_sigmoid(x: Value) -> Value:
     """``min(x, 0) - log(1 + e)`` with e = exp(-|x|); not a number where x is not.
 
-    The logarithm is ``2 * atanh(s)`` with s = e / (2 + e) <= 1 / 3, whose series to s**15 is within
-    a tenth of a unit in the last place.
+    The logarithm is ``2 * atanh(s)`` with s = e / (2 + e) <= 1 / 3, whose series is within a tenth
+    of a unit in the last place.
     """
     e = exp(0.0 - x.code.intrinsic("fabs", x))
     s = e / (e + 2.0)
     square = s * s
-    series = fma(square, 1 / 15, 1 / 13)
-    for k in (11, 9, 7, 5, 3):
-        series = fma(series, square, 1 / k)
+    first, *others = [1 / (2 * k + 1) for k in range(_of(x).log_terms - 1, 0, -1)]
+    series = x.code.constant(first)
+    for coefficient in others:
+        series = fma(series, square, coefficient)
     return x.at_most(0.0) - 2.0 * fma(s * square, series, s)
 
 

@@ -12,13 +12,27 @@ from torch import Tensor
 from ..cells import CELLS
 
 _INT, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
+
+
+class Elements(ctypes.c_void_p):
+    """The address of numbers in the dtype of the layer."""
+
+
+class Exact(ctypes.c_void_p):
+    """The address of numbers in the dtype of sums and states."""
+
+
+class Panels(ctypes.c_void_p):
+    """The address of packed weights."""
+
+
 #: States that a cell has at most, and values that it hands to backward.
 MOST_STATES = max(cell.n_states for cell in CELLS.values())
 MOST_SAVED = max(cell.n_saved for cell in CELLS.values())
 # One for each state of a cell, h first, for each state but h, and for each value for backward;
 # those a cell has not are null.
-_STATES, _TRACES = _ADDRESS * MOST_STATES, _ADDRESS * (MOST_STATES - 1)
-_SAVED = _ADDRESS * MOST_SAVED
+_STATES, _ROWS = Exact * MOST_STATES, Elements * MOST_STATES
+_TRACES, _SAVED = Elements * (MOST_STATES - 1), Elements * MOST_SAVED
 
 
 class Arguments(ctypes.Structure):
@@ -55,27 +69,36 @@ class Forward(Arguments):
         ("batch", _INT),
         ("inputs", _INT),
         ("hidden", _INT),
+        ("size_h", _INT),
         ("reverse", _INT),
         ("pitch", _INT),  # from row to row of h
         ("chunk", _INT),  # rows, at least a batch, whose input projection is kept
-        ("projected", _ADDRESS),  # in the tensor of `packed`, like `scratch`
-        ("scratch", _ADDRESS),
+        ("is_full_kept", _INT),  # whether `full` has all rows, not those of one step
+        # Work space, in one piece of memory. Of weights that are multiplied as they are, null.
+        ("packed_ih", Panels),
+        ("packed_hh", Panels),
+        ("packed_hr", Panels),
+        ("biases", Exact),
+        ("projected", Exact),
+        ("scratch", Exact),
         ("sizes", _ADDRESS),  # rows of each step, int64; null: all have `batch`
-        ("x", _ADDRESS),
-        ("w_ih", _ADDRESS),
-        ("w_hh", _ADDRESS),
-        ("b_ih", _ADDRESS),  # may be null, like b_hh
-        ("b_hh", _ADDRESS),
-        ("extra", _ADDRESS),  # blocks of extra weights
-        ("h_0", _ADDRESS),  # null: zeros
+        ("x", Elements),
+        ("w_ih", Elements),
+        ("w_hh", Elements),
+        ("w_hr", Elements),  # may be null
+        ("b_ih", Elements),  # may be null, like b_hh
+        ("b_hh", Elements),
+        ("extra", Elements),  # blocks of extra weights
+        ("h_0", Elements),  # null: zeros
         ("states", _STATES),  # in: initial, out: final
-        ("h", _ADDRESS),
+        ("h", Elements),
+        ("full", Elements),  # h before its projection
         ("saved", _SAVED),  # values of every row, for backward; may be null
         ("traces", _TRACES),  # states of every row; may be null
         ("marks", _ADDRESS),  # of every row, bytes; may be null
-        ("fresh", _STATES),  # after a reset
-        ("fresh_rh", _ADDRESS),  # fresh h times W_hh^T, (B, G * H)
-        ("packed", _ADDRESS),  # work space
+        ("fresh", _ROWS),  # after a reset
+        ("fresh_rh", Elements),  # fresh h times W_hh^T, (B, G * H)
+        ("work", _ADDRESS),  # the piece of memory
     ]
 
 
@@ -87,22 +110,54 @@ class Backward(Arguments):
         ("rows", _INT),
         ("batch", _INT),
         ("hidden", _INT),
+        ("size_h", _INT),
         ("reverse", _INT),
-        ("pitch", _INT),  # from row to row of h and d_rows
+        ("pitch", _INT),  # from row to row of h and of its gradients; of the others it is `hidden`
         ("d_gates_pitch", _INT),
-        ("scratch", _ADDRESS),  # in the tensor of `packed`
+        ("packed_hh", Panels),
+        ("packed_hr", Panels),
+        ("scratch", Exact),
         ("sizes", _ADDRESS),
-        ("w_hh", _ADDRESS),
-        ("extra", _ADDRESS),
-        ("initial", _STATES),  # null: zeros
-        ("h", _ADDRESS),
+        ("w_hh", Elements),
+        ("w_hr", Elements),
+        ("extra", Elements),
+        ("initial", _ROWS),  # null: zeros
+        ("h", Elements),
         ("saved", _SAVED),
         ("traces", _TRACES),
-        ("d_rows", _STATES),  # of the states of every row; may be null
+        ("d_rows", _ROWS),  # of the states of every row; may be null
         ("marks", _ADDRESS),  # as in Forward
-        ("fresh", _STATES),
+        ("fresh", _ROWS),
         ("d_fresh", _STATES),  # receives what passes by other ways than the recurrent product
         ("d_states", _STATES),  # in: of the final, out: of the initial ones
-        ("d_gates", _ADDRESS),  # of a row: d_rh, then d_wx of the gates apart, (G + n_apart) * H
-        ("packed", _ADDRESS),
+        ("d_gates", Elements),  # of a row: d_rh, then d_wx of the gates apart, (G + n_apart) * H
+        ("d_projected", Elements),  # receives the gradient of the projected h of every row
+        ("work", _ADDRESS),
+    ]
+
+
+#: Numbers of the inner dimension of a product that are packed at a time: panels of them stay in a
+#: second-level cache.
+BLOCK = 256
+
+
+class Product(Arguments):
+    """Arguments of ``c = a @ b``, of (M, N), (M, K) and (K, N)."""
+
+    _fields_ = [
+        ("m", _INT),
+        ("k", _INT),
+        ("n", _INT),
+        ("adds", _INT),  # whether c is added to, and not written
+        ("is_transposed", _INT),  # whether a is given as (K, M)
+        ("a_pitch", _INT),  # from row to row, as it is given
+        ("b_pitch", _INT),
+        ("c_pitch", _INT),
+        ("panels", Panels),  # work space, as the next two
+        ("packed", Elements),
+        ("results", Exact),
+        ("a", Elements),
+        ("b", Elements),
+        ("c", Elements),
+        ("work", _ADDRESS),
     ]

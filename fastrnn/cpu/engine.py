@@ -6,8 +6,6 @@ import ctypes
 import functools
 import hashlib
 import logging
-import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +14,7 @@ import llvmlite
 import llvmlite.binding as llvm
 import torch
 
+from .. import cache
 from ..cells import Cell, reached
 from . import machine
 from .arguments import MOST_SAVED, MOST_STATES, Arguments
@@ -49,15 +48,16 @@ def openmp() -> ctypes.CDLL | None:
     return None
 
 
-# Below this, a second thread saves less than the barrier after each step costs, 0.3 us and more.
-_MIN_FLOPS = 150_000
+# Operations between two barriers, of 0.3 us and more, for which another thread pays.
+_FLOPS = 15_000
 
 
-def threads(flops: int) -> int:
-    """Choose how many threads share the steps of a layer, by the operations of a step's product."""
-    if flops < _MIN_FLOPS or machine.is_forked() or openmp() is None:
+def threads(flops: int, shares: int) -> int:
+    """Choose how many threads share a product of so many operations, which has so many parts."""
+    most = min(shares, flops // _FLOPS)
+    if most < 2 or machine.is_forked() or openmp() is None:
         return 1
-    return min(torch.get_num_threads(), machine.cores())
+    return min(torch.get_num_threads(), machine.cores(), most)
 
 
 # Compilation.
@@ -70,18 +70,20 @@ class Kernels(NamedTuple):
     owner: Any
 
 
-_loaded: dict[tuple[Cell, Target], Kernels] = {}
+_KERNELS = ("forward", "backward", "product")
+
+_loaded: dict[tuple[Cell, Target | None, torch.dtype], Kernels] = {}
 
 
-def kernels(cell: Cell) -> Kernels:
+def kernels(cell: Cell, dtype: torch.dtype = torch.float32) -> Kernels:
     """Get the kernels of a cell for this machine; compile them if they never were."""
     target = machine.target()
-    assert target is not None
-    found = _loaded.get((cell, target))
+    found = _loaded.get((cell, target, dtype))
     if found is None:
+        assert target is not None
         with machine.compiling:
-            found = _loaded.get((cell, target)) or _load(cell, target)
-            _loaded[cell, target] = found
+            found = _loaded.get((cell, target, dtype)) or _load(cell, target._replace(dtype=dtype))
+            _loaded[cell, target, dtype] = found
     return found
 
 
@@ -90,11 +92,12 @@ def _load(cell: Cell, target: Target) -> Kernels:
     llvm.initialize_native_asmprinter()
     code = _from_cache(cell, target)
     if code is None:
-        _log.warning("compiling the %s kernels for this CPU, once", cell.name)
+        name = f"{cell.name} kernels for {str(target.dtype).removeprefix('torch.')}"
+        _log.warning("compiling the %s on this CPU, once", name)
         start = time.perf_counter()
         for_ = target_machine()
         code = for_.emit_object(optimized(cell, target, for_))
-        _log.warning("compiled the %s kernels in %.1f s", cell.name, time.perf_counter() - start)
+        _log.warning("compiled the %s in %.1f s", name, time.perf_counter() - start)
         _to_cache(cell, target, code)
     library = openmp()
     for name in _RUNTIME:
@@ -103,7 +106,7 @@ def _load(cell: Cell, target: Target) -> Kernels:
     owner = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
     owner.add_object_file(llvm.ObjectFileRef.from_data(code))
     owner.finalize_object()
-    names = (f"{name}{suffix}" for name in ("forward", "backward") for suffix in ("", "_region"))
+    names = [f"{name}{suffix}" for name in _KERNELS for suffix in ("", "_region")]
     return Kernels({name: owner.get_function_address(name) for name in names}, owner)
 
 
@@ -137,28 +140,6 @@ def optimized(cell: Cell, target: Target, for_: Any) -> Any:
 # The cache: a file for each cell, named by all that its code depends on.
 
 
-def cache_folder() -> Path:
-    """Say where compiled kernels are kept: ``$FASTRNN_CACHE_DIR``, else in the user's cache.
-
-    That variable may begin with ``~`` or ``~user``, which not everything that sets variables
-    expands. A relative path is one from the working directory, but a relative
-    ``$XDG_CACHE_HOME`` is ignored, as its specification asks.
-
-    Raises
-    ------
-    OSError
-        If the user has no home.
-    """
-    own = os.environ.get("FASTRNN_CACHE_DIR")
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        if own:
-            return Path(own).expanduser()
-        return (shared if shared.is_absolute() else Path.home() / ".cache") / "fastrnn"
-    except RuntimeError as error:
-        raise OSError(str(error)) from error
-
-
 def _cached(cell: Cell, target: Target) -> Path:
     facts = (
         llvmlite.__version__, llvm.get_process_triple(), llvm.get_host_cpu_name(),
@@ -172,46 +153,44 @@ def _cached(cell: Cell, target: Target) -> Path:
         # Not by files: a cell need not be one of ours.
         code = function.__code__
         digest.update(code.co_code + repr((code.co_names, code.co_consts)).encode())
-    return cache_folder() / f"{cell.name}-{digest.hexdigest()[:32]}.o"
+    return cache.cache_folder() / f"{cell.name}-{digest.hexdigest()[:32]}.o"
 
 
 def _from_cache(cell: Cell, target: Target) -> bytes | None:
-    """The code in a file of the cache; None if it is not there or not whole."""
+    """The code in a file of the cache; None if it is not there, not whole or not to be trusted."""
     try:
-        content = _cached(cell, target).read_bytes()
-    except OSError:
+        path = _cached(cell, target)
+    except OSError:  # which `_to_cache` will tell
+        return None
+    content = cache.read(path)
+    if content is None:
         return None
     digest, code = content[:32], content[32:]
-    return code if hashlib.sha256(code).digest() == digest else None
+    if hashlib.sha256(code).digest() != digest:
+        _log.warning("%s is damaged", path)
+        return None
+    return code
 
 
 def _to_cache(cell: Cell, target: Target, code: bytes) -> None:
-    """Write a file of the cache; other processes see all of it or nothing."""
-    part = None
     try:
-        path = _cached(cell, target)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            part = Path(file.name)
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(part, path)
+        cache.write(_cached(cell, target), hashlib.sha256(code).digest() + code)
     except OSError as error:
         _log.warning("cannot keep compiled kernels: %s", error)
-        if part is not None:
-            part.unlink(missing_ok=True)
 
 
 # Calls.
 
-_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+#: The type of a kernel, which takes its arguments, the number of its thread and how many there are.
+KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
 
-def run(cell: Cell, name: str, arguments: Arguments, threads: int) -> None:
-    """Run ``forward`` or ``backward``; the lock of the interpreter is free meanwhile.
+def run(cell: Cell, dtype: torch.dtype, name: str, arguments: Arguments, threads: int) -> None:
+    """Run ``forward``, ``backward`` or ``product``; the lock of the interpreter is free meanwhile.
 
     With `threads` of 1 it runs in this thread, without the OpenMP runtime.
     """
-    addresses = kernels(cell).addresses
+    addresses = kernels(cell, dtype).addresses
     # By reference, so that the call holds the arguments, and they hold the tensors: a compiler that
     # traces Python would otherwise free what is known by address only.
     reference = ctypes.byref(arguments)
@@ -219,4 +198,4 @@ def run(cell: Cell, name: str, arguments: Arguments, threads: int) -> None:
     if threads > 1 and library is not None:
         library.GOMP_parallel(addresses[f"{name}_region"], reference, threads, 0)
     else:
-        _KERNEL(addresses[name])(reference, 0, 1)
+        KERNEL(addresses[name])(reference, 0, 1)

@@ -4,8 +4,9 @@ Each direction runs by the compiled kernels (``native.py``) or, where there are 
 of torch operators (``operators.py``, also on devices that have no backend of their own); both save
 the same tensors. The input gradient and the weight gradients are products over all rows afterwards.
 
-Half precision is computed in float32 and rounded once, at the results. A batch with rows that are
-not there is packed for the walk through time.
+Half precision that the kernels do not multiply is computed in float32 and rounded once, at the
+results; where they do, the states of a step are float32. A batch with rows that are not there is
+packed for the walk through time.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ from .walk import Walk
 NOTHING, STATES, ALL = range(3)
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Name the dtype in which a layer of `dtype` is computed and its activations are saved."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Name the dtype in which a layer is computed and its activations are saved."""
+    if x.is_cpu and machine.multiplies(x.dtype) and machine.kernel_gap(x.dtype) is None:
+        return x.dtype
+    return machine.exact_dtype(x.dtype)
 
 
 def saves_nothing(call: Call) -> bool:
@@ -72,7 +75,7 @@ def fake_saved(call: Call, save: int) -> list[Tensor]:
     # Apart: pieces of 32 MiB and more are given back to the system at once, and new pages cost an
     # LSTM of (T, B, H) = (1024, 16, 128) a sixth of its time in training, by 2 threads.
     widths = [call.directions * call.size_h] + [call.hidden_size] * n_more * call.directions
-    count, dtype = math.prod(call.x.shape[:-1]), compute_dtype(call.x.dtype)
+    count, dtype = math.prod(call.x.shape[:-1]), compute_dtype(call.x)
     return [call.x.new_empty(count, width, dtype=dtype) for width in widths]
 
 
@@ -81,8 +84,8 @@ def _as(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [t if t.dtype == dtype else t.to(dtype) for t in tensors]
 
 
-def _in_compute_dtype(call: Call) -> Call:
-    dtype = compute_dtype(call.x.dtype)
+def _in(dtype: torch.dtype, call: Call) -> Call:
+    """The call in a dtype."""
     if {part.dtype for part in (*call.tensors, *call.flow.noise)} == {dtype}:
         return call
     marks, *others = call.flow
@@ -114,8 +117,9 @@ class _Problem:
     def __init__(self, call: Call) -> None:
         check_batch((*call.state, *call.flow.fresh), call.batch)
         self.rows, self.selection = select(call.flow.marks, Rows.of(call))
-        computed = _in_compute_dtype(call)
-        self.dtype = computed.x.dtype
+        self.dtype = compute_dtype(call.x)
+        self.exact = machine.exact_dtype(self.dtype)
+        computed = _in(self.dtype, call)
         self.x = self.selection.rows(computed.x.flatten(0, -2))
         self.initial = [self.selection.sequences(part) for part in computed.state]
         self.shapes = call.shapes
@@ -130,27 +134,27 @@ class _Problem:
             )
             for d, w in enumerate(computed.by_direction())
         ]
-        self.backend = _backend(call.x, self.directions[0].w.w_hr is not None)
+        self.backend = _backend(call.x)
 
     def _breaks(self, flow: Flow, d: int) -> Breaks | None:
         if flow.marks is None:
             return None
         fresh = [self.selection.sequences(part) for part in flow.fresh]
-        fresh = fresh or self._zeros()
+        fresh = fresh or self._zeros(self.dtype)
         marks = self.selection.rows(flow.marks[d].reshape(-1)).contiguous()
         return breaks(marks, [part[d] for part in fresh], self.rows)
 
     def first_states(self) -> list[Tensor]:
         """States before the first step, to be overwritten."""
-        return _copies(self.initial) or self._zeros()
+        return _copies(_as(self.initial, self.exact)) or self._zeros(self.exact)
 
-    def _zeros(self) -> list[Tensor]:
-        batch = self.rows.batch
-        return [self.x.new_zeros(count, batch, width) for count, _, width in self.shapes()]
+    def _zeros(self, dtype: torch.dtype) -> list[Tensor]:
+        sizes = [(count, self.rows.batch, width) for count, _, width in self.shapes()]
+        return [self.x.new_zeros(size, dtype=dtype) for size in sizes]
 
 
-def _backend(x: Tensor, projected: bool) -> ModuleType:
-    if not x.is_cpu or machine.kernel_gap(x.dtype, projected) is not None:
+def _backend(x: Tensor) -> ModuleType:
+    if not x.is_cpu or machine.kernel_gap(x.dtype) is not None:
         return operators
     from . import native
 
@@ -165,7 +169,7 @@ def forward(call: Call, save: int, traced: bool) -> tuple[Result, list[Tensor]]:
     dtype = call.x.dtype
     if saves_nothing(call):
         with torch.no_grad():
-            y, final, traces = reference.layer(_in_compute_dtype(call))
+            y, final, traces = reference.layer(_in(machine.exact_dtype(dtype), call))
         return Result(y.to(dtype), _as(final, dtype), _as(traces if traced else [], dtype)), []
     problem = _Problem(call)
     selection, count, directions = problem.selection, problem.rows.total, call.directions
@@ -211,6 +215,27 @@ def forward(call: Call, save: int, traced: bool) -> tuple[Result, list[Tensor]]:
     return Result(y, final, traces), saved
 
 
+def prepared(call: Call, *, is_step: bool = False) -> Any:
+    """Make what runs all layers of a call in inference, or a step, without a record of the call.
+
+    It takes input, states and weights like those of the call, and returns output and final states.
+    None if the kernels do not take these as they are.
+    """
+    cell, x, options = call.cell, call.x, call.options
+    if options.training and options.dropout and call.num_layers > 1:
+        return None
+    if cell.extras or compute_dtype(x) != x.dtype or not x.numel() or _backend(x) is operators:
+        return None
+    if any(part.layout != torch.strided for part in call.tensors):
+        return None
+    if not all(weight.is_contiguous() for weight in call.weights):
+        return None
+    from . import inference
+
+    stack = inference.Stack(call, is_step=is_step)
+    return stack.step if is_step else stack.run
+
+
 def _of_direction(
     call: Call, saved: Sequence[Tensor], d: int
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -254,16 +279,18 @@ def _backward(
     """`backward` from what was saved, perhaps without some steps."""
     problem = _Problem(call)
     dtype, selection, directions = problem.dtype, problem.selection, call.directions
-    d_state = _copies([selection.sequences(part) for part in _as(given.d_final, dtype)])
+    d_state = _copies([selection.sequences(part) for part in _as(given.d_final, problem.exact)])
     # What unpacks saved tensors may bring them back in another layout.
     saved = [_first(part.contiguous(), problem.rows.total) for part in _as(saved, dtype)]
     d_rows = [
         None if part is None else selection.rows(part.flatten(0, -2)).to(dtype)
         for part in (given.dy, *given.d_traces)
     ]
-    dx = problem.x.new_zeros(problem.x.shape) if asked.x else None
-    d_fresh = [torch.zeros_like(part, dtype=dtype) for part in call.flow.fresh]
+    # The first direction writes all of it; where there are no steps there are no rows.
+    dx = problem.x.new_empty(problem.x.shape) if asked.x else None
+    d_fresh = [torch.zeros_like(part, dtype=problem.exact) for part in call.flow.fresh]
     d_weights: list[Tensor] = []
+    multiply = functools.partial(problem.backend.multiply, call.cell)
     if asked.weights and not problem.rows.steps:
         groups = (asked.groups,) if asked.groups else ()
         d_weights = [part.new_zeros(*groups, *part.shape) for part in call.weights]
@@ -280,11 +307,12 @@ def _backward(
         )
         for whole, part in zip(d_fresh, d_of_fresh, strict=False):
             selection.put_sequences(whole[d : d + 1], part[None])
-        walk = Walk(direction, problem.x, (h, *of_states), d_rh, d_apart, projected)
+        walk = Walk(direction, problem.x, (h, *of_states), d_rh, d_apart, projected, multiply)
         if unasked is not None:
             walk = walk.without(selection.rows(unasked[d].reshape(-1)).unsqueeze(1))
         if dx is not None:
-            products.add_d_x(dx, d_rh, d_apart, direction.w.w_ih)
+            w_ih = direction.w.w_ih
+            products.add_d_x(dx, d_rh, d_apart, w_ih, adds=d > 0, multiply=multiply)
         if asked.weights and asked.groups:
             pad = functools.partial(selection.padded, count=call.steps * call.batch)
             d_weights += walk.d_weights_by_group(pad, call.steps, asked.groups)
@@ -295,7 +323,7 @@ def _backward(
         dx = dx.to(call.x.dtype)
     if selection.order is not None:
         # The gradient of the state of a sequence without steps is that of its final state.
-        of_all = [part.to(dtype, copy=True) for part in given.d_final]
+        of_all = [part.to(problem.exact, copy=True) for part in given.d_final]
         for whole, part in zip(of_all, d_state, strict=True):
             selection.put_sequences(whole, part)
         d_state = of_all
@@ -321,10 +349,10 @@ def _by_reference(call: Call, given: Cotangents, asked: Asked) -> Gradients:
         # A step that is not asked for is as good as none.
         marks, _ = without_unasked(call.flow.marks, given, HOLD)
         call = call._replace(flow=call.flow._replace(marks=marks))
-    dtype, dy = compute_dtype(call.x.dtype), given.dy
+    dtype, dy = machine.exact_dtype(call.x.dtype), given.dy
     dy = dy if dy is None else dy.to(dtype)
     given = Cotangents(dy, _as(given.d_final, dtype), _as(given.d_traces, dtype))
-    found = gradients.first(_in_compute_dtype(call), given)
+    found = gradients.first(_in(dtype, call), given)
     (dx,) = _filled([found.dx], [call.x])
     d_state = _filled(found.d_state, call.state)
     d_fresh = _filled(found.d_fresh, call.flow.fresh)

@@ -25,16 +25,22 @@ class Target(NamedTuple):
         float32 in a vector register.
     registers : int
         Vector registers.
+    pairs : str
+        LLVM's name of the instruction that multiplies pairs of bfloat16, if there is one.
+    dtype : torch.dtype
+        Of the layers that kernels are for.
     """
 
     name: str
     lanes: int
     registers: int
+    pairs: str = ""
+    dtype: torch.dtype = torch.float32
 
     @property
     def units(self) -> int:
-        """Hidden units in a slice, two vectors of them."""
-        return 2 * self.lanes
+        """Hidden units in a slice, two vectors of exact numbers."""
+        return self.lanes if self.dtype == torch.float64 else 2 * self.lanes
 
     @property
     def tile_rows(self) -> int:
@@ -43,6 +49,7 @@ class Target(NamedTuple):
 
 
 AVX2, AVX512, NEON = Target("AVX2", 8, 16), Target("AVX-512", 16, 32), Target("NEON", 4, 32)
+AVX512_BF16 = AVX512._replace(name="AVX-512 with BF16", pairs="llvm.x86.avx512bf16.dpbf16ps.512")
 
 
 @functools.cache
@@ -56,7 +63,18 @@ def target() -> Target | None:
     """
     if platform.machine() in ("arm64", "aarch64"):
         return NEON
-    return {"AVX2": AVX2, "AVX512": AVX512}.get(torch.backends.cpu.get_cpu_capability())
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
+        return AVX512_BF16
+    return {"AVX2": AVX2, "AVX512": AVX512}.get(capability)
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Tell whether the kernels multiply numbers of a dtype as they are."""
+    if dtype == torch.bfloat16:
+        found = target()
+        return found is not None and found.pairs != ""
+    return dtype in (torch.float32, torch.float64)
 
 
 @functools.cache
@@ -70,7 +88,33 @@ def _has_compiler() -> bool:
     return True
 
 
-def kernel_gap(dtype: torch.dtype, projected: bool) -> str | None:
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Name the dtype of sums and states of a layer in a dtype."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def has_narrow_blas(dtype: torch.dtype) -> bool:
+    """Tell whether torch's products of a dtype do not use the whole vectors of this CPU.
+
+    MKL runs code for AVX2 on CPUs that Intel did not make.
+    """
+    if dtype not in (torch.float32, torch.float64) or not torch.backends.mkl.is_available():
+        return False
+    found = target()
+    return found is not None and found.lanes > AVX2.lanes and vendor() == "AuthenticAMD"
+
+
+@functools.cache
+def vendor() -> str:
+    """Name who made the CPU, as Linux does; '' where that is not known."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next((line.split()[-1] for line in file if line.startswith("vendor_id")), "")
+    except OSError:
+        return ""
+
+
+def kernel_gap(dtype: torch.dtype) -> str | None:
     """Say in a clause why no kernel can run a layer on this CPU; None if one can."""
     if not _allowed.are_kernels:
         return "no kernels, because operators were asked for"
@@ -80,9 +124,9 @@ def kernel_gap(dtype: torch.dtype, projected: bool) -> str | None:
         return "no kernels without llvmlite"
     if target() is None:
         return f"no kernel of ours for a CPU with {torch.backends.cpu.get_cpu_capability()}"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return f"no kernel of ours for {dtype}"
-    return "no kernel of ours for projections" if projected else None
+    return None
 
 
 class _Allowed(threading.local):

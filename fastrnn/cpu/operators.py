@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import products
 from ..call import Weights
+from ..cells import Cell
 from ..flow import CUT, FRESH
 from ..reference import TORCH
 from .direction import Direction
@@ -206,6 +208,11 @@ def backward(
         to.copy_(part)
     projected = (d_projected, traces[-1]) if w.w_hr is not None else ()
     return d_rh, d_apart, d_fresh, projected
+
+
+def multiply(cell: Cell, c: Tensor, a: Tensor, b: Tensor, adds: bool) -> None:
+    """Write a @ b to c, or add it, for the gradients of a layer of a cell."""
+    products.by_torch(c, a, b, adds)
 
 
 def _factors(

@@ -6,29 +6,128 @@ import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from llvmlite import ir
 
+from .arguments import Elements, Exact, Panels
 from .machine import Target
-from .vector import ADDRESS, INT, Code, Value, Variable
+from .vector import (
+    ADDRESS,
+    BFLOAT,
+    DOUBLE,
+    FLOAT,
+    INT,
+    INT16,
+    INT32,
+    Code,
+    Format,
+    Value,
+    Variable,
+    fma,
+    where,
+)  # fmt: skip
 
 # In one turn of the inner loop; more would not fit the registers of a large tile.
 _PRODUCTS = 24
+# The parameters of a tile.
+_OF_TILE = (INT, ADDRESS, INT, ADDRESS, INT, ADDRESS, INT)
+# Element and exact number of each dtype.
+_TYPES = {
+    torch.float32: (FLOAT, FLOAT),
+    torch.float64: (DOUBLE, DOUBLE),
+    torch.bfloat16: (BFLOAT, FLOAT),
+}
+# Rows of weights that are multiplied at a time where they are not packed.
+_MOST_ROWS = 4
+
+
+class Factors:
+    """How numbers are multiplied: each lane of a vector holds one."""
+
+    group = 1  # numbers in a lane
+
+    def __init__(self, format: Format) -> None:
+        self.word = format.exact  # what a lane holds
+        self.vector = ir.VectorType(self.word, format.lanes)
+
+    def depth(self, k: Value) -> Value:
+        """In how many lanes k numbers are."""
+        return k
+
+    def load(self, address: Value, valid: Value | None = None) -> Value:
+        """A vector of factors, zeros from `valid` numbers on."""
+        return address.code.load(address, valid)
+
+    def splat(self, row: Value, lane: Value) -> Value:
+        """One factor of a row, for all lanes."""
+        return row.code.splat(row.code.load_number(row + lane))
+
+    def multiply_add(self, a: Value, b: Value, total: Value) -> Value:
+        return fma(a, b, total)
+
+
+class Pairs(Factors):
+    """Each lane holds two numbers in half precision, whose products go into one exact sum."""
+
+    group = 2
+
+    def __init__(self, format: Format, product: str) -> None:
+        self.word, self.vector = INT32, ir.VectorType(INT32, format.lanes)
+        self._halves = ir.VectorType(INT16, 2 * format.lanes)
+        self._product = product
+
+    def depth(self, k: Value) -> Value:
+        return (k + 1) // 2
+
+    def load(self, address: Value, valid: Value | None = None) -> Value:
+        code = address.code
+        if address.unit == INT32 and valid is None:
+            return code.load_raw(address, self.vector)
+        halves = code.load_raw(address, self._halves, valid)
+        return Value(code, code.build.bitcast(halves.value, self.vector))
+
+    def splat(self, row: Value, lane: Value) -> Value:
+        code, at = row.code, row + lane * 2
+        return code.splat(Value(code, code.build.load(at.value, typ=INT32, align=2)))
+
+    def splat_single(self, row: Value, lane: Value) -> Value:
+        """The last factor of a row of an odd number."""
+        code, at = row.code, row + lane * 2
+        half = code.build.load(at.value, typ=INT16)
+        return code.splat(Value(code, code.build.zext(half, INT32)))
+
+    def multiply_add(self, a: Value, b: Value, total: Value) -> Value:
+        code = total.code
+        pairs = ir.VectorType(BFLOAT, 2 * code.lanes)
+        of = ir.FunctionType(total.type, [total.type, pairs, pairs])
+        operands = [code.build.bitcast(part.value, pairs) for part in (a, b)]
+        function = code.declared(self._product, of)
+        return Value(code, code.build.call(function, [total.value, *operands]))
 
 
 class Writer:
     """Writes kernels for a target into a module.
 
-    A product is a few rows of a matrix times a packed panel, (k, 2 vectors), with the results in
-    registers.
+    A product is a few rows of a matrix times weights, with the results in registers. The weights
+    are a packed panel, (k, 2 vectors), or rows as torch stores them.
     """
 
+    dot_rows = 4
+
     def __init__(self, module: Any, target: Target) -> None:
-        self.module = module
-        self.lanes, self.units, self.tile_rows = target.lanes, target.units, target.tile_rows
+        element, exact = _TYPES[target.dtype]
+        self.units, self.tile_rows = target.units, target.tile_rows
+        self.lanes = self.units // 2
+        self.module, self.format = module, Format(element, exact, self.lanes)
+        is_paired = element == BFLOAT
+        self.factors = Pairs(self.format, target.pairs) if is_paired else Factors(self.format)
+        self._registers = target.registers
+        self.multiply, self.multiply_columns = self.tile(), self.tile_of_columns()
+        self.multiply_unpacked, self.pack = self.dots(), self.transpose()
 
     def function(self, name: str, parameters: Sequence[Any]) -> Code:
         """Begin a function that only the module calls."""
-        code = Code(self.module, name, parameters, self.lanes)
+        code = Code(self.module, name, parameters, self.format)
         code.function.linkage = "internal"
         return code
 
@@ -39,11 +138,16 @@ class Writer:
 
         Both take the arguments by address; the kernel also its number among the threads and theirs.
         """
-        code = Code(self.module, name, [ADDRESS, INT, INT], self.lanes)
+        code = Code(self.module, name, [ADDRESS, INT, INT], self.format)
         arguments, thread, threads = code.parameters
-        body(code, code.fields(arguments, structure), thread, threads)
+        units = {
+            Elements: self.format.element,
+            Exact: self.format.exact,
+            Panels: self.factors.word,
+        }
+        body(code, code.fields(arguments, structure, units), thread, threads)
         kernel = code.finish()
-        region = Code(self.module, f"{name}_region", [ADDRESS], self.lanes)
+        region = Code(self.module, f"{name}_region", [ADDRESS], self.format)
         who = [
             self._runtime(region, name) for name in ("omp_get_thread_num", "omp_get_num_threads")
         ]
@@ -53,32 +157,50 @@ class Writer:
     def _runtime(self, code: Code, name: str) -> Value:
         """Call a function of the OpenMP runtime that takes nothing and returns an int."""
         of = ir.FunctionType(ir.IntType(32), [])
-        function = self.module.globals.get(name) or ir.Function(self.module, of, name)
-        return Value(code, code.build.zext(code.build.call(function, []), INT))
+        return Value(code, code.build.zext(code.build.call(code.declared(name, of), []), INT))
 
     def wait(self, code: Code, threads: Value) -> None:
         """Wait until all threads have come here."""
         with code.when(threads > 1):
             self._runtime(code, "GOMP_barrier")
 
-    def share(self, count: Value, thread: Value, threads: Value) -> tuple[Value, Value]:
-        """The range of a thread among `count` things."""
+    def slices(self, columns: Value, thread: Value, threads: Value) -> tuple[Value, Value]:
+        """The range of a thread among the slices of columns."""
+        count = (columns + (self.units - 1)) // self.units
         return count * thread // threads, count * (thread + 1) // threads
 
-    def vectors(self, code: Code, columns: Value, slice_: Value) -> Any:
+    def vectors(self, columns: Value, slice_: Value) -> Any:
         """For both vectors of a slice: (number, column, how many lanes are columns)."""
         for v in range(2):
             column = slice_ * self.units + v * self.lanes
             yield v, column, columns - column
+
+    # Products with packed weights.
 
     def tile(self) -> Any:
         """Write ``tile(rows, a, pitch, panel, k, c, c_pitch)``: c = a @ panel.
 
         For up to `tile_rows` rows; `a` and c have so many elements from row to row.
         """
-        parameters = [INT, ADDRESS, INT, ADDRESS, INT, ADDRESS, INT]
-        sizes = {rows: self._tile_of(rows, parameters[1:]) for rows in range(1, self.tile_rows + 1)}
-        code = self.function("tile", parameters)
+        return self._by_rows("tile", _OF_TILE, self._tile_of, self.tile_rows)
+
+    def tile_of_columns(self) -> Any:
+        """Write ``columns(rows, a, pitch, panel, k, c, c_pitch)``, as `tile`, of a transposed.
+
+        `a` has a row of `pitch` numbers, at least `rows`, for each of k.
+        """
+
+        def write(rows: int, parameters: Sequence[Any]) -> Any:
+            return self._tile_of(rows, parameters, by_columns=True)
+
+        return self._by_rows("columns", _OF_TILE, write, self.tile_rows)
+
+    def _by_rows(
+        self, name: str, parameters: Sequence[Any], write: Callable[..., Any], most: int
+    ) -> Any:
+        """A function for any number of rows up to the most, from one for each number."""
+        sizes = {rows: write(rows, parameters[1:]) for rows in range(1, most + 1)}
+        code = self.function(name, parameters)
         rows, *rest = code.parameters
         end = code.function.append_basic_block("end")
         switch = code.build.switch(rows.value, end)
@@ -91,28 +213,34 @@ class Writer:
         code.build.position_at_end(end)
         return code.finish()
 
-    def _tile_of(self, rows: int, parameters: Sequence[Any]) -> Any:
-        code = self.function(f"tile{rows}", parameters)
+    def _tile_of(self, rows: int, parameters: Sequence[Any], by_columns: bool = False) -> Any:
+        name = f"{'columns' if by_columns else 'tile'}{rows}"
+        code, factors = self.function(name, parameters), self.factors
         a, pitch, panel, k, c, c_pitch = code.parameters
+        a, c, panel = a.of(code.element), c.of(code.exact), panel.of(factors.word)
         # Few rows are few chains of dependent sums: several k at a time keep the adders busy.
         phases = -(-4 // rows)
         sums = [[Variable(code.zeros()) for _ in range(2)] for _ in range(rows * phases)]
-        row_of = [a + pitch * row for row in range(rows)]
+        row_of = [a + (row if by_columns else pitch * row) for row in range(rows)]
 
-        def multiply(k_: Value, phase: int) -> None:
-            columns = [code.load(panel + (k_ * self.units + v * self.lanes)) for v in range(2)]
+        def multiply(lane: Value, phase: int, splat: Callable[..., Value]) -> None:
+            columns = [factors.load(panel + (lane * self.units + v * self.lanes)) for v in range(2)]
             for row in range(rows):
-                factor = code.splat(code.load_float(row_of[row] + k_))
+                factor = splat(row_of[row], lane * pitch if by_columns else lane)
                 for column, total in zip(columns, sums[phase * rows + row], strict=True):
-                    total.set(code.intrinsic("fma", factor, column, total.get()))
+                    total.set(factors.multiply_add(factor, column, total.get()))
 
         turns = phases * max(1, _PRODUCTS // (2 * rows * phases))
-        whole = k // turns * turns
+        depth = k // factors.group
+        whole = depth // turns * turns
         with code.loop(whole, step=turns) as first:
             for turn in range(turns):
-                multiply(first + turn, turn % phases)
-        with code.loop(k, start=whole) as last:
-            multiply(last, 0)
+                multiply(first + turn, turn % phases, factors.splat)
+        with code.loop(depth, start=whole) as last:
+            multiply(last, 0, factors.splat)
+        if isinstance(factors, Pairs):
+            with code.when(depth * 2 < k):
+                multiply(depth, 0, factors.splat_single)
         for row in range(rows):
             for v in range(2):
                 total = sums[row][v].get()
@@ -121,12 +249,136 @@ class Writer:
                 code.store(c + (c_pitch * row + v * self.lanes), total)
         return code.finish()
 
+    def transpose(self) -> Any:
+        """Write ``transpose(w, k, units, panel)``: panel[i, u] = w[u, i], zero from `units` on."""
+        code, factors = self.function("transpose", [ADDRESS, INT, INT, ADDRESS]), self.factors
+        w, k, units, panel = code.parameters
+        w, panel, group = w.of(code.element), panel.of(factors.word), factors.group
+        whole = k // (group * self.lanes) * self.lanes
+        with code.loop(2) as v, code.when((v + 1) * self.lanes <= units):
+            of_half = w + v * self.lanes * k
+            with code.loop(whole, step=self.lanes) as first:
+                at = of_half + first * group
+                rows = [factors.load(at + k * u) for u in range(self.lanes)]
+                to = panel + (first * self.units + v * self.lanes)
+                for n, column in enumerate(_transposed(rows)):
+                    code.store_raw(to + n * self.units, column)
+        # What is left: columns beyond the whole blocks, and all those of a half that is not whole.
+        of_element = panel.of(code.element)
+        raw = INT16 if code.element == BFLOAT else code.element
+        done = units // self.lanes * self.lanes
+        with code.loop(self.units) as u:
+            start = where(u < done, whole * group, 0)
+            with code.loop(factors.depth(k) * group, start=start) as i:
+                value = Variable(Value(code, ir.Constant(raw, 0)))
+                with code.when((u < units) & (i < k)):
+                    value.set(Value(code, code.build.load((w + (u * k + i)).value, typ=raw)))
+                at = (i // group * self.units + u) * group + (i - i // group * group)
+                code.build.store(value.get().value, (of_element + at).value)
+        return code.finish()
+
     def copy_panel(
         self, code: Code, b: Value, pitch: Value, k: Value, columns: Value, slice_: Value,
         panel: Value,
     ) -> None:  # fmt: skip
         """Pack a slice of the columns of b, (k, columns), with zeros beyond them."""
-        for v, column, valid in self.vectors(code, columns, slice_):
-            with code.loop(k) as i:
-                values = code.load(b + (i * pitch + column), valid)
-                code.store(panel + (i * self.units + v * self.lanes), values)
+        group = self.factors.group
+        for v, column, valid in self.vectors(columns, slice_):
+            to, first = panel + v * self.lanes, b + column
+            with code.loop(k // group) as i:
+                rows = [first + (i * group + g) * pitch for g in range(group)]
+                code.store_raw(to + i * self.units, self._joined(code, rows, valid))
+            if group == 2:
+                with code.when(k // 2 * 2 < k):
+                    last = self._joined(code, [first + (k - 1) * pitch], valid)
+                    code.store_raw(to + k // 2 * self.units, last)
+
+    def _joined(self, code: Code, rows: Sequence[Value], valid: Value) -> Value:
+        """Numbers of one or two rows side by side, as the lanes of a panel."""
+        if self.factors.group == 1:
+            return code.load(rows[0], valid)
+        build, halves = code.build, ir.VectorType(INT16, self.lanes)
+        wide = [
+            build.zext(code.load_raw(row, halves, valid).value, self.factors.vector) for row in rows
+        ]
+        if len(wide) == 1:
+            return Value(code, wide[0])
+        shift = ir.Constant(self.factors.vector, [16] * self.lanes)
+        return Value(code, build.or_(wide[0], build.shl(wide[1], shift)))
+
+    # Products with weights as they are.
+
+    def dots(self) -> Any:
+        """Write ``dots(rows, a, pitch, w, units, k, c, c_pitch)``: c = a @ w^T.
+
+        For up to `dot_rows` rows; w has `units` rows of k numbers one after another, and c columns
+        for as many, rounded up to four.
+        """
+        parameters = [INT, ADDRESS, INT, ADDRESS, INT, INT, ADDRESS, INT]
+        return self._by_rows("dots", parameters, self._dots_of, self.dot_rows)
+
+    def _dots_of(self, rows: int, parameters: Sequence[Any]) -> Any:
+        code, factors = self.function(f"dots{rows}", parameters), self.factors
+        a, pitch, w, units, k, c, c_pitch = code.parameters
+        a, w, c = a.of(code.element), w.of(code.element), c.of(code.exact)
+        count = min(_MOST_ROWS, self.lanes)
+        if (count + 1) * rows + 1 > self._registers:
+            count = 2
+        row_of, step = [a + pitch * row for row in range(rows)], self.lanes * factors.group
+        whole = k // step * step
+        with code.loop(units, step=count) as u:
+            # Beyond the last one, its results once more.
+            w_of = [w + (u + n).at_most(units - 1) * k for n in range(count)]
+            sums = [[Variable(code.zeros()) for _ in range(count)] for _ in range(rows)]
+
+            def multiply(i: Value, valid: Value | None) -> None:
+                loaded = [factors.load(row + i, valid) for row in row_of]
+                for n, of in enumerate(w_of):
+                    column = factors.load(of + i, valid)
+                    for factor, totals in zip(loaded, sums, strict=True):
+                        total = totals[n]
+                        total.set(factors.multiply_add(factor, column, total.get()))
+
+            with code.loop(whole, step=step) as i:
+                multiply(i, None)
+            with code.when(whole < k):
+                multiply(whole, k - whole)
+            for row, totals in enumerate(sums):
+                total = _sums([total.get() for total in totals])
+                code.store_raw(c + (c_pitch * row + u), total)
+        return code.finish()
+
+
+def _transposed(rows: Sequence[Value]) -> list[Value]:
+    """The columns of a square of vectors: blocks change places, of half the size in each turn."""
+    result, size = list(rows), len(rows)
+    distance = 1
+    while distance < size:
+        lanes = range(size)
+        low = [k if not k & distance else size + k - distance for k in lanes]
+        high = [k + distance if not k & distance else size + k for k in lanes]
+        for i in lanes:
+            if not i & distance:
+                x, y = result[i], result[i + distance]
+                result[i] = x.code.shuffle(x, y, low)
+                result[i + distance] = x.code.shuffle(x, y, high)
+        distance *= 2
+    return result
+
+
+def _sums(vectors: Sequence[Value]) -> Value:
+    """The sums of the lanes of vectors, each in a lane of one."""
+    parts, block = list(vectors), vectors[0].type.count
+    while block > 1 or len(parts) > 1:
+        is_one = len(parts) == 1
+        firsts, seconds = (parts, parts) if is_one else (parts[::2], parts[1::2])
+        blocks = (1 if is_one else 2) * parts[0].type.count // block
+        half = block // 2
+        lower = [b * block + i for b in range(blocks) for i in range(half)]
+        upper = [lane + half for lane in lower]
+        parts = [
+            x.code.shuffle(x, y, lower) + x.code.shuffle(x, y, upper)
+            for x, y in zip(firsts, seconds, strict=True)
+        ]
+        block = half
+    return parts[0]

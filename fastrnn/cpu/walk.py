@@ -25,6 +25,8 @@ class Walk(NamedTuple):
     d_rh, d_apart : Tensor
     projected : sequence of Tensor
         As ``operators.backward`` returns them.
+    multiply : callable
+        As ``products`` calls it.
     left_out : bool Tensor of shape (N, 1), optional
         Rows that count for nothing, whatever they are.
     """
@@ -35,6 +37,7 @@ class Walk(NamedTuple):
     d_rh: Tensor
     d_apart: Tensor
     projected: Sequence[Tensor]
+    multiply: products.Multiply = products.by_torch
     left_out: Tensor | None = None
 
     def without(self, left_out: Tensor) -> Walk:
@@ -50,12 +53,16 @@ class Walk(NamedTuple):
         if direction.breaks is None and direction.rows.batch_sizes is None:
             h_0 = direction.initial[0] if direction.initial else None
             batch = direction.rows.batch
-            d_w_hh = products.d_w_hh(d_rh, self.states[0], batch, h_0, direction.reverse)
+            d_w_hh = products.d_w_hh(
+                d_rh, self.states[0], batch, h_0, direction.reverse, self.multiply
+            )
         else:
-            d_w_hh = d_rh.t() @ self._h_before()
-        found = products.d_weights(d_rh, self.d_apart, self._own_x(), d_w_hh, direction.w)
+            d_w_hh = self._product(d_rh.t(), self._h_before())
+        found = products.d_weights(
+            d_rh, self.d_apart, self._own_x(), d_w_hh, direction.w, self.multiply
+        )
         if self.projected:
-            found.append(self.projected[0].t() @ self.projected[1])
+            found.append(self._product(self.projected[0].t(), self.projected[1]))
         if direction.w.extras:
             found += self._as_extras(self._d_extra().sum(0))
         return found
@@ -75,6 +82,11 @@ class Walk(NamedTuple):
             apart = d_extra.view(steps, groups, size, d_extra.shape[1])
             found += self._as_extras(apart.sum((0, 2)))
         return found
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        product = a.new_empty(a.shape[0], b.shape[1])
+        self.multiply(product, a, b, False)
+        return product
 
     def _own_x(self) -> Tensor:
         return self.x if self.left_out is None else self.x.masked_fill(self.left_out, 0.0)
