@@ -177,10 +177,6 @@ def problem_of(point: Point, **others: Any) -> Problem:
 #: The source of a decision for which nothing was measured.
 MODEL = "model"
 
-# Torch's path is taken where it is faster than ours by more than two measurements of the same may
-# differ, so that noise does not part neighbours.
-_FASTER = 0.98
-
 
 class Measured(NamedTuple):
     """What a path of ours takes beside torch.nn, as measured or by a model.
@@ -199,7 +195,7 @@ class Measured(NamedTuple):
 
     def decision(self, path: str, what: str) -> Decision:
         """Choose between torch's path and ours, of which it is said what runs there."""
-        if self.ratio < _FASTER:
+        if self.ratio < 1.0:
             return Decision("torch", f"{1 / self.ratio:.3g} times as fast as {what}", self.source)
         return Decision(path, f"{what}; {self.ratio:.3g} times as fast as torch's", self.source)
 

@@ -174,7 +174,7 @@ def test_a_table_changes_the_next_process_only_by_tune():
 # Decisions.
 
 
-@pytest.mark.parametrize(("ratio", "path"), [(0.5, "torch"), (0.97, "torch"), (0.99, OURS)])
+@pytest.mark.parametrize(("ratio", "path"), [(0.5, "torch"), (0.99, "torch"), (1.01, OURS)])
 def test_torch_where_it_was_faster(ratio, path):
     chosen = decide({(16, 8, 64): ratio})
     assert chosen.path == path

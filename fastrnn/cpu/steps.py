@@ -75,15 +75,17 @@ class StepWriter(MatrixWriter):
                     self._by_panel(
                         code, rows, a, pitch, panel, matrix.k, c + block * self.units, width
                     )
-            with unpacked, code.loop(rows, step=self.dot_rows) as row:
-                height = (rows - row).at_most(self.dot_rows)
+            with unpacked:
+                # A block stays in a cache for all rows.
                 for block in range(matrix.blocks):
                     weights, count = self._rows_of(matrix, j, block)
-                    to = c + (row * width + block * self.units)
-                    code.call(
-                        self.multiply_unpacked,
-                        height, a + row * pitch, pitch, weights, count, matrix.k, to, width,
-                    )  # fmt: skip
+                    with code.loop(rows, step=self.dot_rows) as row:
+                        height = (rows - row).at_most(self.dot_rows)
+                        to = c + (row * width + block * self.units)
+                        code.call(
+                            self.multiply_unpacked,
+                            height, a + row * pitch, pitch, weights, count, matrix.k, to, width,
+                        )  # fmt: skip
 
     def _by_panel(
         self, code: Code, rows: Value, a: Value, pitch: Value, panel: Value, k: Value, c: Value,
