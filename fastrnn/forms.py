@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,10 +18,11 @@ from .options import Options, States
 
 # Of a module, what the way of a call depends on: entries of its dict, because attributes of modules
 # take longer.
-_NUMBERS = operator.itemgetter(
+_NAMES = (
     "mode", "batch_first", "bidirectional", "num_layers", "input_size", "hidden_size", "proj_size",
     "dropout", "training",
 )  # fmt: skip
+_NUMBERS = operator.itemgetter(*_NAMES)
 _ORDINARY = {Tensor, torch.nn.Parameter}
 _STEP_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -53,14 +55,21 @@ def run_prepared(module: Any, input: Any, hx: Any) -> Any:
         return None
     if module.recurrent_dropout or module.zoneout or module.weight_dropout:
         return None
+    cls: Any = type(module)
+    if _has_properties(cls):
+        return None
+    # What is computed with; they differ where somebody has put others there.
+    weights = module._flat_weights
+    if len(weights) != len(parameters) or not all(map(operator.is_, parameters.values(), weights)):
+        return None
     forced, n_given = planner.forced, len(tensors) - len(parameters)
-    key = (
-        kind, n_given, is_twice, input.shape, *_NUMBERS(module.__dict__), module.num_heads,
-        *parameters, torch.get_num_threads(), forced.path, forced.schedule, cpu.target(),
-    )  # fmt: skip
     try:
+        key = (
+            kind, n_given, is_twice, input.shape, *_NUMBERS(module.__dict__), module.num_heads,
+            *parameters, torch.get_num_threads(), forced.path, forced.schedule, cpu.target(),
+        )  # fmt: skip
         known = _prepared.get(key, ())
-    except TypeError:  # of a number that has no hash
+    except (KeyError, TypeError):  # a number that is elsewhere, or that has no hash
         return None
     for check, found in known:
         if check(*tensors):
@@ -72,6 +81,12 @@ def run_prepared(module: Any, input: Any, hx: Any) -> Any:
         return None
     y, final = run(input, state, tensors[n_given:])
     return y, final[0] if len(final) == 1 else tuple(final)
+
+
+@functools.cache
+def _has_properties(cls: Any) -> bool:
+    """Whether a class computes a number that its modules' dicts may have too."""
+    return any(hasattr(getattr(cls, name, None), "__set__") for name in _NAMES)
 
 
 def _prepare(key: Any, module: Any, tensors: Any, hx: Any) -> paths.Prepared | None:
@@ -90,11 +105,15 @@ def _remember(
 ) -> paths.Prepared | None:
     """Keep what runs calls like one of these tensors, of which so many are input and state."""
     if len(set(map(id, tensors))) == len(tensors):  # no guard lets others pass
-        if len(_prepared) >= _MOST_KEYS:
-            _prepared.clear()
         others = _prepared.get(key, ())[1 - _MOST_GUARDS :]
-        _prepared[key] = (*others, (context.guard(tensors, n_given), run))
+        _store(key, (*others, (context.guard(tensors, n_given), run)))
     return run
+
+
+def _store(key: Any, value: Any) -> None:
+    if len(_prepared) >= _MOST_KEYS:
+        _prepared.clear()
+    _prepared[key] = value
 
 
 def step_prepared(module: Any, input: Any, hx: Any) -> Any:
@@ -135,13 +154,14 @@ def _prepare_step(key: Any, module: Any, tensors: Any, hx: Any) -> paths.Prepare
     try:
         call = checks.checked_step(module._cell_name, input, parts, [*parameters.values()])
         checks.check_alike(call)
-    except (RuntimeError, TypeError, ValueError):
+    except (KeyError, RuntimeError, TypeError, ValueError):
         return None
     if not checks.is_step(call):
         return None
     run = paths.prepared(call, is_step=True)
-    if run is None:
-        _prepared[key[0]] = ()
+    if run is None and context.is_plain(*call.tensors):
+        if planner.path_of(call, is_step=True) != "kernels":
+            _store(key[0], ())
         return None
     return _remember(key, tensors, len(tensors) - len(call.weights), run)
 

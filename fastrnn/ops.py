@@ -51,6 +51,13 @@ def _call(cell, x, state, weights, batch_sizes, bidirectional, marks, fresh, noi
     return Call(CELLS[cell], x, state or [], weights, batch_sizes, bidirectional, flow)
 
 
+def _resolved(call: Call) -> Call:
+    """The call without negative views in lists that may be missing, which torch leaves there."""
+    marks, *others = call.flow
+    state, fresh, noise = ([t.resolve_neg() for t in part] for part in (call.state, *others))
+    return call._replace(state=state, flow=Flow(marks, fresh, noise))
+
+
 def _arguments(call: Call) -> tuple[Any, ...]:
     """The arguments of a record."""
     marks, fresh, noise = call.flow
@@ -76,12 +83,12 @@ def _implement(backend: Any, key: str) -> None:
 
     def layer(*arguments):
         *of_call, save, traced = arguments
-        (y, final, traces), saved = backend.forward(_call(*of_call), save, traced)
+        (y, final, traces), saved = backend.forward(_resolved(_call(*of_call)), save, traced)
         return y, final, traces, saved
 
     def layer_backward(cell, dy, d_final, d_traces, *arguments):
         *of_call, saved, needs_x, needs_weights, groups = arguments
-        call = _call(cell, *of_call)
+        call = _resolved(_call(cell, *of_call))
         given, asked = Cotangents(dy, d_final, d_traces), Asked(needs_x, needs_weights, groups)
         dx, d_state, *others = backend.backward(call, given, saved, asked)
         dx = call.x.new_empty(0) if dx is None else dx

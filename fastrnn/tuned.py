@@ -368,7 +368,7 @@ def _kin(machine: Machine) -> Machine:
 def _parsed(content: bytes, path: Path) -> Table | None:
     try:
         return table_in(content.decode())
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         _log.warning("ignored %s, which is no table of fastrnn tune: %s", path, error)
         return None
 

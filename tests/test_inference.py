@@ -484,6 +484,72 @@ def test_one_tensor_as_both_states(runs):
     assert runs == ["run"] * 4
 
 
+@needs_kernels
+@pytest.mark.parametrize("path", [None, "kernels"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_other_weights_than_the_parameters(name, path):
+    """torch.nn computes with the list of them, where some put dropped or scaled ones."""
+    module, x = getattr(fastrnn, name)(8, 16), torch.randn(5, 2, 8)
+    with torch.no_grad(), use_path(path):
+        module(x)
+        module._flat_weights = [weight * 2 for weight in module._flat_weights]
+        torch.testing.assert_close(module(x), getattr(torch.nn, name).forward(module, x))
+
+
+@needs_kernels
+def test_numbers_that_a_class_computes(runs):
+    class BatchFirst(fastrnn.LSTM):
+        batch_first = property(lambda self: True, lambda self, value: None)
+
+    module, x = BatchFirst(8, 16), torch.randn(3, 5, 8)
+    with torch.no_grad(), use_path("kernels"):
+        assert module(x)[1][0].shape == (1, 3, 16)
+        vars(module)["batch_first"] = False
+        assert module(x)[1][0].shape == (1, 3, 16)
+        del vars(module)["dropout"]
+        with pytest.raises(AttributeError, match="dropout"):
+            module(x)
+    assert not runs
+
+
+@needs_kernels
+def test_a_cell_that_once_went_the_long_way(runs):
+    """For a reason of that call, or of that module, alone."""
+    module, other, x = fastrnn.GRUCell(8, 16), fastrnn.GRUCell(8, 16), torch.randn(1, 8)
+    other.weight_hh.data = other.weight_hh.data.t().contiguous().t()
+    with torch.no_grad(), use_path("kernels"):
+        other(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            module(x)
+        assert not runs
+        assert_equal(module(x), long_way(module, x))
+    assert runs == ["step"]
+
+
+def test_no_more_is_remembered_than_so_much(monkeypatch):
+    monkeypatch.setattr(forms, "_MOST_KEYS", 8)
+    module = fastrnn.GRUCell(4, 4)
+    with torch.no_grad(), use_path("torch"):
+        for batch in range(1, 30):
+            module(torch.randn(batch, 4))
+    assert len(forms._prepared) <= 8
+
+
+def test_an_unknown_nonlinearity():
+    module = fastrnn.RNNCell(4, 4)
+    module.nonlinearity = "foo"
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Unknown nonlinearity: foo"):
+        module(torch.randn(2, 4))
+
+
+@needs_kernels
+@pytest.mark.parametrize("path", [None, "kernels", "operators"])
+def test_negative_views_of_states(path):
+    module, x, h = fastrnn.GRU(8, 16), torch.randn(5, 2, 8), torch.randn(1, 2, 16)
+    with torch.no_grad(), use_path(path):
+        assert_equal(module(x, torch._neg_view(h)), flat(module(x, -h)))
+
+
 def test_hooks_and_copies():
     """What is remembered is not part of a module."""
     module, x = fastrnn.GRU(6, 6), torch.randn(2, 1, 6)

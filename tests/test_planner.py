@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
-from fastrnn import checks, cpu, tuned
+from fastrnn import checks, cpu, hardware, tuned
 from fastrnn.cells import CELLS
 from fastrnn.checks import checked
 from fastrnn.cpu import machine, native
@@ -31,6 +31,9 @@ def no_tables(monkeypatch, tmp_path):
     """What was measured here, or on a machine like this, does not count."""
     monkeypatch.setenv("FASTRNN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tuned, "SHIPPED", tmp_path)
+    caches = (2**15, 2**20, 2**25)
+    some = hardware.Machine("cpu", "some", "some", "some", threads=2, caches=caches)
+    monkeypatch.setattr(hardware, "cpu", lambda: some)
     tuned.forget_what_was_read()
     yield
     tuned.forget_what_was_read()
