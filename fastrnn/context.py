@@ -65,10 +65,12 @@ def is_plain(*tensors: Tensor | None) -> bool:
 def is_watched() -> bool:
     """Whether something looks at what is called that a `guard` does not see: Python's affair.
 
-    A compiler, a ``TorchFunctionMode``, or forward-mode AD.
+    A compiler, torch.jit's tracer, which records that sizes are asked for, a ``TorchFunctionMode``,
+    or forward-mode AD.
     """
     return (
         torch.compiler.is_compiling()
+        or is_traced()
         or torch._C._len_torch_function_stack() > 0
         or forward_ad._current_level >= 0
     )

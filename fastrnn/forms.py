@@ -118,14 +118,14 @@ def _store(key: Any, value: Any) -> None:
 
 def step_prepared(module: Any, input: Any, hx: Any) -> Any:
     """`run_prepared` of a cell module; None, and soon, unless the kernels run it."""
-    if type(input) is not Tensor:
+    if type(input) is not Tensor or context.is_watched():
         return None
     forced = planner.forced
     numbers = (
         module._stock, module.__dict__.get("nonlinearity"), input.shape, input.dtype,
         module.hidden_size, torch.get_num_threads(), forced.path, forced.schedule, cpu.target(),
     )  # fmt: skip
-    if numbers in _prepared or context.is_watched():
+    if numbers in _prepared:
         return None
     kind, parameters = type(hx), module._parameters
     given = () if hx is None else hx if kind is tuple else (hx,)
