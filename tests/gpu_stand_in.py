@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn import cpu, gpu, ops, planner
+from fastrnn import cpu, forms, gpu, ops, planner
 from fastrnn.call import Asked, Call, Cotangents
 from fastrnn.cells import CELLS
 from fastrnn.flow import Flow, make_marks
@@ -41,6 +41,9 @@ def as_on_a_gpu(device: Device = DEVICES["h100"], precision: str = "ieee") -> It
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(planner, "problem_of", as_gpu_asks)
+        # The short way of a call on a CPU.
+        for name in ("run_prepared", "step_prepared"):
+            patched.setattr(forms, name, lambda *_: None)
         patched.setattr(cpu, "forward", fall_back(gpu.forward))
         patched.setattr(cpu, "backward", fall_back(gpu.backward))
         patched.setattr(ops, "_with_output", lambda y, saved: (y, *saved))
