@@ -68,19 +68,22 @@ def run_prepared(module: Any, input: Any, hx: Any) -> Any:
             kind, n_given, is_twice, input.shape, *_NUMBERS(module.__dict__), module.num_heads,
             *parameters, torch.get_num_threads(), forced.path, forced.schedule, cpu.target(),
         )  # fmt: skip
-        known = _prepared.get(key, ())
+        known = _known(key, tensors)
     except (KeyError, TypeError):  # a number that is elsewhere, or that has no hash
         return None
-    for check, found in known:
-        if check(*tensors):
-            run = found
-            break
-    else:
-        run = _prepare(key, module, tensors, hx)
+    run = _prepare(key, module, tensors, hx) if known is None else known[1]
     if run is None:
         return None
     y, final = run(input, state, tensors[n_given:])
     return y, final[0] if len(final) == 1 else tuple(final)
+
+
+def _known(key: Any, tensors: Any) -> Any:
+    """What is remembered of a call like one of these tensors: a guard and what runs it."""
+    for entry in _prepared.get(key, ()):
+        if entry[0](*tensors):
+            return entry
+    return None
 
 
 @functools.cache
@@ -132,12 +135,8 @@ def step_prepared(module: Any, input: Any, hx: Any) -> Any:
     weights = [part for part in parameters.values() if part is not None]
     tensors = (input, *given, *weights)
     key = numbers, kind, len(given), len(weights), *parameters
-    for check, found in _prepared.get(key, ()):
-        if check(*tensors):
-            run = found
-            break
-    else:
-        run = _prepare_step(key, module, tensors, hx)
+    known = _known(key, tensors)
+    run = _prepare_step(key, module, tensors, hx) if known is None else known[1]
     if run is None:
         return None
     _, final = run(input, given, weights)

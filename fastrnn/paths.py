@@ -58,8 +58,8 @@ def run(call: Call) -> tuple[Any, ...]:
 def prepared(call: Call, *, is_step: bool = False) -> Prepared | None:
     """Make what runs calls like this one in inference, without a record; None if nothing does.
 
-    That is for the path of this call, and for tensors that differ from its own in values and
-    strides only, where `context.is_bare` and without gradients.
+    That is for the path of this call, and for tensors that a ``context.guard`` of its own lets
+    pass, without gradients.
     """
     if not is_plain(*call.tensors) or reference.is_watched():
         return None

@@ -67,7 +67,7 @@ class Layout(NamedTuple):
         Hidden units of a slice.
     width, width_h : int
         Columns of all gates and of h, with the padding.
-    exact, lane : int
+    exact : int
         Bytes of an exact number, and of a lane of packed weights.
     group : int
         Numbers in such a lane.
@@ -79,7 +79,6 @@ class Layout(NamedTuple):
     width: int
     width_h: int
     exact: int
-    lane: int
     group: int
     flops: int
     slices: int
@@ -95,7 +94,7 @@ class Layout(NamedTuple):
         width *= gates
         is_paired, exact = dtype == torch.bfloat16, max(4, dtype.itemsize)
         flops, slices = 2 * direction.rows.batch * width * size_h, width // (gates * units)
-        return cls(units, width, width_h, exact, exact, 2 if is_paired else 1, flops, slices)
+        return cls(units, width, width_h, exact, 2 if is_paired else 1, flops, slices)
 
     @property
     def threads(self) -> int:
@@ -104,7 +103,7 @@ class Layout(NamedTuple):
 
     def packed(self, columns: int, k: int) -> int:
         """Bytes of packed weights."""
-        return columns * -(-k // self.group) * self.lane
+        return columns * -(-k // self.group) * self.exact
 
 
 def _pays(rows: int, times: int) -> bool:
