@@ -52,7 +52,7 @@ def dtypes(call: Call, *, is_step: bool = False) -> Dtypes | None:
 def to(call: Call, dtype: torch.dtype) -> Call:
     """Make the call in another dtype."""
     state, weights, fresh, noise = (
-        [part.to(dtype) for part in parts]
+        [part if part.dtype == torch.bool else part.to(dtype) for part in parts]
         for parts in (call.state, call.weights, call.flow.fresh, call.flow.noise)
     )
     flow = call.flow._replace(fresh=fresh, noise=noise)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .cells import Cell
-from .context import is_traced
+from .context import is_traced, untraced
 from .flow import PLAIN, Flow
 from .options import Options
 
@@ -65,13 +65,16 @@ class Known:
     num_layers : int
     paths : dict
         Those that the planner chose, by what else it depends on.
+    steps : dict
+        What runs single steps with gradients, likewise.
     """
 
-    __slots__ = ("num_layers", "paths")
+    __slots__ = ("num_layers", "paths", "steps")
 
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
         self.paths: dict[Any, str] = {}
+        self.steps: dict[Any, Any] = {}
 
 
 class Call(NamedTuple):
@@ -86,7 +89,9 @@ class Call(NamedTuple):
         Initial state, zeros if empty; of a single step, (B, P) and (B, H).
     weights : sequence of Tensor
         Of all layers and in them of all directions one after another, each in the order of
-        ``torch.nn.RNNBase``, then the cell's extra weights.
+        ``torch.nn.RNNBase``, then the cell's extra weights. With heads, w_hh is
+        (G * H, H / heads). Those of the members of an ensemble have one more dimension in front;
+        then the batch consists of that of each member, one after another.
     batch_sizes : int64 Tensor of shape (T,) on the CPU, optional
         Rows alive at each step, never increasing, as in ``PackedSequence``; only with a plain
         `flow`.
@@ -119,12 +124,23 @@ class Call(NamedTuple):
     @property
     def hidden_size(self) -> int:
         """H."""
-        return self.weights[0].shape[0] // len(self.cell.gates)
+        return self.weights[0].shape[-2] // len(self.cell.gates)
 
     @property
     def size_h(self) -> int:
         """P."""
-        return self.weights[1].shape[1] * self.options.num_heads
+        return self.weights[1].shape[-1] if self.is_projected else self.hidden_size
+
+    @property
+    @untraced
+    def num_heads(self) -> int:
+        """How many blocks the recurrent weights have on their diagonal."""
+        return 1 if self.is_projected else max(1, self.hidden_size // self.weights[1].shape[-1])
+
+    @property
+    def members(self) -> int:
+        """How many members an ensemble has; 0 if the call is not one of an ensemble."""
+        return self.weights[0].shape[0] if self.weights[0].dim() == 3 else 0
 
     @property
     def steps(self) -> int:
@@ -187,10 +203,7 @@ class Call(NamedTuple):
             return self if x is self.x else self._replace(x=x)
         of_k = slice(k * self.directions, (k + 1) * self.directions)
         count = self.directions * self.n_weights
-        flow = self.flow
-        if flow is not PLAIN:
-            fresh, noise = ([part[of_k] for part in parts] for parts in (flow.fresh, flow.noise))
-            flow = Flow(flow.marks, fresh, noise)
+        flow = self.flow if self.flow is PLAIN else self.flow.some(of_k)
         state, weights = [s[of_k] for s in self.state], self.weights[k * count : (k + 1) * count]
         return self._replace(x=x, state=state, weights=weights, flow=flow, num_layers=1)
 

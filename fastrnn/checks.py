@@ -47,13 +47,13 @@ def checked(
 def checked_step(cell: str, x: Tensor, hx: Sequence[Tensor] | None, weights: Sequence[Any]) -> Call:
     """Make the record of a single step, or raise as ``fastrnn.functional.lstm_cell`` says.
 
-    `weights` are (w_ih, w_hh, b_ih, b_hh), of which both biases may be None. Input and state of the
-    record need not have the sizes of the weights: see `is_step`.
+    `weights` are (w_ih, w_hh, b_ih, b_hh), of which both biases may be None, and the cell's extra
+    weights. Input and state of the record need not have the sizes of the weights: see `is_step`.
     """
-    of_cell, (*_, b_ih, b_hh) = CELLS[cell], weights
+    of_cell, (w_ih, w_hh, b_ih, b_hh, *extras) = CELLS[cell], weights
     if (b_ih is None) != (b_hh is None):
         raise ValueError("b_ih and b_hh must be given both or neither")
-    given = list(weights[:2] if b_ih is None else weights)
+    given = [w_ih, w_hh, *extras] if b_ih is None else list(weights)
     _, known = _checked(_step_numbers, _layers_of_step, of_cell, x, given)
     if hx is None:
         hx = [x.new_zeros(x.shape[0], given[1].shape[-1])] * of_cell.n_states
@@ -67,6 +67,29 @@ def is_step(call: Call) -> bool:
     w_ih, w_hh = call.weights[:2]
     sizes = (call.x.shape[0], w_hh.shape[-1], w_ih.shape[-1])
     return all((*part.shape, call.x.shape[1]) == sizes for part in call.state)
+
+
+@untraced
+def check_step(call: Call) -> None:
+    """Raise RuntimeError, in ATen's words, unless a step `is_step`."""
+    if is_step(call):
+        return
+    (batch, inputs), (w_ih, w_hh) = call.x.shape, call.weights[:2]
+    if inputs != w_ih.shape[-1]:
+        raise RuntimeError(
+            f"input has inconsistent input_size: got {inputs} expected {w_ih.shape[-1]}"
+        )
+    sizes = batch, w_hh.shape[-1]
+    for k, part in enumerate(call.state):
+        if part.dim() > 0 and part.shape[0] != batch:
+            raise RuntimeError(
+                f"Input batch size {batch} doesn't match hidden{k} batch size {part.shape[0]}"
+            )
+        if part.dim() > 1 and part.shape[1] != sizes[1]:
+            raise RuntimeError(
+                f"hidden{k} has inconsistent hidden_size: got {part.shape[1]}, expected {sizes[1]}"
+            )
+    raise RuntimeError(f"hidden states must be of shape {sizes}")
 
 
 def _checked(

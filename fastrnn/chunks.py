@@ -21,7 +21,7 @@ def layer(of_chunk: Callable[[Call], Result], steps: int, call: Call) -> Result:
         of_d = slice(d, d + 1)
         walk = _Walk(x.shape[0], d == 1, flow.marks)
         state = [part[of_d] for part in initial]
-        fresh, noise = ([part[of_d] for part in parts] for parts in (flow.fresh, flow.noise))
+        _, fresh, noise = flow.some(of_d)
         of_direction = call._replace(
             weights=call.weights[d * count : (d + 1) * count], bidirectional=False
         )
@@ -29,7 +29,7 @@ def layer(of_chunk: Callable[[Call], Result], steps: int, call: Call) -> Result:
         for start in range(0, x.shape[0], steps):
             of_t = slice(start, start + steps)
             marks = None if flow.marks is None else walk.take(flow.marks[d], of_t)[None]
-            zones = [z if not z.numel() else walk.take(z[0], of_t)[None] for z in noise[1:]]
+            zones = [z if z.dim() == 1 else walk.take(z[0], of_t)[None] for z in noise[1:]]
             flow_t = Flow(marks, fresh, [*noise[:1], *zones])
             y, state, traces = of_chunk(
                 of_direction._replace(x=walk.take(x, of_t), state=state, flow=flow_t)

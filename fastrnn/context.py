@@ -54,7 +54,8 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not is_traced()
-        and all(t is None or (type(t) in _PLAIN and not t.is_neg()) for t in tensors)
+        and _ORDINARY.issuperset(map(type, tensors))
+        and not any(t.is_neg() for t in tensors if t is not None)
         and not torch._C._len_torch_dispatch_stack()
         and not transformed()
         and not autocasts("cpu")

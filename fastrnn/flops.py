@@ -14,7 +14,7 @@ Shapes are all there is to count from. The steps that ``lengths`` leaves out cou
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -38,9 +38,13 @@ def _register_with(counter: ModuleType) -> None:
         counter.register_flop_formula(getattr(torch.ops.fastrnn, name), get_raw=True)(formula)
 
 
-def _products(rows: int, weights: Iterable[Tensor]) -> int:
-    """The operations of so many rows times every matrix among the weights."""
-    return 2 * rows * sum(w.numel() for w in weights if w.dim() == 2)
+def _products(rows: int, weights: Sequence[Tensor]) -> int:
+    """The operations of so many rows times every matrix among the weights.
+
+    A member of an ensemble, whose weights have one more dimension, has its share of the rows.
+    """
+    dims = weights[0].dim()
+    return 2 * rows * sum(math.prod(w.shape[-2:]) for w in weights if w.dim() == dims)
 
 
 def _rows(x: Tensor) -> int:

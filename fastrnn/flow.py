@@ -27,17 +27,47 @@ class Flow(NamedTuple):
     fresh : sequence of Tensor of shape (D, B, P) and (D, B, H)
         The state after a reset; zeros if empty.
     noise : sequence of Tensor
-        Empty, or the factors of h in the recurrent product, (D, B, P), then for every state the
-        share of its old value that it keeps, (D, T, B, P) and (D, T, B, H); each may have no
-        elements, for none.
+        Empty, or the factors of h in the recurrent product, (D, B, P); then for every state which
+        units keep their old value, bool (D, T, B, P) and (D, T, B, H), or the share of it that all
+        keep, (1,). Each may be of shape (0,), for none.
     """
 
     marks: Tensor | None = None
     fresh: Sequence[Tensor] = ()
     noise: Sequence[Tensor] = ()
 
+    def some(self, which: slice) -> Flow:
+        """Make the flow of some of the directions, with the same marks.
+
+        Parameters
+        ----------
+        which : slice
+
+        Returns
+        -------
+        Flow
+        """
+        fresh = [part[which] for part in self.fresh]
+        # Of one dimension it is alike in all.
+        noise = [part if part.dim() == 1 else part[which] for part in self.noise]
+        return Flow(self.marks, fresh, noise)
+
 
 PLAIN = Flow()
+
+
+def is_given(noise: Tensor) -> bool:
+    """Tell a part of the noise from that which stands for none.
+
+    Parameters
+    ----------
+    noise : Tensor
+
+    Returns
+    -------
+    bool
+    """
+    return noise.dim() != 1 or noise.shape[0] != 0
 
 
 def make_marks(

@@ -26,6 +26,7 @@ __all__ = [
     "rnn",
     "rnn_cell",
     "sequence",
+    "step",
 ]
 
 NONLINEARITIES = ("tanh", "relu", "identity")
@@ -65,6 +66,35 @@ def sequence(
         As for `lstm`.
     """
     return run(checked(cell, input, hx, weights, options))
+
+
+def step(
+    cell: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequence[Tensor | None]
+) -> Sequence[Tensor]:
+    """Check the arguments, plan, and run one step of any cell.
+
+    Parameters
+    ----------
+    cell : str
+        Key of ``fastrnn.cells.CELLS``.
+    input : Tensor of shape (B, I)
+    hx : sequence of Tensor of shape (B, H), or None
+        Each state before the step, zeros if None.
+    weights : sequence of Tensor
+        As for `lstm_cell`, in its order, None for a bias that there is not; then the cell's extra
+        weights.
+
+    Returns
+    -------
+    sequence of Tensor of shape (B, H)
+        Each state after the step.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As for `lstm_cell`.
+    """
+    return run_step(checked_step(cell, input, hx, weights))
 
 
 def lstm(
@@ -364,7 +394,7 @@ def lstm_cell(
     >>> h.shape, c.shape
     (torch.Size([3, 8]), torch.Size([3, 8]))
     """
-    h, c = run_step(checked_step("lstm", input, hx, (w_ih, w_hh, b_ih, b_hh)))
+    h, c = step("lstm", input, hx, (w_ih, w_hh, b_ih, b_hh))
     return h, c
 
 
@@ -403,7 +433,7 @@ def gru_cell(
     >>> fastrnn.functional.gru_cell(torch.randn(3, 4), None, *m.parameters()).shape
     torch.Size([3, 8])
     """
-    return run_step(checked_step("gru", input, _in_list(hx), (w_ih, w_hh, b_ih, b_hh)))[0]
+    return step("gru", input, _in_list(hx), (w_ih, w_hh, b_ih, b_hh))[0]
 
 
 def rnn_cell(
@@ -444,8 +474,8 @@ def rnn_cell(
     >>> fastrnn.functional.rnn_cell(torch.randn(3, 4), None, *m.parameters()).shape
     torch.Size([3, 8])
     """
-    name, weights = _rnn_cell_name(nonlinearity), (w_ih, w_hh, b_ih, b_hh)
-    return run_step(checked_step(name, input, _in_list(hx), weights))[0]
+    name = _rnn_cell_name(nonlinearity)
+    return step(name, input, _in_list(hx), (w_ih, w_hh, b_ih, b_hh))[0]
 
 
 def _rnn_cell_name(nonlinearity: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autocast, cpu, flops, gpu, gradients, transforms
+from . import autocast, cpu, dispatch, flops, gpu, gradients, transforms
 from ._imports import when_imported
 from .call import Asked, Call, Cotangents, Gradients, Result, split
 from .cells import CELLS
@@ -58,22 +58,6 @@ def _resolved(call: Call) -> Call:
     return call._replace(state=state, flow=Flow(marks, fresh, noise))
 
 
-def _arguments(call: Call) -> tuple[Any, ...]:
-    """The arguments of a record."""
-    marks, fresh, noise = call.flow
-    tensors = (call.x, list(call.state), list(call.weights), call.batch_sizes)
-    return call.cell.name, *tensors, call.bidirectional, marks, list(fresh), list(noise)
-
-
-def _run_backward(call: Call, given: Cotangents, saved: Sequence[Tensor], asked: Asked) -> Any:
-    """``fastrnn::layer_backward`` on records."""
-    name, *arguments = _arguments(call)
-    d_final, d_traces = list(given.d_final), list(given.d_traces)
-    return torch.ops.fastrnn.layer_backward(
-        name, given.dy, d_final, d_traces, *arguments, list(saved), *asked
-    )
-
-
 # Kernels. The CPU backend has a loop of torch operators, so it serves every device but those for
 # which gpu.py has Triton kernels.
 
@@ -102,10 +86,6 @@ _implement(cpu, "default")
 _implement(gpu, "CUDA")
 
 
-def _backend(x: Tensor) -> Any:
-    return gpu if x.is_cuda else cpu
-
-
 # Fake kernels: shapes and dtypes of the results.
 
 
@@ -128,7 +108,9 @@ def _layer_backward_fake(
     cell, dy, d_final, d_traces, x, state, weights, batch_sizes, bidirectional, marks, fresh, noise,
     saved, needs_x, needs_weights, groups,
 ):  # fmt: skip
-    d_weights = [x.new_empty(*((groups,) if groups else ()), *w.shape) for w in weights]
+    of_one = weights[0].dim() - 2  # dimensions of members
+    shapes = [(groups, *w.shape[of_one:]) if groups else w.shape for w in weights]
+    d_weights = [x.new_empty(shape) for shape in shapes]
     return (
         x.new_empty(x.shape if needs_x else 0),
         [x.new_empty(part.shape) for part in state],
@@ -166,12 +148,10 @@ def _gradients(call: Call, given: Cotangents, saved: Sequence[Tensor], asked: As
     batched = torch._C._functorch.is_legacy_batchedtensor
     if forward_mode() or any(batched(t) for t in cotangents if t is not None):
         return gradients.first(call, given)
-    if not is_plain(*call.tensors, *cotangents, *saved):
-        found = Gradients(*_run_backward(call, given, saved, asked))
-    elif torch.is_grad_enabled():
+    if torch.is_grad_enabled() and is_plain(*call.tensors, *cotangents, *saved):
         found = _differentiable_backward(call, given, saved, asked)
     else:
-        found = _backend(call.x).backward(call, given, saved, asked)
+        found = dispatch.backward(call, given, saved, asked)
     return found._replace(
         dx=found.dx if asked.x else None,
         d_state=found.d_state if call.state else [],
@@ -223,7 +203,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call, save, traced, *flat):
-        (y, final, traces), saved = _backend(call.x).forward(call, save, traced)
+        (y, final, traces), saved = dispatch.backend(call.x).forward(call, save, traced)
         _layer_keep(ctx, call, save, (y, final, traces, saved))
         return y, *final, *traces
 
@@ -290,9 +270,10 @@ class _LayerBackward(torch.autograd.Function):
         given = Cotangents(dy, d_final, d_traces)
         _keep_given(ctx, call, given)
         with torch._C._AutoDispatchBelowAutograd():
-            dx, *groups = _run_backward(call, given, saved, asked)
+            dx, *groups = dispatch.by_operator(call, given, saved, asked)
         ctx.counts, ctx.n_found = counts, [len(group) for group in groups]
         # Autograd forbids to overwrite a view that comes of an operator with other results.
+        assert dx is not None  # of the operator
         return dx.detach(), *(part for group in groups for part in group)
 
     @staticmethod
@@ -379,7 +360,7 @@ def _layer_in_autocast(*arguments):
     dtypes = autocast.dtypes(call)
     with torch.autocast(call.x.device.type, enabled=False):
         call = call if dtypes is None else autocast.to(call, dtypes.compute)
-        return torch.ops.fastrnn.layer(*_arguments(call), save, traced)
+        return torch.ops.fastrnn.layer(*dispatch.arguments(call), save, traced)
 
 
 def _backward_in_autocast(cell, dy, d_final, d_traces, x, *rest):
@@ -407,12 +388,11 @@ def layer(call: Call, *, recompute: bool = False, traced: bool = False) -> Resul
     if differentiated(*tensors) and not is_traced():
         save = cpu.STATES if recompute else cpu.ALL
     if transform() == "func" and not torch.compiler.is_compiling():
-        # Who will be asked for gradients is not known here.
-        return transforms.layer(call, cpu.STATES if recompute else cpu.ALL, traced)
-    if not is_plain(*tensors):
-        return Result(*torch.ops.fastrnn.layer(*_arguments(call), save, traced)[:3])
-    if save == cpu.NOTHING:
-        return _backend(call.x).forward(call, save, traced)[0]
+        # Who will be asked for gradients is not known here, but whether anybody can be.
+        save = cpu.STATES if recompute else cpu.ALL
+        return transforms.layer(call, save if torch.is_grad_enabled() else cpu.NOTHING, traced)
+    if save == cpu.NOTHING or not is_plain(*tensors):
+        return dispatch.forward(call, save, traced)[0]
     y, *others = _Layer.apply(call, save, traced, *call.flat())
     n_states = call.cell.n_states
     return Result(y, others[:n_states], others[n_states:])
@@ -420,6 +400,19 @@ def layer(call: Call, *, recompute: bool = False, traced: bool = False) -> Resul
 
 def cell_step(call: Call) -> Sequence[Tensor]:
     """``reference.step`` as a layer of one step; autocast is the caller's affair."""
-    one = call._replace(x=call.x.unsqueeze(0), state=[part.unsqueeze(0) for part in call.state])
     # No views: callers detach a state in place.
-    return [part.squeeze(0).clone() for part in layer(one).final]
+    return [part.squeeze(0).clone() for part in layer(_of_one_step(call)).final]
+
+
+def cell_step_backward(call: Call, d_state: Sequence[Tensor | None], asked: Asked) -> Gradients:
+    """The gradients of `cell_step`, as a layer has them: for all that may want to know of it."""
+    of_final = [part.unsqueeze(0) for part in _or_zeros(d_state, call.state)]
+    found = _gradients(_of_one_step(call), Cotangents(None, of_final), [], asked)
+    dx = found.dx if found.dx is None else found.dx.squeeze(0)
+    d_before = [part if part is None else part.squeeze(0) for part in found.d_state]
+    return found._replace(dx=dx, d_state=d_before)
+
+
+def _of_one_step(call: Call) -> Call:
+    state = [part.unsqueeze(0) for part in call.state]
+    return call._replace(x=call.x.unsqueeze(0), state=state)

@@ -7,13 +7,13 @@
     torch's own kernels: oneDNN and ATen on a CPU, cuDNN on an NVIDIA GPU.
 ``kernels``
     our own, forward and backward: compiled for the CPU (``fastrnn.cpu``), or on a GPU the Triton
-    kernels, by one of three schedules (``resident``, ``persistent`` and ``stepwise``, see
-    ``fastrnn.kernels``).
+    kernels, by one of four schedules (``resident``, ``persistent``, ``stepwise`` and ``staged``,
+    see ``fastrnn.kernels``).
 ``operators``
     where there are none: our loop of torch operators (``fastrnn.cpu``), for every device and dtype.
 ``reference``
-    the differentiable loop of ``reference.py``: for what torch does not have under a
-    ``torch.func`` transform or forward-mode AD, and whenever asked for.
+    the differentiable loop of ``reference.py``: for forward-mode AD and complex numbers, and
+    whenever asked for.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ import torch
 
 from . import cpu, crossover, devices
 from .call import Call
-from .cells import CELLS
-from .context import are_known, differentiated, is_ragged, is_traced, transform
+from .context import are_known, differentiated, is_plain, is_ragged, is_traced, transform
 from .kernels.configs import SCHEDULES, Choice
 from .problem import Decision, Problem
 
@@ -71,14 +70,14 @@ def use_path(path: str | None) -> Iterator[None]:
     Parameters
     ----------
     path : str or None
-        'torch', 'kernels', 'operators' or 'reference'; or 'resident', 'persistent' or 'stepwise',
-        which are 'kernels' with that schedule on a GPU. None restores the planner's own choice.
-        What a path does not have, it cannot be made to run: in place of 'torch' the planner chooses
-        another, 'kernels' are 'operators' where there are none, and on a GPU the other way round
-        where there are some; under a ``torch.func`` transform, as far as our operators have no rule
-        for it, and in complex numbers, both are 'reference'. What ``torch.compile`` traces does not
-        ask, nor does what autograd runs in threads of its own, which is backward on a GPU unless
-        ``torch.autograd.set_multithreading_enabled(False)``.
+        'torch', 'kernels', 'operators' or 'reference'; or 'resident', 'persistent', 'stepwise' or
+        'staged', which are 'kernels' with that schedule on a GPU. None restores the planner's own
+        choice. What a path does not have, it cannot be made to run: in place of 'torch' the planner
+        chooses another, 'kernels' are 'operators' where there are none, and on a GPU the other way
+        round where there are some; under a ``torch.func`` transform, as far as our operators have
+        no rule for it, and in complex numbers, both are 'reference'. What ``torch.compile`` traces
+        does not ask, nor does what autograd runs in threads of its own, which is backward on a GPU
+        unless ``torch.autograd.set_multithreading_enabled(False)``.
 
     Raises
     ------
@@ -136,24 +135,26 @@ def plan(problem: Problem) -> Plan:
 
 def problem_of(call: Call, dtype: torch.dtype | None = None, *, is_step: bool = False) -> Problem:
     """Describe a call, or a single step, that is computed in a dtype, by default its input's."""
-    x, options, hidden, num_heads = call.x, call.options, call.hidden_size, call.options.num_heads
+    x, options, hidden, num_heads = call.x, call.options, call.hidden_size, call.num_heads
     gpu, precision = devices.facts(x)
     return Problem(
         call.cell.name,
         steps=1 if is_step else call.steps,
-        batch=x.shape[0] if is_step else call.batch,
+        batch=(x.shape[0] if is_step else call.batch) // max(1, call.members),
         input_size=x.shape[-1],
-        hidden_size=hidden if num_heads == 1 else hidden // num_heads,
+        hidden_size=hidden // num_heads,
         dtype=x.dtype if dtype is None else dtype,
         device=x.device.type,
         training=differentiated(*call.tensors),
         packed=is_ragged(call.batch_sizes),
         projected=call.size_h != hidden,
         is_step=is_step,
+        chained=is_step and _is_chained(call),
         transform=transform(),
         layers=call.num_layers,
         directions=call.directions,
-        marked=call.flow.marks is not None or options.is_marked or num_heads > 1,
+        parts=num_heads * max(1, call.members),
+        marked=call.flow.marks is not None or options.is_marked,
         noisy=len(call.flow.noise) > 0 or options.is_noisy,
         gpu=gpu,
         precision=precision,
@@ -173,6 +174,7 @@ def path_of(call: Call, dtype: torch.dtype | None = None, *, is_step: bool = Fal
     # All that a problem depends on beyond what is known: making one takes longer than this.
     key = (
         asked, forced.schedule, x.dtype, dtype, differentiated(*tensors), transform(), packed,
+        is_step and _is_chained(call),
         options.training, options.lengths is None, options.reset is None,
         torch.get_num_threads() if x.is_cpu else (x.device, devices.facts(x)),
     )  # fmt: skip
@@ -180,6 +182,12 @@ def path_of(call: Call, dtype: torch.dtype | None = None, *, is_step: bool = Fal
     if found is None:
         found = known.paths[key] = plan(problem_of(call, dtype, is_step=is_step)).path
     return found
+
+
+def _is_chained(call: Call) -> bool:
+    """Whether a step's state has a gradient, and nothing else keeps it from the short way."""
+    is_chained = differentiated(*call.state) and is_plain(*call.tensors)
+    return is_chained and all(weight.is_contiguous() for weight in call.weights)
 
 
 def _has_stock(call: Call) -> bool:
@@ -208,22 +216,15 @@ def _choose_path(
     missing = _missing_in_torch(problem)
     if missing and asked == "torch":
         asked = None
-    unknown = problem.noisy or not CELLS[problem.cell].is_pointwise
     if asked in (None, *OURS):
-        if problem.transform == "forward" or (problem.transform and (problem.is_step or unknown)):
-            what = "forward mode" if problem.transform == "forward" else "a torch.func transform"
-            return Decision("reference", f"our operators have no rule for this in {what}")
+        if problem.transform == "forward":
+            return Decision("reference", "our operators have no rule for forward mode")
         if problem.dtype not in _FLOATS:
             path = "reference" if missing or asked or problem.transform else "torch"
             return Decision(path, f"our operators have no derivatives in {problem.dtype}")
     if asked is not None:
         path = _ours(problem, kernels) if asked in OURS else asked
         return Decision(path, "asked for by fastrnn.planner.use_path")
-    if unknown:
-        what = "recurrent dropout and zoneout" if problem.noisy else problem.cell
-        return Decision("reference", f"no kernel of ours for {what}")
-    if problem.marked and problem.device == "cuda" and kernels is None:
-        return Decision("reference", f"{missing}; {gap}")
     if missing:
         return Decision(_ours(problem, kernels), missing)
     if problem.transform:
@@ -237,8 +238,6 @@ def _choose_path(
 
 def _ours(problem: Problem, kernels: tuple[Choice, Choice] | None) -> str:
     """Kernels where there are some, which on a CPU is asked last: it imports the compiler."""
-    if problem.noisy or not CELLS[problem.cell].is_pointwise:
-        return "operators"
     if problem.device == "cpu":
         return "operators" if cpu.kernel_gap(problem.dtype) else "kernels"
     return "operators" if kernels is None else "kernels"
@@ -248,6 +247,6 @@ def _missing_in_torch(problem: Problem) -> str | None:
     """What torch has no kernel for."""
     if problem.cell not in _TORCH_CELLS:
         return f"torch has no kernel for {problem.cell}"
-    if problem.marked:
+    if problem.marked or problem.parts > 1:
         return "torch has no lengths, resets, truncated gradients, states of all steps or heads"
     return "torch has no recurrent dropout and no zoneout" if problem.noisy else None

@@ -27,12 +27,17 @@ class Problem(NamedTuple):
         Whether the sequences have different lengths. A PackedSequence of equal lengths
         is to torch a padded batch.
     projected, is_step : bool
+    chained : bool
+        Whether a step with gradients has its state from others, as in a loop over steps, so that
+        the gradients of their weights can be computed together.
     transform : {None, 'func', 'forward'}
         Whether the call is inside a ``torch.func`` transform or forward-mode AD.
     layers, directions : int
         Of the whole stack.
+    parts : int
+        Heads of a layer, times the members of an ensemble; batch and hidden size are those of one.
     marked : bool
-        Whether there are lengths, resets, truncated gradients or heads, or all states are wanted.
+        Whether there are lengths, resets or truncated gradients, or all states are wanted.
     noisy : bool
         Whether there is recurrent dropout or zoneout.
     gpu : fastrnn.kernels.configs.Device, optional
@@ -52,9 +57,11 @@ class Problem(NamedTuple):
     packed: bool = False
     projected: bool = False
     is_step: bool = False
+    chained: bool = False
     transform: str | None = None
     layers: int = 1
     directions: int = 1
+    parts: int = 1
     marked: bool = False
     noisy: bool = False
     gpu: Device | None = None

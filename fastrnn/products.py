@@ -6,12 +6,10 @@ input parts differs in the last gates only, where it is `d_apart` (N, A * H), of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-from .call import Weights
 
 #: Writes the product of the second and the third matrix to the first, or adds it to that.
 Multiply = Callable[[Tensor, Tensor, Tensor, bool], object]
@@ -45,95 +43,10 @@ def add_d_x(
         False if what `dx` holds is nothing yet.
     multiply : callable, optional
     """
-    shared = d_rh.shape[1] - d_apart.shape[1]
+    shared = w_ih.shape[0] - d_apart.shape[1]
     multiply(dx, d_rh[:, :shared], w_ih[:shared], adds)
     if d_apart.shape[1]:
         multiply(dx, d_apart, w_ih[shared:], True)
-
-
-def d_weights(
-    d_rh: Tensor,
-    d_apart: Tensor,
-    x: Tensor,
-    d_w_hh: Tensor,
-    w: Weights,
-    multiply: Multiply = by_torch,
-) -> list[Tensor]:
-    """Compute the gradients of the weights of a direction, but for that of a projection.
-
-    Parameters
-    ----------
-    d_rh, d_apart : Tensor
-    x : Tensor of shape (N, I)
-    d_w_hh : Tensor of shape (G * H, P)
-        Is part of the result.
-    w : Weights
-    multiply : callable, optional
-
-    Returns
-    -------
-    list of Tensor
-        In the order of `w`.
-    """
-    shared = d_rh.shape[1] - d_apart.shape[1]
-    d_w_ih = d_rh.new_empty(w.w_ih.shape)
-    multiply(d_w_ih[:shared], d_rh[:, :shared].t(), x, False)
-    if d_apart.shape[1]:
-        multiply(d_w_ih[shared:], d_apart.t(), x, False)
-    if w.b_ih is None:
-        return [d_w_ih, d_w_hh]
-    d_b_hh = d_rh.sum(0)
-    d_b_ih = torch.cat([d_b_hh[:shared], d_apart.sum(0)])
-    return [d_w_ih, d_w_hh, d_b_ih, d_b_hh]
-
-
-def d_weights_by_group(
-    d_rh: Tensor,
-    d_apart: Tensor,
-    x: Tensor,
-    h_prev: Tensor,
-    projected: Sequence[Tensor] = (),
-    *,
-    w: Weights,
-    steps: int,
-    groups: int,
-) -> list[Tensor]:
-    """Compute the weight gradients of every group of a padded batch, without a loop.
-
-    Parameters
-    ----------
-    d_rh, d_apart : Tensor
-        With rows of T steps; the batch consists of the groups one after another.
-    x : Tensor of shape (N, I)
-    h_prev : Tensor of shape (N, P)
-        h before every step.
-    projected : sequence of Tensor of shape (N, P) and (N, H)
-        The gradient of the projected h, and h before the projection; empty without one.
-    w : Weights
-    steps, groups : int
-
-    Returns
-    -------
-    list of Tensor of shape (groups, ...)
-        In the order of `w`.
-    """
-
-    def split(rows: Tensor) -> Tensor:
-        """(groups, T * B / groups, columns)"""
-        size = rows.shape[0] // (steps * groups)
-        apart = rows.view(steps, groups, size, rows.shape[1])
-        return apart.transpose(0, 1).reshape(groups, steps * size, rows.shape[1])
-
-    shared = d_rh.shape[1] - d_apart.shape[1]
-    d_rh, d_apart = split(d_rh), split(d_apart)
-    d_wx = torch.cat([d_rh[..., :shared], d_apart], dim=-1)
-    result = [d_wx.transpose(1, 2) @ split(x), d_rh.transpose(1, 2) @ split(h_prev)]
-    if w.b_ih is not None:
-        result += [d_wx.sum(1), d_rh.sum(1)]
-    if projected:
-        d_projected, h_full = map(split, projected)
-        result.append(d_projected.transpose(1, 2) @ h_full)
-    return result
 
 
 def d_w_hh(

@@ -8,7 +8,6 @@ Shapes are those of ``call.py``.
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,18 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import groups
 from .call import Call, Result, Weights
-from .cells import CELLS, Cell, Engine
-from .flow import CUT, FRESH, HOLD, Flow
+from .cells import CELLS, EPSILON, Cell, Engine
+from .flow import CUT, FRESH, HOLD, Flow, is_given
 
 State = tuple[Tensor, ...]
 
 
-def _normalise(v: Tensor, gain: Tensor) -> Tensor:
+def _normalise(v: Tensor) -> Tensor:
     """Not ``torch.nn.functional.layer_norm``, whose third derivatives are wrong (torch 2.13)."""
     centred = v - v.mean(dim=-1, keepdim=True)
     variance = centred.square().mean(dim=-1, keepdim=True)
-    return centred * torch.rsqrt(variance + 1e-5) * gain
+    return centred * torch.rsqrt(variance + EPSILON)
 
 
 #: The cells on tensors.
@@ -41,14 +41,14 @@ TORCH = Engine(
         "maximum": torch.maximum,
         "where": torch.where,
         "zeros_like": torch.zeros_like,
-        "normalise": _normalise,
     }
 )
 
 
 for _cell in CELLS.values():  # before a compiler traces, which does not make functions
-    for _function in filter(None, (_cell.forward, _cell.activations)):
-        TORCH.bind(_function)
+    for _function in (_cell.forward, _cell.activations, *(_cell.late or ()), *(_cell.output or ())):
+        if callable(_function):
+            TORCH.bind(_function)
 
 
 def _product(v: Tensor, matrix: Tensor, bias: Tensor | None, gain: Tensor | None = None) -> Tensor:
@@ -58,7 +58,7 @@ def _product(v: Tensor, matrix: Tensor, bias: Tensor | None, gain: Tensor | None
     """
     if gain is None:
         return torch.nn.functional.linear(v, matrix, bias)
-    normal = _normalise(torch.nn.functional.linear(v, matrix), gain)
+    normal = _normalise(torch.nn.functional.linear(v, matrix)) * gain
     return normal if bias is None else normal + bias
 
 
@@ -73,7 +73,7 @@ class Steps:
 
     def __init__(self, cell: Cell, w: Weights) -> None:
         self.cell, self.w, self.extra = cell, w, w.blocks()
-        gains: Any = w.extras[:2] if cell.product == "normalised" else (None, None)
+        gains: Any = w.extras[:2] if cell.is_normalised else (None, None)
         self.gain_ih, self.gain_hh = gains
         self.forward = TORCH.bind(cell.forward)
 
@@ -90,20 +90,25 @@ class Steps:
 
         `h` is what is multiplied by the recurrent weights: the state's, perhaps after dropout.
         """
-        count = self.cell.n_gates
-        rh: Any
-        if self.cell.product == "own":
-            rh = functools.partial(self._recurrent_parts, h)
-        else:
-            rh = self.recurrent_part(h).chunk(count, dim=-1)
-        new, _ = self.forward(wx.chunk(count, dim=-1), rh, state, self.extra)
+        cell = self.cell
+        of_gates = wx.chunk(cell.n_gates, dim=-1)
+        rh = self._late_parts(of_gates, h) if cell.late else self.recurrent_part(h)
+        new, _ = self.forward(of_gates, rh.chunk(cell.n_gates, dim=-1), state, self.extra)
+        if cell.output is not None:
+            shown = TORCH.bind(cell.output.forward)
+            new = (shown(new[0], _normalise(new[-1]), self.extra), *new[1:])
         return (new[0] if self.w.w_hr is None else new[0] @ self.w.w_hr.t(), *new[1:])
 
-    def _recurrent_parts(self, h: Tensor, first: int, last: int, factor: Any) -> Sequence[Tensor]:
-        hidden = self.w.w_hh.shape[0] // self.cell.n_gates
-        rows, bias = slice(first * hidden, last * hidden), self.w.b_hh
-        part = _product(factor * h, self.w.w_hh[rows], None if bias is None else bias[rows])
-        return part.chunk(last - first, dim=-1)
+    def _late_parts(self, wx: Sequence[Tensor], h: Tensor) -> Tensor:
+        """The recurrent part where the last gates see h times a factor."""
+        late: Any = self.cell.late
+        n_early, hidden = self.cell.n_gates - late.n_gates, wx[0].shape[-1]
+        sizes = [n_early * hidden, late.n_gates * hidden]
+        first, last = self.w.w_hh.split(sizes)
+        b_first, b_last = (None, None) if self.w.b_hh is None else self.w.b_hh.split(sizes)
+        early = _product(h, first, b_first)
+        factor = TORCH.bind(late.factor)(wx, early.chunk(n_early, dim=-1))
+        return torch.cat([early, _product(factor * h, last, b_last)], dim=-1)
 
 
 def step(call: Call) -> State:
@@ -114,6 +119,10 @@ def step(call: Call) -> State:
 
 def layer(call: Call) -> Result:
     """One layer over a whole sequence, in one or both directions."""
+    if call.members:
+        return groups.members(layer, call)
+    if call.num_heads > 1:
+        return groups.heads(layer, call)
     x, flow = call.x, call.flow
     sizes = [x.shape[1]] * x.shape[0] if call.batch_sizes is None else call.batch_sizes.tolist()
     state = call.initial()
@@ -157,18 +166,25 @@ def _step(steps: Steps, wx: Tensor, state: State, flow: Flow, d: int, t: int) ->
             for new, old in zip(replaced, state, strict=True)
         )
     drop, *zones = flow.noise or (None,)
-    h = state[0] if drop is None or not drop.numel() else state[0] * drop[d]
+    h = state[0] if drop is None or not is_given(drop) else state[0] * drop[d]
     new = steps.advance(wx, h, state)
     if zones:
-        new = tuple(
-            after if not zone.numel() else torch.lerp(after, before, zone[d, t])
-            for zone, before, after in zip(zones, state, new, strict=True)
-        )
+        triples = zip(zones, state, new, strict=True)
+        new = tuple(_zoned(zone, d, t, before, after) for zone, before, after in triples)
     if not torch.compiler.is_compiling() and is_watched():
         _watching.record.append(new)  # type: ignore[union-attr]
     if flow.marks is None:
         return new
     return tuple(torch.where(held, a, b) for a, b in zip(before, new, strict=True))
+
+
+def _zoned(zone: Tensor, d: int, t: int, before: Tensor, after: Tensor) -> Tensor:
+    """A state of which a share is what it was before the step."""
+    if not is_given(zone):
+        return after
+    if zone.dim() == 1:  # the same share of all
+        return torch.lerp(after, before, zone)
+    return torch.where(zone[d, t], before, after)
 
 
 class _Watching(threading.local):

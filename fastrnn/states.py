@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import flow as flows
-from . import gradients, heads
+from . import gradients, groups
 from .call import Call, Result, Weights
 from .context import is_plain
 from .options import States
@@ -30,15 +30,18 @@ def states_of(call: Call, inputs: Sequence[Tensor], results: Sequence[Result]) -
 def _gates(call: Call, inputs: Sequence[Tensor], h: Tensor) -> Tensor:
     """The activations of all steps, computed again from the states, in a differentiable way."""
     cell, flow, h_0 = call.cell, call.flow, call.initial()[0]
-    count, num_heads = call.n_weights, call.options.num_heads
+    count, num_heads = call.n_weights, call.num_heads
 
-    def of_rows(x: Tensor, before: Tensor, *weights: Tensor) -> Tensor:
+    def of_rows(*tensors: Tensor) -> Tensor:
+        # In half precision the derivative of a normalisation would be beyond all numbers.
+        exact = torch.promote_types(tensors[0].dtype, torch.float32)
+        x, before, *weights = (part.to(exact) for part in tensors)
         steps = Steps(cell, Weights.unpack(weights, len(cell.extras)))
         wx, rh = (
             part.chunk(cell.n_gates, dim=-1)
             for part in (steps.input_part(x), steps.recurrent_part(before))
         )
-        return torch.cat(TORCH.bind(cell.activations)(wx, rh), dim=-1)
+        return torch.cat(TORCH.bind(cell.activations)(wx, rh), dim=-1).to(tensors[0].dtype)
 
     parts = []
     for n in range(len(call.weights) // count):
@@ -52,7 +55,7 @@ def _gates(call: Call, inputs: Sequence[Tensor], h: Tensor) -> Tensor:
             fresh = flow.fresh[0][n] if flow.fresh else torch.zeros_like(first)
             before = torch.where(mark & flows.FRESH != 0, fresh, before)
         x = inputs[n // call.directions]
-        if flow.noise and flow.noise[0].numel():
+        if flow.noise and flows.is_given(flow.noise[0]):
             before = before * flow.noise[0][n]
         if flow.marks is not None:
             held = mark & flows.HOLD != 0
@@ -60,13 +63,13 @@ def _gates(call: Call, inputs: Sequence[Tensor], h: Tensor) -> Tensor:
         of_n = call.weights[n * count : (n + 1) * count]
         of_heads = []
         for k in range(num_heads):
-            own_rows = heads.rows(cell, of_n, k, num_heads) if num_heads > 1 else of_n
-            own_before = heads.columns(before, k, num_heads)
+            own_rows = groups.rows(cell, of_n, k, num_heads) if num_heads > 1 else of_n
+            own_before = groups.columns(before, k, num_heads)
             if flow.marks is not None and is_plain(x, *call.weights):
                 of_heads.append(gradients.by_rows(of_rows, (x, own_before), own_rows))
             else:
                 of_heads.append(of_rows(x, own_before, *own_rows))
-        gates = heads.join(of_heads, cell.n_gates) if num_heads > 1 else of_heads[0]
+        gates = groups.join(of_heads, cell.n_gates) if num_heads > 1 else of_heads[0]
         if flow.marks is not None:
             gates = gates.masked_fill(held, 0.0)
         parts.append(gates)

@@ -1,23 +1,24 @@
 """``fastrnn::layer`` as ``torch.func`` sees it: reverse-mode derivatives and vmap.
 
 An autograd formula of torch.library is unknown to the transforms, so here are autograd functions
-that know them. Mapped over inputs, they fold the mapped dimension into the batch and make one call;
-the gradients of weights that were not mapped are then those of each group of the batch, without a
-loop. Mapped over weights, they make a call for each element.
+that know them. They fold a mapped dimension into the batch and make one call: mapped over weights,
+of an ensemble, each member of which has its part of the batch; mapped over inputs alone, of a
+larger batch, and the gradients of the weights are then those of each group of it.
 
 Forward mode does not come here: ``planner`` sends it to ``reference.py``.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .call import Call, Result, split
+from . import dispatch, reference
+from .call import Asked, Call, Cotangents, Result, split
 from .flow import Flow
 
 
@@ -46,10 +47,26 @@ class _Kind(NamedTuple):
         noise = [1 if k == 0 else 2 for k in range(n_noise)]
         return [1, 2, None, *[1] * n_state, *[None] * n_weights, *[1] * n_fresh, *noise]
 
-    def needs_loop(self, dims: Sequence[int | None]) -> bool:
-        """Whether something is mapped that has no batch: weights, or sizes of a packed batch."""
-        mapped: Any = self.call.with_flat(dims)
-        return mapped.batch_sizes is not None or any(dim is not None for dim in mapped.weights)
+    def fold(self, size: int, tensors: Sequence[Any], dims: Sequence[int | None]) -> list[Any]:
+        """Fold the mapped dimension of every tensor into its batch, or of weights into members."""
+        of_weights: Any = self.call.with_flat(dims).weights
+        folded = self.call.with_flat(_fold(size, tensors, dims, self.batch_dims()))
+        members = self.members(tensors, dims)
+        if members or any(dim is not None for dim in of_weights):
+            pairs = zip(folded.weights, of_weights, strict=True)
+            weights = [_of_members(size, *pair, bool(members)) for pair in pairs]
+            folded = folded._replace(weights=weights)
+        return folded.flat()
+
+    def members(self, tensors: Sequence[Any], dims: Sequence[int | None]) -> int:
+        """How many members there are in an element of what is mapped; 0 without an ensemble."""
+        w, dim = (self.call.with_flat(part).weights[0] for part in (tensors, dims))
+        sizes = [size for k, size in enumerate(w.shape) if k != dim]
+        return sizes[0] if len(sizes) == 3 else 0
+
+    def is_packed(self, tensors: Sequence[Any]) -> bool:
+        """Whether the batch is packed, so that others do not fit into it."""
+        return self.call.with_flat(tensors).batch_sizes is not None
 
 
 def layer(call: Call, save: int, traced: bool) -> Result:
@@ -69,11 +86,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(kind, *flat):
         call = kind.call.with_flat(flat)
-        marks, fresh, noise = call.flow
-        y, final, traces, saved = torch.ops.fastrnn.layer(
-            call.cell.name, call.x, call.state, call.weights, call.batch_sizes, call.bidirectional,
-            marks, fresh, noise, kind.save, kind.traced,
-        )  # fmt: skip
+        (y, final, traces), saved = dispatch.forward(call, kind.save, kind.traced)
         return y, *final, *traces, *saved
 
     @staticmethod
@@ -96,17 +109,19 @@ class _Layer(torch.autograd.Function):
             torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
             for grad, (shape, dtype, device) in zip(grads, ctx.results, strict=False)
         ]
-        numbers = (len(cotangents), ctx.n_saved)
+        needs_x = ctx.needs_input_grad[1]
+        numbers = (len(cotangents), ctx.n_saved, needs_x)
         dx, *rest = _Backward.apply(
             ctx.kind, numbers, 0, *cotangents, *tensors[count:], *tensors[:count]
         )
+        dx = dx if needs_x else None
         return None, dx, None, None, *rest, *[None] * ctx.kind.call.counts[3]
 
     @staticmethod
     def vmap(info, in_dims, kind, *flat):
-        if kind.needs_loop(in_dims[1:]):
+        if kind.is_packed(flat):
             return _loop(info, in_dims[1:], flat, lambda *part: _Layer.apply(kind, *part))
-        outputs = _Layer.apply(kind, *_fold(info.batch_size, flat, in_dims[1:], kind.batch_dims()))
+        outputs = _Layer.apply(kind, *kind.fold(info.batch_size, flat, in_dims[1:]))
         n_results = kind.n_results
         results = [part.unflatten(1, (info.batch_size, -1)) for part in outputs[:n_results]]
         saved = outputs[n_results:]
@@ -116,27 +131,27 @@ class _Layer(torch.autograd.Function):
 class _Backward(torch.autograd.Function):
     """``fastrnn::layer_backward``; its own derivatives are the reference's.
 
-    With `groups` the batch consists of so many parts, one after another, and the gradients of the
-    weights are those of each part. `numbers` count results and what was saved.
+    With `groups` the batch consists of so many parts, one after another, of which a member of an
+    ensemble has one or several, and the gradients of the weights are those of each part. `numbers`
+    count results and what was saved, and say whether the gradient of x is needed.
     """
 
     @staticmethod
     def forward(kind, numbers, groups, *tensors):
-        n_results, n_saved = numbers
+        n_results, n_saved, needs_x = numbers
         dy, *rest = tensors[:n_results]
-        d_final, d_traces = rest[: kind.n_states], rest[kind.n_states :]
-        saved = list(tensors[n_results : n_results + n_saved])
+        given = Cotangents(dy, rest[: kind.n_states], rest[kind.n_states :])
+        saved = tensors[n_results : n_results + n_saved]
         call = kind.call.with_flat(tensors[n_results + n_saved :])
-        marks, fresh, noise = call.flow
-        dx, d_state, d_fresh, d_weights = torch.ops.fastrnn.layer_backward(
-            call.cell.name, dy, d_final, d_traces, call.x, call.state, call.weights,
-            call.batch_sizes, call.bidirectional, marks, fresh, noise, saved, True, True, groups,
-        )  # fmt: skip
+        asked = Asked(needs_x, True, groups)
+        dx, d_state, d_fresh, d_weights = dispatch.backward(call, given, saved, asked)
+        dx = call.x.new_empty(0) if dx is None else dx
+        d_state = d_state if call.state else []
         return dx, *d_state, *d_weights, *d_fresh
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.kind, (ctx.n_results, ctx.n_saved), ctx.groups, *tensors = inputs
+        ctx.kind, (ctx.n_results, ctx.n_saved, ctx.needs_x), ctx.groups, *tensors = inputs
         ctx.save_for_backward(*tensors[: ctx.n_results], *tensors[ctx.n_results + ctx.n_saved :])
 
     @staticmethod
@@ -149,6 +164,7 @@ class _Backward(torch.autograd.Function):
             outputs, inputs = variables[:n_results], variables[n_results:]
             return _by_reference(kind, ctx.groups, call, inputs, outputs)
 
+        grads = (grads[0] if ctx.needs_x else None, *grads[1:])
         results, pull = torch.func.vjp(first, *tensors[:n_results], *inputs)  # type: ignore[misc]
         found = pull(
             tuple(
@@ -164,23 +180,22 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, kind, numbers, groups, *tensors):
-        (n_results, n_saved), dims, size = numbers, in_dims[3:], info.batch_size
+        (n_results, n_saved, needs_x), dims, size = numbers, in_dims[3:], info.batch_size
         kept = slice(n_results + n_saved, None)
-        if kind.needs_loop(dims[kept]):
+        if kind.is_packed(tensors[kept]):
             return _loop(
                 info, dims, tensors, lambda *part: _Backward.apply(kind, numbers, groups, *part)
             )
         # Saved is what forward left for the folded batch, if it was folded.
+        members = kind.members(tensors[kept], dims[kept])
         was_folded = any(dim is not None for dim in dims[kept])
         saved = tensors[n_results : n_results + n_saved] if was_folded else ()
-        parts = _fold(
-            size,
-            [*tensors[:n_results], *tensors[kept]],
-            [*dims[:n_results], *dims[kept]],
-            [*[1] * n_results, *kind.batch_dims()],
-        )
+        parts = [
+            *_fold(size, tensors[:n_results], dims[:n_results], [1] * n_results),
+            *kind.fold(size, tensors[kept], dims[kept]),
+        ]
         dx, *rest = _Backward.apply(
-            kind, (n_results, len(saved)), size * max(1, groups),
+            kind, (n_results, len(saved), needs_x), size * max(1, groups, members),
             *parts[:n_results], *saved, *parts[n_results:],
         )  # fmt: skip
         d_state, d_weights, d_fresh = split(rest, kind.call.counts[:3])
@@ -188,11 +203,12 @@ class _Backward(torch.autograd.Function):
         def unfold(parts, dim=1):
             return [part.unflatten(dim, (size, -1)) for part in parts]
 
-        if groups:
+        if groups or members:
             d_weights = unfold(d_weights, 0)
-        results = (*unfold([dx]), *unfold(d_state), *d_weights, *unfold(d_fresh))
-        mapped = (1, *[1] * len(d_state), *[0] * len(d_weights), *[1] * len(d_fresh))
-        return results, mapped
+        of_x = unfold([dx]) if needs_x else [dx]  # of no elements, which nobody looks at
+        results = (*of_x, *unfold(d_state), *d_weights, *unfold(d_fresh))
+        of_x = 1 if needs_x else None
+        return results, (of_x, *[1] * len(d_state), *[0] * len(d_weights), *[1] * len(d_fresh))
 
 
 def _by_reference(
@@ -217,13 +233,20 @@ def _by_reference(
 
     def unfold(tensors, dims):
         return [
-            t if t is None or d is None or not t.numel() else t.unflatten(d, (groups, -1))
+            t if t is None or not d else t.unflatten(d, (groups, -1))
             for t, d in zip(tensors, dims, strict=True)
         ]
 
     n_state, n_weights, n_fresh = counts
-    dims: list[int | None] = [1, *[1] * n_state, *[None] * n_weights, *[1] * n_fresh]
-    of_noise = [(1 if k == 0 else 2) if part.numel() else None for k, part in enumerate(noise)]
+    of_weights = None
+    if call.members:
+        of_weights, each = 0, groups // call.members
+        x, *others = inputs
+        parts = split(others, counts)
+        parts[1] = [weight.repeat_interleave(each, 0) for weight in parts[1]]
+        inputs = [x, *itertools.chain(*parts)]
+    dims: list[int | None] = [1, *[1] * n_state, *[of_weights] * n_weights, *[1] * n_fresh]
+    of_noise = [None if part.dim() == 1 else 2 if k else 1 for k, part in enumerate(noise)]
     (marks,) = unfold([marks], [2])
     mapped = torch.func.vmap(
         gradients,
@@ -234,9 +257,7 @@ def _by_reference(
         marks, unfold(noise, of_noise), unfold(inputs, dims),
         unfold(cotangents, [1] * len(cotangents)),
     )  # fmt: skip
-    return tuple(
-        part if d is None else part.flatten(d, d + 1) for part, d in zip(found, dims, strict=True)
-    )
+    return tuple(part.flatten(d, d + 1) if d else part for part, d in zip(found, dims, strict=True))
 
 
 def _fold(
@@ -245,7 +266,7 @@ def _fold(
     """Fold the mapped dimension of every tensor into its batch."""
     parts = []
     for tensor, dim, batch in zip(tensors, dims, batch_dims, strict=True):
-        if tensor is None or batch is None or (dim is None and not tensor.numel()):
+        if tensor is None or batch is None or (dim is None and tensor.dim() == 1):
             parts.append(tensor)
             continue
         if dim is None:
@@ -256,6 +277,12 @@ def _fold(
             mapped = tensor.movedim(dim, batch)
         parts.append(mapped.flatten(batch, batch + 1).contiguous())
     return parts
+
+
+def _of_members(size: int, weight: Tensor, dim: int | None, has_members: bool) -> Tensor:
+    """Fold the mapped dimension of a weight into its members."""
+    weight = weight.expand(size, *weight.shape) if dim is None else weight.movedim(dim, 0)
+    return weight.flatten(0, 1) if has_members else weight
 
 
 def _loop(

@@ -81,6 +81,45 @@ def test_backward_is_linear_in_the_gradients_of_the_state(cell: Cell) -> None:
     torch.testing.assert_close(backward(both), 2.0 * backward(first) - 3.0 * backward(second))
 
 
+def test_backward_of_a_normalised_cell() -> None:
+    """Of what h is made of, and of h from a state that is normalised."""
+    torch.manual_seed(0)
+    cell = CELLS["layernorm_lstm"]
+    output = cell.output
+    assert output is not None
+    wx, rh, state, extra = (values(n) for n in (cell.n_gates, cell.n_gates, 2, cell.n_extra))
+    new, saved = TORCH.bind(cell.forward)(wx, rh, state, extra)
+    assert saved[output.saved] is new[0]
+    d_new = [torch.randn_like(part) for part in new]
+    expected = torch.autograd.grad(new, (*rh, state[1]), d_new)
+    found, _, passed = TORCH.bind(cell.backward)(saved, new, state, d_new, extra)
+    torch.testing.assert_close((*found, passed[1]), expected)
+    part, normal, d_h = (each.detach().requires_grad_() for each in values(3))
+    h = TORCH.bind(output.forward)(part, normal, extra)
+    inputs = (part, normal, *extra[-output.n_extra :])
+    expected = torch.autograd.grad(h, inputs, d_h)
+    d_part, d_normal, d_extra = TORCH.bind(output.backward)(part, normal, d_h, extra)
+    torch.testing.assert_close((d_part, d_normal, *d_extra), expected)
+
+
+def test_backward_of_a_late_product() -> None:
+    """The last gate's recurrent part is a product of h and a factor; here, of each unit alone."""
+    torch.manual_seed(0)
+    cell = CELLS["gru_reset_before"]
+    late = cell.late
+    assert late is not None
+    wx, early, (h, weight) = values(3), values(2), values(2)
+    factor = TORCH.bind(late.factor)(wx, early)
+    new, saved = TORCH.bind(cell.forward)(wx, (*early, weight * (factor * h)), (h,), ())
+    assert torch.equal(saved[late.saved], factor)
+    d_new = [torch.randn_like(new[0])]
+    expected = torch.autograd.grad(new, (*wx, h), d_new)
+    (d_last,) = TORCH.bind(late.backward)(saved, d_new)
+    found, _, passed = TORCH.bind(cell.backward)((*saved, d_last * weight), new, (h,), d_new, ())
+    torch.testing.assert_close(found[-1], d_last)
+    torch.testing.assert_close((*found, *passed), expected)
+
+
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda cell: cell.name)
 def test_activations_are_those_of_forward(cell: Cell) -> None:
     if cell.activations is None:

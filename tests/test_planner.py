@@ -46,13 +46,13 @@ def no_tables(monkeypatch, tmp_path):
         (GRU._replace(dtype=torch.complex64), "torch"),
         (GRU._replace(transform="forward"), "reference"),
         (GRU._replace(transform="func"), "kernels"),
-        (GRU._replace(transform="func", is_step=True), "reference"),
+        (GRU._replace(transform="func", is_step=True), "kernels"),
         (GRU._replace(cell="rnn_identity", transform="forward"), "reference"),
         (GRU._replace(steps=1, marked=True), "kernels"),
-        (GRU._replace(device="cuda", marked=True), "reference"),
-        (GRU._replace(noisy=True), "reference"),
+        (GRU._replace(device="cuda", marked=True), "operators"),
+        (GRU._replace(noisy=True), "kernels"),
         (GRU._replace(cell="slstm"), "kernels"),
-        (GRU._replace(cell="layernorm_gru"), "reference"),
+        (GRU._replace(cell="layernorm_gru"), "kernels"),
         (GRU._replace(cell="rnn_identity", dtype=torch.complex64), "reference"),
         (GRU._replace(cell="rnn_identity", device="cuda"), "operators"),
     ],
@@ -131,6 +131,7 @@ problems = st.builds(
     transform=st.sampled_from([None, "func", "forward"]),
     layers=st.integers(1, 3),
     directions=st.integers(1, 2),
+    parts=st.integers(1, 6),
     gpu=st.sampled_from([None, *DEVICES.values()]),
     precision=st.sampled_from(PRECISIONS),
     marked=st.booleans(),
@@ -218,6 +219,7 @@ def test_use_path_refuses_an_unknown_path():
         pytest.raises(
             ValueError,
             match="one of torch, kernels, operators, reference, resident, persistent, stepwise, "
+            "staged, "
             "got 'cudnn'",
         ),
         use_path("cudnn"),
@@ -300,8 +302,6 @@ def test_packed_sequences_of_one_length_are_a_padded_batch(monkeypatch, nothing_
         ({"gpu": DEVICES["h100"]._replace(capability=75)}, "compute capability 8.0"),
         ({"gpu": DEVICES["mi300x"]._replace(capability=0)}, "no kernel of ours for mi300x"),
         ({"gpu": DEVICES["mi300x"], "precision": "tf32x3"}, "in tf32x3"),
-        ({"dtype": torch.float64}, "torch.float64"),
-        ({"projected": True}, "projections"),
         ({"batch": MAX_BATCH + 1}, "more than 1048560"),
     ],
 )
@@ -320,11 +320,19 @@ def test_packed_sequences_on_a_gpu_have_kernels():
     assert plan(problem).path == "kernels"
 
 
-@pytest.mark.parametrize("change", [{"noisy": True}, {"cell": "layernorm_gru"}])
-def test_what_no_kernel_has_goes_to_the_reference(change):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"noisy": True},
+        {"marked": True},
+        {"projected": True, "marked": True},
+        *({"cell": cell} for cell in ("layernorm_lstm", "layernorm_gru", "gru_reset_before")),
+    ],
+)
+def test_what_torch_does_not_have_has_kernels(change):
     chosen = plan(LSTM._replace(steps=48, device="cuda", gpu=DEVICES["h100"], **change))
-    assert chosen.path == "reference"
-    assert chosen.kernels is None
+    assert chosen.path == "kernels"
+    assert chosen.kernels is not None
 
 
 @given(
@@ -334,11 +342,13 @@ def test_what_no_kernel_has_goes_to_the_reference(change):
     cell=st.sampled_from(POINTWISE),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     directions=st.integers(1, 2),
+    parts=st.integers(1, 6),
 )
-def test_every_size_has_kernels(hidden, batch, device, cell, dtype, directions):
+def test_every_size_has_kernels(hidden, batch, device, cell, dtype, directions, parts):
     problem = Problem(
-        cell, 64, batch, 8, hidden, dtype, "cuda", True, directions=directions, gpu=device
-    )
+        cell, 64, batch, 8, hidden, dtype, "cuda", True, directions=directions, parts=parts,
+        gpu=device,
+    )  # fmt: skip
     forward, backward = plan(problem).kernels
     for choice in (forward, backward):
         # None was simulated for AMD, and perhaps for some kernels.

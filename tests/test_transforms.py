@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastrnn
 from fastrnn import ops
+from fastrnn.planner import use_path
 
 MODULES = {
     "lstm": (fastrnn.LSTM, {}),
@@ -137,6 +138,25 @@ def test_ensembles(module):
     xs = normal(3, 5, 2, 3)
     y = vmap(lambda params, x: functional_call(module, params, (x,))[0])(params, xs)
     check(y, torch.stack([model(x)[0] for model, x in zip(models, xs, strict=True)]))
+
+
+@pytest.mark.parametrize("path", ["kernels", "operators"])
+@pytest.mark.parametrize("cls", [fastrnn.GRU, fastrnn.LayerNormGRU, fastrnn.ResetBeforeGRU])
+def test_per_sample_gradients_of_ensembles(cls, path):
+    """Each member has several parts of the batch, with gradients of its weights of their own."""
+    models = [cls(3, 4, num_heads=2, dtype=torch.float64) for _ in range(2)]
+    params, _ = stack_module_state(models)
+    params = {name: part.detach() for name, part in params.items()}
+    xs = normal(2, 3, 4, 5, 3)
+    one = grad(lambda params, x: loss(models[0], params, x))
+    right = [
+        [eager_gradients(model, x) for x in own] for model, own in zip(models, xs, strict=True)
+    ]
+    with use_path(path):
+        check(vmap(vmap(one, (None, 0)))(params, xs), stacked([stacked(each) for each in right]))
+        of_members = vmap(vmap(one, (0, None)), (None, 0))(params, xs[0])
+    right = [stacked([eager_gradients(model, x) for model in models]) for x in xs[0]]
+    check(of_members, stacked(right))
 
 
 def test_jacobians(module):

@@ -655,6 +655,21 @@ def test_recurrent_dropout_of_the_product_alone():
     assert_equal([y[0]], [(1 - z) * n + z * hx[0][0]])
 
 
+@pytest.mark.parametrize("cls", [fastrnn.GRU, fastrnn.LayerNormLSTM, fastrnn.ResetBeforeGRU])
+def test_noise_of_an_empty_batch(cls):
+    module, x = cls(3, 4, recurrent_dropout=0.3, zoneout=0.2), torch.randn(5, 0, 3)
+    y, _ = module(x.requires_grad_())
+    y.sum().backward()
+    assert y.shape == (5, 0, 4)
+    assert all((p.grad == 0).all() for p in module.parameters())
+
+
+@pytest.mark.parametrize(("p", "share"), [(1e-11, 0.0), (1 - 1e-11, 1.0), (1.0, 1.0), (0.25, 0.25)])
+def test_masks_of_any_probability(p, share):
+    found = fastrnn.paths._mask((20, 30, 5), p, torch.device("cpu")).double().mean()
+    assert near(found, share, 3000) if 0 < share < 1 else found == share
+
+
 def test_compiled_noise_follows_the_seed():
     torch._dynamo.reset()
     fastrnn.allow_compile()

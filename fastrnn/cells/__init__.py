@@ -1,6 +1,6 @@
 """The registry of cells: one file and one line here for each; nothing here imports an engine."""
 
-from .cell import Cell, Extra
+from .cell import EPSILON, Cell, Extra, Late, Output
 from .engine import Engine, reached
 from .gru import GRU
 from .layernorm import LAYERNORM_GRU, LAYERNORM_LSTM
@@ -26,4 +26,4 @@ CELLS = {
     )
 }
 
-__all__ = ["CELLS", "Cell", "Engine", "Extra", "reached"]
+__all__ = ["CELLS", "EPSILON", "Cell", "Engine", "Extra", "Late", "Output", "reached"]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+#: Added to a variance before a state or a product is divided by its root.
+EPSILON = 1e-5
+
 
 class Extra(NamedTuple):
     """A weight that a cell has beyond those of torch.nn's cells.
@@ -24,6 +27,53 @@ class Extra(NamedTuple):
     init: float | None
 
 
+class Late(NamedTuple):
+    """A second product of a step: the last gates see h times a factor that the others make.
+
+    Attributes
+    ----------
+    n_gates : int
+        How many gates, the last ones, `forward` gets from this product.
+    factor : callable
+        ``factor(wx, rh) -> factor``, one value, from the parts of the other gates.
+    backward : callable
+        ``backward(saved, d_state) -> d_rh`` of the last gates, whose product with their weights is
+        the gradient of the factor times h, which `Cell.backward` finds at the end of `saved`.
+    saved : int
+        Which of the saved values the factor is.
+    """
+
+    n_gates: int
+    factor: Callable[..., Any]
+    backward: Callable[..., Any]
+    saved: int
+
+
+class Output(NamedTuple):
+    """How h follows where a state is normalised over all hidden units first.
+
+    `Cell.forward` gives in place of h what is combined with the normalised state, the last one,
+    and `Cell.backward` takes the gradient of that.
+
+    Attributes
+    ----------
+    forward : callable
+        ``forward(part, normal, extra) -> h``.
+    backward : callable
+        ``backward(part, normal, d_h, extra) -> (d_part, d_normal, d_extra)``, the latter those of
+        the last blocks of the extra weights.
+    saved : int
+        Which of the saved values the part is.
+    n_extra : int
+        How many blocks of extra weights it has gradients of.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    saved: int
+    n_extra: int
+
+
 class Cell(NamedTuple):
     """A recurrent cell: facts, and arithmetic on one hidden unit that every engine takes.
 
@@ -41,12 +91,11 @@ class Cell(NamedTuple):
     forward : callable
         ``forward(wx, rh, state, extra) -> (state, saved)``; `wx` and `rh` are the input part and
         the recurrent part of each gate, with their biases; `extra` the blocks of the extra weights.
-    backward : callable, optional
+    backward : callable
         ``backward(saved, state, previous, d_state, extra) -> (d_rh, d_wx_apart, d_previous)``:
         from the states after and before the step and the gradients of the former, on which the
         results depend linearly, to those of the recurrent parts, of the input parts of the last
-        `n_apart` gates, and of the states before, as far as they do not pass by `rh`. None for a
-        cell that is not pointwise.
+        `n_apart` gates, and of the states before, as far as they do not pass by `rh`.
     n_saved : int
         How many values `forward` hands to `backward`.
     n_apart : int
@@ -58,24 +107,26 @@ class Cell(NamedTuple):
         weights, of one step and row.
     activations : callable, optional
         ``activations(wx, rh) -> gates``, for cells whose gates depend on nothing else.
-    product : {'plain', 'normalised', 'own'}
-        Whether the two products are plain; or normalised over all gates before the bias is added,
-        with the first two extra weights as gains; or `forward` asks for the recurrent parts itself,
-        by ``rh(first, last, factor)``: those of the gates from `first` to `last`, with h times
-        `factor`.
+    is_normalised : bool
+        Whether both products are normalised, ``(v - mean(v)) / sqrt(var(v) + EPSILON)`` over all
+        gates, and multiplied by the first two extra weights before the biases are added.
+    late : Late, optional
+    output : Output, optional
     """
 
     name: str
     gates: tuple[str, ...]
     states: tuple[str, ...]
     forward: Callable[..., Any]
-    backward: Callable[..., Any] | None = None
+    backward: Callable[..., Any]
     n_saved: int = 0
     n_apart: int = 0
     extras: tuple[Extra, ...] = ()
     d_extra: Callable[..., Any] | None = None
     activations: Callable[..., Any] | None = None
-    product: str = "plain"
+    is_normalised: bool = False
+    late: Late | None = None
+    output: Output | None = None
 
     @property
     def n_gates(self) -> int:
@@ -93,6 +144,13 @@ class Cell(NamedTuple):
         return sum(extra.blocks for extra in self.extras)
 
     @property
+    def n_moments(self) -> int:
+        """How many moments of a step backward needs: 1 / deviation of the recurrent product; then,
+        where a state is normalised too, mean and 1 / deviation of that.
+        """
+        return 1 if self.output is None else 3
+
+    @property
     def is_pointwise(self) -> bool:
-        """Whether kernels can run it."""
-        return self.backward is not None
+        """Whether a step is one product, and then arithmetic on each hidden unit by itself."""
+        return not self.is_normalised and self.late is None

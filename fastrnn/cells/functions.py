@@ -47,8 +47,3 @@ def where(condition: Any, x: Any, y: Any) -> Any:
 def zeros_like(x: Any) -> Any:
     """Zeros of the kind of x."""
     raise NotImplementedError
-
-
-def normalise(x: Any, gain: Any) -> Any:
-    """``gain * (x - mean(x)) / sqrt(var(x) + 1e-5)`` over all hidden units: not pointwise."""
-    raise NotImplementedError

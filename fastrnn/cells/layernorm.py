@@ -15,16 +15,37 @@ product, as in haste. Ba, Kiros & Hinton (supplement) normalise the 2H of r and 
 apart.
 """
 
-from .cell import Cell, Extra
-from .functions import normalise, tanh
-from .gru import GRU, gru_forward, gru_gates
+from .cell import Cell, Extra, Output
+from .functions import tanh, zeros_like
+from .gru import GRU, gru_backward, gru_forward, gru_gates
 from .lstm import LSTM, lstm_gates
 
 
 def layernorm_lstm_forward(wx, rh, state, extra):
     i, f, g, o = lstm_gates(wx, rh)
-    c = f * state[1] + i * g
-    return (o * tanh(normalise(c, extra[8]) + extra[9]), c), (i, f, g, o)
+    return (o, f * state[1] + i * g), (i, f, g, o)
+
+
+def layernorm_lstm_backward(saved, state, previous, d_state, extra):
+    i, f, g, o = saved
+    d_o, dc = d_state
+    d_rh = (
+        dc * g * i * (1.0 - i),
+        dc * previous[1] * f * (1.0 - f),
+        dc * i * (1.0 - g * g),
+        d_o * o * (1.0 - o),
+    )
+    return d_rh, (), (zeros_like(dc), dc * f)
+
+
+def layernorm_lstm_output(o, normal, extra):
+    return o * tanh(extra[8] * normal + extra[9])
+
+
+def layernorm_lstm_output_backward(o, normal, dh, extra):
+    shown = tanh(extra[8] * normal + extra[9])
+    d_shown = dh * o * (1.0 - shown * shown)
+    return dh * shown, d_shown * extra[8], (d_shown * normal, d_shown)
 
 
 LAYERNORM_LSTM = Cell(
@@ -32,6 +53,8 @@ LAYERNORM_LSTM = Cell(
     LSTM.gates,
     LSTM.states,
     layernorm_lstm_forward,
+    layernorm_lstm_backward,
+    n_saved=4,
     extras=(
         Extra("gain_ih", 4, 1.0),
         Extra("gain_hh", 4, 1.0),
@@ -39,14 +62,18 @@ LAYERNORM_LSTM = Cell(
         Extra("bias_c", 1, 0.0),
     ),
     activations=lstm_gates,
-    product="normalised",
+    is_normalised=True,
+    output=Output(layernorm_lstm_output, layernorm_lstm_output_backward, saved=3, n_extra=2),
 )
 LAYERNORM_GRU = Cell(
     "layernorm_gru",
     GRU.gates,
     GRU.states,
     gru_forward,
+    gru_backward,
+    n_saved=GRU.n_saved,
+    n_apart=GRU.n_apart,
     extras=(Extra("gain_ih", 3, 1.0), Extra("gain_hh", 3, 1.0)),
     activations=gru_gates,
-    product="normalised",
+    is_normalised=True,
 )
