@@ -45,6 +45,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         help="of float32 products on a GPU (default as torch is set)",
     )  # fmt: skip
     parser.add_argument("--training", action="store_true", help="with gradients")
+    chained = "of --step, in a loop: its state comes from others, with gradients"
+    parser.add_argument("--chained", action="store_true", help=chained)
     parser.add_argument("--packed", action="store_true", help="sequences of different lengths")
     parser.add_argument("--projected", action="store_true", help="an LSTM with proj_size")
     parser.add_argument("--step", action="store_true", help="a cell module: one step")
@@ -84,6 +86,7 @@ def _plan(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             device=named.type,
             training=args.training,
+            chained=args.chained and args.step and args.training,
             packed=args.packed,
             projected=args.projected,
             is_step=args.step,
@@ -180,11 +183,14 @@ def _verify(args: argparse.Namespace) -> int:
 def _add_warmup(parser: argparse.ArgumentParser) -> None:
     from .cells import CELLS
 
-    names = [cell.name for cell in CELLS.values() if cell.is_pointwise]
+    names = list(CELLS)
     parser.add_argument(
         "--cells", nargs="+", choices=names, default=names, metavar="CELL",
         help=f"any of {', '.join(names)} (default all)",
     )  # fmt: skip
+    parser.add_argument(
+        "--noisy", action="store_true", help="those with recurrent dropout and zoneout"
+    )
     parser.add_argument(
         "--dtype", nargs="+", type=dtype, default=[torch.float32], help="default float32"
     )
@@ -202,12 +208,15 @@ def _warmup(args: argparse.Namespace) -> int:
     from .cpu import engine, machine
 
     # What the kernels do not multiply runs by those for float32.
-    multiplied = [of if machine.multiplies(of) else torch.float32 for of in args.dtype]
-    for of, cell in itertools.product(dict.fromkeys(multiplied), args.cells):
+    wanted: dict[tuple[torch.dtype, str], None] = {}
+    for of, cell in itertools.product(args.dtype, args.cells):
+        multiplies = machine.multiplies(of) and CELLS[cell].is_pointwise
+        wanted[of if multiplies else machine.exact_dtype(of), cell] = None
+    for of, cell in wanted:
         start = time.perf_counter()
-        engine.kernels(CELLS[cell], of)
+        engine.kernels(CELLS[cell], of, noisy=args.noisy)
         took = time.perf_counter() - start
-        print(f"{cell:13} {str(of).removeprefix('torch.'):8} {took:6.2f} s")
+        print(f"{cell:16} {str(of).removeprefix('torch.'):8} {took:6.2f} s")
     with contextlib.suppress(OSError):  # which was logged
         print(f"kept in {cache.cache_folder()}")
     return 0

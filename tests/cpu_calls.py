@@ -12,13 +12,12 @@ from torch import Tensor
 
 from fastrnn import cpu, gradients, reference
 from fastrnn.call import Asked, Call, Cotangents
-from fastrnn.cells import CELLS as EVERY_CELL
+from fastrnn.cells import CELLS
 from fastrnn.cpu import ALL
 from fastrnn.flow import PLAIN, Flow, make_marks
 
-CELLS = {name: cell for name, cell in EVERY_CELL.items() if cell.is_pointwise}
 #: Those whose h may be projected.
-PROJECTED = ("lstm", "peephole_lstm", "slstm")
+PROJECTED = ("lstm", "layernorm_lstm", "peephole_lstm", "slstm")
 SIZES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 65)
 # Of one product with weights as they are, of more than one, of a tile and of more than one.
 BATCHES = (1, 2, 3, 4, 5, 7, 13)
@@ -38,6 +37,21 @@ def random_state(name: str, lead: Sequence[int], hidden: int, size_h: int) -> li
         state[1] = state[1].masked_fill(is_empty, 0.0)
         state[3] = state[3].masked_fill(is_empty, -5.0)
     return state
+
+
+def random_noise(rng: random.Random, steps: int, state: Sequence[Tensor]) -> list[Tensor]:
+    """Recurrent dropout, and zoneout of every kind, for states like these.
+
+    Of an sLSTM's states that of h only: the others mean nothing without each other.
+    """
+    none = torch.empty(0)
+    noise = [torch.dropout(torch.ones_like(state[0]), 0.4, True) if rng.random() < 0.5 else none]
+    for k, (directions, *rest) in enumerate(part.shape for part in state):
+        mask = torch.rand(directions, steps, *rest) < 0.3
+        noise.append(
+            none if k and len(state) > 2 else rng.choice([none, torch.full((1,), 0.2), mask])
+        )
+    return noise
 
 
 def random_flow(rng: random.Random, steps: int, lead: Sequence[int], fresh: Any) -> Flow:
@@ -60,29 +74,42 @@ def draw(name: str, seed: int) -> tuple[Call, Cotangents]:
     """Draw a call of a layer and gradients of its results."""
     rng, cell = random.Random(f"{name}{seed}"), CELLS[name]
     torch.manual_seed(seed)
-    inputs, hidden, batch = rng.choice(SIZES), rng.choice(SIZES), rng.choice(BATCHES)
+    # The deviation of a few numbers may be next to nothing, and what it divides is mostly error.
+    inputs, hidden, batch = (
+        rng.choice(sizes) for sizes in (SIZES, SIZES[6 * cell.is_normalised :], BATCHES)
+    )
     bidirectional, biased, packed, flows, projected = (rng.random() < 0.5 for _ in range(5))
     projected = projected and hidden > 1 and name in PROJECTED
+    heads = 1 if projected else rng.choice([n for n in (1, 1, 2, 3) if hidden % n == 0])
+    members = 0 if packed else rng.choice((0, 0, 0, 2, 3))
     size_h = rng.randint(1, hidden - 1) if projected else hidden
     given = packed or rng.random() < 0.5
     directions = 2 if bidirectional else 1
     lengths = sorted((rng.randint(1, 6) for _ in range(batch)), reverse=True)
     sizes = torch.tensor([sum(n > t for n in lengths) for t in range(lengths[0])])
-    rows = (int(sizes.sum()),) if packed else (lengths[0], batch)
-    width, lead = cell.n_gates * hidden, (directions, batch)
-    shapes = [(width, inputs), (width, size_h), *[(width,), (width,)] * biased]
+    of_all = batch * max(1, members)
+    rows = (int(sizes.sum()),) if packed else (lengths[0], of_all)
+    width, lead, each = cell.n_gates * hidden, (directions, of_all), (members,) * (members > 0)
+    shapes = [(width, inputs), (width, size_h // heads), *[(width,), (width,)] * biased]
     shapes += [(size_h, hidden)] * projected
     shapes += [(extra.blocks * hidden,) for extra in cell.extras]
     make_state = functools.partial(random_state, name, lead, hidden, size_h)
     state = make_state()
+    flow = random_flow(rng, lengths[0], lead, make_state) if flows and not packed else PLAIN
+    if rng.random() < 0.4 and not packed:
+        flow = flow._replace(noise=random_noise(rng, lengths[0], state))
     call = Call(
         cell,
         torch.randn(*rows, inputs),
         state if given else [],
-        [torch.randn(shape) * shape[-1] ** -0.5 for _ in range(directions) for shape in shapes],
+        [
+            torch.randn(*each, *shape) * shape[-1] ** -0.5
+            for _ in range(directions)
+            for shape in shapes
+        ],
         sizes if packed else None,
         bidirectional,
-        random_flow(rng, lengths[0], lead, make_state) if flows and not packed else PLAIN,
+        flow,
     )
     dy = torch.randn(*rows, directions * size_h) if rng.random() < 0.8 else None
     d_traces = [torch.randn(*rows, directions * hidden) for _ in state[1:]]

@@ -368,23 +368,29 @@ def test_a_folder_of_nobody(monkeypatch, caplog, tmp_path):
 def test_the_name_of_a_file_depends_on_all_sources(monkeypatch):
     """Or another version would call code that expects other arguments."""
     target = machine.target()
-    before = engine._cached(CELLS["gru"], target)
-    assert engine._cached(CELLS["lstm"], target) != before
-    assert engine._cached(CELLS["gru"], machine.NEON) != before
+    before = engine._cached(CELLS["gru"], target, False)
+    assert engine._cached(CELLS["lstm"], target, False) != before
+    assert engine._cached(CELLS["gru"], machine.NEON, False) != before
+    assert engine._cached(CELLS["gru"], target, True) != before
     read = Path.read_bytes
     here = Path(engine.__file__).parent
     for source in here.glob("*.py"):
         monkeypatch.setattr(
             Path, "read_bytes", lambda p, source=source: read(p) + b"#" * (p == source)
         )
-        assert engine._cached(CELLS["gru"], target) != before, source
+        assert engine._cached(CELLS["gru"], target, False) != before, source
         monkeypatch.undo()
     for most in ("MOST_STATES", "MOST_SAVED"):  # which another cell may raise
         monkeypatch.setattr(engine, most, 9)
-        assert engine._cached(CELLS["gru"], target) != before, most
+        assert engine._cached(CELLS["gru"], target, False) != before, most
         monkeypatch.undo()
     tanh, relu = (CELLS[name]._replace(name="mine") for name in ("rnn_tanh", "rnn_relu"))
-    assert engine._cached(tanh, target) != engine._cached(relu, target), "functions of one file"
+    names = [engine._cached(cell, target, False) for cell in (tanh, relu)]
+    assert names[0] != names[1], "functions of one file"
+    for name in ("gru_reset_before", "layernorm_lstm"):  # of the records that a cell has
+        cell = CELLS[name]
+        other = cell._replace(late=None, output=None)
+        assert engine._cached(cell, target, False) != engine._cached(other, target, False)
 
 
 def test_cells_of_the_same_name(monkeypatch):

@@ -10,7 +10,9 @@ from .layers import (
     fake_saved,
     forward,
     prepared,
+    prepared_step,
     saves_nothing,
+    trains_steps,
 )
 from .machine import describe, kernel_gap, kernels_allowed, target
 
@@ -27,6 +29,8 @@ __all__ = [
     "kernel_gap",
     "kernels_allowed",
     "prepared",
+    "prepared_step",
     "saves_nothing",
     "target",
+    "trains_steps",
 ]

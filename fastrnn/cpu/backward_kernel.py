@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from ..flow import CUT, FRESH
-from .steps import Step, StepWriter
+from .activations import VECTORS
+from .arguments import pass_blocks
+from .steps import Step, StepWriter, Vector
 from .vector import Code, Value, Variable, where
+
+
+class _Row(NamedTuple):
+    """Row b of a step, in a slice."""
+
+    j: Value
+    b: Value
+    at: Value  # its number among all rows
+    passed: Value  # where what the recurrent product passed to it is
+    thread: Value
+    ends: Value  # whether it is no row, but the end of a sequence that lacks it
 
 
 class BackwardWriter(StepWriter):
@@ -15,149 +30,432 @@ class BackwardWriter(StepWriter):
     def backward(self, code: Code, a: Any, thread: Value, threads: Value) -> None:
         """Write the body of the backward kernel.
 
-        It walks the other way, and one step further, in which all rows receive their d_h_0.
+        It walks the other way, and one step further, in which all rows receive their d_h_0. Without
+        room for packed weights it does not, and leaves out of d_h_0 what passes by the product.
         """
+        cell, of = self.cell, (thread, threads)
         first, last = self._slices(a, thread, threads)
         first_h, last_h = self.slices(a.size_h, thread, threads)
-        depth = a.hidden * self.cell.n_gates
-        scratch = a.scratch + thread * a.batch * self.units
-        is_projected = a.w_hr.is_given
-        with code.loop(last_h, start=first_h) as j:
-            panel = self._packed(a.packed_hh, j, depth)
-            self.copy_panel(code, a.w_hh, a.size_h, depth, a.size_h, j, panel)
+        is_projected, passes = a.w_hr.is_given, a.packed_hh.is_given
+        with code.when(passes), code.loop(last_h, start=first_h) as j:
+            self._pack_gates(code, a, j)
         with code.when(is_projected), code.loop(last, start=first) as j:
             panel = self._packed(a.packed_hr, j, a.size_h)
             self.copy_panel(code, a.w_hr, a.hidden, a.size_h, a.hidden, j, panel)
-        with self._walk(code, a, a.reverse == 0, beyond=1) as step:
+        with self._walk(code, a, a.reverse == 0, where(passes, code.integer(1), 0)) as step:
             self.wait(code, threads)
+            if not cell.is_normalised:
+                self._gather(code, a, step, thread)
             with code.when(is_projected):
                 with code.loop(last_h, start=first_h) as j:
-                    self._project_back(code, a, j, step, scratch)
+                    self._project_back(code, a, j, step, thread)
                 self.wait(code, threads)
-            with (
-                code.loop(last, start=first) as j,
-                self._parts(code, step) as (begins, ends, start, stop),
-            ):
-                with code.either(is_projected) as (projected, plain):
-                    with projected:
-                        d_h = a.d_projected + (step.row + start) * a.size_h
-                        panel = self._packed(a.packed_hr, j, a.size_h)
-                        rows, width = where(ends, 0, stop - start), code.integer(self.units)
-                        to = scratch + start * self.units
-                        self._by_panel(code, rows, d_h, a.size_h, panel, a.size_h, to, width)
-                    with plain:
-                        self._pass(code, a, j, step, scratch, begins, start, stop)
-                with code.loop(stop, start=start) as b:
-                    passed = scratch + b * self.units
-                    self._backward_row(code, a, j, b, step, passed, ends)
+            with code.loop(last, start=first) as j:
+                scratch = self._scratch(a, j, thread, self._pass_width)
+                with self._parts(code, step) as (begins, ends, start, stop):
+                    with code.either(is_projected) as (projected, plain):
+                        with projected:
+                            d_h = a.d_projected + (step.row + start) * a.size_h
+                            panel = self._packed(a.packed_hr, j, a.size_h)
+                            rows = where(ends, 0, stop - start)
+                            to = scratch + start * self._pass_width
+                            self._by_panel(
+                                code, rows, d_h, a.size_h, panel, a.size_h, to,
+                                code.integer(self._pass_width),
+                            )  # fmt: skip
+                        with plain:
+                            self._pass(code, a, j, step, scratch, (begins, start, stop), thread)
+                    if not self.meets:
+                        self._backward_rows(code, a, j, step, (ends, start, stop), thread)
+            if self.meets:
+                self._finish_step_back(code, a, step, of)
+
+    @property
+    def _pass_width(self) -> int:
+        """Columns of a slice of what the recurrent product passes, and of what else a step keeps.
+
+        That is what the late product passes; or the gradients of what h is made of, which are not
+        computed twice, since the compiler may round them otherwise and sums of differences cancel.
+        """
+        return self.units * pass_blocks(self.cell)
+
+    def _finish_step_back(self, code: Code, a: Any, step: Step, of: tuple[Value, Value]) -> None:
+        """The rest of a step in which threads wait for what all slices contribute to."""
+        cell, (thread, threads) = self.cell, of
+        first, last = self._slices(a, thread, threads)
+        if cell.late:
+            with self._rows_of_step(code, a, step, of) as row:
+                self._late_row(code, a, row)
+            self.wait(code, threads)
+            with code.loop(last, start=first) as j:
+                self._pass_late(code, a, j, step, thread)
+        if cell.output:
+            with self._rows_of_step(code, a, step, of) as row:
+                self._output_row_back(code, a, row)
+            self.wait(code, threads)
+            with code.loop(step.rows) as b:
+                self._add_means(code, a, b, thread, 1)
+            self.wait(code, threads)  # until all have read the sums
+        with (
+            code.loop(last, start=first) as j,
+            self._parts(code, step) as (_, ends, start, stop),
+        ):
+            self._backward_rows(code, a, j, step, (ends, start, stop), thread)
+        if cell.is_normalised:
+            self.wait(code, threads)
+            with code.loop(step.rows) as b:
+                self._add_means(code, a, b, thread, cell.n_gates)
+            with self._rows_of_step(code, a, step, of) as row:
+                self._normalise_back(code, a, row)
+
+    # Products.
+
+    def _pack_gates(self, code: Code, a: Any, j: Value) -> None:
+        """Pack a slice of the columns of W_hh: of all gates, or, of a head, gate by gate."""
+        n_gates = self.cell.n_gates
+        is_head = a.width != a.hidden
+        depth = where(is_head, a.hidden, a.hidden * n_gates)
+        with code.loop(where(is_head, code.integer(n_gates), 1)) as g:
+            panel = self._packed(a.packed_hh, j, a.hidden * n_gates)
+            panel = panel + self.factors.depth(g * depth) * self.units
+            rows = a.w_hh + g * a.width * a.size_h
+            self.copy_panel(code, rows, a.size_h, depth, a.size_h, j, panel)
 
     def _packed(self, panels: Value, j: Value, k: Value) -> Value:
         """Where the columns of a slice are packed."""
         return panels + j * self.factors.depth(k) * self.units
 
+    def _gathered(self, a: Any, thread: Value) -> Value:
+        return a.gathered + thread * a.batch * a.hidden * self.cell.n_gates
+
+    def _gather(self, code: Code, a: Any, step: Step, thread: Value) -> None:
+        """Put the gradients of a head's gates of the step before side by side."""
+        depth = a.hidden * self.cell.n_gates
+        with code.when(a.width != a.hidden), code.loop(step.rows_before) as b:
+            row = a.d_gates + (step.before + b) * a.d_gates_pitch
+            to = self._gathered(a, thread) + b * depth
+            for g in range(self.n_early):
+                with code.loop(a.hidden, step=self.lanes) as k:
+                    valid = a.hidden - k
+                    code.store(
+                        to + (a.hidden * g + k), code.load(row + (a.width * g + k), valid), valid
+                    )
+
     def _pass(
-        self, code: Code, a: Any, j: Value, step: Step, scratch: Value, begins: Value,
-        start: Value, stop: Value,
+        self, code: Code, a: Any, j: Value, step: Step, scratch: Value,
+        part: tuple[Value, Value, Value], thread: Value,
     ) -> None:  # fmt: skip
         """What passes to rows by the recurrent product, unless it ended at a mark."""
-        depth, pitch = a.hidden * self.cell.n_gates, a.d_gates_pitch
-        panel, width = self._packed(a.packed_hh, j, depth), code.integer(self.units)
-        to = scratch + start * self.units
+        begins, start, stop = part
+        whole, width = a.hidden * self.cell.n_gates, code.integer(self._pass_width)
+        panel, depth = self._packed(a.packed_hh, j, whole), a.hidden * self.n_early
+        to = scratch + start * self._pass_width
         with code.when(begins):
-            self._clear(code, to, (stop - start) * self.units)
+            self._clear(code, to, (stop - start) * self._pass_width)
         with code.when(begins == 0):
-            d_rh = a.d_gates + (step.before + start) * pitch
+            if self.cell.is_normalised:
+                d_rh, pitch = a.d_product + (step.before + start) * whole, whole
+            else:
+                is_head = a.width != a.hidden
+                d_rh = a.d_gates + (step.before + start) * a.d_gates_pitch
+                d_rh = where(is_head, self._gathered(a, thread) + start * whole, d_rh)
+                pitch = where(is_head, whole, a.d_gates_pitch)
             self._by_panel(code, stop - start, d_rh, pitch, panel, depth, to, width)
             with code.loop(stop, start=start) as b:
                 stops = self._has_mark(code, a, step.before + b, FRESH | CUT, code.always)
                 with code.when(stops):
-                    self._clear(code, scratch + b * self.units, width)
+                    self._clear(code, scratch + b * self._pass_width, code.integer(self.units))
 
-    def _project_back(self, code: Code, a: Any, j: Value, step: Step, scratch: Value) -> None:
+    def _pass_late(self, code: Code, a: Any, j: Value, step: Step, thread: Value) -> None:
+        """What passes to the rows of this step by the product of the last gates."""
+        whole, scratch = a.hidden * self.cell.n_gates, self._scratch(a, j, thread, self._pass_width)
+        panel = self._packed(a.packed_hh, j, whole)
+        panel = panel + self.factors.depth(a.hidden * self.n_early) * self.units
+        d_late = a.d_gates + (step.row * a.d_gates_pitch + a.width * self.n_early)
+        self._by_panel(
+            code, step.rows, d_late, a.d_gates_pitch, panel, a.hidden, scratch + self.units,
+            code.integer(self._pass_width),
+        )  # fmt: skip
+
+    def _received(self, code: Code, a: Any, b: Value, vector: Vector, address: Value) -> Value:
+        """The gradient of h from that of what the recurrent product took of it."""
+        found = Variable(code.load(address + vector.v * self.lanes))
+        if self.noisy:
+            with code.when(a.drop.is_given):
+                drop = code.load(a.drop + (b * a.width_h + vector.column), vector.valid)
+                found.set(found.get() * drop)
+        return found.get()
+
+    def _project_back(self, code: Code, a: Any, j: Value, step: Step, thread: Value) -> None:
         """The gradient of the projected h of a step, and of the initial one."""
+        scratch = self._scratch(a, j, thread, self._pass_width)
         with self._parts(code, step) as (begins, ends, start, stop):
-            self._pass(code, a, j, step, scratch, begins, start, stop)
+            self._pass(code, a, j, step, scratch, (begins, start, stop), thread)
             with code.loop(stop, start=start) as b:
-                for v, column, valid in self.vectors(a.size_h, j):
-                    with code.when(valid > 0):
-                        d = Variable(code.load(scratch + (b * self.units + v * self.lanes)))
-                        state, at = a.d_states[0] + (b * a.size_h + column), step.row + b
-                        with code.when(begins):
-                            d.set(d.get() + code.load(state, valid))
-                        with code.either(ends) as (is_end, is_step):
-                            with is_end:
-                                code.store(state, d.get(), valid)
-                            with is_step:
-                                of_step = self._d_row(code, a, 0, at, column, valid)
-                                to = a.d_projected + (at * a.size_h + column)
-                                code.store(to, d.get() + of_step, valid)
+                for vector in map(Vector._make, self.vectors(a.size_h, j)):
+                    with code.when(vector.valid > 0):
+                        self._project_back_vector(code, a, step, b, vector, scratch, ends)
+
+    def _project_back_vector(
+        self, code: Code, a: Any, step: Step, b: Value, vector: Vector, scratch: Value, ends: Value
+    ) -> None:
+        _, column, valid = vector
+        at, own = step.row + b, b * a.width_h + column
+        d = self._received(code, a, b, vector, scratch + b * self._pass_width)
+        d = d + code.load(a.d_states[0] + own, valid)
+        with code.either(ends) as (is_end, is_step):
+            with is_end:
+                code.store(a.d_states[0] + own, d, valid)
+            with is_step:
+                d = d + self._d_row(code, a, 0, at, column, valid)
+                of_step, kept = self._split(code, a, 0, at, column, valid, d)
+                code.store(a.d_projected + (at * a.size_h + column), of_step, valid)
+                self._put_d_previous(code, a, 0, at, own, valid, kept)
+
+    # Rows.
 
     def _d_row(self, code: Code, a: Any, k: int, at: Value, column: Value, valid: Value) -> Value:
         """The gradient of a state of a row, as it was given."""
         # Not a load without lanes: from a null address that takes long.
-        found, pitch = Variable(code.zeros()), a.hidden if k else a.pitch
+        found, pitch = Variable(code.zeros()), a.width if k else a.pitch
         with code.when(a.d_rows[k].is_given):
             found.set(code.load(a.d_rows[k] + (at * pitch + column), valid))
         return found.get()
 
-    def _backward_row(
-        self, code: Code, a: Any, j: Value, b: Value, step: Step, passed: Value, ends: Value
+    def _split(
+        self, code: Code, a: Any, k: int, at: Value, column: Value, valid: Value, d: Value
+    ) -> tuple[Value, Value]:
+        """A state's gradient as that of the state which the cell has made, and of the old one."""
+        zero = code.zeros()
+        if not self.noisy:
+            return d, zero
+        return (
+            self._zoned(code, a, k, at, column, valid, zero, d),
+            self._zoned(code, a, k, at, column, valid, d, zero),
+        )
+
+    def _put_d_previous(
+        self, code: Code, a: Any, k: int, at: Value, own: Value, valid: Value, d: Value
     ) -> None:
-        """The pointwise part for row b of a step, or the end of a sequence that lacks it."""
-        cell, at, is_plain = self.cell, step.row + b, a.w_hr.is_given == 0
-        is_fresh = self._has_mark(code, a, at, FRESH, ends == 0)
-        is_cut = self._has_mark(code, a, at, FRESH | CUT, ends == 0)
-        for v, column, valid in self.vectors(a.hidden, j):
+        """Store the gradient of a state before a row, unless it ends at a mark."""
+        passes = Variable(d)
+        with code.when(self._has_mark(code, a, at, FRESH | CUT, code.always)):
+            with code.when(self._has_mark(code, a, at, FRESH, code.always)):
+                fresh = a.d_fresh[k] + own
+                code.store(fresh, code.load(fresh, valid) + d, valid)
+            passes.set(code.zeros())
+        code.store(a.d_states[k] + own, passes.get(), valid)
+
+    @contextlib.contextmanager
+    def _rows_of_step(
+        self, code: Code, a: Any, step: Step, of: tuple[Value, Value]
+    ) -> Iterator[_Row]:
+        """Repeat the block for the rows of a step in every slice of a thread."""
+        part, (first, last) = (code.always == 0, code.integer(0), step.rows), self._slices(a, *of)
+        with (
+            code.loop(last, start=first) as j,
+            self._each_row(code, a, j, step, part, of[0]) as row,
+        ):
+            yield row
+
+    @contextlib.contextmanager
+    def _each_row(
+        self, code: Code, a: Any, j: Value, step: Step, part: tuple[Value, Value, Value],
+        thread: Value,
+    ) -> Iterator[_Row]:  # fmt: skip
+        ends, start, stop = part
+        scratch = self._scratch(a, j, thread, self._pass_width)
+        with code.loop(stop, start=start) as b:
+            yield _Row(j, b, step.row + b, scratch + b * self._pass_width, thread, ends)
+
+    def _backward_rows(
+        self, code: Code, a: Any, j: Value, step: Step, part: tuple[Value, Value, Value],
+        thread: Value,
+    ) -> None:  # fmt: skip
+        with self._each_row(code, a, j, step, part, thread) as row:
+            sums = [Variable(code.zeros()) for _ in range(2)] if self.cell.is_normalised else []
+            for vector in map(Vector._make, self.vectors(a.hidden, j)):
+                with code.when(vector.valid > 0):
+                    self._backward_vector(code, a, step, row, vector, sums)
+            if sums:
+                with code.when(row.ends == 0):
+                    self._put_sums(code, a, j, row.b, *(part.get() for part in sums))
+
+    def _d_h(self, code: Code, a: Any, row: _Row, vector: Vector) -> Value:
+        """The gradient of h, but for what was given for the row."""
+        _, column, valid = vector
+        # Of a projected h all is in what passed, and dropout is behind the projection.
+        found = Variable(code.load(row.passed + vector.v * self.lanes))
+        with code.when(a.w_hr.is_given == 0):
+            d = self._received(code, a, row.b, vector, row.passed)
+            found.set(d + code.load(a.d_states[0] + (row.b * a.width + column), valid))
+        return found.get()
+
+    def _d_h_of_step(self, code: Code, a: Any, row: _Row, vector: Vector) -> tuple[Value, Value]:
+        """The gradient of h of a row, as `_split`."""
+        d, (_, column, valid) = self._d_h(code, a, row, vector), vector
+        of_step, kept = Variable(d), Variable(code.zeros())
+        with code.when(a.w_hr.is_given == 0):
+            d = d + self._d_row(code, a, 0, row.at, column, valid)
+            for to, part in zip(
+                (of_step, kept), self._split(code, a, 0, row.at, column, valid, d), strict=True
+            ):
+                to.set(part)
+        return of_step.get(), kept.get()
+
+    def _backward_vector(
+        self, code: Code, a: Any, step: Step, row: _Row, vector: Vector, sums: Sequence[Variable]
+    ) -> None:
+        """The pointwise part for a vector of a row, or the end of a sequence that lacks it."""
+        cell, (_, column, valid) = self.cell, vector
+        with code.either(row.ends) as (is_end, is_step):
+            with is_end, code.when(a.w_hr.is_given == 0):
+                d = self._d_h(code, a, row, vector)
+                code.store(a.d_states[0] + (row.b * a.width + column), d, valid)
+            with is_step:
+                of_h, kept_h = self._d_h_of_step(code, a, row, vector)
+                d_made, kept = [of_h], [kept_h]
+                for k in range(1, cell.n_states):
+                    of_k = code.load(a.d_states[k] + (row.b * a.width + column), valid)
+                    of_k = of_k + self._d_row(code, a, k, row.at, column, valid)
+                    of_step, rest = self._split(code, a, k, row.at, column, valid, of_k)
+                    d_made.append(of_step)
+                    kept.append(rest)
+                self._step_vector(code, a, step, row, vector, (d_made, kept), sums)
+
+    def _step_vector(
+        self, code: Code, a: Any, step: Step, row: _Row, vector: Vector,
+        d_states: tuple[list[Value], list[Value]], sums: Sequence[Variable],
+    ) -> None:  # fmt: skip
+        """The pointwise part for a vector of a row of a step."""
+        cell, (_, column, valid), (d, old) = self.cell, vector, d_states
+        saved = [code.load(address, valid) for address in self._saved(a, row.at, column)]
+        if cell.late:
+            late = self._received(code, a, row.b, vector, row.passed + self.units)
+            saved.append(late)
+        states = [
+            code.load(s, where(a.w_hr.is_given, 0, valid) if k == 0 else valid)
+            for k, s in enumerate(self._made(code, a, row.at, column))
+        ]
+        if cell.output:
+            kept = row.passed + vector.v * self.lanes
+            d[0], d_normal = code.load(kept + self.units), code.load(kept + 2 * self.units)
+            normal, scale = self._normal_state(code, a, row.at, states[-1])
+            means = self._means(a, row.b, row.thread)
+            of_one, of_normal = (code.splat(code.load_number(means + k)) for k in (0, 1))
+            d[-1] = d[-1] + scale * (d_normal - of_one - normal * of_normal)
+        d_rh, d_apart, d_previous = self.pull_back(
+            saved, states, self._previous(code, a, row.b, step, column, valid), d,
+            self._extra(code, a, column, valid),
+        )  # fmt: skip
+        to = a.d_gates + (row.at * a.d_gates_pitch + column)
+        for k, value in enumerate((*d_rh, *d_apart)):
+            if not self.n_early <= k < cell.n_gates:  # which are there, and others may still read
+                code.store(to + a.width * k, value, valid)
+        if sums:
+            gains = self._gains(code, a, column, valid)
+            for d_gate, gain, normal in zip(
+                d_rh, gains, self._normals(code, a, row.at, column, valid), strict=True
+            ):
+                d_normal = d_gate * gain
+                sums[0].set(sums[0].get() + d_normal)
+                sums[1].set(sums[1].get() + d_normal * normal)
+        for k, (part, rest) in enumerate(zip(d_previous, old, strict=True)):
+            total = part + rest if self.noisy else part
+            own = row.b * a.width + column
+            with code.when(code.always if k else a.w_hr.is_given == 0):
+                self._put_d_previous(code, a, k, row.at, own, valid, total)
+
+    def _late_row(self, code: Code, a: Any, row: _Row) -> None:
+        """The gradients of the last gates, which this step's own product passes on."""
+        assert self.cell.late is not None
+        for vector in map(Vector._make, self.vectors(a.hidden, row.j)):
+            _, column, valid = vector
             with code.when(valid > 0):
-                own = b * a.hidden + column
-                d_state = [address + own for address in a.d_states[: cell.n_states]]
-                # Of a projected h all is in what passed.
-                of_h = where(is_plain, valid, 0)
-                d = [code.load(d_state[0], of_h) + code.load(passed + v * self.lanes)]
-                d += [code.load(address, valid) for address in d_state[1:]]
-                with code.when(ends & is_plain):
-                    code.store(d_state[0], d[0], valid)
-                with code.when(ends == 0):
-                    for k in range(cell.n_states):
-                        of_step = Variable(code.zeros())
-                        with code.when(is_plain if k == 0 else code.always):
-                            of_step.set(self._d_row(code, a, k, at, column, valid))
-                        d[k] = d[k] + of_step.get()
-                    d_rh, d_apart, d_previous = self.pull_back(
-                        [code.load(address, valid) for address in self._saved(a, at, column)],
-                        [
-                            code.load(s, of_h if k == 0 else valid)
-                            for k, s in enumerate(self._states(a, at, column))
-                        ],
-                        self._previous(code, a, b, step, column, valid, is_fresh),
-                        d,
-                        self._extra(code, a, column, valid),
-                    )
-                    to = a.d_gates + (at * a.d_gates_pitch + column)
-                    for k, value in enumerate((*d_rh, *d_apart)):
-                        code.store(to + a.hidden * k, value, valid)
-                    gradients = zip(d_state, d_previous, a.d_fresh, strict=False)
-                    for k, (address, given, fresh) in enumerate(gradients):
-                        with code.when(code.always if k else is_plain):
-                            passes = Variable(given)
-                            with code.when(is_cut):
-                                with code.when(is_fresh):
-                                    total = code.load(fresh + own, valid) + given
-                                    code.store(fresh + own, total, valid)
-                                passes.set(code.zeros())
-                            code.store(address, passes.get(), valid)
+                d, _ = self._d_h_of_step(code, a, row, vector)
+                saved = [code.load(address, valid) for address in self._saved(a, row.at, column)]
+                found = VECTORS.bind(self.cell.late.backward)(saved, (d,))
+                to = a.d_gates + (row.at * a.d_gates_pitch + column)
+                for k, value in enumerate(found, self.n_early):
+                    code.store(to + a.width * k, value, valid)
+
+    # Normalised states and products.
+
+    def _normal_state(self, code: Code, a: Any, at: Value, state: Value) -> tuple[Value, Value]:
+        """The normalised state of a row, and 1 / deviation."""
+        moments = a.moments + at * a.moments_pitch
+        mean, scale = (code.splat(code.load_number(moments + k)) for k in (1, 2))
+        return (state - mean) * scale, scale
+
+    def _output_row_back(self, code: Code, a: Any, row: _Row) -> None:
+        """Keep the gradients of what h is made of, and put aside the sums for the state's."""
+        output = self.cell.output
+        assert output is not None
+        pull_back, sums = VECTORS.bind(output.backward), [Variable(code.zeros()) for _ in range(2)]
+        for vector in map(Vector._make, self.vectors(a.hidden, row.j)):
+            _, column, valid = vector
+            with code.when(valid > 0):
+                d, _ = self._d_h_of_step(code, a, row, vector)
+                state = code.load(self._made(code, a, row.at, column)[-1], valid)
+                normal, _ = self._normal_state(code, a, row.at, state)
+                part = code.load(self._saved(a, row.at, column)[output.saved], valid)
+                extra = self._extra(code, a, column, valid)
+                d_part, d_normal, d_extra = pull_back(part, normal, d, extra)
+                kept = row.passed + vector.v * self.lanes
+                code.store(kept + self.units, d_part)
+                code.store(kept + 2 * self.units, d_normal)
+                sums[0].set(sums[0].get() + d_normal)
+                sums[1].set(sums[1].get() + d_normal * normal)
+                # The others follow from this one, the last, and the normalised state.
+                code.store(a.d_output + (row.at * a.width + column), d_extra[-1], valid)
+        self._put_sums(code, a, row.j, row.b, *(part.get() for part in sums))
+
+    def _normals(self, code: Code, a: Any, at: Value, column: Value, valid: Value) -> list[Value]:
+        """The normalised recurrent products of a row."""
+        n_gates = self.cell.n_gates
+        rows = a.normal + (at * (a.width * n_gates) + column)
+        return [code.load(rows + a.width * g, valid) for g in range(n_gates)]
+
+    def _normalise_back(self, code: Code, a: Any, row: _Row) -> None:
+        """The gradients of the recurrent products of a row."""
+        n_gates, means = self.cell.n_gates, self._means(a, row.b, row.thread)
+        of_one, of_normal = (code.splat(code.load_number(means + k)) for k in (0, 1))
+        scale = code.splat(code.load_number(a.moments + row.at * a.moments_pitch))
+        for vector in map(Vector._make, self.vectors(a.hidden, row.j)):
+            _, column, valid = vector
+            with code.when(valid > 0):
+                of_gates = a.d_gates + (row.at * a.d_gates_pitch + column)
+                to = a.d_product + (row.at * (a.hidden * n_gates) + column)
+                normals = self._normals(code, a, row.at, column, valid)
+                pairs = zip(self._gains(code, a, column, valid), normals, strict=True)
+                for g, (gain, normal) in enumerate(pairs):
+                    d = code.load(of_gates + a.width * g, valid) * gain
+                    code.store(to + a.hidden * g, scale * (d - of_one - normal * of_normal), valid)
+
+    # States.
 
     def _states(self, a: Any, row: Value, column: Value) -> list[Value]:
         """Where the states after a row are."""
         traces = a.traces[: self.cell.n_states - 1]
-        return [a.h + (row * a.pitch + column), *(t + (row * a.hidden + column) for t in traces)]
+        return [a.h + (row * a.pitch + column), *(t + (row * a.width + column) for t in traces)]
+
+    def _made(self, code: Code, a: Any, row: Value, column: Value) -> list[Value]:
+        """Where the states are that the cell has made of a row."""
+        states = self._states(a, row, column)
+        if not self.noisy:
+            return states
+        own = [raw + (row * a.width + column) for raw in a.raw]
+        return [
+            where(raw.is_given, at, state)
+            for raw, at, state in zip(a.raw, own, states, strict=False)
+        ]
 
     def _previous(
-        self, code: Code, a: Any, b: Value, step: Step, column: Value, valid: Value,
-        is_fresh: Value,
-    ) -> list[Value]:  # fmt: skip
+        self, code: Code, a: Any, b: Value, step: Step, column: Value, valid: Value
+    ) -> list[Value]:
         """The states before row b of a step: its walk is the other one, and meets them next."""
-        own, is_inside = b * a.hidden + column, b < step.rows_after
+        own, is_inside = b * a.width + column, b < step.rows_after
+        is_fresh = self._has_mark(code, a, step.row + b, FRESH, code.always)
         earlier = self._states(a, step.after + b, column)
         is_known = is_inside | a.initial[0].is_given | is_fresh
         found = []

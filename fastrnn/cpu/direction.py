@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..call import Weights
 from ..cells import Cell
-from ..flow import CUT, FRESH
+from ..flow import CUT, FRESH, is_given
 from .rows import Rows
 
 
@@ -46,6 +46,75 @@ def breaks(marks: Tensor, fresh: Sequence[Tensor], rows: Rows) -> Breaks | None:
     return Breaks(marks, fresh, is_fresh, rows.sequence()[is_fresh])
 
 
+class Noise(NamedTuple):
+    """What is drawn for one direction of a layer.
+
+    Attributes
+    ----------
+    drop : Tensor of shape (B, P), optional
+        Factors of h in the recurrent product.
+    zones : sequence of Tensor
+        For every state, as in ``fastrnn.flow.Flow``: bool (N, P) or (N, H), (1,), or (0,).
+    """
+
+    drop: Tensor | None
+    zones: Sequence[Tensor]
+
+    def changes(self, k: int) -> bool:
+        """Whether state number `k` is not left as the cell has made it."""
+        return is_given(self.zones[k])
+
+
+class Kept(NamedTuple):
+    """What forward leaves of every row for backward, beside h; each may be empty.
+
+    Attributes
+    ----------
+    saved : sequence of Tensor of shape (N, H)
+        The values that the cell hands to backward.
+    traces : sequence of Tensor of shape (N, H)
+        The states other than h; if it is projected, then h before that.
+    raw : sequence of Tensor of shape (N, H), or None
+        States as the cell has made them, where zoneout has changed them and backward looks at them.
+    normal : sequence of Tensor
+        Of cells with normalised products: the input's product (N, G * H), mean and 1 / deviation of
+        it for every head (N, 2 * heads), the normalised recurrent product (N, G * H), and the
+        moments of every head, 1 or 3 as ``Cell.n_moments`` says (N, heads or 3 * heads).
+    """
+
+    saved: Sequence[Tensor] = ()
+    traces: Sequence[Tensor] = ()
+    raw: Sequence[Tensor | None] = ()
+    normal: Sequence[Tensor] = ()
+
+
+class Found(NamedTuple):
+    """What a walk back through time finds.
+
+    Attributes
+    ----------
+    d_rh : Tensor of shape (N, G * H)
+        Gradient of the recurrent part of every gate.
+    d_apart : Tensor of shape (N, A * H)
+        Gradient of the input part of the last A gates, in which it differs from that.
+    d_fresh : list of Tensor
+        Gradient of the states after a reset; empty without breaks.
+    projected : sequence of Tensor
+        The factors of the gradient of a projection: that of the projected h, and h before it.
+    d_product : Tensor of shape (heads, N, G * H / heads), optional
+        Gradient of the recurrent product that is normalised.
+    d_output : Tensor of shape (N, H), optional
+        Gradient of the last extra weights, of every row.
+    """
+
+    d_rh: Tensor
+    d_apart: Tensor
+    d_fresh: list[Tensor]
+    projected: Sequence[Tensor] = ()
+    d_product: Tensor | None = None
+    d_output: Tensor | None = None
+
+
 class Direction(NamedTuple):
     """One direction of a layer, on a CPU in the compute dtype.
 
@@ -58,6 +127,7 @@ class Direction(NamedTuple):
     initial : sequence of Tensor of shape (B, P) and (B, H)
         State before the first step; empty for zeros.
     breaks : Breaks, or what replaces states as they do, optional
+    noise : Noise, optional
     """
 
     cell: Cell
@@ -66,6 +136,17 @@ class Direction(NamedTuple):
     reverse: bool
     initial: Sequence[Tensor]
     breaks: Breaks | None
+    noise: Noise | None = None
+
+    @property
+    def num_heads(self) -> int:
+        """How many blocks W_hh has on its diagonal."""
+        return 1 if self.w.w_hr is not None else max(1, self.hidden // self.w.w_hh.shape[1])
+
+    @property
+    def size_h(self) -> int:
+        """P."""
+        return self.hidden if self.w.w_hr is None else self.w.w_hh.shape[1]
 
     @property
     def hidden(self) -> int:
@@ -82,3 +163,46 @@ class Direction(NamedTuple):
             before = self.rows.previous(part, first, self.reverse)
             found.append(before if self.breaks is None else self.breaks.replace(before, k))
         return found
+
+
+class Ahead(NamedTuple):
+    """A walk of one direction through time.
+
+    Attributes
+    ----------
+    direction : Direction
+    x : Tensor of shape (N, I)
+    state : sequence of Tensor of shape (B, P) and (B, H)
+        Initial state; overwritten by the final state.
+    h_rows : Tensor of shape (N, P)
+        Receives h.
+    kept : Kept
+        Receives the rest. If nothing is kept for backward there are other states only, or nothing.
+    """
+
+    direction: Direction
+    x: Tensor
+    state: Sequence[Tensor]
+    h_rows: Tensor
+    kept: Kept
+
+
+class Back(NamedTuple):
+    """A walk back.
+
+    Attributes
+    ----------
+    direction : Direction
+    d_rows : sequence of Tensor of shape (N, P) and (N, H), or None
+        Gradients of the states of every row, h first; what is missing is zero.
+    d_state : sequence of Tensor
+        Gradient of the final state; overwritten by that of the initial state.
+    h_rows, kept : Tensor, Kept
+        As the walk ahead left them.
+    """
+
+    direction: Direction
+    d_rows: Sequence[Tensor | None]
+    d_state: Sequence[Tensor]
+    h_rows: Tensor
+    kept: Kept

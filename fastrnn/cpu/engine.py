@@ -55,9 +55,50 @@ _FLOPS = 15_000
 def threads(flops: int, shares: int) -> int:
     """Choose how many threads share a product of so many operations, which has so many parts."""
     most = min(shares, flops // _FLOPS)
-    if most < 2 or machine.is_forked() or openmp() is None:
+    return 1 if most < 2 else min(_available(), most)
+
+
+def _available() -> int:
+    """How many threads there are."""
+    if machine.is_forked() or openmp() is None:
         return 1
-    return min(torch.get_num_threads(), machine.cores(), most)
+    return min(torch.get_num_threads(), machine.cores())
+
+
+class Launch(NamedTuple):
+    """A call of a kernel for several groups, by so many threads together."""
+
+    first: int
+    groups: int
+    threads: int
+
+
+# Bytes of weights that a thread reads at every step out of a cache of its own, if it is that large:
+# of more groups than one at a time there would be too many for the cache.
+_OWN_CACHE = 1 << 20
+
+
+def launches(groups: int, threads: int, size: int) -> list[Launch]:
+    """Choose which groups run at the same time.
+
+    Parameters
+    ----------
+    groups : int
+        That do not wait for each other.
+    threads : int
+        That could share one.
+    size : int
+        Bytes of its weights.
+    """
+    most = _available()
+    if groups == 1 or (most > 1 and size > _OWN_CACHE):
+        return [Launch(group, 1, threads) for group in range(groups)]
+    # One thread for each; what is left over after whole rounds is shared.
+    rest = groups % most
+    found = [Launch(0, groups - rest, most)] if groups > rest else []
+    if rest:
+        found.append(Launch(groups - rest, rest, rest * min(threads, most // rest)))
+    return found
 
 
 # Compilation.
@@ -72,33 +113,38 @@ class Kernels(NamedTuple):
 
 _KERNELS = ("forward", "backward", "product")
 
-_loaded: dict[tuple[Cell, Target | None, torch.dtype], Kernels] = {}
+_loaded: dict[tuple[Cell, Target | None, torch.dtype, bool], Kernels] = {}
 
 
-def kernels(cell: Cell, dtype: torch.dtype = torch.float32) -> Kernels:
-    """Get the kernels of a cell for this machine; compile them if they never were."""
+def kernels(cell: Cell, dtype: torch.dtype = torch.float32, *, noisy: bool = False) -> Kernels:
+    """Get the kernels of a cell for this machine; compile them if they never were.
+
+    Those for recurrent dropout and zoneout are others, so that nobody else pays for them.
+    """
     target = machine.target()
-    found = _loaded.get((cell, target, dtype))
+    key = cell, target, dtype, noisy
+    found = _loaded.get(key)
     if found is None:
         assert target is not None
         with machine.compiling:
-            found = _loaded.get((cell, target, dtype)) or _load(cell, target._replace(dtype=dtype))
-            _loaded[cell, target, dtype] = found
+            found = _loaded.get(key) or _load(cell, target._replace(dtype=dtype), noisy)
+            _loaded[key] = found
     return found
 
 
-def _load(cell: Cell, target: Target) -> Kernels:
+def _load(cell: Cell, target: Target, noisy: bool) -> Kernels:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    code = _from_cache(cell, target)
+    code = _from_cache(cell, target, noisy)
     if code is None:
         name = f"{cell.name} kernels for {str(target.dtype).removeprefix('torch.')}"
+        name += " with noise" if noisy else ""
         _log.warning("compiling the %s on this CPU, once", name)
         start = time.perf_counter()
         for_ = target_machine()
-        code = for_.emit_object(optimized(cell, target, for_))
+        code = for_.emit_object(optimized(cell, target, for_, noisy))
         _log.warning("compiled the %s in %.1f s", name, time.perf_counter() - start)
-        _to_cache(cell, target, code)
+        _to_cache(cell, target, noisy, code)
     library = openmp()
     for name in _RUNTIME:
         function = getattr(library, name) if library else _never_called
@@ -123,11 +169,11 @@ def target_machine() -> Any:
     )
 
 
-def optimized(cell: Cell, target: Target, for_: Any) -> Any:
+def optimized(cell: Cell, target: Target, for_: Any, noisy: bool = False) -> Any:
     """Write the kernels of a cell and optimize them."""
     from . import sequence  # with what writes code, only where code is written
 
-    module = llvm.parse_assembly(str(sequence.module(cell, target)))
+    module = llvm.parse_assembly(str(sequence.module(cell, target, noisy)))
     module.triple = for_.triple
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     # Everything is in vectors already.
@@ -140,26 +186,32 @@ def optimized(cell: Cell, target: Target, for_: Any) -> Any:
 # The cache: a file for each cell, named by all that its code depends on.
 
 
-def _cached(cell: Cell, target: Target) -> Path:
+def _cached(cell: Cell, target: Target, noisy: bool) -> Path:
     facts = (
         llvmlite.__version__, llvm.get_process_triple(), llvm.get_host_cpu_name(),
-        llvm.get_host_cpu_features().flatten(), target, MOST_STATES, MOST_SAVED,
+        llvm.get_host_cpu_features().flatten(), target, noisy, MOST_STATES,
+        MOST_SAVED,
     )  # fmt: skip
     digest = hashlib.sha256(repr(facts).encode())
     for path in _SOURCES:
         digest.update(path.read_bytes())
-    digest.update(repr((cell.gates, cell.states, cell.n_saved, cell.n_apart, cell.extras)).encode())
-    for function in [*reached(cell.forward), *reached(cell.backward)]:
-        # Not by files: a cell need not be one of ours.
-        code = function.__code__
-        digest.update(code.co_code + repr((code.co_names, code.co_consts)).encode())
+    numbers = cell.gates, cell.states, cell.n_saved, cell.n_apart, cell.extras, cell.is_normalised
+    digest.update(repr(numbers).encode())
+    for part in (cell.forward, cell.backward, *(cell.late or ()), *(cell.output or ())):
+        if not callable(part):
+            digest.update(repr(part).encode())
+            continue
+        for function in reached(part):
+            # Not by files: a cell need not be one of ours.
+            code = function.__code__
+            digest.update(code.co_code + repr((code.co_names, code.co_consts)).encode())
     return cache.cache_folder() / f"{cell.name}-{digest.hexdigest()[:32]}.o"
 
 
-def _from_cache(cell: Cell, target: Target) -> bytes | None:
+def _from_cache(cell: Cell, target: Target, noisy: bool) -> bytes | None:
     """The code in a file of the cache; None if it is not there, not whole or not to be trusted."""
     try:
-        path = _cached(cell, target)
+        path = _cached(cell, target, noisy)
     except OSError:  # which `_to_cache` will tell
         return None
     content = cache.read(path)
@@ -172,9 +224,9 @@ def _from_cache(cell: Cell, target: Target) -> bytes | None:
     return code
 
 
-def _to_cache(cell: Cell, target: Target, code: bytes) -> None:
+def _to_cache(cell: Cell, target: Target, noisy: bool, code: bytes) -> None:
     try:
-        cache.write(_cached(cell, target), hashlib.sha256(code).digest() + code)
+        cache.write(_cached(cell, target, noisy), hashlib.sha256(code).digest() + code)
     except OSError as error:
         _log.warning("cannot keep compiled kernels: %s", error)
 
@@ -185,12 +237,15 @@ def _to_cache(cell: Cell, target: Target, code: bytes) -> None:
 KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
 
-def run(cell: Cell, dtype: torch.dtype, name: str, arguments: Arguments, threads: int) -> None:
+def run(
+    cell: Cell, dtype: torch.dtype, name: str, arguments: Arguments, threads: int, *,
+    noisy: bool = False,
+) -> None:  # fmt: skip
     """Run ``forward``, ``backward`` or ``product``; the lock of the interpreter is free meanwhile.
 
     With `threads` of 1 it runs in this thread, without the OpenMP runtime.
     """
-    addresses = kernels(cell, dtype).addresses
+    addresses = kernels(cell, dtype, noisy=noisy).addresses
     # By reference, so that the call holds the arguments, and they hold the tensors: a compiler that
     # traces Python would otherwise free what is known by address only.
     reference = ctypes.byref(arguments)

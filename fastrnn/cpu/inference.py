@@ -10,7 +10,7 @@ import ctypes
 import itertools
 from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,10 +21,10 @@ from .direction import Direction
 from .rows import Rows
 
 # Where the arguments are, in words.
-_AT = {field[0]: getattr(Forward, field[0]).offset // 8 for field in Forward._fields_}
-_H_0, _STATES = _AT["h_0"], _AT["states"]
+AT = {field[0]: getattr(Forward, field[0]).offset // 8 for field in Forward._fields_}
+_H_0, _STATES = AT["h_0"], AT["states"]
 # The addresses of a call; the others are those of its states, then of its weights.
-_X, _Y, _WORK, _OTHERS = range(4)
+_X, Y, _WORK, _OTHERS = range(4)
 
 _address, _contiguous = Tensor.data_ptr, Tensor.contiguous
 
@@ -58,23 +58,26 @@ def _direction(
     rows, bytes_of, is_projected = direction.rows, call.x.element_size(), w.w_hr is not None
     space, chunk = native.Space.of(direction, layout, inputs)
     numbers = {
-        "steps": rows.steps, "rows": rows.total, "batch": rows.batch, "inputs": inputs,
-        "hidden": hidden, "size_h": size_h, "reverse": direction.reverse,
-        "pitch": call.directions * size_h, "chunk": chunk,
+        "groups": 1, "steps": rows.steps, "rows": rows.total, "batch": rows.batch, "inputs": inputs,
+        "hidden": hidden, "size_h": size_h, "width": hidden, "width_h": size_h,
+        "reverse": direction.reverse, "pitch": call.directions * size_h, "chunk": chunk,
     }  # fmt: skip
     arguments = array("q", bytes(ctypes.sizeof(Forward)))
     for name, number in numbers.items():
-        arguments[_AT[name]] = number
-    parts = {"full": bytes_of * rows.batch * hidden * is_projected, **space._asdict()}
+        arguments[AT[name]] = number
+    of_full = bytes_of * rows.batch * hidden * is_projected
+    of_thread = layout.scratch(rows.batch, cell.n_gates * layout.units, 1)
+    parts = {"full": of_full, **space._asdict(), "scratch": of_thread}
     ends = itertools.accumulate(-(-size // 64) * 64 for size in parts.values())
     starts = dict(zip(parts, [0, *ends], strict=False))
-    work = [(_AT[name], _WORK, starts[name]) for name, size in parts.items() if size]
+    work = [(AT[name], _WORK, starts[name]) for name, size in parts.items() if size]
     sizes = [n * rows.batch * width for width in _widths(call)]
     states = [(_STATES + k, _OTHERS + k, size * layout.exact) for k, size in enumerate(sizes)]
     first = _OTHERS + cell.n_states + n * call.n_weights
     names = ["w_ih", "w_hh"] + ["b_ih", "b_hh"] * (w.b_ih is not None) + ["w_hr"] * is_projected
-    weights = [(_AT[name], k, 0) for k, name in enumerate(names, first)]
-    others = [(_AT["x"], _X, 0), (_AT["h"], _Y, n % call.directions * size_h * bytes_of)]
+    names += ["extra"] * len(cell.extras)
+    weights = [(AT[name], k, 0) for k, name in enumerate(names, first)]
+    others = [(AT["x"], _X, 0), (AT["h"], Y, n % call.directions * size_h * bytes_of)]
     of_all = [*others, *work, *states, *weights]
     return _Direction(arguments, of_all, sizes[0] * bytes_of, starts["scratch"])
 
@@ -183,9 +186,14 @@ class Stack:
             arguments[at] = addresses[k] + beyond
         if h_0:
             arguments[_H_0] = h_0 + direction.h_0
-        address, _ = arguments.buffer_info()
-        library = engine.openmp() if threads > 1 else None
-        if library is None:
-            self.kernel(address, 0, 1)
-        else:
-            library.GOMP_parallel(self.region, address, threads, 0)
+        start(self.kernel, self.region, arguments, threads)
+
+
+def start(kernel: Any, region: int, arguments: array[int], threads: int) -> None:
+    """Run a kernel, or its region, which several threads share."""
+    address, _ = arguments.buffer_info()
+    library = engine.openmp() if threads > 1 else None
+    if library is None:
+        kernel(address, 0, 1)
+    else:
+        library.GOMP_parallel(region, address, threads, 0)

@@ -13,45 +13,52 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import gradients, products, reference
-from ..call import Asked, Call, Cotangents, Gradients, Result
-from ..flow import CUT, HOLD, Flow, without_unasked
+from .. import gradients, groups, products, reference
+from ..call import Asked, Call, Cotangents, Gradients, Result, split
+from ..flow import CUT, HOLD, Flow, is_given, without_unasked
 from . import machine, operators
-from .direction import Breaks, Direction, breaks
+from .direction import Ahead, Back, Breaks, Direction, Found, Kept, Noise, breaks
 from .rows import Rows, select
-from .walk import Walk
+from .walk import Split, Walk
 
 # What forward keeps for backward: nothing, the states of every step, or the activations too. Here
 # the states alone are not kept: backward begins with another forward then.
 NOTHING, STATES, ALL = range(3)
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(call: Call) -> torch.dtype:
     """Name the dtype in which a layer is computed and its activations are saved."""
-    if x.is_cpu and machine.multiplies(x.dtype) and machine.kernel_gap(x.dtype) is None:
+    x, is_paired = call.x, call.hidden_size // call.num_heads % 2 == 0
+    # Numbers of a head are multiplied in pairs gate by gate.
+    is_simple = call.cell.is_pointwise and (call.num_heads == 1 or is_paired)
+    if x.is_cpu and is_simple and machine.multiplies(x.dtype) and _has_kernels(x):
         return x.dtype
     return machine.exact_dtype(x.dtype)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.is_cpu and machine.kernel_gap(x.dtype) is None
 
 
 def saves_nothing(call: Call) -> bool:
     """Tell whether a layer is for the differentiable loop, which begins backward anew.
 
-    That is for cells and noise that neither kernels nor the loop of ``operators.py`` know, and for
-    marks on other devices, whose values must not be waited for.
+    That is, where there are no kernels, for what the loop of ``operators.py`` does not know, and
+    for marks on other devices, whose values must not be waited for.
     """
     flow = call.flow
-    return (
-        not call.cell.is_pointwise
-        or len(flow.noise) > 0
-        or (flow.marks is not None and not call.x.is_cpu)
-    )
+    if not call.x.is_cpu and flow.marks is not None:
+        return True
+    if _has_kernels(call.x):
+        return False
+    return not call.cell.is_pointwise or len(flow.noise) > 0 or call.num_heads > 1
 
 
 def check_batch(state: Sequence[Tensor], batch: int) -> None:
@@ -61,27 +68,63 @@ def check_batch(state: Sequence[Tensor], batch: int) -> None:
             raise RuntimeError(f"Expected hidden states of {batch} rows, got {part.shape[1]}")
 
 
+def _raw(call: Call) -> list[bool]:
+    """Which states are kept as the cell has made them, for each direction of a layer.
+
+    Zoneout has changed them, and backward looks at them: not at h, unless at nothing else.
+    """
+    cell, zones = call.cell, call.flow.noise[1:]
+    return [is_given(zone) and (k > 0 or not cell.n_saved) for k, zone in enumerate(zones)]
+
+
 def fake_saved(call: Call, save: int) -> list[Tensor]:
     """Make tensors of the shapes and dtypes that `forward` saves; they are not written.
 
     Empty unless `save` is `ALL`: h (N, D * P), apart from y, which the caller may overwrite; then
-    for each direction the values that the cell hands to backward, the other states and, if h is
-    projected, h before that, (N, H) each. With marks, rows that are not there are missing, and as
-    many at the end mean nothing.
+    for each direction the parts of a ``Kept``. With marks, rows that are not there are missing, and
+    as many at the end mean nothing. Those of the members of an ensemble come one after another.
     """
+    if call.members:
+        parts = [groups.of_member(call, m) for m in range(call.members)]
+        return [tensor for part in parts for tensor in fake_saved(part, save)]
     if save != ALL or saves_nothing(call):
         return []
-    n_more = call.cell.n_saved + call.cell.n_states - 1 + call.is_projected
     # Apart: pieces of 32 MiB and more are given back to the system at once, and new pages cost an
     # LSTM of (T, B, H) = (1024, 16, 128) a sixth of its time in training, by 2 threads.
-    widths = [call.directions * call.size_h] + [call.hidden_size] * n_more * call.directions
-    count, dtype = math.prod(call.x.shape[:-1]), compute_dtype(call.x)
+    widths = [width for part in _widths(call) for width in part]
+    widths = [call.directions * call.size_h, *widths * call.directions]
+    count, dtype = math.prod(call.x.shape[:-1]), compute_dtype(call)
     return [call.x.new_empty(count, width, dtype=dtype) for width in widths]
 
 
+def _widths(call: Call) -> list[list[int]]:
+    """Columns of what is kept of a direction: saved, traces, raw, normal."""
+    cell, hidden, heads = call.cell, call.hidden_size, call.num_heads
+    of_gates = cell.n_gates * hidden
+    return [
+        [hidden] * cell.n_saved,
+        [hidden] * (cell.n_states - 1 + call.is_projected),
+        [hidden] * sum(_raw(call)),
+        [of_gates, 2 * heads, of_gates, cell.n_moments * heads] if cell.is_normalised else [],
+    ]
+
+
+def _kept(call: Call, saved: Sequence[Tensor], d: int, count: int) -> Kept:
+    """What was saved of the rows of a direction, beside h."""
+    if not saved:
+        return Kept()
+    counts = [len(part) for part in _widths(call)]
+    if len(saved) != 1 + sum(counts) * call.directions:
+        raise RuntimeError(f"backward needs other than the {len(saved)} tensors that were saved")
+    of_d = saved[1 + d * sum(counts) : 1 + (d + 1) * sum(counts)]
+    of_cell, traces, raw, normal = split([_first(part, count) for part in of_d], counts)
+    rest = iter(raw)
+    return Kept(of_cell, traces, [next(rest) if is_raw else None for is_raw in _raw(call)], normal)
+
+
 def _as(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors in a dtype."""
-    return [t if t.dtype == dtype else t.to(dtype) for t in tensors]
+    """The tensors in a dtype, but for masks."""
+    return [t if t.dtype in (dtype, torch.bool) else t.to(dtype) for t in tensors]
 
 
 def _in(dtype: torch.dtype, call: Call) -> Call:
@@ -116,8 +159,9 @@ class _Problem:
 
     def __init__(self, call: Call) -> None:
         check_batch((*call.state, *call.flow.fresh), call.batch)
+        self.call = call
         self.rows, self.selection = select(call.flow.marks, Rows.of(call))
-        self.dtype = compute_dtype(call.x)
+        self.dtype = compute_dtype(call)
         self.exact = machine.exact_dtype(self.dtype)
         computed = _in(self.dtype, call)
         self.x = self.selection.rows(computed.x.flatten(0, -2))
@@ -131,10 +175,10 @@ class _Problem:
                 d == 1,
                 [part[d] for part in self.initial],
                 self._breaks(computed.flow, d),
+                self._noise(computed.flow, d),
             )
             for d, w in enumerate(computed.by_direction())
         ]
-        self.backend = _backend(call.x)
 
     def _breaks(self, flow: Flow, d: int) -> Breaks | None:
         if flow.marks is None:
@@ -143,6 +187,16 @@ class _Problem:
         fresh = fresh or self._zeros(self.dtype)
         marks = self.selection.rows(flow.marks[d].reshape(-1)).contiguous()
         return breaks(marks, [part[d] for part in fresh], self.rows)
+
+    def _noise(self, flow: Flow, d: int) -> Noise | None:
+        if not flow.noise:
+            return None
+        drop, *zones = flow.noise
+        dropped = self.selection.sequences(drop)[d] if is_given(drop) else None
+        return Noise(
+            dropped,
+            [z if z.dim() == 1 else self.selection.rows(z[d].flatten(0, 1)) for z in zones],
+        )
 
     def first_states(self) -> list[Tensor]:
         """States before the first step, to be overwritten."""
@@ -154,11 +208,60 @@ class _Problem:
 
 
 def _backend(x: Tensor) -> ModuleType:
-    if not x.is_cpu or machine.kernel_gap(x.dtype) is not None:
+    if not _has_kernels(x):
         return operators
     from . import native
 
     return native
+
+
+class _Ahead(_Problem):
+    """A layer whose walk ahead is to be run."""
+
+    def __init__(self, call: Call, save: int, traced: bool) -> None:
+        super().__init__(call)
+        dtype, count, directions = call.x.dtype, self.rows.total, call.directions
+        self.final, shape = self.first_states(), call.x.shape[:-1]
+        self.y = call.x.new_empty(*shape, directions * call.size_h)
+        others = call.cell.states[1:] if traced else ()
+        self.traces = [call.x.new_zeros(*shape, directions * call.hidden_size) for _ in others]
+        self.saved = fake_saved(call, save)
+        y_rows = self.y.view(-1, self.y.shape[-1])
+        if self.saved:
+            self.h_rows = self.saved[0]
+        elif self.selection.chosen is not None or self.dtype != dtype:
+            self.h_rows = torch.empty_like(y_rows, dtype=self.dtype)
+        else:
+            self.h_rows = y_rows
+        self.jobs = []
+        for d, direction in enumerate(self.directions if self.rows.steps else ()):
+            kept = _kept(call, self.saved, d, count)
+            if not kept.traces:
+                traces = [self.h_rows.new_empty(count, call.hidden_size) for _ in others]
+                kept = kept._replace(traces=traces)
+            h = _columns(_first(self.h_rows, count), d, directions)
+            state = [part[d] for part in self.final]
+            self.jobs.append(Ahead(direction, self.x, state, h, kept))
+
+    def result(self) -> Result:
+        """What the layer gives, once its jobs are done."""
+        call, selection, count = self.call, self.selection, self.rows.total
+        dtype, is_packed = call.x.dtype, selection.chosen is not None
+        y_rows = self.y.view(-1, self.y.shape[-1])
+        for d, job in enumerate(self.jobs):
+            for trace, part in zip(self.traces, job.kept.traces, strict=False):
+                to = _columns(trace.view(-1, trace.shape[-1]), d, call.directions)
+                selection.put_rows(to, part.to(dtype))
+        if self.h_rows is not y_rows and self.h_rows.data_ptr() != y_rows.data_ptr():
+            if is_packed:
+                y_rows.zero_()
+            selection.put_rows(y_rows, _first(self.h_rows, count).to(dtype))
+        final = _as(self.final, dtype)
+        if is_packed:
+            selected, final = final, _copies(call.initial())
+            for whole, part in zip(final, selected, strict=True):
+                selection.put_sequences(whole, part)
+        return Result(self.y, final, self.traces)
 
 
 def forward(call: Call, save: int, traced: bool) -> tuple[Result, list[Tensor]]:
@@ -166,53 +269,18 @@ def forward(call: Call, save: int, traced: bool) -> tuple[Result, list[Tensor]]:
 
     The result has traces only if it is `traced`.
     """
-    dtype = call.x.dtype
     if saves_nothing(call):
+        dtype = call.x.dtype
         with torch.no_grad():
             y, final, traces = reference.layer(_in(machine.exact_dtype(dtype), call))
         return Result(y.to(dtype), _as(final, dtype), _as(traces if traced else [], dtype)), []
-    problem = _Problem(call)
-    selection, count, directions = problem.selection, problem.rows.total, call.directions
-    is_packed = selection.chosen is not None
-    final = problem.first_states()
-    shape = call.x.shape[:-1]
-    y = call.x.new_empty(*shape, directions * call.size_h)
-    others = call.cell.states[1:] if traced else ()
-    traces = [call.x.new_zeros(*shape, directions * call.hidden_size) for _ in others]
-    y_rows = y.view(-1, y.shape[-1])
-    saved = fake_saved(call, save)
-    if saved:
-        h_rows = saved[0]
-    elif is_packed or problem.dtype != dtype:
-        h_rows = torch.empty_like(y_rows, dtype=problem.dtype)
-    else:
-        h_rows = y_rows
-    for d, direction in enumerate(problem.directions if problem.rows.steps else ()):
-        of_cell, of_states = _of_direction(call, saved, d)
-        if not of_states:
-            of_states = [h_rows.new_empty(count, call.hidden_size) for _ in traces]
-        of_cell, of_states = ([_first(p, count) for p in parts] for parts in (of_cell, of_states))
-        problem.backend.forward(
-            direction,
-            problem.x,
-            [part[d] for part in final],
-            _columns(_first(h_rows, count), d, directions),
-            of_states,
-            of_cell,
-        )
-        for trace, part in zip(traces, of_states, strict=False):
-            to = _columns(trace.view(-1, trace.shape[-1]), d, directions)
-            selection.put_rows(to, part.to(dtype))
-    if h_rows is not y_rows:
-        if is_packed:
-            y_rows.zero_()
-        selection.put_rows(y_rows, _first(h_rows, count).to(dtype))
-    final = _as(final, dtype)
-    if is_packed:
-        selected, final = final, _copies(call.initial())
-        for whole, part in zip(final, selected, strict=True):
-            selection.put_sequences(whole, part)
-    return Result(y, final, traces), saved
+    members = [groups.of_member(call, m) for m in range(call.members)] or [call]
+    layers = [_Ahead(member, save, traced) for member in members]
+    if jobs := [job for layer in layers for job in layer.jobs]:
+        _backend(call.x).forward(jobs)
+    results = [layer.result() for layer in layers]
+    saved = [part for layer in layers for part in layer.saved]
+    return groups.joined(results) if call.members else results[0], saved
 
 
 def prepared(call: Call, *, is_step: bool = False) -> Any:
@@ -221,14 +289,8 @@ def prepared(call: Call, *, is_step: bool = False) -> Any:
     It takes input, states and weights like those of the call, and returns output and final states.
     None if the kernels do not take these as they are.
     """
-    cell, x, options = call.cell, call.x, call.options
-    if options.training and options.dropout and call.num_layers > 1:
-        return None
-    if cell.extras or compute_dtype(x) != x.dtype or not x.numel() or _backend(x) is operators:
-        return None
-    if any(part.layout != torch.strided for part in call.tensors):
-        return None
-    if not all(weight.is_contiguous() for weight in call.weights):
+    options = call.options
+    if (options.training and options.dropout and call.num_layers > 1) or not _is_simple(call):
         return None
     from . import inference
 
@@ -236,13 +298,30 @@ def prepared(call: Call, *, is_step: bool = False) -> Any:
     return stack.step if is_step else stack.run
 
 
-def _of_direction(
-    call: Call, saved: Sequence[Tensor], d: int
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """What was saved beside h: for the cell, and the states."""
-    count = (len(saved) - 1) // call.directions if saved else 0
-    of_d = saved[1 + d * count : 1 + (d + 1) * count]
-    return of_d[: call.cell.n_saved], of_d[call.cell.n_saved :]
+def _is_simple(call: Call) -> bool:
+    """Whether the kernels take the tensors of a call as they are, each by one address."""
+    cell, x = call.cell, call.x
+    if not cell.is_pointwise or len(cell.extras) > 1 or not x.numel() or not _has_kernels(x):
+        return False
+    if compute_dtype(call) != x.dtype or call.flow.noise or call.num_heads > 1:
+        return False
+    return all(part.layout == torch.strided for part in call.tensors) and all(
+        weight.is_contiguous() for weight in call.weights
+    )
+
+
+def trains_steps(dtype: torch.dtype) -> bool:
+    """Whether `prepared_step` is for a dtype: one that sums have too."""
+    return machine.exact_dtype(dtype) == dtype
+
+
+def prepared_step(call: Call) -> Any:
+    """`prepared` of a step with gradients, a ``stepping.Stepping``."""
+    if not trains_steps(call.x.dtype) or not _is_simple(call):
+        return None
+    from .stepping import Stepping
+
+    return Stepping(call)
 
 
 def backward(call: Call, given: Cotangents, saved: Sequence[Tensor], asked: Asked) -> Gradients:
@@ -250,15 +329,40 @@ def backward(call: Call, given: Cotangents, saved: Sequence[Tensor], asked: Aske
     if saves_nothing(call):
         return _by_reference(call, given, asked)
     saved = saved or forward(call, ALL, False)[1]
-    found = _backward(call, given, saved, asked)
-    marks = call.flow.marks
-    if marks is None or _are_finite(found):
+    count = call.members
+    if not count:
+        return _of_layers([call], [given], [saved], asked)[0]
+    each, asked_of_one = len(saved) // count, asked._replace(groups=asked.groups // count)
+    if asked_of_one.groups == 1:
+        asked_of_one = asked_of_one._replace(groups=0)
+    found = _of_layers(
+        [groups.of_member(call, m) for m in range(count)],
+        [_part_of(given, m, count) for m in range(count)],
+        [saved[m * each : (m + 1) * each] for m in range(count)],
+        asked_of_one,
+    )
+    return _joined(found, torch.cat if asked_of_one.groups else torch.stack)
+
+
+def _of_layers(
+    calls: Sequence[Call],
+    given: Sequence[Cotangents],
+    saved: Sequence[Sequence[Tensor]],
+    asked: Asked,
+) -> list[Gradients]:
+    """The gradients of layers of the same sizes."""
+    every = list(zip(calls, given, saved, strict=True))
+    found = _backward([(*each, None) for each in every], asked)
+    if calls[0].flow.marks is None or all(map(_are_finite, found)):
         return found
-    marks, unasked = without_unasked(marks, given, CUT)
-    if not bool(unasked.any()):
+    again = []
+    for call, of_call, kept in every:
+        marks, unasked = without_unasked(call.flow.marks, of_call, CUT)  # type: ignore[arg-type]
+        call = call._replace(flow=call.flow._replace(marks=marks))
+        again.append((call, of_call, kept, unasked))
+    if not any(bool(unasked.any()) for *_, unasked in again):
         return found
-    call = call._replace(flow=call.flow._replace(marks=marks))
-    return _backward(call, given, saved, asked, unasked)
+    return _backward(again, asked)
 
 
 def _are_finite(found: Gradients) -> bool:
@@ -269,82 +373,129 @@ def _are_finite(found: Gradients) -> bool:
     return bool(total.isfinite())
 
 
-def _backward(
-    call: Call,
-    given: Cotangents,
-    saved: Sequence[Tensor],
-    asked: Asked,
-    unasked: Tensor | None = None,
-) -> Gradients:
-    """`backward` from what was saved, perhaps without some steps."""
-    problem = _Problem(call)
-    dtype, selection, directions = problem.dtype, problem.selection, call.directions
-    d_state = _copies([selection.sequences(part) for part in _as(given.d_final, problem.exact)])
-    # What unpacks saved tensors may bring them back in another layout.
-    saved = [_first(part.contiguous(), problem.rows.total) for part in _as(saved, dtype)]
-    d_rows = [
-        None if part is None else selection.rows(part.flatten(0, -2)).to(dtype)
-        for part in (given.dy, *given.d_traces)
+_Past = tuple[Call, Cotangents, Sequence[Tensor], Tensor | None]
+
+
+def _backward(layers: Sequence[_Past], asked: Asked) -> list[Gradients]:
+    """`backward` of layers from what was saved, perhaps without some steps."""
+    problems = [_Back(call, given, saved) for call, given, saved, _ in layers]
+    jobs = [job for problem in problems for job in problem.jobs]
+    found = iter(_backend(layers[0][0].x).backward(jobs) if jobs else ())
+    return [
+        problem.gradients([next(found) for _ in problem.jobs], asked, unasked)
+        for problem, (*_, unasked) in zip(problems, layers, strict=True)
     ]
-    # The first direction writes all of it; where there are no steps there are no rows.
-    dx = problem.x.new_empty(problem.x.shape) if asked.x else None
-    d_fresh = [torch.zeros_like(part, dtype=problem.exact) for part in call.flow.fresh]
-    d_weights: list[Tensor] = []
-    multiply = functools.partial(problem.backend.multiply, call.cell)
-    if asked.weights and not problem.rows.steps:
-        groups = (asked.groups,) if asked.groups else ()
-        d_weights = [part.new_zeros(*groups, *part.shape) for part in call.weights]
-    for d, direction in enumerate(problem.directions if problem.rows.steps else ()):
-        h = _columns(saved[0], d, directions)
-        of_cell, of_states = _of_direction(call, saved, d)
-        d_rh, d_apart, d_of_fresh, projected = problem.backend.backward(
-            direction,
-            [None if part is None else _columns(part, d, directions) for part in d_rows],
-            [part[d] for part in d_state],
-            h,
-            of_states,
-            of_cell,
-        )
-        for whole, part in zip(d_fresh, d_of_fresh, strict=False):
-            selection.put_sequences(whole[d : d + 1], part[None])
-        walk = Walk(direction, problem.x, (h, *of_states), d_rh, d_apart, projected, multiply)
-        if unasked is not None:
-            walk = walk.without(selection.rows(unasked[d].reshape(-1)).unsqueeze(1))
+
+
+class _Back(_Problem):
+    """A layer whose walk back is to be run."""
+
+    def __init__(self, call: Call, given: Cotangents, saved: Sequence[Tensor]) -> None:
+        super().__init__(call)
+        self.given, count, directions = given, self.rows.total, call.directions
+        selection, dtype = self.selection, self.dtype
+        of_final = _as(given.d_final, self.exact)
+        self.d_state = _copies([selection.sequences(part) for part in of_final])
+        # What unpacks saved tensors may bring them back in another layout.
+        saved = [part.contiguous() for part in _as(saved, dtype)]
+        d_rows = [
+            None if part is None else selection.rows(part.flatten(0, -2)).to(dtype)
+            for part in (given.dy, *given.d_traces)
+        ]
+        h_rows = _first(saved[0], count)
+        self.jobs = [
+            Back(
+                direction,
+                [None if part is None else _columns(part, d, directions) for part in d_rows],
+                [part[d] for part in self.d_state],
+                _columns(h_rows, d, directions),
+                _kept(call, saved, d, count),
+            )
+            for d, direction in enumerate(self.directions if self.rows.steps else ())
+        ]
+
+    def gradients(self, found: Sequence[Found], asked: Asked, unasked: Tensor | None) -> Gradients:
+        """Those of the layer, from what its jobs have found."""
+        call, selection, given = self.call, self.selection, self.given
+        # The first direction writes all of it; where there are no steps there are no rows.
+        dx = self.x.new_empty(self.x.shape) if asked.x else None
+        d_fresh = [torch.zeros_like(part, dtype=self.exact) for part in call.flow.fresh]
+        d_weights: list[Tensor] = []
+        multiply = functools.partial(_backend(call.x).multiply, call.cell)
+        if asked.weights and not self.jobs:
+            count = (asked.groups,) if asked.groups else ()
+            d_weights = [part.new_zeros(*count, *part.shape) for part in call.weights]
+        for d, (job, of_job) in enumerate(zip(self.jobs, found, strict=True)):
+            for whole, part in zip(d_fresh, of_job.d_fresh, strict=False):
+                selection.put_sequences(whole[d : d + 1], part[None])
+            states = (job.h_rows, *job.kept.traces)
+            walk = Walk(job.direction, self.x, states, job.kept, of_job, multiply)
+            if unasked is not None:
+                walk = walk.without(selection.rows(unasked[d].reshape(-1)).unsqueeze(1))
+            of_input = walk.of_input()
+            if dx is not None:
+                w_ih = job.direction.w.w_ih
+                products.add_d_x(dx, *of_input[:2], w_ih, adds=d > 0, multiply=multiply)
+            if asked.weights:
+                d_weights += walk.d_weights(of_input, self._split(asked.groups))
         if dx is not None:
-            w_ih = direction.w.w_ih
-            products.add_d_x(dx, d_rh, d_apart, w_ih, adds=d > 0, multiply=multiply)
-        if asked.weights and asked.groups:
-            pad = functools.partial(selection.padded, count=call.steps * call.batch)
-            d_weights += walk.d_weights_by_group(pad, call.steps, asked.groups)
-        elif asked.weights:
-            d_weights += walk.d_weights()
-    if dx is not None:
-        dx = selection.padded(dx, math.prod(call.x.shape[:-1])).view(call.x.shape)
-        dx = dx.to(call.x.dtype)
-    if selection.order is not None:
-        # The gradient of the state of a sequence without steps is that of its final state.
-        of_all = [part.to(problem.exact, copy=True) for part in given.d_final]
-        for whole, part in zip(of_all, d_state, strict=True):
-            selection.put_sequences(whole, part)
-        d_state = of_all
-    return Gradients(dx, *(_as(part, call.x.dtype) for part in (d_state, d_fresh, d_weights)))
+            dx = selection.padded(dx, math.prod(call.x.shape[:-1])).view(call.x.shape)
+            dx = dx.to(call.x.dtype)
+        d_state = self.d_state
+        if selection.order is not None:
+            # The gradient of the state of a sequence without steps is that of its final state.
+            of_all = [part.to(self.exact, copy=True) for part in given.d_final]
+            for whole, part in zip(of_all, d_state, strict=True):
+                selection.put_sequences(whole, part)
+            d_state = of_all
+        return Gradients(dx, *(_as(part, call.x.dtype) for part in (d_state, d_fresh, d_weights)))
+
+    def _split(self, count: int) -> Split | None:
+        """What makes rows those of so many groups of sequences."""
+        if not count:
+            return None
+        steps, batch = self.call.steps, self.call.batch
+
+        def split(rows: Tensor) -> Tensor:
+            padded = self.selection.padded(rows, steps * batch)
+            apart = padded.view(steps, count, batch // count, rows.shape[1])
+            return apart.transpose(0, 1).flatten(1, 2)
+
+        return split
+
+
+def _part_of(given: Cotangents, part: int, parts: int) -> Cotangents:
+    """The cotangents of one of several equal parts of a padded batch."""
+
+    def of(tensors: Sequence[Tensor]) -> list[Any]:
+        return [groups.piece(tensor, part, parts) for tensor in tensors]
+
+    return Cotangents(groups.piece(given.dy, part, parts), of(given.d_final), of(given.d_traces))
+
+
+def _joined(parts: Sequence[Gradients], join: Callable[..., Tensor]) -> Gradients:
+    """The gradients of a batch, those of the weights apart, from those of equal parts of it."""
+    dx, d_state, d_fresh, d_weights = zip(*parts, strict=True)
+    return Gradients(
+        None if dx[0] is None else torch.cat(dx, 1),
+        [torch.cat(same, 1) for same in zip(*d_state, strict=True)],
+        [torch.cat(same, 1) for same in zip(*d_fresh, strict=True)],
+        [join(same) for same in zip(*d_weights, strict=True)],
+    )
 
 
 def _by_reference(call: Call, given: Cotangents, asked: Asked) -> Gradients:
     """`backward` by the reference, of every group apart."""
     if asked.groups:
-        size = call.batch // asked.groups
-        parts = [
-            _by_reference(*_of_sequences(call, given, g * size, size), asked._replace(groups=0))
-            for g in range(asked.groups)
-        ]
-        dxs, states, fresh, weights = zip(*parts, strict=True)
-        return Gradients(
-            torch.cat(dxs, 1) if asked.x else None,
-            [torch.cat(same, 1) for same in zip(*states, strict=True)],
-            [torch.cat(same, 1) for same in zip(*fresh, strict=True)],
-            [torch.stack(same) for same in zip(*weights, strict=True)],
-        )
+        count, of_all = asked.groups, asked._replace(groups=0)
+        parts = []
+        for g in range(count):
+            part = groups.part_of_batch(call, g, count)
+            if call.members:  # of which each has one or several of the groups
+                own = g * call.members // count
+                part = part._replace(weights=[weight[own] for weight in call.weights])
+            parts.append(_by_reference(part, _part_of(given, g, count), of_all))
+        return _joined(parts, torch.stack)
     if call.flow.marks is not None:
         # A step that is not asked for is as good as none.
         marks, _ = without_unasked(call.flow.marks, given, HOLD)
@@ -366,17 +517,3 @@ def _filled(grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Te
         torch.zeros_like(t) if g is None else g.to(t.dtype)
         for g, t in zip(grads, inputs, strict=True)
     ]
-
-
-def _of_sequences(call: Call, given: Cotangents, first: int, count: int) -> tuple[Call, Cotangents]:
-    """The call of some sequences of a padded batch."""
-
-    def of(tensors: Sequence[Tensor], dim: int = 1) -> list[Tensor]:
-        return [t.narrow(dim, first, count) if t.numel() else t for t in tensors]
-
-    marks, fresh, noise = call.flow
-    marks = marks if marks is None else marks.narrow(2, first, count)
-    flow = Flow(marks, of(fresh), [*of(noise[:1]), *of(noise[1:], 2)])
-    call = call._replace(x=call.x.narrow(1, first, count), state=of(call.state), flow=flow)
-    dy = given.dy if given.dy is None else given.dy.narrow(1, first, count)
-    return call, Cotangents(dy, of(given.d_final), of(given.d_traces))

@@ -22,7 +22,7 @@ class MatrixWriter(Writer):
         _, slices = self.slices(a.n, code.integer(0), code.integer(1))
         blocks = (a.m + (self.tile_rows - 1)) // self.tile_rows
         first, last = blocks * thread // threads, blocks * (thread + 1) // threads
-        result = a.results + thread * (self.tile_rows * self.units)
+        result = a.scratch + thread * (self.tile_rows * self.units)
         with code.loop(a.k, step=BLOCK) as start:
             k = (a.k - start).at_most(BLOCK)
             with code.loop(last_slice, start=first_slice) as j:

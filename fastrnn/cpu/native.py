@@ -1,22 +1,35 @@
-"""One direction of a layer by the compiled kernels: the functions of ``operators.py`` once more.
+"""Directions of layers by the compiled kernels: the functions of ``operators.py`` once more.
 
 Tensors are on the CPU and in a dtype that the kernels multiply; states are exact: in float32 where
 that is bfloat16. Everything that a kernel takes by address is allocated, checked and kept alive
-here.
+here. Directions, heads and the members of an ensemble are groups to a kernel, which is called once
+for all that run at the same time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..cells import Cell
+from .. import groups
+from ..cells import EPSILON, Cell
 from . import engine, machine, operators
-from .arguments import BLOCK, MOST_SAVED, MOST_STATES, Backward, Forward, Product, padded
-from .direction import Breaks, Direction
+from .arguments import (
+    BLOCK,
+    MOST_SAVED,
+    MOST_STATES,
+    Arguments,
+    Backward,
+    Forward,
+    Product,
+    padded,
+    pass_blocks,
+)
+from .direction import Ahead, Back, Breaks, Direction, Found, Noise
 from .memory import gradients, work_space
 
 # Numbers of projected input that all threads keep, half of a second-level cache for one of them.
@@ -38,9 +51,10 @@ _UNPACKED_ROWS = 4  # of such a product
 def _check(direction: Direction, count: int, inputs: int, states: Sequence[Tensor]) -> None:
     """Raise unless weights, states and rows are of the sizes that a kernel will assume."""
     cell, w, rows, hidden = direction.cell, direction.w, direction.rows, direction.hidden
-    width, size_h = cell.n_gates * hidden, w.w_hh.shape[1]
-    fits = w.w_ih.shape == (width, inputs) and w.w_hh.shape == (width, size_h)
-    fits = fits and (size_h == hidden if w.w_hr is None else w.w_hr.shape == (size_h, hidden))
+    width, size_h, heads = cell.n_gates * hidden, direction.size_h, direction.num_heads
+    fits = w.w_ih.shape == (width, inputs) and w.w_hh.shape == (width, size_h // heads)
+    fits = fits and heads * w.w_hh.shape[1] == size_h
+    fits = fits and (w.w_hr is None or w.w_hr.shape == (size_h, hidden))
     for bias in (w.b_ih, w.b_hh):
         fits = fits and (bias is None or bias.shape == (width,))
     fits = fits and len(w.extras) == len(cell.extras)
@@ -59,7 +73,7 @@ def _check(direction: Direction, count: int, inputs: int, states: Sequence[Tenso
 
 
 class Layout(NamedTuple):
-    """How a direction is cut into slices.
+    """How a direction, or a head of it, is cut into slices.
 
     Attributes
     ----------
@@ -73,6 +87,8 @@ class Layout(NamedTuple):
         Numbers in such a lane.
     flops, slices : int
         What the number of threads follows from: operations of a step, and its parts.
+    meets : bool
+        Whether all slices of a step wait for each other, so that their products are kept.
     """
 
     units: int
@@ -82,19 +98,27 @@ class Layout(NamedTuple):
     group: int
     flops: int
     slices: int
+    meets: bool
 
     @classmethod
     def of(cls, direction: Direction) -> Layout:
         """Of a direction of a layer."""
-        w, dtype, target = direction.w, direction.w.w_hh.dtype, machine.target()
+        w, dtype, target, cell = (
+            direction.w,
+            direction.w.w_hh.dtype,
+            machine.target(),
+            direction.cell,
+        )
         assert target is not None
         units = target._replace(dtype=dtype).units
-        gates, size_h = direction.cell.n_gates, w.w_hh.shape[1]
-        width, width_h = (-(-count // units) * units for count in (direction.hidden, size_h))
+        gates, size_h = cell.n_gates, w.w_hh.shape[1]
+        hidden = direction.hidden // direction.num_heads
+        width, width_h = (-(-count // units) * units for count in (hidden, size_h))
         width *= gates
         is_paired, exact = dtype == torch.bfloat16, max(4, dtype.itemsize)
         flops, slices = 2 * direction.rows.batch * width * size_h, width // (gates * units)
-        return cls(units, width, width_h, exact, 2 if is_paired else 1, flops, slices)
+        group = 2 if is_paired else 1
+        return cls(units, width, width_h, exact, group, flops, slices, not cell.is_pointwise)
 
     @property
     def threads(self) -> int:
@@ -104,6 +128,21 @@ class Layout(NamedTuple):
     def packed(self, columns: int, k: int) -> int:
         """Bytes of packed weights."""
         return columns * -(-k // self.group) * self.exact
+
+    def launches(self, groups: int) -> list[engine.Launch]:
+        """How so many groups are run."""
+        return engine.launches(groups, self.threads, self.packed(self.width, self.width_h))
+
+    def of_means(self, batch: int, threads: int) -> tuple[int, int]:
+        """Bytes of the sums of all slices, and of the means that each thread makes of them."""
+        if not self.meets:
+            return 0, 0
+        of_one = self.exact * batch * 2
+        return of_one * self.slices, of_one * threads
+
+    def scratch(self, batch: int, columns: int, threads: int) -> int:
+        """Bytes of the results of a step's products, of so many columns in a slice."""
+        return self.exact * batch * columns * (self.slices if self.meets else threads)
 
 
 def _pays(rows: int, times: int) -> bool:
@@ -119,22 +158,23 @@ class Space(NamedTuple):
     packed_hr: int
     biases: int
     projected: int
-    scratch: int  # of a thread
+    operand: int
 
     @classmethod
     def of(cls, direction: Direction, layout: Layout, inputs: int) -> tuple[Space, int]:
-        """Of a direction; with the rows whose input projection is kept."""
-        rows, w, width, exact = direction.rows, direction.w, layout.width, layout.exact
+        """Of a direction or a head; with the rows whose input projection is kept."""
+        rows, w, cell = direction.rows, direction.w, direction.cell
+        width, exact, size_h = layout.width, layout.exact, w.w_hh.shape[1]
         chunk = rows.batch * max(1, _CHUNK // max(1, width * rows.batch))
-        packs, size_h = _pays(rows.batch, rows.steps), w.w_hh.shape[1]
-        packs_hr, own = packs and w.w_hr is not None, direction.cell.n_gates * layout.units
+        packs, projects = _pays(rows.batch, rows.steps), not cell.is_normalised
+        has_operand = cell.late is not None or direction.noise is not None
         space = cls(
-            layout.packed(width, inputs) if _pays(rows.total, 1) else 0,
+            layout.packed(width, inputs) if projects and _pays(rows.total, 1) else 0,
             layout.packed(width, size_h) if packs else 0,
-            layout.packed(layout.width_h, direction.hidden) if packs_hr else 0,
+            layout.packed(layout.width_h, direction.hidden) if packs and w.w_hr is not None else 0,
             exact * 2 * width,
-            exact * width * chunk,
-            exact * rows.batch * own,
+            exact * width * chunk if projects else 0,
+            exact * 3 * rows.batch * size_h if has_operand else 0,
         )
         return space, chunk
 
@@ -152,99 +192,286 @@ def _fresh(breaks: Breaks | None) -> Sequence[Tensor]:
     return [] if breaks is None else _contiguous(breaks.fresh)
 
 
-def forward(
+def _dropped(h: Tensor, noise: Noise | None) -> Tensor:
+    """What the recurrent product takes of h, (B, P)."""
+    return h if noise is None or noise.drop is None else h * noise.drop
+
+
+# What a kernel takes of a direction: numbers; tensors, and how far from head to head each goes.
+_Parts = tuple[list[int], list[Tensor | None], list[int]]
+
+
+def _of_noise(noise: Noise | None, raw: Sequence[Tensor | None], units: int) -> list[Any]:
+    """The arguments of noise, as pairs of a tensor and its distance from head to head."""
+    zones: Sequence[Any] = noise.zones if noise else ()
+    masks = [
+        part.contiguous() if part.dtype == torch.bool and part.numel() else None for part in zones
+    ]
+    shares = [part if part.dtype != torch.bool and part.numel() else None for part in zones]
+    return [
+        (_contiguous([noise.drop])[0] if noise else None, units),
+        *((part, units) for part in padded(masks)),
+        *((part, 0) for part in padded(shares)),
+        *((part, units) for part in padded(raw)),
+    ]
+
+
+def _by_groups(numbers: list[int], pairs: list[Any], heads: int) -> Iterator[tuple[Any, Any]]:
+    """The arguments of every head of a direction."""
+    tensors = [part for part, _ in pairs]
+    yield numbers, tensors
+    if heads > 1:
+        steps = [0 if part is None else by * part.element_size() for part, by in pairs]
+        first = [None if part is None else part.data_ptr() for part in tensors]
+        for k in range(1, heads):
+            yield (
+                numbers,
+                [at if at is None else at + k * by for at, by in zip(first, steps, strict=True)],
+            )
+
+
+def forward(jobs: Sequence[Ahead]) -> None:
+    """Run directions of layers that are alike but for their rows; see ``operators.forward``."""
+    for same in _alike(jobs):
+        _forward(same)
+
+
+def _alike(jobs: Sequence[Any]) -> list[Any]:
+    """Jobs in lists of those with equally many steps and sequences, which may run together."""
+    by_sizes = itertools.groupby(jobs, lambda job: job.direction.rows[:2])
+    return [list(same) for _, same in by_sizes]
+
+
+def _forward(jobs: Sequence[Ahead]) -> None:
+    direction = jobs[0].direction
+    cell, dtype, inputs = direction.cell, jobs[0].h_rows.dtype, jobs[0].x.shape[1]
+    layout, batch, w = Layout.of(direction), direction.rows.batch, direction.w
+    space, chunk = Space.of(direction, layout, inputs)
+    full = None
+    is_full_kept = len(jobs[0].kept.traces) >= cell.n_states
+    if w.w_hr is not None and not is_full_kept:
+        full = jobs[0].x.new_empty(len(jobs), batch, direction.hidden)
+    of_groups: list[Any] = []
+    for n, job in enumerate(jobs):
+        of_job = None if full is None else full[n]
+        of_groups += _by_groups(*_ahead(job, chunk, of_job), direction.num_heads)
+
+    def sizes(threads: int) -> tuple[int, ...]:
+        scratch = layout.scratch(batch, cell.n_gates * layout.units, threads)
+        return *space, *layout.of_means(batch, threads), scratch
+
+    _run("forward", Forward, direction, dtype, of_groups, sizes)
+
+
+def _run(
+    name: str,
+    kind: type[Arguments],
     direction: Direction,
-    x: Tensor,
-    state: Sequence[Tensor],
-    h_rows: Tensor,
-    traces: Sequence[Tensor],
-    saved: Sequence[Tensor],
+    dtype: torch.dtype,
+    of_groups: Sequence[Any],
+    sizes: Callable[[int], tuple[int, ...]],
 ) -> None:
-    """Run one direction; see ``operators.forward``."""
-    cell, w, rows, breaks = direction.cell, direction.w, direction.rows, direction.breaks
-    hidden, size_h, (count, inputs) = direction.hidden, w.w_hh.shape[1], x.shape
+    """Run a kernel for groups, given as numbers and tensors.
+
+    `sizes` tells the bytes of the parts of a group's work space from how many threads share it.
+    """
+    for first, count, threads in Layout.of(direction).launches(len(of_groups)):
+        parts, slots = sizes(-(-threads // count)), min(count, threads)
+        work, addresses = work_space(*parts * slots)
+        by_slot = [addresses[k * len(parts) : (k + 1) * len(parts)] for k in range(slots)]
+        arguments = kind.of(
+            threads,
+            *(
+                ([*numbers, *by_slot[g % slots]], [*tensors, work])
+                for g, (numbers, tensors) in enumerate(of_groups[first : first + count])
+            ),
+        )
+        noisy = direction.noise is not None
+        engine.run(direction.cell, dtype, name, arguments, threads, noisy=noisy)
+
+
+def _ahead(job: Ahead, chunk: int, full: Tensor | None) -> tuple[list[int], list[Any]]:
+    """Numbers and tensors of forward, in the order of its arguments but for work space."""
+    direction, x, state, h_rows, kept = job
+    cell, w, rows, breaks, noise = (
+        direction.cell, direction.w, direction.rows, direction.breaks, direction.noise
+    )  # fmt: skip
+    hidden, size_h, heads = direction.hidden, direction.size_h, direction.num_heads
+    count, inputs = x.shape
     fresh, initial = _fresh(breaks), _contiguous(direction.initial)
     _check(direction, count, inputs, [*state, *fresh, *initial])
-    layout = Layout.of(direction)
-    space, chunk = Space.of(direction, layout, inputs)
-    threads = layout.threads
-    work, addresses = work_space(*space[:-1], threads * space.scratch)
-    is_full_kept, full = len(traces) >= cell.n_states, None
-    if w.w_hr is not None:
-        full = traces[-1] if is_full_kept else x.new_empty(rows.batch, hidden)
-    weights = _contiguous((w.w_ih, w.w_hh, w.w_hr, w.b_ih, w.b_hh))
-    fresh_rh = fresh[0] @ w.w_hh.t() if fresh else None
-    arguments = Forward.of(
-        (
-            rows.steps, count, rows.batch, inputs, hidden, size_h, direction.reverse,
-            h_rows.stride(0), chunk, is_full_kept, *addresses,
-        ),
-        (
-            rows.batch_sizes, x.contiguous(), *weights, _extra(direction),
-            initial[0] if initial else None, *padded(state), h_rows, full,
-            *padded(saved, MOST_SAVED), *padded(traces[: cell.n_states - 1], MOST_STATES - 1),
-            None if breaks is None else breaks.marks, *padded(fresh), fresh_rh,
-            work,
-        ),
+    units, traces, is_full_kept = hidden // heads, kept.traces, len(kept.traces) >= cell.n_states
+    if w.w_hr is not None and is_full_kept:
+        full = traces[-1]
+    w_ih, w_hh, w_hr, b_ih, b_hh = _contiguous((w.w_ih, w.w_hh, w.w_hr, w.b_ih, w.b_hh))
+    wx: Tensor | None = None
+    moments_pitch = cell.n_moments * heads
+    if cell.is_normalised:
+        wx, b_ih = _normalised_input(direction, x, kept.normal), None
+    normal: Any = kept.normal[2:] or [None, None]
+    fresh_rh = None
+    if fresh:
+        # (B, heads, units) times (G, heads, units, units).
+        by_head = _dropped(fresh[0], noise).unflatten(1, (heads, -1)).transpose(0, 1)
+        columns = w_hh.view(cell.n_gates, heads, -1, w_hh.shape[1]).transpose(0, 1).flatten(1, 2)
+        fresh_rh = by_head @ columns.transpose(1, 2)
+    numbers = [
+        rows.steps, count, rows.batch, inputs, units, w_hh.shape[1], hidden, size_h,
+        direction.reverse, h_rows.stride(0), chunk, is_full_kept, moments_pitch,
+    ]  # fmt: skip
+    of_units = [
+        b_ih, b_hh, _extra(direction), _dropped(initial[0], noise) if initial else None,
+        *padded(state), h_rows, full, *padded(kept.saved, MOST_SAVED),
+        *padded(traces[: cell.n_states - 1], MOST_STATES - 1),
+    ]  # fmt: skip
+    return numbers, [
+        (rows.batch_sizes, 0), (x.contiguous(), 0), (w_ih, units * inputs),
+        (w_hh, units * units), (w_hr, 0), *((part, units) for part in of_units),
+        (None if breaks is None else breaks.marks, 0), *((part, units) for part in padded(fresh)),
+        (fresh_rh, rows.batch * cell.n_gates * units), *_of_noise(noise, kept.raw, units),
+        (wx, units), (normal[0], units), (normal[1], cell.n_moments),
+    ]  # fmt: skip
+
+
+def _normalised_input(direction: Direction, x: Tensor, normal: Sequence[Tensor]) -> Tensor:
+    """The normalised input parts of all rows, with gain and bias, (N, G * H)."""
+    cell, w, heads = direction.cell, direction.w, direction.num_heads
+    raw, moments = normal[:2] or (x.new_empty(x.shape[0], w.w_ih.shape[0]), None)
+    multiply(cell, raw, x, w.w_ih.t(), False)
+    if heads == 1:
+        wx, mean, scale = torch.native_layer_norm(raw, raw.shape[1:], w.extras[0], w.b_ih, EPSILON)
+        if moments is not None:
+            torch.cat([mean, scale], dim=1, out=moments)
+        return wx
+    parts = [
+        torch.native_layer_norm(
+            groups.gates(raw, cell.n_gates, k, heads), (raw.shape[1] // heads,),
+            groups.gates(w.extras[0], cell.n_gates, k, heads),
+            None if w.b_ih is None else groups.gates(w.b_ih, cell.n_gates, k, heads), EPSILON,
+        )
+        for k in range(heads)
+    ]  # fmt: skip
+    wx_of_heads, means, scales = zip(*parts, strict=True)
+    if moments is not None:
+        torch.cat(
+            [part for pair in zip(means, scales, strict=True) for part in pair], 1, out=moments
+        )
+    return groups.join(wx_of_heads, cell.n_gates)
+
+
+def backward(jobs: Sequence[Back]) -> list[Found]:
+    """Compute the gradients of the gates; see ``operators.backward``.
+
+    The next call overwrites them.
+    """
+    (direction, *_, h_rows, _), cell = jobs[0], jobs[0].direction.cell
+    columns = (cell.n_gates + cell.n_apart) * direction.hidden
+    columns += _PAD if columns % _PAGE == 0 else 0
+    counts = [job.h_rows.shape[0] for job in jobs]
+    d_gates = iter(gradients(sum(counts), columns, h_rows.dtype).split(counts))
+    return [found for same in _alike(jobs) for found in _backward(same, d_gates)]
+
+
+def _backward(jobs: Sequence[Back], d_gates: Iterator[Tensor]) -> list[Found]:
+    (direction, *_, h_rows, _), cell = jobs[0], jobs[0].direction.cell
+    layout, batch = Layout.of(direction), direction.rows.batch
+    found, of_groups = [], list[Any]()
+    for job in jobs:
+        result, numbers, pairs = _back(job, next(d_gates))
+        found.append(result)
+        of_groups += _by_groups(numbers, pairs, direction.num_heads)
+    size_h, heads = direction.w.w_hh.shape[1], direction.num_heads
+    units, is_projected = direction.hidden // heads, direction.w.w_hr is not None
+
+    def sizes(threads: int) -> tuple[int, ...]:
+        return (
+            layout.packed(layout.width_h, cell.n_gates * units),
+            layout.packed(layout.width // cell.n_gates, size_h) if is_projected else 0,
+            layout.exact * threads * batch * units * cell.n_gates if heads > 1 else 0,
+            *layout.of_means(batch, threads),
+            layout.scratch(batch, layout.units * pass_blocks(cell), threads),
+        )
+
+    _run("backward", Backward, direction, h_rows.dtype, of_groups, sizes)
+    for job, result in zip(jobs, found, strict=True):
+        _add_fresh(job.direction, result)
+    return found
+
+
+def _back(job: Back, d_gates: Tensor) -> tuple[Found, list[int], list[Any]]:
+    """What backward finds, and its numbers and tensors, in the order of its arguments."""
+    direction, d_rows, d_state, h_rows, kept = job
+    cell, w, rows, breaks, noise = (
+        direction.cell, direction.w, direction.rows, direction.breaks, direction.noise
     )  # fmt: skip
-    engine.run(cell, x.dtype, "forward", arguments, threads)
-
-
-def backward(
-    direction: Direction,
-    d_rows: Sequence[Tensor | None],
-    d_state: Sequence[Tensor],
-    h_rows: Tensor,
-    traces: Sequence[Tensor],
-    saved: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, list[Tensor], Sequence[Tensor]]:
-    """Compute the gradients of the gates; see ``operators.backward``."""
-    cell, w, rows, breaks = direction.cell, direction.w, direction.rows, direction.breaks
-    hidden, size_h, count = direction.hidden, w.w_hh.shape[1], h_rows.shape[0]
-    fresh, initial = _fresh(breaks), _contiguous(direction.initial)
+    hidden, size_h, count, heads = (
+        direction.hidden,
+        direction.size_h,
+        h_rows.shape[0],
+        direction.num_heads,
+    )
+    fresh, initial, units = _fresh(breaks), _contiguous(direction.initial), hidden // heads
     _check(direction, count, w.w_ih.shape[1], [*d_state, *initial, *fresh])
-    fits = len(saved) == cell.n_saved
-    fits = fits and len(traces) == cell.n_states - 1 + (w.w_hr is not None)
+    fits = len(kept.saved) == cell.n_saved
+    fits = fits and len(kept.traces) == cell.n_states - 1 + (w.w_hr is not None)
     for part in (h_rows, *d_rows[:1]):
         fits = fits and (part is None or part.shape == (count, size_h))
-    for part in (*traces, *saved, *d_rows[1:]):
+    for part in (*kept.traces, *kept.saved, *kept.raw, *d_rows[1:]):
         fits = fits and (part is None or part.shape == (count, hidden))
     if not fits:
         raise RuntimeError("what was saved in forward is not of the sizes that backward needs")
-    layout = Layout.of(direction)
-    columns = (cell.n_gates + cell.n_apart) * hidden
-    d_gates = gradients(count, columns + (_PAD if columns % _PAGE == 0 else 0), h_rows.dtype)
     d_projected = None if w.w_hr is None else h_rows.new_empty(count, size_h)
-    threads = layout.threads
-    work, addresses = work_space(
-        layout.packed(layout.width_h, cell.n_gates * hidden),
-        0 if w.w_hr is None else layout.packed(layout.width // cell.n_gates, size_h),
-        layout.exact * threads * rows.batch * layout.units,
-    )
     w_hh, w_hr = _contiguous((w.w_hh, w.w_hr))
     d_h, *d_others = d_rows
     d_h = d_h if d_h is None else _like(d_h, h_rows)
     d_others = _contiguous(d_others)
     d_fresh = [torch.zeros_like(part) for part in d_state] if fresh else []
-    arguments = Backward.of(
-        (
-            rows.steps, count, rows.batch, hidden, size_h, direction.reverse, h_rows.stride(0),
-            d_gates.shape[1], *addresses,
-        ),
-        (
-            rows.batch_sizes, w_hh, w_hr, _extra(direction), *padded(initial),
-            h_rows, *padded(saved, MOST_SAVED),
-            *padded(traces[: cell.n_states - 1], MOST_STATES - 1), *padded([d_h, *d_others]),
-            None if breaks is None else breaks.marks, *padded(fresh), *padded(d_fresh),
-            *padded(d_state), d_gates, d_projected, work,
-        ),
-    )  # fmt: skip
-    engine.run(cell, h_rows.dtype, "backward", arguments, threads)
-    d_rh, d_apart = d_gates[:, : cell.n_gates * hidden], d_gates[:, cell.n_gates * hidden : columns]
-    if breaks is not None:
-        by_product = d_rh.index_select(0, breaks.rows) @ w_hh
-        d_fresh[0].index_add_(0, breaks.sequences, by_product.to(d_fresh[0].dtype))
-    return d_rh, d_apart, d_fresh, () if d_projected is None else (d_projected, traces[-1])
+    d_product = d_output = None
+    if cell.is_normalised:
+        d_product = h_rows.new_empty(heads, count, cell.n_gates * units)
+    if cell.output is not None:
+        d_output = h_rows.new_empty(count, hidden)
+    normal: Any = kept.normal[2:] or [None, None]
+    columns = cell.n_gates * hidden
+    d_rh, d_apart = d_gates[:, :columns], d_gates[:, columns : columns + cell.n_apart * hidden]
+    projected = () if d_projected is None else (d_projected, kept.traces[-1])
+    found = Found(d_rh, d_apart, d_fresh, projected, d_product, d_output)
+    numbers = [
+        rows.steps, count, rows.batch, units, w_hh.shape[1], hidden, size_h, direction.reverse,
+        h_rows.stride(0), d_gates.stride(0), cell.n_moments * heads,
+    ]  # fmt: skip
+    of_units = [
+        _extra(direction), *padded(initial), h_rows, *padded(kept.saved, MOST_SAVED),
+        *padded(kept.traces[: cell.n_states - 1], MOST_STATES - 1), *padded([d_h, *d_others]),
+    ]  # fmt: skip
+    after_marks = [*padded(fresh), *padded(d_fresh), *padded(d_state), d_gates]
+    return found, numbers, [
+        (rows.batch_sizes, 0), (w_hh, units * units), (w_hr, 0),
+        *((part, units) for part in of_units), (None if breaks is None else breaks.marks, 0),
+        *((part, units) for part in after_marks), (d_projected, 0),
+        *_of_noise(noise, kept.raw, units), (normal[0], units), (normal[1], cell.n_moments),
+        (d_product, count * cell.n_gates * units), (d_output, units),
+    ]  # fmt: skip
+
+
+def _add_fresh(direction: Direction, found: Found) -> None:
+    """Add to the gradient of the fresh h what passes by the recurrent product."""
+    breaks, noise, cell = direction.breaks, direction.noise, direction.cell
+    if breaks is None:
+        return
+    heads, w_hh = direction.num_heads, direction.w.w_hh
+    n_early = cell.n_gates - (cell.late.n_gates if cell.late else 0)
+    d_rh = found.d_rh.unflatten(1, (cell.n_gates, heads, -1)).transpose(1, 2)
+    if found.d_product is not None:
+        d_rh = found.d_product.unflatten(2, (cell.n_gates, -1)).transpose(0, 1)
+    d_rh = d_rh.index_select(0, breaks.rows)[:, :, :n_early].flatten(2).transpose(0, 1)
+    columns = (
+        w_hh.view(cell.n_gates, heads, -1, w_hh.shape[1])[:n_early].transpose(0, 1).flatten(1, 2)
+    )
+    by_product = (d_rh @ columns).transpose(0, 1).flatten(1)
+    if noise is not None and noise.drop is not None:
+        by_product = by_product * noise.drop.index_select(0, breaks.sequences)
+    found.d_fresh[0].index_add_(0, breaks.sequences, by_product.to(found.d_fresh[0].dtype))
 
 
 def _like(part: Tensor, h_rows: Tensor) -> Tensor:
@@ -279,5 +506,6 @@ def multiply(cell: Cell, c: Tensor, a: Tensor, b: Tensor, adds: bool) -> None:
         size * threads * target.tile_rows * target.units,
     )
     pitches = a.stride(1 if is_transposed else 0), b.stride(0), c.stride(0)
-    arguments = Product.of((m, k, n, adds, is_transposed, *pitches, *addresses), (a, b, c, work))
+    numbers = (m, k, n, adds, is_transposed, *pitches, *addresses)
+    arguments = Product.of(threads, (numbers, (a, b, c, work)))
     engine.run(cell, a.dtype, "product", arguments, threads)

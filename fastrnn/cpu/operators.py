@@ -24,7 +24,7 @@ from ..call import Weights
 from ..cells import Cell
 from ..flow import CUT, FRESH
 from ..reference import TORCH
-from .direction import Direction
+from .direction import Ahead, Back, Direction, Found, Kept
 
 # Rows whose distance is a multiple of a page compete for the same lines of a cache.
 _PAD = 24
@@ -42,31 +42,17 @@ class _Sum:
     __radd__ = __add__
 
 
-def forward(
-    direction: Direction,
-    x: Tensor,
-    state: Sequence[Tensor],
-    h_rows: Tensor,
-    traces: Sequence[Tensor],
-    saved: Sequence[Tensor],
-) -> None:
-    """Run one direction of a layer.
+def forward(jobs: Sequence[Ahead]) -> None:
+    """Run directions of layers, of cells that are pointwise, without noise and heads."""
+    for job in jobs:
+        _forward(*job)
 
-    Parameters
-    ----------
-    direction : Direction
-    x : Tensor of shape (N, I)
-    state : sequence of Tensor of shape (B, P) and (B, H)
-        Initial state; overwritten by the final state.
-    h_rows : Tensor of shape (N, P)
-        Receives h.
-    traces : sequence of Tensor of shape (N, H)
-        Receive the other states of every row, or empty; if there is a projection and something to
-        save, then also h before it.
-    saved : sequence of Tensor of shape (N, H)
-        Receive the values that the cell hands to backward, or empty.
-    """
-    cell, w, rows, _, _, breaks = direction
+
+def _forward(
+    direction: Direction, x: Tensor, state: Sequence[Tensor], h_rows: Tensor, kept: Kept
+) -> None:
+    cell, w, rows, breaks = direction.cell, direction.w, direction.rows, direction.breaks
+    saved, traces = kept.saved, kept.traces
     shared = cell.n_gates - cell.n_apart
     split = shared * direction.hidden
     advance, extra = TORCH.bind(cell.forward), w.blocks()
@@ -131,38 +117,20 @@ def _project_input(x: Tensor, w: Weights, folded: int, out: Tensor) -> None:
     torch.addmm(bias, x, w.w_ih.t(), out=out)
 
 
-def backward(
+def backward(jobs: Sequence[Back]) -> list[Found]:
+    """Compute the gradients of the gates of `forward`."""
+    return [_backward(*job) for job in jobs]
+
+
+def _backward(
     direction: Direction,
     d_rows: Sequence[Tensor | None],
     d_state: Sequence[Tensor],
     h_rows: Tensor,
-    traces: Sequence[Tensor],
-    saved: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, list[Tensor], Sequence[Tensor]]:
-    """Compute the gradients of the gates of `forward`.
-
-    Parameters
-    ----------
-    direction : Direction
-    d_rows : sequence of Tensor of shape (N, P) and (N, H), or None
-        Gradients of the states of every row, h first; what is missing is zero.
-    d_state : sequence of Tensor
-        Gradient of the final state; overwritten by that of the initial state.
-    h_rows, traces, saved
-        As `forward` left them.
-
-    Returns
-    -------
-    d_rh : Tensor of shape (N, G * H)
-        Gradient of the recurrent part of every gate.
-    d_apart : Tensor of shape (N, A * H)
-        Gradient of the input part of the last A gates, in which it differs from that.
-    d_fresh : list of Tensor
-        Gradient of the states after a reset; empty without breaks.
-    projected : sequence of Tensor
-        The factors of the gradient of a projection: that of the projected h, and h before it.
-    """
-    cell, w, rows, _, _, breaks = direction
+    kept: Kept,
+) -> Found:
+    cell, w, rows, breaks = direction.cell, direction.w, direction.rows, direction.breaks
+    saved, traces = kept.saved, kept.traces
     hidden, sizes = direction.hidden, rows.sizes
     states = [h_rows, *traces[: cell.n_states - 1]]
     factors = _factors(direction, states, saved)
@@ -207,7 +175,7 @@ def backward(
     for to, part in zip(d_state, current, strict=True):
         to.copy_(part)
     projected = (d_projected, traces[-1]) if w.w_hr is not None else ()
-    return d_rh, d_apart, d_fresh, projected
+    return Found(d_rh, d_apart, d_fresh, projected)
 
 
 def multiply(cell: Cell, c: Tensor, a: Tensor, b: Tensor, adds: bool) -> None:

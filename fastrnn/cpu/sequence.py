@@ -30,10 +30,13 @@ class _Writer(ForwardWriter, BackwardWriter):
     """Writes the kernels of one cell."""
 
 
-def module(cell: Cell, target: Target) -> Any:
-    """Write the kernels ``forward``, ``backward`` and ``product`` of a cell."""
+def module(cell: Cell, target: Target, noisy: bool = False) -> Any:
+    """Write the kernels ``forward``, ``backward`` and ``product`` of a cell.
+
+    Noisy ones know recurrent dropout and zoneout.
+    """
     result = ir.Module(f"fastrnn_{cell.name}")
-    writer = _Writer(result, cell, target)
+    writer = _Writer(result, cell, target, noisy)
     writer.kernel("forward", Forward, writer.forward)
     writer.kernel("backward", Backward, writer.backward)
     writer.kernel("product", Product, writer.product)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import operator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ..cells import Cell
+from ..cells import EPSILON, Cell
 from .activations import VECTORS
 from .machine import Target
 from .matrices import MatrixWriter
@@ -25,6 +27,14 @@ class Step(NamedTuple):
     rows_after: Value
 
 
+class Vector(NamedTuple):
+    """A vector of a row in a slice."""
+
+    v: int
+    column: Value
+    valid: Value  # lanes
+
+
 class Matrix(NamedTuple):
     """Weights (blocks * columns, k), which a product takes transposed."""
 
@@ -32,17 +42,21 @@ class Matrix(NamedTuple):
     panels: Value  # null: as they are
     blocks: int  # gates, whose columns of a slice a product puts side by side
     columns: Value
+    stride: Value  # columns from block to block
     k: Value
 
 
 class StepWriter(MatrixWriter):
     """Writes what the kernels of a cell have in common."""
 
-    def __init__(self, module: Any, cell: Cell, target: Target) -> None:
+    def __init__(self, module: Any, cell: Cell, target: Target, noisy: bool) -> None:
         super().__init__(module, target)
-        self.cell = cell
+        self.cell, self.noisy = cell, noisy
         self.advance, self.pull_back = VECTORS.bind(cell.forward), VECTORS.bind(cell.backward)
         self.width = cell.n_gates * self.units  # columns of a slice
+        self.n_early = cell.n_gates - (cell.late.n_gates if cell.late else 0)
+        # Whether threads meet between a product and what is made of it, so that all slices wait.
+        self.meets = not cell.is_pointwise
 
     def _panel(self, matrix: Matrix, j: Value, block: int) -> Value:
         """Where a block of a slice is packed."""
@@ -54,7 +68,7 @@ class StepWriter(MatrixWriter):
         """A block of a slice where it is not packed, and how many rows it has."""
         first = j * self.units
         count = (matrix.columns - first).at_most(self.units)
-        return matrix.weights + (matrix.columns * block + first) * matrix.k, count
+        return matrix.weights + (matrix.stride * block + first) * matrix.k, count
 
     def _pack(self, code: Code, matrix: Matrix, j: Value) -> None:
         """Pack a slice, if it shall be."""
@@ -64,20 +78,21 @@ class StepWriter(MatrixWriter):
                 code.call(self.pack, weights, matrix.k, count, self._panel(matrix, j, block))
 
     def _product(
-        self, code: Code, rows: Value, a: Value, pitch: Value, matrix: Matrix, j: Value, c: Value
-    ) -> None:
-        """c = a @ (a slice of a matrix)^T for any number of rows."""
-        width = code.integer(matrix.blocks * self.units)
+        self, code: Code, rows: Value, a: Value, pitch: Value, matrix: Matrix, j: Value, c: Value,
+        blocks: range | None = None,
+    ) -> None:  # fmt: skip
+        """c = a @ (a slice of a matrix)^T for any number of rows; of some of its blocks only."""
+        width, blocks = code.integer(matrix.blocks * self.units), blocks or range(matrix.blocks)
         with code.either(matrix.panels.is_given) as (packed, unpacked):
             with packed:
-                for block in range(matrix.blocks):
+                for block in blocks:
                     panel = self._panel(matrix, j, block)
                     self._by_panel(
                         code, rows, a, pitch, panel, matrix.k, c + block * self.units, width
                     )
             with unpacked:
                 # A block stays in a cache for all rows.
-                for block in range(matrix.blocks):
+                for block in blocks:
                     weights, count = self._rows_of(matrix, j, block)
                     with code.loop(rows, step=self.dot_rows) as row:
                         height = (rows - row).at_most(self.dot_rows)
@@ -97,6 +112,10 @@ class StepWriter(MatrixWriter):
             to = c + row * width
             code.call(self.multiply, height, a + row * pitch, pitch, panel, k, to, width)
 
+    def _scratch(self, a: Any, j: Value, thread: Value, width: int) -> Value:
+        """Where results of a product wait, of a slice or, if threads do not meet, of a thread."""
+        return a.scratch + (j if self.meets else thread) * a.batch * width
+
     def _clear(self, code: Code, to: Value, count: Value) -> None:
         """Store zeros, a multiple of a vector."""
         with code.loop(count, step=self.lanes) as k:
@@ -115,7 +134,7 @@ class StepWriter(MatrixWriter):
         return rows.get()
 
     @contextlib.contextmanager
-    def _walk(self, code: Code, a: Any, descending: Value, beyond: int = 0) -> Iterator[Step]:
+    def _walk(self, code: Code, a: Any, descending: Value, beyond: Any = 0) -> Iterator[Step]:
         """Repeat the block for every step, up or down the rows, then for `beyond` empty ones."""
         zero = code.integer(0)
         row = Variable(where(descending, a.rows, zero))
@@ -158,9 +177,101 @@ class StepWriter(MatrixWriter):
 
     def _saved(self, a: Any, row: Value, column: Value) -> list[Value]:
         """Where the saved vectors of a row are."""
-        return [first + (row * a.hidden + column) for first in a.saved[: self.cell.n_saved]]
+        return [first + (row * a.width + column) for first in a.saved[: self.cell.n_saved]]
 
     def _extra(self, code: Code, a: Any, column: Value, valid: Value) -> list[Value]:
         """The vectors of the extra weights."""
         blocks = range(self.cell.n_extra)
-        return [code.load(a.extra + (a.hidden * k + column), valid) for k in blocks]
+        return [code.load(a.extra + (a.width * k + column), valid) for k in blocks]
+
+    # Zoneout.
+
+    def _zoned(
+        self, code: Code, a: Any, k: int, row: Value, column: Value, valid: Value, old: Value,
+        new: Value,
+    ) -> Value:  # fmt: skip
+        """State number k of a row: where it is kept the old value, else the new one."""
+        if not self.noisy:
+            return new
+        result, pitch = Variable(new), a.width if k else a.width_h
+        with code.when(a.zones[k].is_given):
+            kept = code.load_flags(a.zones[k] + (row * pitch + column), valid)
+            result.set(where(kept, old, new))
+        with code.when(a.shares[k].is_given):
+            share = code.splat(code.load_number(a.shares[k]))
+            result.set(share * old + (1.0 - share) * new)  # exactly the old value of a share of 1
+        return result.get()
+
+    # Means over all units. Each slice puts sums of its own aside; when all have, every thread adds
+    # up those of all slices, in the same order.
+
+    def _sums(self, a: Any, j: Value, b: Value) -> Value:
+        """Where the two sums of a row of a slice are."""
+        return a.sums + (j * a.batch + b) * 2
+
+    def _means(self, a: Any, b: Value, thread: Value) -> Value:
+        """Where the two means of a row are."""
+        return a.means + (thread * a.batch + b) * 2
+
+    def _put_sums(self, code: Code, a: Any, j: Value, b: Value, x: Value, y: Value) -> None:
+        """Put aside the sums of two vectors."""
+        at = self._sums(a, j, b)
+        code.store_number(at, code.total(x))
+        code.store_number(at + 1, code.total(y))
+
+    def _put_moments(
+        self, code: Code, a: Any, j: Value, b: Value, vectors: Sequence[tuple[Value, Value]]
+    ) -> None:
+        """Put aside the sum of vectors, and of their squared differences from its own mean.
+
+        A vector comes with its valid lanes; the others are zeros.
+        """
+        sum_ = code.total(functools.reduce(operator.add, [x for x, _ in vectors]))
+        mean = code.splat(sum_ / self._count(code, a, j, len(vectors) // 2))
+        squares = code.zeros()
+        for x, valid in vectors:
+            apart = where(code.are_valid(valid), x - mean, code.zeros())
+            squares = squares + apart * apart
+        at = self._sums(a, j, b)
+        code.store_number(at, sum_)
+        code.store_number(at + 1, code.total(squares))
+
+    def _count(self, code: Code, a: Any, j: Value, blocks: int) -> Value:
+        """How many numbers a slice has in so many blocks, as a number."""
+        return code.number((a.hidden - j * self.units).at_most(self.units) * blocks)
+
+    def _n_slices(self, code: Code, a: Any) -> Value:
+        return self.slices(a.hidden, code.integer(0), code.integer(1))[1]
+
+    def _add_means(self, code: Code, a: Any, b: Value, thread: Value, blocks: int) -> None:
+        """Make the two means of a row, of the numbers of so many blocks."""
+        x, y = (Variable(code.number(code.integer(0))) for _ in range(2))
+        with code.loop(self._n_slices(code, a)) as j:
+            at = self._sums(a, j, b)
+            for total, k in ((x, 0), (y, 1)):
+                total.set(total.get() + code.load_number(at + k))
+        count, to = code.number(a.hidden * blocks), self._means(a, b, thread)
+        for total, k in ((x, 0), (y, 1)):
+            code.store_number(to + k, total.get() / count)
+
+    def _add_moments(self, code: Code, a: Any, b: Value, thread: Value, blocks: int) -> None:
+        """Make the mean of a row, and 1 / deviation, from the moments of all slices."""
+        zero, count = code.number(code.integer(0)), code.number(a.hidden * blocks)
+        total, squares = Variable(zero), Variable(zero)
+        n_slices = self._n_slices(code, a)
+        with code.loop(n_slices) as j:
+            total.set(total.get() + code.load_number(self._sums(a, j, b)))
+        mean = total.get() / count
+        with code.loop(n_slices) as j:
+            at, of_slice = self._sums(a, j, b), self._count(code, a, j, blocks)
+            apart = code.load_number(at) / of_slice - mean
+            squares.set(squares.get() + code.load_number(at + 1) + of_slice * apart * apart)
+        to = self._means(a, b, thread)
+        code.store_number(to, mean)
+        deviation = code.intrinsic("sqrt", squares.get() / count + EPSILON)
+        code.store_number(to + 1, 1.0 / deviation)
+
+    def _gains(self, code: Code, a: Any, column: Value, valid: Value) -> list[Value]:
+        """The gains of the recurrent product."""
+        blocks = range(self.cell.n_gates, 2 * self.cell.n_gates)
+        return [code.load(a.extra + (a.width * k + column), valid) for k in blocks]

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from llvmlite import ir
 
-from .arguments import Elements, Exact, Panels
+from .arguments import Elements, Exact, Flags, Panels
 from .machine import Target
 from .vector import (
     ADDRESS,
     BFLOAT,
+    BYTE,
     DOUBLE,
     FLOAT,
     INT,
@@ -137,6 +138,9 @@ class Writer:
         """Write a kernel and ``<name>_region``, which asks the OpenMP runtime who it is.
 
         Both take the arguments by address; the kernel also its number among the threads and theirs.
+        Of several groups each thread runs one after another by itself, or with others a group, all
+        of which then have equally many barriers. If the runtime gives other threads than planned,
+        one of them runs all groups.
         """
         code = Code(self.module, name, [ADDRESS, INT, INT], self.format)
         arguments, thread, threads = code.parameters
@@ -144,14 +148,26 @@ class Writer:
             Elements: self.format.element,
             Exact: self.format.exact,
             Panels: self.factors.word,
+            Flags: BYTE,
         }
-        body(code, code.fields(arguments, structure, units), thread, threads)
+        groups = code.load_int(arguments, code.integer(0))
+        team = where(threads > groups, threads // groups, 1)
+        with code.loop(groups, start=thread // team, step=threads // team) as group:
+            first = arguments.of(BYTE) + group * ctypes.sizeof(structure)
+            fields = code.fields(first, structure, units)
+            body(code, fields, thread - thread // team * team, team)
         kernel = code.finish()
         region = Code(self.module, f"{name}_region", [ADDRESS], self.format)
         who = [
             self._runtime(region, name) for name in ("omp_get_thread_num", "omp_get_num_threads")
         ]
-        region.call(kernel, *region.parameters, *who)
+        thread, threads = who
+        groups, planned = (region.load_int(region.parameters[0], region.integer(k)) for k in (0, 1))
+        with region.either((groups == 1) | (threads == planned)) as (as_planned, otherwise):
+            with as_planned:
+                region.call(kernel, *region.parameters, thread, threads)
+            with otherwise, region.when(thread == 0):
+                region.call(kernel, *region.parameters, thread, region.integer(1))
         region.finish()
 
     def _runtime(self, code: Code, name: str) -> Value:

@@ -232,10 +232,22 @@ class Code:
         self.build.call(function, [argument.value for argument in arguments])
 
     def intrinsic(self, name: str, *arguments: Value) -> Value:
-        """Call LLVM's intrinsic of vectors ``llvm.<name>``."""
-        of = ir.FunctionType(self.vector, [self.vector] * len(arguments))
-        function = self.declared(f"llvm.{name}.{_suffix(self.vector)}", of)
+        """Call LLVM's intrinsic ``llvm.<name>``, of vectors or of exact numbers."""
+        typ = arguments[0].type
+        of = ir.FunctionType(typ, [typ] * len(arguments))
+        function = self.declared(f"llvm.{name}.{_suffix(typ)}", of)
         return Value(self, self.build.call(function, [argument.value for argument in arguments]))
+
+    def total(self, vector: Value) -> Value:
+        """The sum of all lanes, in an order that is the same for every call."""
+        of = ir.FunctionType(self.exact, [self.exact, self.vector])
+        function = self.declared(f"llvm.vector.reduce.fadd.{_suffix(self.vector)}", of)
+        arguments = [ir.Constant(self.exact, 0.0), vector.value]
+        return Value(self, self.build.call(function, arguments, fastmath=("reassoc",)))
+
+    def number(self, integer: Value) -> Value:
+        """An integer as an exact number."""
+        return Value(self, self.build.sitofp(integer.value, self.exact))
 
     def declared(self, name: str, of: Any) -> Any:
         """A function of LLVM's, of a type."""
@@ -265,7 +277,7 @@ class Code:
     # Control.
 
     @contextlib.contextmanager
-    def loop(self, stop: Any, start: Any = 0, step: int = 1) -> Iterator[Value]:
+    def loop(self, stop: Any, start: Any = 0, step: Any = 1) -> Iterator[Value]:
         """Repeat the block for ``range(start, stop, step)``."""
         count = Variable(start if isinstance(start, Value) else self.integer(start))
         stop = stop if isinstance(stop, Value) else self.integer(stop)
@@ -354,6 +366,20 @@ class Code:
                 result.set(self.load_raw(address, of))
         return result.get()
 
+    def load_flags(self, address: Value, valid: Value) -> Value:
+        """Load bytes of a vector's lanes, as conditions."""
+        flags = self.load_raw(address, ir.VectorType(BYTE, self.lanes), valid)
+        zeros = ir.Constant(flags.type, [0] * self.lanes)
+        return Value(self, self.build.icmp_unsigned("!=", flags.value, zeros))
+
+    def are_valid(self, valid: Value) -> Value:
+        """Conditions that hold in the lanes before `valid`."""
+        return Value(self, self._mask(valid, self.lanes))
+
+    def store_number(self, address: Value, number: Value) -> None:
+        """Store an exact number."""
+        self.build.store(number.value, address.value)
+
     def store(self, address: Value, value: Value, valid: Value | None = None) -> None:
         """Store a vector of exact numbers; lanes from `valid` on are not written."""
         if address.unit == BFLOAT:
@@ -405,8 +431,10 @@ def _bytes(of: Any) -> int:
 
 
 def _suffix(of: Any) -> str:
-    """The part of an intrinsic's name that says a vector's type."""
-    return f"v{of.count}{of.element.intrinsic_name}"
+    """The part of an intrinsic's name that says a type."""
+    if isinstance(of, ir.VectorType):
+        return f"v{of.count}{of.element.intrinsic_name}"
+    return of.intrinsic_name
 
 
 def fma(a: Value, b: Any, c: Any) -> Value:

@@ -8,9 +8,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import products
+from .. import groups, products
 from ..reference import TORCH
-from .direction import Direction
+from .direction import Direction, Found, Kept
+
+#: Makes of a matrix of rows those of every group of sequences, (groups, rows, columns).
+Split = Callable[[Tensor], Tensor]
+
+
+class OfInput(NamedTuple):
+    """Gradients of the product of the input with its weights.
+
+    Attributes
+    ----------
+    d_shared, d_apart : Tensor
+        Of all gates that have one gradient of both parts, then of those apart, or of none.
+    d_gain : Tensor, optional
+        Of the gain, where the product is normalised.
+    """
+
+    d_shared: Tensor
+    d_apart: Tensor
+    d_gain: Tensor | None = None
 
 
 class Walk(NamedTuple):
@@ -22,9 +41,8 @@ class Walk(NamedTuple):
     x : Tensor of shape (N, I)
     states : sequence of Tensor of shape (N, P) and (N, H)
         After every row, h first.
-    d_rh, d_apart : Tensor
-    projected : sequence of Tensor
-        As ``operators.backward`` returns them.
+    kept : Kept
+    found : Found
     multiply : callable
         As ``products`` calls it.
     left_out : bool Tensor of shape (N, 1), optional
@@ -34,77 +52,184 @@ class Walk(NamedTuple):
     direction: Direction
     x: Tensor
     states: Sequence[Tensor]
-    d_rh: Tensor
-    d_apart: Tensor
-    projected: Sequence[Tensor]
+    kept: Kept
+    found: Found
     multiply: products.Multiply = products.by_torch
     left_out: Tensor | None = None
 
     def without(self, left_out: Tensor) -> Walk:
         """Leave rows out, of the gradients of the gates in place."""
-        for part in (self.d_rh, self.d_apart):
-            part.masked_fill_(left_out, 0.0)
-        projected = [part.masked_fill(left_out, 0.0) for part in self.projected]
-        return self._replace(projected=projected, left_out=left_out)
+        found = self.found
+        for part in (found.d_rh, found.d_apart, found.d_product, found.d_output):
+            if part is not None:
+                part.masked_fill_(left_out, 0.0)
+        projected = [part.masked_fill(left_out, 0.0) for part in found.projected]
+        return self._replace(found=found._replace(projected=projected), left_out=left_out)
 
-    def d_weights(self) -> list[Tensor]:
-        """The gradients, in the order of the weights."""
-        direction, d_rh = self.direction, self.d_rh
-        if direction.breaks is None and direction.rows.batch_sizes is None:
-            h_0 = direction.initial[0] if direction.initial else None
-            batch = direction.rows.batch
-            d_w_hh = products.d_w_hh(
-                d_rh, self.states[0], batch, h_0, direction.reverse, self.multiply
-            )
-        else:
-            d_w_hh = self._product(d_rh.t(), self._h_before())
-        found = products.d_weights(
-            d_rh, self.d_apart, self._own_x(), d_w_hh, direction.w, self.multiply
-        )
-        if self.projected:
-            found.append(self._product(self.projected[0].t(), self.projected[1]))
-        if direction.w.extras:
-            found += self._as_extras(self._d_extra().sum(0))
-        return found
+    def of_input(self) -> OfInput:
+        """The gradients from which those of the input and of its weights follow."""
+        cell, heads, (d_rh, d_apart, *_) = self.direction.cell, self.direction.num_heads, self.found
+        shared = d_rh.shape[1] - d_apart.shape[1]
+        if not cell.is_normalised:
+            return OfInput(d_rh[:, :shared], d_apart)
+        d_wx = torch.cat([d_rh[:, :shared], d_apart], dim=1)
+        raw, moments = (self._left(part) for part in self.kept.normal[:2])
+        gain, found = self.direction.w.extras[0], []
+        for k in range(heads):
+            of_head = (groups.gates(part, cell.n_gates, k, heads) for part in (d_wx, raw, gain))
+            d_out, normalised, own_gain = of_head
+            mean, scale = moments[:, 2 * k : 2 * k + 2].t().contiguous().unsqueeze(-1)
+            found.append(
+                torch.ops.aten.native_layer_norm_backward(
+                    d_out, normalised, normalised.shape[1:], mean, scale, own_gain, None,
+                    [True, True, False],
+                )[:2]
+            )  # fmt: skip
+        d_raw, d_gain = (groups.join(parts, cell.n_gates) for parts in zip(*found, strict=True))
+        return OfInput(d_raw, d_raw[:, :0], d_gain)
 
-    def d_weights_by_group(
-        self, pad: Callable[[Tensor], Tensor], steps: int, groups: int
-    ) -> list[Tensor]:
-        """Those of every group of sequences; `pad` makes the rows those of a padded batch."""
-        d_rh, d_apart, x, h = map(pad, (self.d_rh, self.d_apart, self._own_x(), self._h_before()))
-        w, projected = self.direction.w, [pad(part) for part in self.projected]
-        found = products.d_weights_by_group(
-            d_rh, d_apart, x, h, projected, w=w, steps=steps, groups=groups
-        )
+    def d_weights(self, of_input: OfInput, split: Split | None = None) -> list[Tensor]:
+        """The gradients, in the order of the weights; with `split` of every group of sequences."""
+        w, found, x = self.direction.w, self.found, self._left(self.x)
+        d_weights = [
+            self._stacked([(of_input.d_shared, x), (of_input.d_apart, x)], split),
+            self._d_w_hh(split),
+        ]
+        if w.b_ih is not None:
+            d_weights += self._d_biases(split)
+        if found.projected:
+            d_weights.append(self._stacked([tuple(found.projected)], split))
         if w.extras:
-            d_extra = pad(self._d_extra())
-            size = d_extra.shape[0] // (steps * groups)
-            apart = d_extra.view(steps, groups, size, d_extra.shape[1])
-            found += self._as_extras(apart.sum((0, 2)))
+            d_weights += self._d_extras(of_input, split)
+        return d_weights
+
+    def _stacked(self, pairs: Sequence[Sequence[Tensor]], split: Split | None) -> Tensor:
+        """Products of the columns of matrices, summed over their rows, below each other."""
+        pairs = [pair for pair in pairs if pair[0].shape[1]]
+        if split is not None:
+            return torch.cat([split(a).transpose(1, 2) @ split(b) for a, b in pairs], dim=1)
+        sizes = [a.shape[1] for a, _ in pairs]
+        found = self.x.new_empty(sum(sizes), pairs[0][1].shape[1])
+        for to, (a, b) in zip(found.split(sizes), pairs, strict=True):
+            self.multiply(to, a.t(), b, False)
         return found
 
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        product = a.new_empty(a.shape[0], b.shape[1])
-        self.multiply(product, a, b, False)
-        return product
+    def _d_w_hh(self, split: Split | None) -> Tensor:
+        direction, found, rows = self.direction, self.found, self.direction.rows
+        cell, heads, noise = direction.cell, direction.num_heads, direction.noise
+        is_plain = direction.breaks is None and rows.batch_sizes is None and noise is None
+        if is_plain and cell.is_pointwise and heads == 1 and split is None:
+            h_0 = direction.initial[0] if direction.initial else None
+            return products.d_w_hh(
+                found.d_rh, self.states[0], rows.batch, h_0, direction.reverse, self.multiply
+            )
+        h, late = self._h_before(), None
+        if cell.late is not None:
+            late = h * self.kept.saved[cell.late.saved]
+            late = late if self.left_out is None else late.masked_fill_(self.left_out, 0.0)
+        if heads > 1:
+            return self._d_w_hh_of_heads(h, late, split)
+        d_rh = found.d_rh if found.d_product is None else found.d_product[0]
+        if late is None:
+            return self._stacked([(d_rh, h)], split)
+        assert cell.late is not None
+        first = d_rh.shape[1] - cell.late.n_gates * direction.hidden
+        return self._stacked([(d_rh[:, :first], h), (d_rh[:, first:], late)], split)
 
-    def _own_x(self) -> Tensor:
-        return self.x if self.left_out is None else self.x.masked_fill(self.left_out, 0.0)
+    def _d_w_hh_of_heads(self, h: Tensor, late: Tensor | None, split: Split | None) -> Tensor:
+        """The blocks on the diagonal, gate by gate: so nothing has to be put together before."""
+        cell, heads, d_product = self.direction.cell, self.direction.num_heads, self.found.d_product
+        n_early = cell.n_gates - (cell.late.n_gates if cell.late else 0)
+        by_gate: Sequence[Tensor] = self.found.d_rh.chunk(cell.n_gates, dim=1)
+        if d_product is not None:
+            # (heads, N, G * units), where the others are (N, G, heads, units).
+            by_gate = [part.transpose(0, 1).flatten(1) for part in d_product.chunk(cell.n_gates, 2)]
+
+        def by_head(rows: Tensor) -> Tensor:
+            rows = rows[None] if split is None else split(rows)
+            return rows.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+        blocks = [
+            by_head(part).transpose(2, 3)
+            @ by_head(late if late is not None and g >= n_early else h)
+            for g, part in enumerate(by_gate)
+        ]
+        found = torch.stack(blocks, dim=1).flatten(1, 3)
+        return found[0] if split is None else found
+
+    def _d_biases(self, split: Split | None) -> list[Tensor]:
+        d_rh, d_apart, *_ = self.found
+        of_rh, of_apart = (self._sum(part, split) for part in (d_rh, d_apart))
+        shared = d_rh.shape[1] - d_apart.shape[1]
+        return [torch.cat([of_rh[..., :shared], of_apart], dim=-1), of_rh]
+
+    @staticmethod
+    def _sum(rows: Tensor, split: Split | None) -> Tensor:
+        return rows.sum(0) if split is None else split(rows).sum(1)
+
+    def _left(self, rows: Tensor) -> Tensor:
+        """Rows without those that are left out."""
+        return rows if self.left_out is None else rows.masked_fill(self.left_out, 0.0)
 
     def _h_before(self) -> Tensor:
-        (h,) = self.direction.before(self.states[:1])
+        """What the recurrent product of every row has taken of h."""
+        direction = self.direction
+        (h,) = direction.before(self.states[:1])
+        if direction.noise is not None and direction.noise.drop is not None:
+            drop = direction.noise.drop
+            if direction.rows.batch_sizes is None:
+                h.unflatten(0, (direction.rows.steps, direction.rows.batch)).mul_(drop)
+            else:
+                h.mul_(drop.index_select(0, direction.rows.sequence()))
         return h if self.left_out is None else h.masked_fill_(self.left_out, 0.0)
 
-    def _d_extra(self) -> Tensor:
-        """The gradients of the extra weights of every row, (N, n_extra * H)."""
-        cell = self.direction.cell
-        states = self.states[: cell.n_states]
-        d_rh = self.d_rh.chunk(cell.n_gates, dim=1)
-        blocks = TORCH.bind(cell.d_extra)(d_rh, states, self.direction.before(states))
-        rows = torch.cat(blocks, dim=1)
-        return rows if self.left_out is None else rows.masked_fill_(self.left_out, 0.0)
+    def _d_extras(self, of_input: OfInput, split: Split | None) -> list[Tensor]:
+        """The gradients of the extra weights."""
+        w, cell = self.direction.w, self.direction.cell
+        found, sizes = [], [part.shape[0] for part in w.extras]
+        if cell.is_normalised:
+            d_gain = of_input.d_gain
+            if split is not None or d_gain is None:
+                d_gain = self._sum(self._d_gain_rows(), split)
+            found.append(d_gain.to(self.x.dtype))
+            sizes = sizes[1:]
+        rows = self._d_extra_rows()
+        if not rows:
+            return found
+        blocks = self._sum(torch.cat(rows, dim=1), split)
+        return [*found, *blocks.to(self.x.dtype).split(sizes, dim=-1)]
 
-    def _as_extras(self, blocks: Tensor) -> Sequence[Tensor]:
-        return blocks.to(self.d_rh.dtype).split(
-            [part.shape[0] for part in self.direction.w.extras], dim=-1
-        )
+    def _d_gain_rows(self) -> Tensor:
+        """The gradient of the gain of the input's product, of every row."""
+        cell, heads = self.direction.cell, self.direction.num_heads
+        d_rh, d_apart, *_ = self.found
+        raw, moments = (self._left(part) for part in self.kept.normal[:2])
+        mean, scale = moments.unflatten(1, (heads, 2)).unsqueeze(-1).unbind(2)
+        by_head = raw.unflatten(1, (cell.n_gates, heads, -1))
+        normal = ((by_head - mean.unsqueeze(1)) * scale.unsqueeze(1)).flatten(1)
+        return torch.cat([d_rh[:, : raw.shape[1] - d_apart.shape[1]], d_apart], dim=1) * normal
+
+    def _d_extra_rows(self) -> list[Tensor]:
+        """Those of the extra weights of every row, but for the gain of the input's product."""
+        cell, kept, found = self.direction.cell, self.kept, self.found
+        rows = []
+        if cell.is_normalised:
+            rows.append(found.d_rh * self._left(kept.normal[2]))
+        if cell.output is not None and found.d_output is not None:
+            moments = kept.normal[3].unflatten(1, (self.direction.num_heads, 3)).unsqueeze(-1)
+            state = self._made()[-1].unflatten(1, (self.direction.num_heads, -1))
+            normal = ((state - moments[:, :, 1]) * moments[:, :, 2]).flatten(1)
+            rows += [found.d_output * self._left(normal), found.d_output]
+        if cell.d_extra is not None:
+            d_rh = found.d_rh.chunk(cell.n_gates, dim=1)
+            states = self._made()
+            before = self.direction.before(self.states[: cell.n_states])
+            rows += map(self._left, TORCH.bind(cell.d_extra)(d_rh, states, before))
+        return rows
+
+    def _made(self) -> list[Tensor]:
+        """The states of every row as the cell has made them, as far as backward looks at them."""
+        states = list(self.states[: self.direction.cell.n_states])
+        for k, raw in enumerate(self.kept.raw):
+            states[k] = states[k] if raw is None else raw
+        return states
