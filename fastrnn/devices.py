@@ -50,6 +50,8 @@ def _simulated(problem: Problem, forward: Choice, backward: Choice) -> tuple[str
     # Not the small one: where it is, our kernels need no or little exchange.
     if "persistent" in cudnn_algorithm(problem).split(", "):
         return "torch", "cuDNN has a persistent kernel for this shape, ours was only simulated"
+    if is_staged(problem):
+        return "torch", "a step of ours is several launches; torch launches them with less ado"
     choices = (forward, backward) if problem.training else (forward,)
     if any(choice.config.schedule == "stepwise" for choice in choices):
         return "torch", f"{_why_stepwise(problem)}; torch launches single steps with less ado"
@@ -117,7 +119,7 @@ def cudnn_algorithm(problem: Problem) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def kernel_gap(problem: Problem) -> str | None:
@@ -137,15 +139,19 @@ def kernel_gap(problem: Problem) -> str | None:
         return f"no kernel of ours for {gpu.name} in {problem.precision}"
     if problem.batch > configs.MAX_BATCH:
         return f"no kernel of ours for a batch of more than {configs.MAX_BATCH}"
+    if problem.directions * problem.parts > configs.MAX_GROUPS:
+        return f"no kernel of ours for more than {configs.MAX_GROUPS} heads and members"
     if problem.dtype not in _KERNEL_DTYPES:
         return f"no kernel of ours for {problem.dtype}"
-    if problem.noisy:
-        return "no kernel of ours for recurrent dropout and zoneout"
-    if not CELLS[problem.cell].is_pointwise:
-        return f"no kernel of ours for {problem.cell}"
-    if problem.projected:
-        return "no kernel of ours for projections"
     return None
+
+
+def is_staged(problem: Problem) -> bool:
+    """Tell whether a step of a problem is several launches: because it is several products, needs
+    all hidden units between two of them, or is in float64, for which there is nothing faster.
+    """
+    is_pointwise = CELLS[problem.cell].is_pointwise
+    return problem.projected or not is_pointwise or problem.dtype == torch.float64
 
 
 def choose_kernels(problem: Problem, schedule: str | None = None) -> tuple[Choice, Choice]:
@@ -203,11 +209,12 @@ def _shape(problem: Problem) -> Shape:
         CELLS[problem.cell],
         problem.batch,
         problem.hidden_size,
-        problem.directions,
+        problem.directions * problem.parts,
         problem.dtype.itemsize,
         problem.precision,
     )
-    return shape._replace(marked=problem.marked)
+    staged = is_staged(problem)
+    return shape._replace(marked=problem.marked, noisy=problem.noisy, staged=staged)
 
 
 def float32_precision() -> str:

@@ -1,9 +1,10 @@
 """Layers on a GPU: GEMMs over all steps around the Triton kernels that walk through time.
 
-The same functions as in ``fastrnn.cpu``, which also runs here what has no kernel: float64, packed
-sequences, projections, noise, cells that are not pointwise. The input projection is one GEMM per
-direction before the kernel; the gradients of weights and input are GEMMs and reductions over the
-gate gradients that the backward kernel wrote. Nothing here waits for the device.
+The same functions as in ``fastrnn.cpu``, which also runs here what has no kernel: packed sequences.
+Layers whose step is several launches are in ``gpu_staged.py``. Directions, heads and members of an
+ensemble are groups (``stacked.py``), all of them in one launch. The input projection is GEMMs
+before the kernel; the gradients of weights and input are GEMMs and reductions over the gate
+gradients that the backward kernel wrote. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -11,20 +12,20 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import cpu, devices, planner, products
+from . import cpu, devices, gpu_staged, planner
 from .call import Asked, Call, Cotangents, Gradients, Result
-from .cpu.direction import Direction
-from .cpu.rows import Rows
-from .cpu.walk import Walk
-from .flow import CUT, FRESH, HOLD, START, without_unasked
+from .flow import CUT, FRESH, HOLD, is_given, without_unasked
 from .problem import Problem
+from .reference import TORCH
+from .stacked import Found, Groups, Walked, input_part
 
 if TYPE_CHECKING:
+    from .kernels.configs import Config
     from .kernels.launch import Operands
 
 
@@ -57,22 +58,35 @@ def _launched(run: str, call: Call, problem: Problem, *args: Any, **options: Any
         return _launched(run, call, problem, *args, **options)
 
 
+def _configs(problem: Problem) -> list[Config]:
+    """How the forward and the backward kernels are launched."""
+    choices = devices.choose_kernels(problem, planner.forced.schedule)
+    return [choice.config for choice in choices]
+
+
 def forward(call: Call, save: int, traced: bool) -> tuple[Result, list[Tensor]]:
     """Run a layer; see ``cpu.forward``.
 
-    What is saved, unless `save` is ``cpu.NOTHING``, are the states other than h of all steps,
-    (T, B, D * H) in float32, and if it is ``cpu.ALL`` the activations, (D, T, B, S * H).
+    What is saved, unless `save` is ``cpu.NOTHING``, are the states other than h of all steps, in
+    float32, and if it is ``cpu.ALL`` the activations; of groups, see `fake_saved`. With zoneout it
+    is the input part of the gates in place of these: the states after a step are not what the cell
+    made, which backward computes again.
     """
     problem = _problem(call)
     if problem is None:
         return cpu.forward(call, save, traced)
     cpu.check_batch((*call.state, *call.flow.fresh), call.batch)
-    operands = _operands(call)
+    if devices.is_staged(problem):
+        (config, _), precision = _configs(problem), problem.precision
+        with _products(problem):
+            return gpu_staged.forward(call, config, precision, save, traced)
+    groups = Groups.of(call)
+    operands = _operands(call, groups, call.flow.marks)
     with _products(problem):
-        wx = _input_projection(call)
+        wx = _input_part(call, groups)
         if operands.fresh:
-            fresh_rh = operands.fresh[0] @ operands.r.transpose(1, 2)
-            operands = operands._replace(fresh_rh=fresh_rh)
+            h = operands.fresh[0] if operands.drop is None else operands.fresh[0] * operands.drop
+            operands = operands._replace(fresh_rh=h @ operands.r.mT)
     y, states, activations, final = _launched(
         "forward",
         call,
@@ -80,34 +94,42 @@ def forward(call: Call, save: int, traced: bool) -> tuple[Result, list[Tensor]]:
         wx,
         operands,
         traced=traced or save != cpu.NOTHING,
-        save=save == cpu.ALL,
+        save=save == cpu.ALL and not operands.zones,
     )
     copy = save != cpu.NOTHING
     traces = [part.to(y.dtype, copy=copy) for part in states] if traced else []
-    if call.flow.marks is not None:
+    if operands.marks is not None:
         for rows in (y, *traces):
-            _clear_held(rows, call.flow.marks)
+            _clear_held(rows, operands.marks)
     saved = [*states, *([] if activations is None else [activations])] if copy else []
-    return Result(y, final, traces), saved
+    if save == cpu.ALL and operands.zones:
+        saved.append(wx)
+    y, *traces = map(groups.as_sequence, (y, *traces))
+    return Result(y, [groups.as_state(part) for part in final], traces), saved
 
 
 def _clear_held(rows: Tensor, marks: Tensor) -> None:
     """Put zeros at the steps that a row does not have: the kernels hold the state there."""
-    directions, steps, batch = marks.shape
+    groups, steps, batch = marks.shape
     held = ((marks & HOLD) != 0).permute(1, 2, 0).unsqueeze(-1)
-    by_direction = rows.view(steps, batch, directions, rows.shape[-1] // directions)
-    by_direction.masked_fill_(held, 0.0)
+    by_group = rows.view(steps, batch, groups, rows.shape[-1] // groups)
+    by_group.masked_fill_(held, 0.0)
 
 
 def fake_saved(call: Call, save: int) -> list[Tensor]:
     """Make tensors of the shapes and dtypes that `forward` saves, for a compiler."""
     if save == cpu.NOTHING:
         return []
-    (steps, batch, _), hidden, cell = call.x.shape, call.hidden_size, call.cell
-    columns = call.directions * hidden
-    saved = [call.x.new_empty(steps, batch, columns, dtype=torch.float32) for _ in cell.states[1:]]
+    problem = _problem(call)
+    if problem is not None and devices.is_staged(problem):
+        return gpu_staged.fake_saved(call, save)
+    groups, cell, steps = Groups.of(call), call.cell, call.x.shape[0]
+    sizes = steps, groups.batch, groups.n_groups * groups.hidden
+    saved = [call.x.new_empty(sizes, dtype=torch.float32) for _ in cell.states[1:]]
     if save == cpu.ALL:
-        saved.append(call.x.new_empty(call.directions, steps, batch, cell.n_saved * hidden))
+        width = cell.n_gates if any(map(is_given, call.flow.noise[1:])) else cell.n_saved
+        shape = groups.n_groups, steps, groups.batch, width * groups.hidden
+        saved.append(call.x.new_empty(shape))
     return saved
 
 
@@ -116,115 +138,126 @@ def backward(call: Call, given: Cotangents, saved: Sequence[Tensor], asked: Aske
     problem, cell = _problem(call), call.cell
     if problem is None:
         return cpu.backward(call, given, saved[1:], asked)
+    if devices.is_staged(problem):
+        past = saved[1:] or forward(call, cpu.ALL, False)[1]
+        with _products(problem):
+            config, precision = _configs(problem)[1], problem.precision
+            return gpu_staged.backward(call, config, precision, given, past, asked)
     from .kernels import launch
 
     if not saved:
         result, rest = forward(call, cpu.ALL, False)
         saved = [result.y, *rest]
-    states, activations = saved[: cell.n_states], saved[cell.n_states :]
-    y = states[0]
-    call, dead = call._replace(x=call.x.contiguous(), state=call.initial()), None
-    if call.flow.marks is not None:
-        marks, unasked = without_unasked(call.flow.marks, given, CUT)
-        dead = unasked | ((marks & HOLD) != 0)
-        call = call._replace(flow=call.flow._replace(marks=marks))
-    parts: tuple[Tensor, ...]
-    directions = _directions(call)
+    groups, marks, left_out = Groups.of(call), call.flow.marks, None
+    if marks is not None:
+        marks, unasked = without_unasked(marks, given, CUT)
+        left_out = groups.marks(unasked | ((marks & HOLD) != 0))
+    operands = _operands(call, groups, marks)
+    states = [groups.sequence(saved[0]), *saved[1 : cell.n_states]]
+    walked = Walked(
+        cell, groups, operands.initial, operands.fresh, operands.marks, operands.drop, states
+    )
+    dy, d_final, d_traces = given
     with _products(problem):
-        if activations or not cell.n_saved:
-            parts = (activations[0] if activations else y.new_empty(0),)
-        else:
-            parts = _input_projection(call), _recurrent_parts(call, directions, y)
+        parts: tuple[Tensor, ...] = tuple(saved[cell.n_states :])
+        if operands.zones or (cell.n_saved and not parts):
+            wx = parts[0] if parts else _input_part(call, groups)
+            parts = wx, walked.recurrent_part(operands.r, operands.b)
         d_gates, d_state, d_fresh = _launched(
             "backward",
             call,
             problem,
-            _operands(call),
-            launch.Past(y, states[1:], parts),
+            operands,
+            launch.Past(states[0], states[1:], parts or (states[0].new_empty(0),)),
             (
-                None if given.dy is None else given.dy.contiguous(),
-                [part.contiguous() for part in given.d_final],
-                [part.contiguous() for part in given.d_traces],
+                None if dy is None else groups.sequence(dy),
+                [groups.state(part) for part in d_final],
+                [groups.sequence(part) for part in d_traces],
             ),
         )
+        after: Sequence[Tensor] = ()
+        if asked.weights and cell.d_extra is not None:
+            after = _states_made(walked, operands, parts)
         del parts
-        dx = call.x.new_zeros(call.x.shape) if asked.x else None
+        if left_out is not None:
+            d_gates.masked_fill_(left_out.unsqueeze(-1), 0.0)
+        found = Found(walked, d_gates, left_out, asked.groups)
+        if d_fresh:
+            d_h = _d_fresh_rh(found.d_rh, operands.marks) @ operands.r
+            d_fresh[0] += d_h if operands.drop is None else d_h * operands.drop
+        dx = None
+        if asked.x:
+            dx = found.d_x(
+                call.x, groups.weights([w.w_ih for w in call.by_direction()], cell.n_gates)
+            )
         d_weights: list[Tensor] = []
-        for d, direction in enumerate(directions):
-            w = direction.w
-            d_rh, d_apart = d_gates[d].flatten(0, 1).tensor_split([len(w.w_hh)], dim=1)
-            own = [_of_direction(call, part, d) for part in states]
-            walk = Walk(direction, call.x.flatten(0, 1), own, d_rh, d_apart, ())
-            if dead is not None:
-                walk = walk.without(dead[d].view(-1, 1))
-            if d_fresh:
-                d_fresh[0][d] += _d_fresh_rh(call, d_rh, d) @ w.w_hh
-            if dx is not None:
-                products.add_d_x(dx.view(-1, dx.shape[-1]), d_rh, d_apart, w.w_ih)
-            if asked.weights and asked.groups:
-                d_weights += walk.d_weights_by_group(lambda rows: rows, call.steps, asked.groups)
-            elif asked.weights:
-                d_weights += walk.d_weights()
-    fresh = call.flow.fresh
-    d_fresh = [part.to(y.dtype) for part in d_fresh] or [torch.zeros_like(part) for part in fresh]
+        if asked.weights:
+            has_bias = operands.b is not None
+            of_kinds = found.d_weights(groups.rows(call.x), after, has_bias)
+            d_weights = [part for of_one in zip(*of_kinds, strict=True) for part in of_one]
+    d_state = [groups.as_state(part) for part in d_state]
+    d_fresh = [groups.as_state(part.to(states[0].dtype)) for part in d_fresh]
+    d_fresh = d_fresh or [torch.zeros_like(part) for part in call.flow.fresh]
     return Gradients(dx, d_state, d_fresh, d_weights)
 
 
-def _d_fresh_rh(call: Call, d_rh: Tensor, d: int) -> Tensor:
-    """The gradient of the fresh h's product in one direction, (B, G * H), from (T * B, G * H)."""
-    assert call.flow.marks is not None
-    is_fresh = ((call.flow.marks[d] & FRESH) != 0).unsqueeze(-1)
+def _states_made(walked: Walked, operands: Operands, parts: Sequence[Tensor]) -> list[Tensor]:
+    """The states that the cell made at all steps, (groups, T, b, u), before zoneout."""
+    if not operands.zones:
+        return [walked.groups.by_group(part) for part in walked.states]
+    cell = walked.cell
+    gates = [part.float().chunk(cell.n_gates, dim=-1) for part in parts]
+    before = [walked.before(k) for k in range(cell.n_states)]
+    assert operands.extra is not None
+    extra = operands.extra[:, None, None].chunk(cell.n_extra, dim=-1)
+    return list(TORCH.bind(cell.forward)(*gates, before, extra)[0])
+
+
+def _d_fresh_rh(d_rh: Tensor, marks: Tensor | None) -> Tensor:
+    """The gradient of the fresh h's product, (groups, b, G * u), from that of every step."""
+    assert marks is not None
+    is_fresh = ((marks & FRESH) != 0).unsqueeze(-1)
     # Not a product with the marks, which a NaN of another step would pass.
-    found = torch.where(is_fresh, d_rh.view(*is_fresh.shape[:2], d_rh.shape[1]), 0.0)
-    return found.sum(0, dtype=torch.float32).to(d_rh.dtype)
+    return torch.where(is_fresh, d_rh, 0.0).sum(1, dtype=torch.float32).to(d_rh.dtype)
 
 
-class _Marked(NamedTuple):
-    """``Breaks`` by the marks themselves, (T, B, 1), for whose values nobody has to wait."""
-
-    marks: Tensor
-    first: Sequence[Tensor]
-    fresh: Sequence[Tensor]
-
-    def replace(self, before: Tensor, k: int) -> Tensor:
-        """Put the fresh and the first states in their places; anything where one is held."""
-        is_start, is_fresh = ((self.marks & bit) != 0 for bit in (START, FRESH))
-        found = before.view(*self.marks.shape[:2], before.shape[1])
-        found = torch.where(is_start, self.first[k], found)
-        found = torch.where(is_fresh, self.fresh[k] if self.fresh else 0.0, found)
-        return found.flatten(0, 1)
-
-
-def _directions(call: Call) -> list[Direction]:
-    """The directions of a layer whose initial state is given."""
-    rows, marks, found = Rows(call.steps, call.batch, None), call.flow.marks, []
-    for d, w in enumerate(call.by_direction()):
-        first, fresh = ([part[d] for part in parts] for parts in (call.state, call.flow.fresh))
-        breaks: Any = None if marks is None else _Marked(marks[d].unsqueeze(-1), first, fresh)
-        found.append(Direction(call.cell, w, rows, d == 1, first, breaks))
-    return found
-
-
-def _operands(call: Call) -> Operands:
+def _operands(call: Call, groups: Groups, marks: Tensor | None) -> Operands:
     """What the kernels need beside the input projection, but for the product of the fresh h."""
     from .kernels.launch import Operands
 
-    by_direction, marks = call.by_direction(), call.flow.marks
+    by_direction, cell = call.by_direction(), call.cell
     biases = [w.b_hh for w in by_direction if w.b_hh is not None]
-    extras = [torch.cat(w.extras) for w in by_direction if w.extras]
+    extras = [torch.cat(w.extras, dim=-1) for w in by_direction if w.extras]
+    drop, *zones = call.flow.noise or (None,)
+    has_zones = any(map(is_given, zones))
     return Operands(
-        _stacked([w.w_hh for w in by_direction]),
-        _stacked(biases) if biases else None,
-        _stacked(extras) if extras else None,
-        [part.contiguous() for part in call.initial()],
-        marks,
-        [] if marks is None else [part.contiguous() for part in call.flow.fresh],
+        groups.weight([w.w_hh for w in by_direction], cell.n_gates),
+        groups.weight(biases, cell.n_gates) if biases else None,
+        groups.weight(extras, cell.n_extra) if extras else None,
+        [groups.state(part) for part in call.initial()],
+        None if marks is None else groups.marks(marks),
+        [] if marks is None else [groups.state(part) for part in call.flow.fresh],
+        drop=None if drop is None or not is_given(drop) else groups.state(drop),
+        zones=[_zone(groups, part) for part in zones] if has_zones else [],
+        n_ahead=groups.ahead,
     )
 
 
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    """One tensor with a dimension of directions in front; no copy for one direction."""
-    return tensors[0].contiguous()[None] if len(tensors) == 1 else torch.stack(tensors)
+def _zone(groups: Groups, part: Tensor) -> Tensor | None:
+    """What a state keeps by zoneout, as the kernels take it."""
+    if not is_given(part):
+        return None
+    return part if part.dim() == 1 else groups.mask(part).view(torch.uint8)
+
+
+def _input_part(call: Call, groups: Groups) -> Tensor:
+    """x @ W_ih^T + b_ih for all steps, (groups, T, b, G * u)."""
+    by_direction, n_gates = call.by_direction(), call.cell.n_gates
+    biases = [w.b_ih for w in by_direction if w.b_ih is not None]
+    w_ih, b_ih = (
+        groups.weights(parts, n_gates) for parts in ([w.w_ih for w in by_direction], biases)
+    )
+    return input_part(groups, call.x, w_ih, b_ih)
 
 
 _switching = threading.Lock()
@@ -247,30 +280,3 @@ def _products(problem: Problem) -> Iterator[None]:
             yield
         finally:
             matmul.fp32_precision = before
-
-
-def _input_projection(call: Call) -> Tensor:
-    """x @ W_ih^T + b_ih for all steps and directions, (D, T, B, G * H)."""
-    x, by_direction = call.x, call.by_direction()
-    flat, width = x.reshape(-1, x.shape[-1]), by_direction[0].w_ih.shape[0]
-    wx = x.new_empty(len(by_direction), flat.shape[0], width)
-    for out, w in zip(wx, by_direction, strict=True):
-        if w.b_ih is None:
-            torch.mm(flat, w.w_ih.t(), out=out)
-        else:
-            torch.addmm(w.b_ih, flat, w.w_ih.t(), out=out)
-    return wx.view(len(by_direction), *x.shape[:2], width)
-
-
-def _recurrent_parts(call: Call, directions: Sequence[Direction], h: Tensor) -> Tensor:
-    """h_{t-1} @ W_hh^T + b_hh for all steps and directions, (D, T, B, G * H)."""
-    parts = []
-    for d, direction in enumerate(directions):
-        (before,) = direction.before([_of_direction(call, h, d)])
-        parts.append(torch.nn.functional.linear(before, direction.w.w_hh, direction.w.b_hh))
-    return torch.stack(parts).unflatten(1, h.shape[:2])
-
-
-def _of_direction(call: Call, sequence: Tensor, d: int) -> Tensor:
-    """The part of states after every step, (T * B, H), that belongs to a direction."""
-    return sequence.flatten(0, 1).chunk(call.directions, dim=-1)[d]

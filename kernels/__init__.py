@@ -11,13 +11,16 @@ and one backward loop through time that knows no cell by name:
     They stay in one program, for small hidden sizes.
 ``stepwise.py``
     One launch for each step.
+``staged.py``, ``staged_products.py``
+    Several launches for each step, where it is more than one product and arithmetic on each hidden
+    unit by itself: normalised cells, late products, projections; and for float64.
 
 ``words.py`` is how the programs of a group wait for each other and ``fragments.py`` where the
 operands of their products lie; ``tiles.py`` is what the other two schedules are made of.
 ``configs.py`` chooses schedule and tiles by simulated times of a step, ``steps.csv``, and
-``launch.py`` allocates and launches.
+``launch.py`` and ``launch_staged.py`` allocate and launch.
 
-Of the package only ``cells`` is imported here, which imports nothing; ``launch.py`` alone imports
+Of the package only ``cells`` is imported here, which imports nothing; these two alone import
 torch, so that kernels can be read, interpreted and compiled, and plans be made, without it.
 
 Capitals are compile-time constants: CELL the cell, H hidden units, BLOCK_B rows of the batch and

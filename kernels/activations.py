@@ -43,30 +43,44 @@ def sigmoid(x):
 
 
 def tanh(x):
-    """Hyperbolic tangent to a few units in the last place of float32, saturating at +-1."""
+    """Hyperbolic tangent to a few units in the last place, saturating at +-1."""
     e = exp(-2.0 * tl.abs(x))
     far = (1.0 - e) * reciprocal(1.0 + e)
-    # Near zero 1 - e cancels. The Taylor series, whose next term is below 1e-8 of x here.
+    # Near zero 1 - e cancels.
     square = x * x
-    near = 62.0 / 2835.0 + square * (-1382.0 / 155925.0)
-    near = -17.0 / 315.0 + square * near
-    near = 2.0 / 15.0 + square * near
-    near = x + x * square * (-1.0 / 3.0 + square * near)
+    if x.dtype == tl.float64:
+        # The continued fraction x / (1 + x^2 / (3 + x^2 / (5 + ...))).
+        near = 11.0 + square / 13.0
+        near = 7.0 + square / (9.0 + square / near)
+        near = x / (1.0 + square / (3.0 + square / (5.0 + square / near)))
+    else:
+        # The Taylor series, whose next term is below 1e-8 of x here.
+        near = 62.0 / 2835.0 + square * (-1382.0 / 155925.0)
+        near = -17.0 / 315.0 + square * near
+        near = 2.0 / 15.0 + square * near
+        near = x + x * square * (-1.0 / 3.0 + square * near)
     return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
 
 
 def log_sigmoid(x):
-    """``min(x, 0) - log(1 + e)``, e = exp(-|x|), to about a unit in the last place of float32."""
+    """``min(x, 0) - log(1 + e)``, e = exp(-|x|), to a few units in the last place."""
     e = exp(-tl.abs(x))
-    # log(1 + e) = 2 atanh(s), s = e / (2 + e) <= 1/3: the series, without terms below 2e-8 of it.
-    s = e * reciprocal(2.0 + e)
-    square = s * s
-    series = 1.0 / 11.0 + square * (1.0 / 13.0)
-    series = 1.0 / 9.0 + square * series
-    series = 1.0 / 7.0 + square * series
-    series = 1.0 / 5.0 + square * series
-    series = 1.0 / 3.0 + square * series
-    return tl.minimum(x, 0.0) - 2.0 * (s + s * square * series)
+    if x.dtype == tl.float64:
+        # Of 1 + e as it is rounded, by the share of e in what was added.
+        total = 1.0 + e
+        added = total - 1.0
+        found = tl.where(added == 0.0, e, tl.log(total) * (e / tl.where(added == 0.0, 1.0, added)))
+    else:
+        # 2 atanh(s), s = e / (2 + e) <= 1/3: the series, without terms below 2e-8 of it.
+        s = e * reciprocal(2.0 + e)
+        square = s * s
+        series = 1.0 / 11.0 + square * (1.0 / 13.0)
+        series = 1.0 / 9.0 + square * series
+        series = 1.0 / 7.0 + square * series
+        series = 1.0 / 5.0 + square * series
+        series = 1.0 / 3.0 + square * series
+        found = 2.0 * (s + s * square * series)
+    return tl.minimum(x, 0.0) - found
 
 
 @triton.jit
@@ -106,7 +120,9 @@ NVIDIA_ENGINE = _engine(exp=_exp_of_nvidia, reciprocal=_reciprocal_of_nvidia)
 
 
 class Bound(NamedTuple):
-    """A cell as one constant of a kernel; the fields are those of `Cell`."""
+    """A cell as one constant of a kernel; the fields are those of `Cell`, with those of `Late` and
+    `Output` where it has them.
+    """
 
     forward: Any
     backward: Any
@@ -114,15 +130,38 @@ class Bound(NamedTuple):
     n_saved: int
     n_apart: int
     n_extra: int
+    d_extra: Any
+    is_normalised: bool
+    n_late: int
+    late_factor: Any
+    late_backward: Any
+    output_forward: Any
+    output_backward: Any
+    output_saved: int
 
     @property
     def cache_key(self) -> str:
         """By which Triton finds compiled kernels on disk again: the source of the functions too."""
-        return f"{self.forward.cache_key} {self.backward.cache_key} {self[2:]}"
+        return str([getattr(part, "cache_key", part) for part in self])
 
 
 @functools.cache
 def bound(cell: Cell, engine: Engine = ENGINE) -> Bound:
-    """Bind a cell, which must be pointwise, for kernels."""
-    functions = engine.bind(cell.forward), engine.bind(cell.backward)
-    return Bound(*functions, cell.n_gates, cell.n_saved, cell.n_apart, cell.n_extra)
+    """Bind a cell for kernels."""
+
+    def of(part: Any, name: str) -> Any:
+        function = getattr(part, name, None)
+        return None if function is None else engine.bind(function)
+
+    late, output = cell.late, cell.output
+    return Bound(
+        engine.bind(cell.forward),
+        engine.bind(cell.backward),
+        *(cell.n_gates, cell.n_saved, cell.n_apart, cell.n_extra),
+        of(cell, "d_extra"),
+        cell.is_normalised,
+        late.n_gates if late else 0,
+        *(of(late, "factor"), of(late, "backward")),
+        *(of(output, "forward"), of(output, "backward")),
+        output.saved if output else 0,
+    )

@@ -71,7 +71,10 @@ class Shape(NamedTuple):
     Attributes
     ----------
     n_gates : int
-    batch, hidden_size, directions : int
+    batch, hidden_size : int
+        Of a group.
+    groups : int
+        Directions, times heads, times the members of an ensemble.
     itemsize : int
         Bytes of an element of the weights.
     precision : {'ieee', 'tf32', 'tf32x3'}
@@ -81,16 +84,22 @@ class Shape(NamedTuple):
         weights.
     marked : bool
         Whether there are lengths, resets or truncated gradients.
+    noisy : bool
+        Whether there is recurrent dropout or zoneout.
+    staged : bool
+        Whether a step is more than a product and arithmetic on each hidden unit by itself.
     """
 
     n_gates: int
     batch: int
     hidden_size: int
-    directions: int
+    groups: int
     itemsize: int
     precision: str
     n_more: int = 0
     marked: bool = False
+    noisy: bool = False
+    staged: bool = False
 
     @classmethod
     def of(cls, cell: Cell, *others: Any) -> Shape:
@@ -104,7 +113,7 @@ class Config(NamedTuple):
 
     Attributes
     ----------
-    schedule : {'resident', 'persistent', 'stepwise'}
+    schedule : {'resident', 'persistent', 'stepwise', 'staged'}
     block_b, block_h : int
         Rows of the batch and hidden units of one program.
     block_k : int
@@ -137,9 +146,10 @@ class Choice(NamedTuple):
         return f"{schedule}, {block_b} rows x {block_h} units a program, {num_warps} warps{time}"
 
 
-SCHEDULES = ("resident", "persistent", "stepwise")
+SCHEDULES = ("resident", "persistent", "stepwise", "staged")
 PRECISIONS = ("ieee", "tf32", "tf32x3")  # of float32
 MAX_BATCH = 16 * 65535  # batch tiles are the second dimension of a grid
+MAX_GROUPS = 65535
 
 # What a persistent kernel's programs are made of; see fragments.py.
 _UNITS = _TILE_ROWS = 16
@@ -174,13 +184,15 @@ def choose(
 
 def candidates(shape: Shape, device: Device, *, backward: bool = False) -> Iterator[Config]:
     """All configurations that fit the device."""
-    yield from _resident(shape, device, backward)
-    if persistent_gap(shape, device) is None:
-        yield from _persistent(shape, device, backward)
+    if not shape.staged:
+        yield from _resident(shape, device, backward)
+        if persistent_gap(shape, device) is None:
+            yield from _persistent(shape, device, backward)
     # Larger blocks, or float32 or more tiles in fewer threads, spill.
     kind, narrow = _kind(shape), _narrow(shape)
     block_k = 64 if kind == "half" else 32
-    num_warps = 4 if kind == "half" and not shape.n_more else _WARPS[device.target]
+    n_more = 0 if shape.staged else shape.n_more  # its products have no part of the cell
+    num_warps = 4 if kind == "half" and not n_more else _WARPS[device.target]
     # Nor more rows than these on sm_90, where 64 would be warp-group products: triton before 3.7.1
     # does not order what cp.async writes before their reads (triton PR 9610), and in three parts
     # their left operand is in registers, which ptxas may take for others too early (PR 11781).
@@ -188,8 +200,12 @@ def candidates(shape: Shape, device: Device, *, backward: bool = False) -> Itera
     more_rows = () if narrow else (32,) if is_warp_group else (64,)
     if kind == "ieee":
         more_rows, block_k = (32,), 16 if narrow else 32
+    if shape.itemsize == 8:  # all products of a program at once
+        yield Config("staged", 8, 32, 16, num_warps, 0, 65535)
+        return
     for block_b in (16, *more_rows):
-        yield Config("stepwise", block_b, 32, block_k, num_warps, 0, 65535)
+        schedule = "staged" if shape.staged else "stepwise"
+        yield Config(schedule, block_b, 32, block_k, num_warps, 0, 65535)
 
 
 def persistent_gap(shape: Shape, device: Device) -> str | None:
@@ -216,7 +232,7 @@ def _resident(shape: Shape, device: Device, backward: bool) -> Iterator[Config]:
 
 def _persistent(shape: Shape, device: Device, backward: bool) -> Iterator[Config]:
     slices = -(-shape.hidden_size // _UNITS)
-    tiles = min(device.processors // (slices * shape.directions), 65535)
+    tiles = min(device.processors // (slices * shape.groups), 65535)
     columns = shape.hidden_size * (shape.n_gates if backward else 1)
     # Two tiles with marks would take more registers than there are.
     for block_b in (16,) if shape.marked else _row_blocks(shape):
@@ -269,6 +285,7 @@ def _in_registers(
     used = (85 if backward else 75) + min(chunks, 2 * group) * of_chunk + 8 * sums
     used += 6 * shape.n_more + 40 * _narrow(shape) + 15 * (warps == 4)
     used += 70 * (block_b > _TILE_ROWS) + (60 if backward else 45) * shape.marked
+    used += (20 if backward else 25) * shape.noisy
     if (255 - used) // (sums * of_chunk) >= chunks:
         return chunks
     used += 24 + 4 * max(0, chunks - 16)  # of weights on their way
@@ -388,7 +405,7 @@ def step_us(config: Config, shape: Shape, device: Device, *, backward: bool = Fa
         return math.nan
     slices = -(-shape.hidden_size // config.block_h)
     tiles = -(-shape.batch // config.block_b)
-    programs = slices * min(tiles, config.tiles) * shape.directions
+    programs = slices * min(tiles, config.tiles) * shape.groups
     # How far from one group of programs to a full device.
     share = min(1.0, (programs - slices) / max(1, device.processors - slices))
     sizes = [row.hidden_size for row in rows]

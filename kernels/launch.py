@@ -75,6 +75,9 @@ def bounded_spin(polls: int) -> Iterator[None]:
 class Operands(NamedTuple):
     """What a layer computes with, beside the input projection; every tensor is contiguous.
 
+    D are groups: of each direction, its heads, or those of the members of an ensemble. H and B are
+    those of one.
+
     Attributes
     ----------
     r : Tensor of shape (D, G * H, H)
@@ -88,6 +91,13 @@ class Operands(NamedTuple):
         The state where it is fresh, only with `marks`; zeros if empty.
     fresh_rh : Tensor of shape (D, B, G * H), or None
         Product of the fresh h with the recurrent weights, without bias; `backward` does not ask.
+    drop : Tensor of shape (D, B, H), or None
+        Factors of h in the recurrent product.
+    zones : sequence of (Tensor or None)
+        Empty, or of each state what it keeps: uint8 (D, T, B, H), the units that do at a step, or a
+        share of all, (1,), or None.
+    n_ahead : int
+        How many groups, the first, walk forward through time.
     """
 
     r: Tensor
@@ -97,6 +107,9 @@ class Operands(NamedTuple):
     marks: Tensor | None = None
     fresh: Sequence[Tensor] = ()
     fresh_rh: Tensor | None = None
+    drop: Tensor | None = None
+    zones: Sequence[Tensor | None] = ()
+    n_ahead: int = 1
 
 
 class Past(NamedTuple):
@@ -108,7 +121,7 @@ class Past(NamedTuple):
         As `forward` returned them.
     gates : tuple of Tensor
         The activations that `forward` saved; or the parts of the gates from which to compute them
-        again, wx and rh with their biases, of shape (D, T, B, G * H).
+        again, wx and rh with their biases, of shape (D, T, B, G * H). With zones it must be these.
     """
 
     y: Tensor
@@ -149,11 +162,11 @@ def forward(
     final : list of Tensor of shape (D, B, H)
     """
     initial = operands.initial
-    directions, steps, batch, _ = wx.shape
+    groups, steps, batch, _ = wx.shape
     hidden = operands.r.shape[-1]
-    y = wx.new_empty(steps, batch, directions * hidden)
+    y = wx.new_empty(steps, batch, groups * hidden)
     traces = [torch.empty_like(y, dtype=torch.float32) for _ in initial[1:]] if traced else []
-    saved = wx.new_empty(directions, steps, batch, cell.n_saved * hidden) if save else None
+    saved = wx.new_empty(groups, steps, batch, cell.n_saved * hidden) if save else None
     arguments = {
         **_arguments(cell, config, precision, operands, steps),
         "wx_ptr": wx,
@@ -170,7 +183,11 @@ def forward(
         return y, traces, saved, [part.to(wx.dtype) for part in running]
     final = [torch.empty_like(part, dtype=wx.dtype) for part in initial]
     arguments |= {"initial_ptrs": tuple(initial), "final_ptrs": tuple(final)}
-    _all_at_once("forward_kernel", config, operands, arguments, published=y)
+    published = y
+    if config.schedule == "persistent" and operands.drop is not None:
+        published = torch.empty_like(y)
+        arguments["state_ptrs"] = published, y, *traces
+    _all_at_once("forward_kernel", config, operands, arguments, published)
     return y, traces, saved, final
 
 
@@ -202,9 +219,9 @@ def backward(
     """
     (dy, d_final, d_traces), (y, traces, gates) = given, past
     steps, batch, _ = y.shape
-    directions, _, hidden = operands.r.shape
+    groups, _, hidden = operands.r.shape
     dy = torch.zeros_like(y) if dy is None else dy
-    d_gates = y.new_empty(directions, steps, batch, (cell.n_gates + cell.n_apart) * hidden)
+    d_gates = y.new_empty(groups, steps, batch, (cell.n_gates + cell.n_apart) * hidden)
     d_fresh = [torch.zeros_like(part, dtype=torch.float32) for part in operands.fresh]
     arguments = {
         **_arguments(cell, config, precision, operands, steps),
@@ -221,20 +238,22 @@ def backward(
         running = [part.to(torch.float32, copy=True) for part in d_final]
         arguments |= {"running_ptrs": tuple(running)}
         _step_by_step(stepwise.backward_kernel, config, operands, arguments)
-        for d in range(directions):
-            first = -1 if d else 0
-            dh = d_gates[d, first, :, : cell.n_gates * hidden] @ operands.r[d]
+        ahead = operands.n_ahead
+        for of, first in ((slice(0, ahead), 0), (slice(ahead, groups), -1)):
+            dh = d_gates[of, first, :, : cell.n_gates * hidden] @ operands.r[of]
+            if operands.drop is not None:
+                dh *= operands.drop[of]
             if operands.marks is not None:
-                stops = (operands.marks[d, first] & STOPS.value) > 0
-                dh.masked_fill_(stops[:, None], 0.0)
-            running[0][d] += dh
+                stops = (operands.marks[of, first] & STOPS.value) > 0
+                dh.masked_fill_(stops[..., None], 0.0)
+            running[0][of] += dh
         return d_gates, [part.to(y.dtype) for part in running], d_fresh
     d_initial = [torch.empty_like(part, dtype=y.dtype) for part in operands.initial]
     arguments |= {
         "d_final_ptrs": tuple(d_final),
         "d_initial_ptrs": tuple(d_initial),
     }
-    _all_at_once("backward_kernel", config, operands, arguments, published=d_gates)
+    _all_at_once("backward_kernel", config, operands, arguments, d_gates)
     return d_gates, d_initial, d_fresh
 
 
@@ -242,10 +261,14 @@ def _arguments(
     cell: Cell, config: Config, precision: str, operands: Operands, steps: int
 ) -> dict[str, Any]:
     """What every kernel is given."""
+    # The directions of a layer, the second of which walks from the end.
+    is_plain = operands.n_ahead == 1 and len(operands.r) <= 2
     return {
         "r_ptr": operands.r,
         "extra_ptr": operands.extra,
         "marks_ptr": operands.marks,
+        "noise_ptrs": (operands.drop, tuple(operands.zones) or None),
+        "n_ahead": None if is_plain else operands.n_ahead,
         "T": steps,
         "B": operands.initial[0].shape[1],
         "H": operands.r.shape[-1],
@@ -267,9 +290,9 @@ def _integer(dtype: torch.dtype) -> torch.dtype:
 
 
 def _grid(config: Config, operands: Operands) -> tuple[int, int, int]:
-    directions, _, hidden = operands.r.shape
+    groups, _, hidden = operands.r.shape
     tiles = triton.cdiv(operands.initial[0].shape[1], config.block_b)
-    return triton.cdiv(hidden, config.block_h), tiles, directions
+    return triton.cdiv(hidden, config.block_h), tiles, groups
 
 
 def _step_by_step(
@@ -291,17 +314,17 @@ def _all_at_once(
     launch in which a wait gave up.
     """
     like, limit = operands.r, _debug.spin_limit
-    slices, tiles, directions = _grid(config, operands)
+    slices, tiles, groups = _grid(config, operands)
     if config.schedule == "resident":
         with torch.cuda.device_of(like):
             kernel = getattr(resident, name)
-            kernel[slices, tiles, directions](**arguments, BLOCK_H=config.block_h)
+            kernel[slices, tiles, groups](**arguments, BLOCK_H=config.block_h)
         return
     published.view(_integer(published.dtype)).fill_(-1)  # words.MISSING
     kernel = _persistent(name)
     error = like.new_zeros(1, dtype=torch.int32) if limit else None
     for first in range(0, tiles, config.tiles):
-        grid = slices, min(config.tiles, tiles - first), directions
+        grid = slices, min(config.tiles, tiles - first), groups
         with torch.cuda.device_of(like), _compiling():
             kernel[grid](
                 **arguments,

@@ -14,9 +14,10 @@ all gates by the columns of R of its own units. It writes gate gradients only; t
 and the input are GEMMs over all steps, afterwards.
 
 The arguments are those of ``resident.py``; y, and d_gates backward, are filled with MISSING before.
-The grid is (slices of UNITS units, tiles or pairs of them, directions), all of it on the device at
-once; further tiles are further launches. In Gluon, Triton's language of explicit layouts, which
-neither its interpreter nor AMD's compiler takes.
+With recurrent dropout it is not y that the programs hand each other, but what is multiplied in its
+place, which is before y in the states. The grid is (slices of UNITS units, tiles or pairs of them,
+groups), all of it on the device at once; further tiles are further launches. In Gluon, Triton's
+language of explicit layouts, which neither its interpreter nor AMD's compiler takes.
 
 Its functions take no records, so that what belongs together is in tuples:
 
@@ -25,8 +26,9 @@ Its functions take no records, so that what belongs together is in tuples:
               sides; the offsets at which it is published; T, rows from a step to the next, columns
               of y
     place     of a tile: its first row of the batch; rows from there on; its mask, and as it is
-              published; the columns of its operand, see `columns_of`
+              published; the columns of its operand, see `columns_of`; the factors of its h
     tile      what a tile has from step to step, beginning with the row that it published
+    flow      marks and zones of a step
 """
 
 from typing import NamedTuple
@@ -56,13 +58,18 @@ from .tiles import (
     START,
     add,
     as_operand,
+    beyond_groups,
+    cell_backward,
     choose,
+    dropped,
     has,
+    is_ahead,
     mark_gradients,
     mark_received,
     shift,
     without,
     zeros_like,
+    zoned,
 )
 from .words import MISSING, load_chunks, publish, settle
 
@@ -123,11 +130,36 @@ def load_mark(marks_ptr, at, row, left):
 
 
 @gluon.jit
-def load_vectors(ptr, i_direction, unit, H: gl.constexpr, N: gl.constexpr):
-    """Load N parts of a direction's vector, H apart, as columns of tiles; nothing from None."""
+def load_zones(zone_ptrs, at, unit, row, mask, H: gl.constexpr):
+    """Load what each state keeps at a step; see ``tiles.load_zones``."""
+    zones = ()
+    if zone_ptrs is not None:
+        for s in gl.static_range(len(zone_ptrs)):
+            if zone_ptrs[s] is None:
+                zones += ((),)
+            elif zone_ptrs[s].dtype.element_ty == gl.uint8:
+                ptrs = zone_ptrs[s] + at * H + (unit + row * H)
+                zones += ((gl.load(ptrs, mask=mask, other=0) != 0,),)
+            else:
+                zones += ((gl.load(zone_ptrs[s]).to(gl.float32),),)
+    return zones
+
+
+@gluon.jit
+def load_factors(drop_ptr, row0, unit, row, mask, H: gl.constexpr):
+    """Load the factors of recurrent dropout for a tile of h; nothing from None."""
+    factors = ()
+    if drop_ptr is not None:
+        factors = load_each((drop_ptr,), row0 * H, unit + row * H, mask)
+    return factors
+
+
+@gluon.jit
+def load_vectors(ptr, i_group, unit, H: gl.constexpr, N: gl.constexpr):
+    """Load N parts of a group's vector, H apart, as columns of tiles; nothing from None."""
     vectors = ()
     if ptr is not None:
-        ptr += i_direction * N * H
+        ptr += i_group * N * H
         for n in gl.static_range(N):
             vectors += (gl.load(ptr + n * H + unit, mask=unit < H, other=0.0).to(gl.float32),)
     return vectors
@@ -305,11 +337,12 @@ def through_time(
 
 
 @gluon.jit
-def publish_state(state, wx, marks, sums, at, place, context, H: gl.constexpr, CELL: gl.constexpr):
+def publish_state(state, wx, flow, sums, at, place, context, H: gl.constexpr, CELL: gl.constexpr):
     """Walk one step on from the products of the state before it."""
-    row0, _, mask, publish_mask, _ = place
+    row0, _, mask, publish_mask, _, factors = place
     pointers, vectors, _, unit, row, publish_offsets, size = context
-    _, fresh_rh_ptr, _, fresh_ptrs, state_ptrs, _ = pointers
+    _, fresh_rh_ptr, _, _, fresh_ptrs, state_ptrs, _ = pointers
+    marks, zones = flow
     bias, extra = vectors
     _, _, width = size
     G: gl.constexpr = CELL.n_gates
@@ -327,23 +360,25 @@ def publish_state(state, wx, marks, sums, at, place, context, H: gl.constexpr, C
         state = add(state, load_each(fresh_ptrs, row0 * H, unit + row * H, is_fresh))
     before = state
     state, saved = CELL.forward(wx, rh, before, extra)
+    state = zoned(zones, before, state)
     if len(marks) > 0:
         state = choose(marks[0], HOLD, before, state)
 
     row_ptr = state_ptrs[0] + at * width
-    publish(row_ptr + publish_offsets, state[0].to(dtype), publish_mask, H)
+    publish(row_ptr + publish_offsets, dropped(state[0], factors).to(dtype), publish_mask, H)
     return row_ptr, state, saved
 
 
 @gluon.jit
 def store_rest(state, saved, at, place, context, H: gl.constexpr, CELL: gl.constexpr):
     """Store what nobody waits for."""
-    _, _, mask, _, _ = place
+    _, _, mask, _, _, _ = place
     pointers, _, _, unit, row, _, size = context
-    _, _, _, _, state_ptrs, saved_ptr = pointers
+    _, _, _, _, _, state_ptrs, saved_ptr = pointers
     _, _, width = size
     N: gl.constexpr = CELL.n_saved
-    store_each(state_ptrs[1:], at * width, unit + row * width, mask, state[1:])
+    REST: gl.constexpr = 1 + len(state) - len(state_ptrs)  # y too, if it was not published
+    store_each(state_ptrs[1:], at * width, unit + row * width, mask, state[REST:])
     if saved_ptr is not None:
         for n in gl.static_range(N):
             ptr = saved_ptr + at * (N * H) + (unit + row * (N * H) + n * H)
@@ -352,36 +387,37 @@ def store_rest(state, saved, at, place, context, H: gl.constexpr, CELL: gl.const
 
 @gluon.jit
 def load_ahead(at, step, place, context, H: gl.constexpr, CELL: gl.constexpr):
-    """Load wx and the marks of the step that is next, if there is one."""
-    _, left, mask, _, _ = place
+    """Load wx and the flow of the step that is next, if there is one."""
+    _, left, mask, _, _, _ = place
     pointers, _, _, unit, row, _, size = context
-    wx_ptr, _, marks_ptr, _, _, _ = pointers
+    wx_ptr, _, marks_ptr, zone_ptrs, _, _, _ = pointers
     T, to_next, _ = size
     G: gl.constexpr = CELL.n_gates
     at += gl.where(step < T, to_next, 0)
     wx = load_tiles(wx_ptr + at * (G * H), unit + row * (G * H), mask, H, G)
-    return wx, load_mark(marks_ptr, at, row, left), at
+    zones = load_zones(zone_ptrs, at, unit, row, mask, H)
+    return wx, (load_mark(marks_ptr, at, row, left), zones), at
 
 
 @gluon.jit
 def forward_step(
     tile, chunks, place, other, buffers, context, CELL: gl.constexpr, PASS: gl.constexpr
 ):
-    row_ptr, state, wx, marks, at, step = tile
-    _, _, _, _, columns = place
+    row_ptr, state, wx, flow, at, step = tile
+    _, _, _, _, columns, _ = place
     _, _, operands, _, _, _, _ = context
     H: gl.constexpr = PASS.H
     multiply(chunks, row_ptr, columns, operands, buffers, step, PASS.GROUP, PASS)
     # Before the barrier, or the compiler puts it behind the next wait, which needs none of it.
     if len(other) > 0:
         chunks = load_published(other[0], other[1], PASS)
-    next_wx, next_marks, after = load_ahead(at, step + 1, place, context, H, CELL)
+    next_wx, next_flow, after = load_ahead(at, step + 1, place, context, H, CELL)
     sums = reduce(buffers)
-    row_ptr, state, saved = publish_state(state, wx, marks, sums, at, place, context, H, CELL)
+    row_ptr, state, saved = publish_state(state, wx, flow, sums, at, place, context, H, CELL)
     if len(other) == 0:
         chunks = load_published(row_ptr, columns, PASS)
     store_rest(state, saved, at, place, context, H, CELL)
-    return (row_ptr, state, next_wx, next_marks, after, step + 1), chunks
+    return (row_ptr, state, next_wx, next_flow, after, step + 1), chunks
 
 
 @gluon.jit
@@ -398,12 +434,12 @@ def places_of(unit0, stride, W: gl.constexpr, ITEMSIZE: gl.constexpr):
     return unit, row, its_unit, its_row, its_unit + its_row * stride
 
 
-@gluon.jit(do_not_specialize=["T", "B", "first_tile"])
+@gluon.jit(do_not_specialize=["n_ahead", "T", "B", "first_tile"])
 def forward_kernel(
     wx_ptr, r_ptr, b_ptr, extra_ptr, initial_ptrs, marks_ptr, fresh_ptrs, fresh_rh_ptr, state_ptrs,
-    saved_ptr, final_ptrs, error_ptr, T, B, first_tile, H: gl.constexpr, CELL: gl.constexpr,
-    BLOCK_B: gl.constexpr, BLOCK_K: gl.constexpr, IN_REGISTERS: gl.constexpr,
-    PRECISION: gl.constexpr, SPIN_LIMIT: gl.constexpr,
+    saved_ptr, final_ptrs, noise_ptrs, error_ptr, n_ahead, T, B, first_tile,
+    H: gl.constexpr, CELL: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_K: gl.constexpr,
+    IN_REGISTERS: gl.constexpr, PRECISION: gl.constexpr, SPIN_LIMIT: gl.constexpr,
 ):  # fmt: skip
     W: gl.constexpr = gl.num_warps()
     G: gl.constexpr = CELL.n_gates
@@ -414,21 +450,22 @@ def forward_kernel(
     PASS: gl.constexpr = pass_of(
         H, H, CHUNKS, BLOCK_K * ITEMSIZE, IN_REGISTERS, PRECISION, SPIN_LIMIT
     )
-    i_slice, i_tile, i_direction = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    drop_ptr, zone_ptrs = noise_ptrs
+    i_slice, i_tile, i_group = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     unit0 = i_slice * UNITS
     width = gl.num_programs(2) * H
 
     # Rows of the batch are counted in (D, B), and those of a step in (D, T, B).
-    rows = i_direction * B.to(gl.int64)
-    state_ptrs = shift(state_ptrs, i_direction * H - rows * T * width)
+    rows = i_group * B.to(gl.int64)
+    state_ptrs = shift(state_ptrs, i_group * H - rows * T * width)
 
-    r_ptr += i_direction * G * H * H
+    r_ptr += beyond_groups(i_group, n_ahead, G * H * H)
     weights = load_weights(r_ptr, unit0, H, H, False, G, W, BLOCK_K, IN_REGISTERS, PRECISION)
     unit, row, its_unit, its_row, its_offsets = places_of(unit0, width, W, ITEMSIZE)
-    bias = load_vectors(b_ptr, i_direction, unit, H, G)
-    extra = load_vectors(extra_ptr, i_direction, unit, H, CELL.n_extra)
-    to_next = gl.where(i_direction == 0, B, -B).to(gl.int64)
-    pointers = wx_ptr, fresh_rh_ptr, marks_ptr, fresh_ptrs, state_ptrs, saved_ptr
+    bias = load_vectors(b_ptr, i_group, unit, H, G)
+    extra = load_vectors(extra_ptr, i_group, unit, H, CELL.n_extra)
+    to_next = gl.where(is_ahead(i_group, n_ahead), B, -B).to(gl.int64)
+    pointers = wx_ptr, fresh_rh_ptr, marks_ptr, zone_ptrs, fresh_ptrs, state_ptrs, saved_ptr
     operands, size = (weights, error_ptr), (T, to_next, width)
     context = pointers, (bias, extra), operands, unit, row, its_offsets, size
     buffers = buffers_of(G), buffers_of(G)
@@ -439,42 +476,45 @@ def forward_kernel(
         left = (B - first).to(gl.int32)
         row0, mask = rows + first, (unit < H) & (row < left)
         columns = columns_of(width, left, H, W, BLOCK_K)
-        place = row0, left, mask, (its_unit < H) & (its_row < left), columns
-        at = rows * T + first + gl.where(i_direction == 0, 0, T - 1).to(gl.int64) * B
+        factors = load_factors(drop_ptr, row0, unit, row, mask, H)
+        place = row0, left, mask, (its_unit < H) & (its_row < left), columns, factors
+        at = rows * T + first + gl.where(is_ahead(i_group, n_ahead), 0, T - 1).to(gl.int64) * B
         state = load_each(initial_ptrs, row0 * H, unit + row * H, mask)
         wx = load_tiles(wx_ptr + at * (G * H), unit + row * (G * H), mask, H, G)
-        marks = load_mark(marks_ptr, at, row, left)
+        zones = load_zones(zone_ptrs, at, unit, row, mask, H)
+        flow = load_mark(marks_ptr, at, row, left), zones
         # The first h is there: if it has the bits of MISSING, it is another NaN.
         offsets, beyond = columns_of(H, left, H, W, BLOCK_K)
         chunks = ()
         for c in gl.static_range(CHUNKS):
             h_ptr = initial_ptrs[0] + row0 * H + (offsets + c * W * BLOCK_K)
-            h = gl.load(h_ptr, mask=beyond > c * W * BLOCK_K, other=0.0).to(dtype)
-            h = h.to(integer, bitcast=True)
+            h = gl.load(h_ptr, mask=beyond > c * W * BLOCK_K, other=0.0)
+            if drop_ptr is not None:
+                its_ptr = drop_ptr + row0 * H + (offsets + c * W * BLOCK_K)
+                its = gl.load(its_ptr, mask=beyond > c * W * BLOCK_K, other=0.0)
+                h = h.to(gl.float32) * its.to(gl.float32)
+            h = h.to(dtype).to(integer, bitcast=True)
             chunks += (gl.where(h == MISSING, -2, h).to(integer),)
         multiply(chunks, state_ptrs[0], columns, operands, buffers[1], 0, CHUNKS, PASS)
         sums = reduce(buffers[1])
         _barrier()  # before others overwrite them
-        row_ptr, state, saved = publish_state(state, wx, marks, sums, at, place, context, H, CELL)
+        row_ptr, state, saved = publish_state(state, wx, flow, sums, at, place, context, H, CELL)
         store_rest(state, saved, at, place, context, H, CELL)
-        wx, marks, at = load_ahead(at, 1, place, context, H, CELL)
-        tiles += ((row_ptr, state, wx, marks, at, 1),)
+        wx, flow, at = load_ahead(at, 1, place, context, H, CELL)
+        tiles += ((row_ptr, state, wx, flow, at, 1),)
         places += (place,)
     tiles, _ = through_time(forward_step, tiles, places, buffers, T - 1, context, CELL, PASS)
     for n in gl.static_range(len(tiles)):
-        row0, _, mask, _, _ = places[n]
+        row0, _, mask, _, _, _ = places[n]
         store_each(final_ptrs, row0 * H, unit + row * H, mask, tiles[n][1])
 
 
 @gluon.jit
 def load_past(marks, at, step, place, context, H: gl.constexpr, CELL: gl.constexpr):
-    """Load what backward needs of a step: gradients that arrive there, activations, and the states
-    after and before it. `past_ptrs` is one pointer to the activations, or two to the parts of the
-    gates from which they are computed.
-    """
-    row0, _, mask, _, _ = place
+    """Load what backward needs of a step; see ``tiles.load_past``."""
+    row0, _, mask, _, _, _ = place
     pointers, extra, _, unit, row, _, size = context
-    d_out_ptrs, initial_ptrs, fresh_ptrs, state_ptrs, past_ptrs, _, _ = pointers
+    d_out_ptrs, initial_ptrs, fresh_ptrs, state_ptrs, past_ptrs, _, zone_ptrs, _ = pointers
     T, to_before, width = size
     is_first = step + 1 >= T
     out_mask = mask
@@ -492,21 +532,22 @@ def load_past(marks, at, step, place, context, H: gl.constexpr, CELL: gl.constex
     previous = add(previous, load_each(state_ptrs, before, unit + row * width, is_before))
     if fresh_ptrs is not None:
         previous = add(previous, load_each(fresh_ptrs, row0 * H, unit + row * H, is_fresh))
-    state = load_each(state_ptrs, at * width, unit + row * width, mask)
+    if len(past_ptrs) == 1:
+        state = load_each(state_ptrs, at * width, unit + row * width, mask)
     N: gl.constexpr = CELL.n_saved if len(past_ptrs) == 1 else CELL.n_gates
     saved = load_tiles(past_ptrs[0] + at * (N * H), unit + row * (N * H), mask, H, N)
     if len(past_ptrs) == 2:
         rh = load_tiles(past_ptrs[1] + at * (N * H), unit + row * (N * H), mask, H, N)
-        saved = CELL.forward(saved, rh, previous, extra)[1]
-    return d_out, saved, state, previous
+        state, saved = CELL.forward(saved, rh, previous, extra)
+    return d_out, saved, state, previous, load_zones(zone_ptrs, at, unit, row, mask, H)
 
 
 @gluon.jit
 def load_past_ahead(at, step, place, context, H: gl.constexpr, CELL: gl.constexpr):
     """Load what backward needs of the step that is next, if there is one, and its marks."""
-    _, left, _, _, _ = place
+    _, left, _, _, _, _ = place
     pointers, _, _, _, row, _, size = context
-    _, _, _, _, _, marks_ptr, _ = pointers
+    _, _, _, _, _, marks_ptr, _, _ = pointers
     T, to_before, _ = size
     at += gl.where(step < T, to_before, 0)
     marks = load_mark(marks_ptr, at, row, left)
@@ -514,9 +555,11 @@ def load_past_ahead(at, step, place, context, H: gl.constexpr, CELL: gl.constexp
 
 
 @gluon.jit
-def receive_gradients(buffers, d_state, marks):
+def receive_gradients(buffers, d_state, marks, place):
     """The gradient of a state, with that from the step after it, whose marks these are."""
+    _, _, _, _, _, factors = place
     (dh,) = reduce(buffers)
+    dh = dropped(dh, factors)
     if len(marks) > 0:
         dh = mark_received(marks[0], dh)
     return add(d_state, (dh,))
@@ -527,17 +570,16 @@ def publish_gradients(
     d_state, past, marks, d_fresh, at, place, context, H: gl.constexpr, CELL: gl.constexpr
 ):
     """Walk back through a step, from the gradient of the states after it without `d_out`."""
-    _, _, mask, publish_mask, _ = place
+    _, _, mask, publish_mask, _, _ = place
     pointers, extra, _, unit, row, publish_offsets, _ = context
-    _, _, fresh_ptrs, _, _, _, d_gates_ptr = pointers
+    _, _, fresh_ptrs, _, _, _, _, d_gates_ptr = pointers
     G: gl.constexpr = CELL.n_gates
     A: gl.constexpr = CELL.n_apart
     N: gl.constexpr = G + A
     dtype: gl.constexpr = d_gates_ptr.dtype.element_ty
 
-    d_out, saved, state, previous = past
-    d_state = add(d_state, d_out)
-    d_rh, d_wx, d_previous = CELL.backward(saved, state, previous, d_state, extra)
+    d_state = add(d_state, past[0])
+    d_rh, d_wx, d_previous = cell_backward(past, d_state, extra, CELL)
     if fresh_ptrs is not None:
         d_fresh = choose(marks[0], FRESH, add(d_fresh, d_previous), d_fresh)
     if len(marks) > 0:
@@ -556,7 +598,7 @@ def backward_step(
     tile, chunks, place, other, buffers, context, CELL: gl.constexpr, PASS: gl.constexpr
 ):
     row_ptr, d_state, published_marks, d_fresh, past, marks, at, step = tile
-    _, _, _, _, columns = place
+    _, _, _, _, columns, _ = place
     _, _, operands, _, _, _, _ = context
     H: gl.constexpr = PASS.H
     multiply(chunks, row_ptr, columns, operands, buffers, step, PASS.GROUP, PASS)
@@ -564,7 +606,7 @@ def backward_step(
     if len(other) > 0:
         chunks = load_published(other[0], other[1], PASS)
     next_past, next_marks, after = load_past_ahead(at, step + 1, place, context, H, CELL)
-    d_state = receive_gradients(buffers, d_state, published_marks)
+    d_state = receive_gradients(buffers, d_state, published_marks, place)
     row_ptr, d_state, marks, d_fresh = publish_gradients(
         d_state, past, marks, d_fresh, at, place, context, H, CELL
     )
@@ -573,12 +615,13 @@ def backward_step(
     return (row_ptr, d_state, marks, d_fresh, next_past, next_marks, after, step + 1), chunks
 
 
-@gluon.jit(do_not_specialize=["T", "B", "first_tile"])
+@gluon.jit(do_not_specialize=["n_ahead", "T", "B", "first_tile"])
 def backward_kernel(
     d_out_ptrs, d_final_ptrs, r_ptr, extra_ptr, initial_ptrs, marks_ptr, fresh_ptrs, state_ptrs,
-    past_ptrs, d_gates_ptr, d_initial_ptrs, d_fresh_ptrs, error_ptr, T, B, first_tile,
-    H: gl.constexpr, CELL: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_K: gl.constexpr,
-    IN_REGISTERS: gl.constexpr, PRECISION: gl.constexpr, SPIN_LIMIT: gl.constexpr,
+    past_ptrs, d_gates_ptr, d_initial_ptrs, d_fresh_ptrs, noise_ptrs, error_ptr, n_ahead,
+    T, B, first_tile, H: gl.constexpr, CELL: gl.constexpr, BLOCK_B: gl.constexpr,
+    BLOCK_K: gl.constexpr, IN_REGISTERS: gl.constexpr, PRECISION: gl.constexpr,
+    SPIN_LIMIT: gl.constexpr,
 ):  # fmt: skip
     W: gl.constexpr = gl.num_warps()
     G: gl.constexpr = CELL.n_gates
@@ -590,21 +633,23 @@ def backward_kernel(
     PASS: gl.constexpr = pass_of(
         H, G * H, (CHUNKS + G - 1) // G, BLOCK_K * ITEMSIZE, IN_REGISTERS, PRECISION, SPIN_LIMIT
     )
-    i_slice, i_tile, i_direction = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    drop_ptr, zone_ptrs = noise_ptrs
+    i_slice, i_tile, i_group = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     unit0 = i_slice * UNITS
     width = gl.num_programs(2) * H
 
-    rows = i_direction * B.to(gl.int64)
-    state_ptrs = shift(state_ptrs, i_direction * H - rows * T * width)
-    d_out_ptrs = shift(d_out_ptrs, i_direction * H - rows * T * width)
+    rows = i_group * B.to(gl.int64)
+    state_ptrs = shift(state_ptrs, i_group * H - rows * T * width)
+    d_out_ptrs = shift(d_out_ptrs, i_group * H - rows * T * width)
 
-    r_ptr += i_direction * G * H * H
+    r_ptr += beyond_groups(i_group, n_ahead, G * H * H)
     weights = load_weights(r_ptr, unit0, H, G * H, True, 1, W, BLOCK_K, IN_REGISTERS, PRECISION)
     unit, row, its_unit, its_row, its_offsets = places_of(unit0, N * H, W, ITEMSIZE)
-    extra = load_vectors(extra_ptr, i_direction, unit, H, CELL.n_extra)
-    to_before = gl.where(i_direction == 0, -B, B).to(gl.int64)
+    extra = load_vectors(extra_ptr, i_group, unit, H, CELL.n_extra)
+    to_before = gl.where(is_ahead(i_group, n_ahead), -B, B).to(gl.int64)
     pointers = (
-        d_out_ptrs, initial_ptrs, fresh_ptrs, state_ptrs, past_ptrs, marks_ptr, d_gates_ptr
+        d_out_ptrs, initial_ptrs, fresh_ptrs, state_ptrs, past_ptrs, marks_ptr, zone_ptrs,
+        d_gates_ptr,
     )  # fmt: skip
     operands, size = (weights, error_ptr), (T, to_before, width)
     context = pointers, extra, operands, unit, row, its_offsets, size
@@ -616,8 +661,9 @@ def backward_kernel(
         left = (B - first).to(gl.int32)
         row0, mask = rows + first, (unit < H) & (row < left)
         columns = columns_of(N * H, left, G * H, W, BLOCK_K)
-        place = row0, left, mask, (its_unit < H) & (its_row < left), columns
-        at = rows * T + first + gl.where(i_direction == 0, T - 1, 0).to(gl.int64) * B
+        factors = load_factors(drop_ptr, row0, unit, row, mask, H)
+        place = row0, left, mask, (its_unit < H) & (its_row < left), columns, factors
+        at = rows * T + first + gl.where(is_ahead(i_group, n_ahead), T - 1, 0).to(gl.int64) * B
         d_state = load_each(d_final_ptrs, row0 * H, unit + row * H, mask)
         marks = load_mark(marks_ptr, at, row, left)
         past = load_past(marks, at, 0, place, context, H, CELL)
@@ -635,12 +681,12 @@ def backward_kernel(
     tiles, chunks = through_time(backward_step, tiles, places, buffers, T - 1, context, CELL, PASS)
     for n in gl.static_range(len(tiles)):
         row_ptr, d_state, published_marks, d_fresh, _, _, _, _ = tiles[n]
-        row0, _, mask, _, columns = places[n]
+        row0, _, mask, _, columns, _ = places[n]
         if n > 0:
             chunks = load_published(row_ptr, columns, PASS)
         _barrier()  # others may still read the sums of the step before
         multiply(chunks, row_ptr, columns, operands, buffers[0], T, PASS.GROUP, PASS)
-        d_state = receive_gradients(buffers[0], d_state, published_marks)
+        d_state = receive_gradients(buffers[0], d_state, published_marks, places[n])
         store_each(d_initial_ptrs, row0 * H, unit + row * H, mask, d_state)
         if fresh_ptrs is not None:
             store_each(d_fresh_ptrs, row0 * H, unit + row * H, mask, d_fresh)

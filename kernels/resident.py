@@ -1,9 +1,12 @@
-"""Whole sequences in one launch, each program with all recurrent weights of one direction on chip.
+"""Whole sequences in one launch, each program with all recurrent weights of one group on chip.
 
 For hidden sizes that fit into one program, which needs nothing of others: it keeps the states of
 BLOCK_B rows of the batch, of all units, from the first step to the last. Forward multiplies h by
 R^T. Backward runs in reverse time, multiplies the gradients of the gates by R and writes them;
 those of the weights and the input are GEMMs over all steps, afterwards.
+
+A group is a direction of a layer, or of one head of it, or of one member of an ensemble. There are
+D of them, the first `n_ahead` of which walk forward through time, the others from its end.
 
     wx, rh         (D, T, B, G * H)  input part of the gates with b_ih; recurrent part with b_hh
     r, b           (D, G * H, H)     recurrent weights; b_hh (D, G * H) or None
@@ -19,9 +22,12 @@ those of the weights and the input are GEMMs over all steps, afterwards.
     marks          (D, T, B)         how the state of a row flows at a step (see tiles.py), or None
     fresh          (D, B, H)         each state after a reset, or None for zeros
     fresh_rh       (D, B, G * H)     products of the fresh h with R^T
+    noise: drop    (D, B, H)         factors of h in the recurrent product, or None
+    and zones      (D, T, B, H)      of each state, bytes: which units keep it at a step; or (1,),
+                                     the share that all keep; or None
 
-The second direction of a layer walks through time from its end. The grid is (1, batch tiles,
-directions). T and B are not compiled in; offsets that grow with them have 64 bits.
+The grid is (1, batch tiles, groups). T and B are not compiled in; offsets that grow with them, or
+with the groups, have 64 bits.
 """
 
 import triton
@@ -33,14 +39,20 @@ from .tiles import (
     add,
     as_operand,
     as_operands,
+    beyond_groups,
+    cell_backward,
     choose,
+    dropped,
+    is_ahead,
     load_columns,
+    load_factors,
     load_mark,
     load_past,
     load_rows,
     load_states,
     load_tiles,
     load_vectors,
+    load_zones,
     mark_gradients,
     mark_received,
     recurrent_part,
@@ -49,16 +61,18 @@ from .tiles import (
     store_states,
     store_tiles,
     zeros_like,
+    zoned,
 )
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(do_not_specialize=["n_ahead", "T", "B"])
 def forward_kernel(
     wx_ptr, r_ptr, b_ptr, extra_ptr, initial_ptrs, marks_ptr, fresh_ptrs, fresh_rh_ptr, state_ptrs,
-    saved_ptr, final_ptrs, T, B, H: tl.constexpr, CELL: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
+    saved_ptr, final_ptrs, noise_ptrs, n_ahead, T, B, H: tl.constexpr, CELL: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_tile, i_direction = tl.program_id(1), tl.program_id(2)
+    drop_ptr, zone_ptrs = noise_ptrs
+    i_tile, i_group = tl.program_id(1), tl.program_id(2)
     row0 = i_tile.to(tl.int64) * BLOCK_B
     row = row0 + tl.arange(0, BLOCK_B)
     row_mask = row < B
@@ -67,38 +81,41 @@ def forward_kernel(
     N_SAVED: tl.constexpr = CELL.n_saved
 
     # Rows of the batch are counted in (D, B), and those of a step in (D, T, B).
-    direction_rows = i_direction * T.to(tl.int64) * B
-    row += i_direction * B
-    row0 += direction_rows
-    state_ptrs = shift(state_ptrs, i_direction * H - direction_rows * width)
-    r_ptr += i_direction * N_GATES * H * H
+    group_rows = i_group * T.to(tl.int64) * B
+    row += beyond_groups(i_group, n_ahead, B)
+    row0 += group_rows
+    state_ptrs = shift(state_ptrs, i_group * H - group_rows * width)
+    r_ptr += beyond_groups(i_group, n_ahead, N_GATES * H * H)
     if b_ptr is not None:
-        b_ptr += i_direction * N_GATES * H
+        b_ptr += i_group * N_GATES * H
     if extra_ptr is not None:
-        extra_ptr += i_direction * CELL.n_extra * H
+        extra_ptr += i_group * CELL.n_extra * H
 
     columns = load_columns(r_ptr, H, N_GATES, BLOCK_H, PRECISION)
     bias = load_vectors(b_ptr, 0, H, BLOCK_H, N_GATES)
     extra = load_vectors(extra_ptr, 0, H, BLOCK_H, CELL.n_extra)
     dtype = state_ptrs[0].dtype.element_ty
+    factors = load_factors(drop_ptr, row, row_mask, 0, H, BLOCK_H)
     state = load_states(initial_ptrs, row, H, row_mask, 0, H, BLOCK_H)
-    to_next = tl.where(i_direction == 0, B, -B).to(tl.int64)
-    row0 += tl.where(i_direction == 0, 0, T - 1).to(tl.int64) * B
+    to_next = tl.where(is_ahead(i_group, n_ahead), B, -B).to(tl.int64)
+    row0 += tl.where(is_ahead(i_group, n_ahead), 0, T - 1).to(tl.int64) * B
     rows = row0 + tl.arange(0, BLOCK_B)
     wx = load_tiles(wx_ptr + rows * (N_GATES * H), row_mask, 0, H, BLOCK_H, N_GATES)
+    zones = load_zones(zone_ptrs, rows, row_mask, 0, H, BLOCK_H)
     mark = None
     if marks_ptr is not None:
         marks_ptr += row0
         mark = load_mark(marks_ptr, row_mask)
 
     for step in range(T):
-        h = as_operand(state[0].to(dtype), PRECISION)
+        h = as_operand(dropped(state[0], factors).to(dtype), PRECISION)
         block = tl.dot(h, columns, input_precision=PRECISION)
         rh = recurrent_part(
             block, bias, mark, fresh_rh_ptr, row, row_mask, 0, H, N_GATES, BLOCK_B, BLOCK_H
         )
         before = refresh(state, mark, fresh_ptrs, row, row_mask, 0, H, BLOCK_H)
         state, saved = CELL.forward(wx, rh, before, extra)
+        state = zoned(zones, before, state)
         if marks_ptr is not None:
             state = choose(mark, HOLD, before, state)
 
@@ -107,6 +124,7 @@ def forward_kernel(
             store_tiles(saved_ptr + rows * (N_SAVED * H), row_mask, 0, saved, H, BLOCK_H)
         rows += tl.where(step + 1 < T, to_next, 0)
         wx = load_tiles(wx_ptr + rows * (N_GATES * H), row_mask, 0, H, BLOCK_H, N_GATES)
+        zones = load_zones(zone_ptrs, rows, row_mask, 0, H, BLOCK_H)
         if marks_ptr is not None:
             marks_ptr += tl.where(step + 1 < T, to_next, 0)
             mark = load_mark(marks_ptr, row_mask)
@@ -114,13 +132,15 @@ def forward_kernel(
     store_states(final_ptrs, row, H, row_mask, 0, state, H, BLOCK_H)
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(do_not_specialize=["n_ahead", "T", "B"])
 def backward_kernel(
     d_out_ptrs, d_final_ptrs, r_ptr, extra_ptr, initial_ptrs, marks_ptr, fresh_ptrs, state_ptrs,
-    past_ptrs, d_gates_ptr, d_initial_ptrs, d_fresh_ptrs, T, B, H: tl.constexpr, CELL: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
+    past_ptrs, d_gates_ptr, d_initial_ptrs, d_fresh_ptrs, noise_ptrs, n_ahead, T, B,
+    H: tl.constexpr, CELL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_tile, i_direction = tl.program_id(1), tl.program_id(2)
+    drop_ptr, zone_ptrs = noise_ptrs
+    i_tile, i_group = tl.program_id(1), tl.program_id(2)
     row0 = i_tile.to(tl.int64) * BLOCK_B
     row = row0 + tl.arange(0, BLOCK_B)
     row_mask = row < B
@@ -128,20 +148,21 @@ def backward_kernel(
     N_GATES: tl.constexpr = CELL.n_gates
     N_GRADIENTS: tl.constexpr = N_GATES + CELL.n_apart
 
-    direction_rows = i_direction * T.to(tl.int64) * B
-    row += i_direction * B
-    row0 += direction_rows
-    state_ptrs = shift(state_ptrs, i_direction * H - direction_rows * width)
-    d_out_ptrs = shift(d_out_ptrs, i_direction * H - direction_rows * width)
-    r_ptr += i_direction * N_GATES * H * H
+    group_rows = i_group * T.to(tl.int64) * B
+    row += beyond_groups(i_group, n_ahead, B)
+    row0 += group_rows
+    state_ptrs = shift(state_ptrs, i_group * H - group_rows * width)
+    d_out_ptrs = shift(d_out_ptrs, i_group * H - group_rows * width)
+    r_ptr += beyond_groups(i_group, n_ahead, N_GATES * H * H)
     if extra_ptr is not None:
-        extra_ptr += i_direction * CELL.n_extra * H
+        extra_ptr += i_group * CELL.n_extra * H
 
     r_rows = load_rows(r_ptr, H, N_GATES, BLOCK_H, PRECISION)
     extra = load_vectors(extra_ptr, 0, H, BLOCK_H, CELL.n_extra)
+    factors = load_factors(drop_ptr, row, row_mask, 0, H, BLOCK_H)
     d_state = load_states(d_final_ptrs, row, H, row_mask, 0, H, BLOCK_H)
-    to_before = tl.where(i_direction == 0, -B, B).to(tl.int64)
-    row0 += tl.where(i_direction == 0, T - 1, 0).to(tl.int64) * B
+    to_before = tl.where(is_ahead(i_group, n_ahead), -B, B).to(tl.int64)
+    row0 += tl.where(is_ahead(i_group, n_ahead), T - 1, 0).to(tl.int64) * B
     rows = row0 + tl.arange(0, BLOCK_B)
     mark = None
     if marks_ptr is not None:
@@ -149,15 +170,15 @@ def backward_kernel(
         mark = load_mark(marks_ptr, row_mask)
     if fresh_ptrs is not None:
         d_fresh = zeros_like(d_state)
+    zones = load_zones(zone_ptrs, rows, row_mask, 0, H, BLOCK_H)
     past = load_past(
-        d_out_ptrs, state_ptrs, initial_ptrs, fresh_ptrs, past_ptrs, extra, mark,
+        d_out_ptrs, state_ptrs, initial_ptrs, fresh_ptrs, past_ptrs, extra, mark, zones,
         rows, rows + to_before, T == 1, row, width, row_mask, 0, H, BLOCK_H, CELL,
     )  # fmt: skip
 
     for step in range(T):
-        d_out, saved, state, previous = past
-        d_state = add(d_state, d_out)
-        d_rh, d_wx, d_previous = CELL.backward(saved, state, previous, d_state, extra)
+        d_state = add(d_state, past[0])
+        d_rh, d_wx, d_previous = cell_backward(past, d_state, extra, CELL)
         if fresh_ptrs is not None:
             d_fresh = choose(mark, FRESH, add(d_fresh, d_previous), d_fresh)
         if marks_ptr is not None:
@@ -172,10 +193,12 @@ def backward_kernel(
         if marks_ptr is not None:
             marks_ptr += tl.where(step + 1 < T, to_before, 0)
             after, mark = mark, load_mark(marks_ptr, row_mask)
+        zones = load_zones(zone_ptrs, rows, row_mask, 0, H, BLOCK_H)
         past = load_past(
-            d_out_ptrs, state_ptrs, initial_ptrs, fresh_ptrs, past_ptrs, extra, mark,
+            d_out_ptrs, state_ptrs, initial_ptrs, fresh_ptrs, past_ptrs, extra, mark, zones,
             rows, rows + to_before, step + 2 >= T, row, width, row_mask, 0, H, BLOCK_H, CELL,
         )  # fmt: skip
+        dh = dropped(dh, factors)
         if marks_ptr is not None:
             dh = mark_received(after, dh)
         d_state = add(d_previous, (dh,))

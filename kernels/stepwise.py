@@ -3,7 +3,7 @@
 For cells, for hidden sizes whose weights do not fit on chip, and for devices on which programs
 cannot wait for each other. The layouts are those of ``resident.py``; the states (and, backward,
 their gradients) are carried from launch to launch in float32, in `running_ptrs` of shape
-(D, B, H). The grid is (slices, batch tiles, directions).
+(D, B, H). The grid is (slices, batch tiles, groups).
 """
 
 import triton
@@ -14,14 +14,20 @@ from .tiles import (
     HOLD,
     add,
     as_operand,
+    beyond_groups,
     block_pointers,
+    cell_backward,
     choose,
+    dropped,
     has,
+    is_ahead,
+    load_factors,
     load_mark,
     load_past,
     load_states,
     load_tiles,
     load_vectors,
+    load_zones,
     mark_gradients,
     mark_received,
     recurrent_part,
@@ -29,16 +35,19 @@ from .tiles import (
     shift,
     store_states,
     store_tiles,
+    zoned,
 )
 
 
-@triton.jit(do_not_specialize=["T", "B", "step"])
+@triton.jit(do_not_specialize=["n_ahead", "T", "B", "step"])
 def forward_kernel(
     wx_ptr, r_ptr, b_ptr, extra_ptr, initial_ptr, marks_ptr, fresh_ptrs, fresh_rh_ptr, running_ptrs,
-    state_ptrs, saved_ptr, T, B, step, H: tl.constexpr, CELL: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    state_ptrs, saved_ptr, noise_ptrs, n_ahead, T, B, step, H: tl.constexpr,
+    CELL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_slice, i_tile, i_direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    drop_ptr, zone_ptrs = noise_ptrs
+    i_slice, i_tile, i_group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     unit0 = i_slice * BLOCK_H
     row0 = i_tile.to(tl.int64) * BLOCK_B
     row = row0 + tl.arange(0, BLOCK_B)
@@ -47,21 +56,23 @@ def forward_kernel(
     N_GATES: tl.constexpr = CELL.n_gates
     N_SAVED: tl.constexpr = CELL.n_saved
 
-    direction_rows = i_direction * T.to(tl.int64) * B
-    r_ptr += i_direction * N_GATES * H * H
+    group_rows = i_group * T.to(tl.int64) * B
+    r_ptr += beyond_groups(i_group, n_ahead, N_GATES * H * H)
     if b_ptr is not None:
-        b_ptr += i_direction * N_GATES * H
+        b_ptr += i_group * N_GATES * H
     if extra_ptr is not None:
-        extra_ptr += i_direction * CELL.n_extra * H
-    state_ptrs = shift(state_ptrs, i_direction * H)
-    initial_ptr += i_direction * B.to(tl.int64) * H
-    running_ptrs = shift(running_ptrs, i_direction * B.to(tl.int64) * H)
+        extra_ptr += i_group * CELL.n_extra * H
+    state_ptrs = shift(state_ptrs, i_group * H)
+    initial_ptr += i_group * B.to(tl.int64) * H
+    running_ptrs = shift(running_ptrs, i_group * B.to(tl.int64) * H)
     if fresh_ptrs is not None:
-        fresh_ptrs = shift(fresh_ptrs, i_direction * B.to(tl.int64) * H)
-        fresh_rh_ptr += i_direction * B.to(tl.int64) * (N_GATES * H)
-    t = tl.where(i_direction == 0, step, T - 1 - step).to(tl.int64)
+        fresh_ptrs = shift(fresh_ptrs, i_group * B.to(tl.int64) * H)
+        fresh_rh_ptr += i_group * B.to(tl.int64) * (N_GATES * H)
+    if drop_ptr is not None:
+        drop_ptr += i_group * B.to(tl.int64) * H
+    t = tl.where(is_ahead(i_group, n_ahead), step, T - 1 - step).to(tl.int64)
     rows = row + t * B
-    rows_before = rows + tl.where(i_direction == 0, -B, B)
+    rows_before = rows + tl.where(is_ahead(i_group, n_ahead), -B, B)
     h_ptr = tl.where(step == 0, initial_ptr, state_ptrs[0])
     h_row_ptrs = h_ptr + tl.where(step == 0, row * H, rows_before * width)
 
@@ -75,6 +86,13 @@ def forward_kernel(
         columns = tl.load(
             r_ptrs[None, :] + k[:, None], mask=inside[None, :] & (k < H)[:, None], other=0.0
         )
+        if drop_ptr is not None:
+            factors = tl.load(
+                drop_ptr + (row * H)[:, None] + k[None, :],
+                mask=row_mask[:, None] & (k < H)[None, :],
+                other=0.0,
+            )
+            h = (h.to(tl.float32) * factors.to(tl.float32)).to(h.dtype)
         h, columns = as_operand(h, PRECISION), as_operand(columns, PRECISION)
         block = tl.dot(h, columns, block, input_precision=PRECISION)
 
@@ -82,31 +100,35 @@ def forward_kernel(
     extra = load_vectors(extra_ptr, unit0, H, BLOCK_H, CELL.n_extra)
     mark = None
     if marks_ptr is not None:
-        mark = load_mark(marks_ptr + direction_rows + row0 + t * B, row_mask)
+        mark = load_mark(marks_ptr + group_rows + row0 + t * B, row_mask)
     rh = recurrent_part(
         block, bias, mark, fresh_rh_ptr, row, row_mask, unit0, H, N_GATES, BLOCK_B, BLOCK_H
     )
-    wx_rows = (wx_ptr + direction_rows * (N_GATES * H)) + rows * (N_GATES * H)
+    wx_rows = (wx_ptr + group_rows * (N_GATES * H)) + rows * (N_GATES * H)
     wx = load_tiles(wx_rows, row_mask, unit0, H, BLOCK_H, N_GATES)
     state = load_states(running_ptrs, row, H, row_mask, unit0, H, BLOCK_H)
     before = refresh(state, mark, fresh_ptrs, row, row_mask, unit0, H, BLOCK_H)
     state, saved = CELL.forward(wx, rh, before, extra)
+    zones = load_zones(zone_ptrs, group_rows + rows, row_mask, unit0, H, BLOCK_H)
+    state = zoned(zones, before, state)
     if marks_ptr is not None:
         state = choose(mark, HOLD, before, state)
     store_states(running_ptrs, row, H, row_mask, unit0, state, H, BLOCK_H)
     store_states(state_ptrs, rows, width, row_mask, unit0, state, H, BLOCK_H)
     if saved_ptr is not None:
-        saved_rows = saved_ptr + (direction_rows + rows) * (N_SAVED * H)
+        saved_rows = saved_ptr + (group_rows + rows) * (N_SAVED * H)
         store_tiles(saved_rows, row_mask, unit0, saved, H, BLOCK_H)
 
 
-@triton.jit(do_not_specialize=["T", "B", "step"])
+@triton.jit(do_not_specialize=["n_ahead", "T", "B", "step"])
 def backward_kernel(
     d_out_ptrs, r_ptr, extra_ptr, initial_ptrs, marks_ptr, fresh_ptrs, state_ptrs, past_ptrs,
-    running_ptrs, d_gates_ptr, d_fresh_ptrs, T, B, step, H: tl.constexpr, CELL: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    running_ptrs, d_gates_ptr, d_fresh_ptrs, noise_ptrs, n_ahead, T, B, step,
+    H: tl.constexpr, CELL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_slice, i_tile, i_direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    drop_ptr, zone_ptrs = noise_ptrs
+    i_slice, i_tile, i_group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     unit0 = i_slice * BLOCK_H
     row0 = i_tile.to(tl.int64) * BLOCK_B
     row = row0 + tl.arange(0, BLOCK_B)
@@ -116,21 +138,23 @@ def backward_kernel(
     N_PAST: tl.constexpr = CELL.n_saved if len(past_ptrs) == 1 else N_GATES
     N_GRADIENTS: tl.constexpr = N_GATES + CELL.n_apart
 
-    direction_rows = i_direction * T.to(tl.int64) * B
-    r_ptr += i_direction * N_GATES * H * H
+    group_rows = i_group * T.to(tl.int64) * B
+    r_ptr += beyond_groups(i_group, n_ahead, N_GATES * H * H)
     if extra_ptr is not None:
-        extra_ptr += i_direction * CELL.n_extra * H
-    initial_ptrs = shift(initial_ptrs, i_direction * B.to(tl.int64) * H)
-    running_ptrs = shift(running_ptrs, i_direction * B.to(tl.int64) * H)
-    state_ptrs = shift(state_ptrs, i_direction * H)
-    d_out_ptrs = shift(d_out_ptrs, i_direction * H)
+        extra_ptr += i_group * CELL.n_extra * H
+    initial_ptrs = shift(initial_ptrs, i_group * B.to(tl.int64) * H)
+    running_ptrs = shift(running_ptrs, i_group * B.to(tl.int64) * H)
+    state_ptrs = shift(state_ptrs, i_group * H)
+    d_out_ptrs = shift(d_out_ptrs, i_group * H)
     if fresh_ptrs is not None:
-        fresh_ptrs = shift(fresh_ptrs, i_direction * B.to(tl.int64) * H)
-        d_fresh_ptrs = shift(d_fresh_ptrs, i_direction * B.to(tl.int64) * H)
-    past_ptrs = shift(past_ptrs, direction_rows * (N_PAST * H))
-    d_gates_ptr += direction_rows * (N_GRADIENTS * H)
-    t = tl.where(i_direction == 0, T - 1 - step, step).to(tl.int64)
-    to_before = tl.where(i_direction == 0, -B, B)
+        fresh_ptrs = shift(fresh_ptrs, i_group * B.to(tl.int64) * H)
+        d_fresh_ptrs = shift(d_fresh_ptrs, i_group * B.to(tl.int64) * H)
+    if drop_ptr is not None:
+        drop_ptr += i_group * B.to(tl.int64) * H
+    past_ptrs = shift(past_ptrs, group_rows * (N_PAST * H))
+    d_gates_ptr += group_rows * (N_GRADIENTS * H)
+    t = tl.where(is_ahead(i_group, n_ahead), T - 1 - step, step).to(tl.int64)
+    to_before = tl.where(is_ahead(i_group, n_ahead), -B, B)
     rows = row + t * B
 
     d_state = load_states(running_ptrs, row, H, row_mask, unit0, H, BLOCK_H)
@@ -151,19 +175,21 @@ def backward_kernel(
         d_gates, r_rows = as_operand(d_gates, PRECISION), as_operand(r_rows, PRECISION)
         dh = tl.dot(d_gates, r_rows, dh, input_precision=PRECISION)
 
+    dh = dropped(dh, load_factors(drop_ptr, row, row_mask, unit0, H, BLOCK_H))
     mark = None
     if marks_ptr is not None:
-        marks_ptr += direction_rows + row0 + t * B
+        marks_ptr += group_rows + row0 + t * B
         mark = load_mark(marks_ptr, row_mask)
         to_after = tl.where(step == 0, 0, -to_before)  # dh is 0 at first
         dh = mark_received(load_mark(marks_ptr + to_after, row_mask), dh)
     extra = load_vectors(extra_ptr, unit0, H, BLOCK_H, CELL.n_extra)
-    d_out, saved, state, previous = load_past(
-        d_out_ptrs, state_ptrs, initial_ptrs, fresh_ptrs, past_ptrs, extra, mark,
+    zones = load_zones(zone_ptrs, group_rows + rows, row_mask, unit0, H, BLOCK_H)
+    past = load_past(
+        d_out_ptrs, state_ptrs, initial_ptrs, fresh_ptrs, past_ptrs, extra, mark, zones,
         rows, rows + to_before, step == T - 1, row, width, row_mask, unit0, H, BLOCK_H, CELL,
     )  # fmt: skip
-    d_state = add(add(d_state, (dh,)), d_out)
-    d_rh, d_wx, d_previous = CELL.backward(saved, state, previous, d_state, extra)
+    d_state = add(add(d_state, (dh,)), past[0])
+    d_rh, d_wx, d_previous = cell_backward(past, d_state, extra, CELL)
     if fresh_ptrs is not None:
         mask = row_mask & has(mark, FRESH)
         d_fresh = load_states(d_fresh_ptrs, row, H, mask, unit0, H, BLOCK_H)

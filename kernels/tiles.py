@@ -44,6 +44,30 @@ def store_states(
         store_tiles(ptrs[s] + rows * width, row_mask, unit0, (tiles[s],), H, BLOCK_H)
 
 
+# Groups are the directions of a layer, or of each of its heads or of the members of an ensemble. Of
+# the directions alone the first walks forward and the second from the end of time, and nobody says
+# so: `n_ahead` is None, and costs plain layers nothing. Otherwise it is the number of those, the
+# first, that walk forward.
+
+
+@triton.jit
+def is_ahead(i_group, n_ahead):
+    """Whether a group walks forward through time."""
+    if n_ahead is None:
+        return i_group == 0
+    else:
+        return i_group < n_ahead
+
+
+@triton.jit
+def beyond_groups(i_group, n_ahead, size):
+    """How far the elements of a group, so many in each, lie behind those of the first one."""
+    if n_ahead is None:
+        return i_group * size
+    else:
+        return i_group.to(tl.int64) * size
+
+
 # Marks say of each row how its state flows at a step: bits, as flow.py of the package makes them.
 # HOLD: the row has no such step; FRESH: its state is replaced before it; CUT: no gradient passes
 # from it to the state before it; START: it is the row's first.
@@ -165,6 +189,92 @@ def store_tiles(row_ptrs, row_mask, unit0, tiles, H: tl.constexpr, BLOCK_H: tl.c
             tl.store(ptrs, tiles[n].to(dtype), mask=mask)
 
 
+# Noise: recurrent dropout multiplies h by factors, of each row and unit, before the recurrent
+# product. By zoneout a state keeps its old value, in units drawn for every step (bytes), or in
+# equal shares everywhere (one number, of evaluation).
+
+
+@triton.jit
+def load_factors(drop_ptr, row, row_mask, unit0, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Load the factors of recurrent dropout for a tile of h; nothing from None."""
+    factors = ()
+    if drop_ptr is not None:
+        factors = load_tiles(drop_ptr + row * H, row_mask, unit0, H, BLOCK_H, 1)
+    return factors
+
+
+@triton.jit
+def dropped(h, factors):
+    """h after recurrent dropout, or a gradient on its way back through it."""
+    if len(factors) > 0:
+        h = h * factors[0]
+    return h
+
+
+@triton.jit
+def load_zones(zone_ptrs, rows, row_mask, unit0, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Load what each state keeps at a step, of rows counted in (D, T, B): a condition or a share.
+
+    A state that has no zoneout has an empty tuple; without any there is nothing.
+    """
+    zones = ()
+    if zone_ptrs is not None:
+        unit = unit0 + tl.arange(0, BLOCK_H)
+        mask = row_mask[:, None] & (unit < H)[None, :]
+        for s in tl.static_range(len(zone_ptrs)):
+            if zone_ptrs[s] is None:
+                zones += ((),)
+            elif zone_ptrs[s].dtype.element_ty == tl.uint8:
+                ptrs = zone_ptrs[s] + (rows * H)[:, None] + unit[None, :]
+                zones += ((tl.load(ptrs, mask=mask, other=0) != 0,),)
+            else:
+                zones += ((tl.load(zone_ptrs[s]).to(tl.float32),),)
+    return zones
+
+
+@triton.jit
+def mix(zone, old, new):
+    """What a state, or a gradient, is where its old value is kept by a condition or a share."""
+    if zone.dtype == tl.int1:
+        return tl.where(zone, old, new)
+    else:
+        return zone * old + (1.0 - zone) * new
+
+
+@triton.jit
+def zoned(zones, before, after):
+    """The states after a step of which some part is what it was before."""
+    if len(zones) > 0:
+        states = ()
+        for s in tl.static_range(len(after)):
+            if len(zones[s]) > 0:
+                states += (mix(zones[s][0], before[s], after[s]),)
+            else:
+                states += (after[s],)
+        after = states
+    return after
+
+
+@triton.jit
+def cell_backward(past, d_state, extra, CELL: tl.constexpr):
+    """Go back through a cell, and by it where zoneout kept a state."""
+    _, saved, state, previous, zones = past
+    d_new = d_state
+    if len(zones) > 0:
+        d_new = zoned(zones, zeros_like(d_state), d_state)
+    d_rh, d_wx, d_previous = CELL.backward(saved, state, previous, d_new, extra)
+    if len(zones) > 0:
+        d_all = ()
+        for s in tl.static_range(len(d_state)):
+            if len(zones[s]) > 0:
+                kept = mix(zones[s][0], d_state[s], activations.zeros_like(d_state[s]))
+                d_all += (d_previous[s] + kept,)
+            else:
+                d_all += (d_previous[s],)
+        d_previous = d_all
+    return d_rh, d_wx, d_previous
+
+
 @triton.jit
 def load_past(
     d_out_ptrs,
@@ -174,6 +284,7 @@ def load_past(
     past_ptrs,
     extra,
     mark,
+    zones,
     rows,
     rows_before,
     is_first,
@@ -185,15 +296,17 @@ def load_past(
     BLOCK_H: tl.constexpr,
     CELL: tl.constexpr,
 ):
-    """Load what backward needs of a step: gradients that arrive there, activations, and the states
-    after and before it. `past_ptrs` is one pointer to the activations, or two to the parts of the
-    gates from which they are computed.
+    """Load what backward needs of a step: gradients that arrive there, activations, the states that
+    the cell made and those before it; `zones` are handed on. `past_ptrs` is one pointer to the
+    activations, or two to the parts of the gates from which they are computed. With zoneout there
+    must be two: the states after a step are not what the cell made.
     """
     out_mask = row_mask
     if mark is not None:
         out_mask = row_mask & (has(mark, HOLD) == 0)
     d_out = load_states(d_out_ptrs, rows, width, out_mask, unit0, H, BLOCK_H)
-    state = load_states(state_ptrs, rows, width, row_mask, unit0, H, BLOCK_H)
+    if len(past_ptrs) == 1:
+        state = load_states(state_ptrs, rows, width, row_mask, unit0, H, BLOCK_H)
     previous = ()
     for s in tl.static_range(len(state_ptrs)):
         if mark is None:
@@ -216,8 +329,8 @@ def load_past(
     saved = load_tiles(past_ptrs[0] + rows * (N * H), row_mask, unit0, H, BLOCK_H, N)
     if len(past_ptrs) == 2:
         rh = load_tiles(past_ptrs[1] + rows * (N * H), row_mask, unit0, H, BLOCK_H, N)
-        saved = CELL.forward(saved, rh, previous, extra)[1]
-    return d_out, saved, state, previous
+        state, saved = CELL.forward(saved, rh, previous, extra)
+    return d_out, saved, state, previous, zones
 
 
 @triton.jit

@@ -247,13 +247,10 @@ def operands_of(numbers: Numbers) -> launch.Operands:
 
 
 @contextlib.contextmanager
-def unchanged(*arguments: Tensor | Iterable[Tensor] | None) -> Iterator[None]:
-    """Check that a call leaves all bits of what it is given."""
-    tensors = [
-        tensor
-        for argument in arguments
-        for tensor in ([argument] if isinstance(argument, Tensor) else argument or ())
-    ]
+def unchanged(*arguments: object) -> Iterator[None]:
+    """Check that a call leaves all bits of the tensors that it is given, also in sequences."""
+    parts = [part for a in arguments for part in (a if isinstance(a, (list, tuple)) else [a])]
+    tensors = [part for part in parts if isinstance(part, Tensor)]
     before = [tensor.clone() for tensor in tensors]
     yield
     assert all(map(same_bits, tensors, before))
@@ -261,7 +258,7 @@ def unchanged(*arguments: Tensor | Iterable[Tensor] | None) -> Iterator[None]:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal, where a NaN is equal to itself."""
-    integer = {2: torch.int16, 4: torch.int32}[a.dtype.itemsize]
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
     return a.dtype == b.dtype and a.view(integer).equal(b.view(integer))
 
 

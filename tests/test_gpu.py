@@ -158,15 +158,18 @@ def compare(cell, shape, dtype, schedule, bias=True):
 
 def skip_unless_planned(schedule, cell, x, state, weights, directions, *, marked=False):
     """Skip what does not fit this device; what Triton does not compile there is a failure."""
+    batch, hidden = state[0].shape[1:]
+    skip_unless_it_fits(schedule, cell, x, batch, hidden, directions, marked=marked)
+
+
+def skip_unless_it_fits(schedule, cell, x, batch, hidden, groups, **flow):
     device, precision = devices.facts(x)
     if schedule == "persistent":
         assert not device.gap
-    batch, hidden = state[0].shape[1:]
-    shape = Shape.of(CELLS[cell], batch, hidden, directions, x.dtype.itemsize, precision)
+    shape = Shape.of(CELLS[cell], batch, hidden, groups, x.dtype.itemsize, precision)
+    shape = shape._replace(**flow)
     for backward in (False, True):
-        chosen = configs.choose(
-            shape._replace(marked=marked), device, backward=backward, schedule=schedule
-        )
+        chosen = configs.choose(shape, device, backward=backward, schedule=schedule)
         if chosen is None:
             pytest.skip(f"no {schedule} schedule for {shape} on {device}")
 
@@ -323,6 +326,53 @@ def test_shapes(cell, shape, dtype):
 @pytest.mark.parametrize("cell", MARKED)
 def test_marks_and_traces(cell, shape, schedule, fresh, dtype):
     check_marks(cell, shape, schedule, fresh, dtype)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("heads", "members"), [(3, 0), (1, 3), (2, 2)])
+@pytest.mark.parametrize("cell", MARKED)
+def test_heads_and_members(cell, heads, members, schedule, dtype):
+    steps, batch, inputs, hidden, directions = 17, 19, 24, 33, 2
+    each = max(1, members)
+    shape = steps, batch * each, inputs, hidden * heads, directions
+    x, state, weights = make(cell, shape, dtype)
+    count = len(weights) // directions
+    with torch.no_grad():
+        weights[1::count] = [w[:, :hidden].contiguous() for w in weights[1::count]]
+        if members:
+            weights = [torch.stack([w * (1 - m / 4) for m in range(members)]) for w in weights]
+    weights = [w.detach().requires_grad_() for w in weights]
+    flow = marked(shape, state, True)
+    arguments = cell, x, state, weights, directions
+    groups = directions * heads * each
+    skip_unless_it_fits(schedule, cell, x, batch, hidden, groups, marked=True)
+    with forced(schedule):
+        ours = run(ops.layer, *arguments, flow=flow, traced=True)
+    stock, exact = run(reference.layer, *arguments, flow=flow), in_float64(*arguments, flow=flow)
+    check(ours, stock, exact)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("has_drop", [False, True])
+@pytest.mark.parametrize("has_zones", [False, True])
+@pytest.mark.parametrize("cell", MARKED)
+def test_noise(cell, has_zones, has_drop, schedule, dtype):
+    shape = 33, 37, 24, 60, 2
+    x, state, weights = make(cell, shape, dtype)
+    kept = torch.rand(state[0].shape, device="cuda") < 0.5
+    noise = [kept.to(dtype) / 0.5 if has_drop else x.new_empty(0)]
+    for part in state:
+        units = torch.rand(shape[-1], shape[0], *part.shape[1:], device="cuda") < 0.3
+        noise.append(units if has_zones else x.new_empty(0))
+    flow = marked(shape, state, True)._replace(noise=noise)
+    arguments = cell, x, state, weights, shape[-1]
+    skip_unless_it_fits(schedule, cell, x, shape[1], shape[3], 2, marked=True, noisy=True)
+    with forced(schedule):
+        ours = run(ops.layer, *arguments, flow=flow, traced=True)
+        again = run(ops.layer, *arguments, flow=flow, traced=True, recompute=True)
+    stock, exact = run(reference.layer, *arguments, flow=flow), in_float64(*arguments, flow=flow)
+    check(ours, stock, exact)
+    check(again, stock, exact)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pytest
 import torch
@@ -51,10 +51,18 @@ def take(monkeypatch, mode, block_b=8):
 
 
 class Layer(NamedTuple):
-    """A problem, and which parts of a flow it has."""
+    """A problem, and which parts of a flow it has.
+
+    BATCH and HIDDEN are those of a member and of a head; 0 members are no ensemble. By `zones` some
+    units of each state keep their old value, or all a share of it, or none do.
+    """
 
     cell: str
     directions: int = 1
+    heads: int = 1
+    members: int = 0
+    drop: bool = False
+    zones: tuple[Literal["units", "share", ""], ...] = ()
     lengths: bool = True
     resets: bool = True
     bptt: int | None = 3
@@ -81,32 +89,41 @@ def draw(layer: Layer) -> Numbers:
     def random(*shape, scale=1.0):
         return (torch.randn(shape, generator=generator) * scale).to(layer.dtype)
 
-    cell = CELLS[layer.cell]
-    width, in_state = cell.n_gates * HIDDEN, (layer.directions, BATCH, HIDDEN)
+    cell, batch, hidden = CELLS[layer.cell], BATCH * max(1, layer.members), HIDDEN * layer.heads
+    width, in_state = cell.n_gates * hidden, (layer.directions, batch, hidden)
     shapes = [(width, INPUTS), (width, HIDDEN), *[(width,)] * (2 * layer.bias)]
-    shapes += [(extra.blocks * HIDDEN,) for extra in cell.extras]
-    lengths = torch.tensor([STEPS, 0, 3, STEPS, 1])
-    resets = torch.rand(STEPS, BATCH, generator=generator) < 0.3
+    shapes += [(extra.blocks * hidden,) for extra in cell.extras]
+    shapes = [(layer.members, *shape) if layer.members else shape for shape in shapes]
+    lengths = torch.tensor([STEPS, 0, 3, STEPS, 1]).repeat(max(1, layer.members))
+    resets = torch.rand(STEPS, batch, generator=generator) < 0.3
     resets[:, 0] = torch.tensor([1, 0, 1, 1, 0])
     resets[2:4, 2] = True  # its last step, and one that it does not have
     marks = make_marks(
         STEPS,
-        BATCH,
+        batch,
         layer.directions,
         torch.device("cpu"),
         lengths if layer.lengths else None,
         resets if layer.resets else None,
         layer.bptt,
     )
-    y = STEPS, BATCH, layer.directions * HIDDEN
+    y = STEPS, batch, layer.directions * hidden
     fresh, state = (
         as_states(cell, [random(*in_state) for _ in range(cell.n_states * given)])
         for given in (layer.fresh, layer.state)
     )
-    x = random(STEPS, BATCH, INPUTS)
+    noise = []
+    if layer.drop or layer.zones:
+        kept = torch.rand(in_state, generator=generator) < 0.6
+        noise = [kept.to(layer.dtype) / 0.6 if layer.drop else torch.empty(0, dtype=layer.dtype)]
+    for zone in layer.zones:
+        units = torch.rand(in_state[0], STEPS, *in_state[1:], generator=generator) < 0.4
+        share = torch.full((1 if zone else 0,), 0.3, dtype=layer.dtype)
+        noise.append(units if zone == "units" else share)
+    x = random(STEPS, batch, INPUTS)
     weights = [random(*shape, scale=0.4) for _ in range(layer.directions) for shape in shapes]
     return Numbers(
-        Call(cell, x, state, weights, None, layer.directions == 2, Flow(marks, fresh)),
+        Call(cell, x, state, weights, None, layer.directions == 2, Flow(marks, fresh, noise)),
         Cotangents(
             random(*y) if layer.dy else None,
             [random(*in_state) for _ in range(cell.n_states)],
@@ -117,16 +134,15 @@ def draw(layer: Layer) -> Numbers:
 
 def by_reference(layer: Layer, numbers: Numbers) -> dict[str, torch.Tensor]:
     """All results in float64, by autograd."""
-    (x,), state, weights, fresh, (dy,), d_final, d_traces = (
-        [None if part is None else part.double() for part in parts]
+    marks, *others = numbers.call.flow
+    (x,), state, weights, fresh, noise, (dy,), d_final, d_traces = (
+        [part.double() if part is not None and part.is_floating_point() else part for part in parts]
         for parts in (
-            *([numbers.call.x], numbers.call.state, numbers.call.weights, numbers.call.flow.fresh),
+            *([numbers.call.x], numbers.call.state, numbers.call.weights, *others),
             *([numbers.given.dy], numbers.given.d_final, numbers.given.d_traces),
         )
     )
-    call = numbers.call._replace(
-        x=x, state=state, weights=weights, flow=numbers.call.flow._replace(fresh=fresh)
-    )
+    call = numbers.call._replace(x=x, state=state, weights=weights, flow=Flow(marks, fresh, noise))
     result = reference.layer(call)
     grads = gradients.first(call, Cotangents(dy, d_final, d_traces))
     return {
@@ -293,19 +309,6 @@ def part_of(numbers: Numbers, rows: torch.Tensor, marked: bool) -> Numbers:
         call._replace(x=x, state=of(call.state), flow=flow),
         Cotangents(dy, of(given.d_final), of(given.d_traces)),
     )
-
-
-def test_noise_has_no_kernels():
-    call, _ = draw(Layer("gru"))
-    noise = Flow(None, [], [torch.rand(1, BATCH, HIDDEN), torch.rand(1, STEPS, BATCH, HIDDEN)])
-    noisy = call._replace(flow=noise)
-    assert gpu.has_kernels(call)
-    assert not gpu.has_kernels(noisy)
-    (y, final, _), _ = gpu.forward(noisy, cpu.NOTHING, False)
-    torch.testing.assert_close(y, reference.layer(noisy).y)
-    for saved in ([], [y]):
-        dx, *_ = gpu.backward(noisy, Cotangents(y, final), saved, Asked())
-        assert dx.shape == call.x.shape
 
 
 def test_bits_are_those_of_the_package():

@@ -69,15 +69,18 @@ def _maximum_of_halves(statement: Statement) -> list[Word]:
 @encodes(
     *(
         f"{name}.{kind}"
-        for name in ("add", "sub", "mul")
+        for name in ("add", "sub", "mul", "fma.rn")
         for kind in ("f16", "bf16", "f16x2", "bf16x2")
     )
 )
 def _arithmetic_of_halves(statement: Statement) -> list[Word]:
-    """By way of float32, from which a sum or product is rounded to what it would be at once."""
-    first, *others = statement.operands(3)
+    """By way of float32, from which a sum or product is rounded to what it would be at once.
+
+    A product to which something is added is rounded twice, but for the -0 that makes it a product.
+    """
+    operation, *_, kind = statement.name.upper().split(".")
+    first, *others = statement.operands(4 if operation == "FMA" else 3)
     destination, sources = statement.destination(first, "r"), statement.sources(others)
-    operation, _, kind = statement.name.upper().partition(".")
     halves, new, words = [[source] for source in sources], statement.assembler.temporary, []
     if kind.endswith("X2"):
         halves = [[new(), new()] for _ in sources]
@@ -86,14 +89,14 @@ def _arithmetic_of_halves(statement: Statement) -> list[Word]:
             for pair, source in zip(halves, sources, strict=True)
         ]
     results = []
-    for pair in zip(*halves, strict=True):
-        wide = [new() for _ in range(3)]
+    for of_one in zip(*halves, strict=True):
+        *wide, result = (new() for _ in range(len(sources) + 1))
         words += [
             statement.word(f"CVT_F32_{kind.removesuffix('X2')}", [to], [half])
-            for to, half in zip(wide, pair, strict=False)
+            for to, half in zip(wide, of_one, strict=True)
         ]
-        words.append(statement.word(f"{operation}F", wide[2:], wide[:2]))
-        results.insert(0, wide[2])
+        words.append(statement.word(f"{operation}F", [result], wide))
+        results.insert(0, result)
     return [*words, statement.word(f"CVT_{kind}_F32", [destination], results)]
 
 

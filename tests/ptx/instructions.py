@@ -101,7 +101,7 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     ("LG2F", "rr", "lg2.approx.f32"),
     ("RCPF", "rr", "rcp.rn.f32 rcp.approx.f32 rcp.approx.ftz.f32"),
     ("SQRTF", "rr", "sqrt.rn.f32 sqrt.approx.f32"),
-    ("RSQRTF", "rr", "rsqrt.approx.f32"),
+    ("RSQRTF", "rr", "rsqrt.approx.f32 rsqrt.approx.ftz.f32"),
     ("TANHF", "rr", "tanh.approx.f32"),
     ("SINF", "rr", "sin.approx.f32"),
     ("COSF", "rr", "cos.approx.f32"),

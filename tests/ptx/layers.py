@@ -20,7 +20,8 @@ from compare import assert_accurate
 from gpu_stand_in import as_on_a_gpu
 from torch import Tensor
 
-from fastrnn import devices
+from fastrnn import devices, ops, paths, planner, reference
+from fastrnn.call import Call
 from fastrnn.cases import MODULES
 from fastrnn.cells import CELLS
 from fastrnn.kernels import launch
@@ -54,6 +55,12 @@ class Case:
     flow : {'', 'marked', 'fresh'}
         Whether there are lengths, resets and truncated gradients; and states after a reset and all
         states as a result too.
+    heads : int
+        Into which `hidden` is divided.
+    members : int
+        Of an ensemble, as the operator takes it, each with `batch` rows; 0 for none.
+    noise : {'', 'drop', 'units', 'share', 'drop units', 'drop share'}
+        Recurrent dropout; zoneout in some units of every state, or as a share of all.
     bias, recompute, training : bool
         Without `training` there are no gradients.
     gpu : str
@@ -76,6 +83,9 @@ class Case:
     precision: str = "tf32"
     directions: int = 1
     flow: str = ""
+    heads: int = 1
+    members: int = 0
+    noise: str = ""
     bias: bool = True
     recompute: bool = False
     training: bool = True
@@ -105,9 +115,19 @@ class Case:
     def shape(self) -> Shape:
         """The problem as the kernels see it."""
         itemsize = getattr(torch, self.dtype).itemsize
-        sizes = self.batch, self.hidden, self.directions
+        sizes = self.batch, self.units, self.groups
         shape = Shape.of(CELLS[self.cell], *sizes, itemsize, self.precision)
-        return shape._replace(marked=bool(self.flow))
+        return shape._replace(marked=bool(self.flow), noisy=bool(self.noise))
+
+    @property
+    def units(self) -> int:
+        """The hidden units of a head."""
+        return self.hidden // self.heads
+
+    @property
+    def groups(self) -> int:
+        """How many layers of these units the kernels see."""
+        return self.directions * self.heads * max(1, self.members)
 
     def candidates(self, **fields: Any) -> Iterator[tuple[Config, Config]]:
         """Ways to launch its kernels: those of both, of which the fewer are taken again.
@@ -131,7 +151,7 @@ class Case:
 
     def chunks(self, config: Config, backward: bool) -> int:
         """Count the chunks of columns of a persistent kernel."""
-        columns = self.hidden * (self.shape.n_gates if backward else 1)
+        columns = self.units * (self.shape.n_gates if backward else 1)
         return -(-columns // (config.num_warps * config.block_k))
 
     @property
@@ -279,8 +299,10 @@ def _run(case: Case, dtype: torch.dtype, move: int = 0) -> dict[str, Tensor]:
             numbers = numbers * (1 + case.eps * away)
         return numbers.requires_grad_()
 
-    steps, batch, inputs = case.steps, case.batch, 5
+    steps, batch, inputs = case.steps, case.batch * max(1, case.members), 5
     options = {"bidirectional": case.directions == 2, "bias": case.bias, "dtype": dtype}
+    options |= {"num_heads": case.heads, "recurrent_dropout": 0.4 * ("drop" in case.noise)}
+    options["zoneout"] = 0.3 * any(kind in case.noise for kind in ("units", "share"))
     cls, given_to_class = MODULES[case.cell]
     module = cls(inputs, case.hidden, **given_to_class, **options)
     for name, parameter in module.named_parameters():
@@ -299,20 +321,58 @@ def _run(case: Case, dtype: torch.dtype, move: int = 0) -> dict[str, Tensor]:
     if case.flow == "fresh":
         given |= {"reset_state": _as_hx(fresh), "return_states": True}
         leaves |= _named("fresh_{}", states, fresh)
-    with torch.set_grad_enabled(case.training):
-        y, final, *more = module(leaves["x"], _as_hx(hx), **given)
+    noise = _noise(case, shape, generator, own, dtype)
+    parameters = dict(module.named_parameters())
+    call: Callable[..., Any] = module
+    if case.members:
+        sizes = {name: (case.members, *part.shape) for name, part in parameters.items()}
+        parameters = {name: random(*size, scale=0.2) for name, size in sizes.items()}
+        call = functools.partial(_ensemble, case, list(parameters.values()))
+    drawn = mock.patch.object(paths, "_noise", return_value=noise)
+    with torch.set_grad_enabled(case.training), drawn:
+        y, final, *more = call(leaves["x"], _as_hx(hx), **given)
     outputs = {"y": y, **_named("{}_n", states, final if isinstance(final, tuple) else (final,))}
     if more:
         outputs |= {name: part for name, part in more[0]._asdict().items() if part is not None}
     if not case.training:
         return outputs
-    leaves |= dict(module.named_parameters())
+    leaves |= parameters
     cotangents = [random(*part.shape).detach() for part in outputs.values()]
     grads = torch.autograd.grad(
         list(outputs.values()), list(leaves.values()), cotangents, materialize_grads=True
     )
     results = outputs | {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return {name: part.detach() for name, part in results.items()}
+
+
+def _ensemble(
+    case: Case, weights: list[Tensor], x: Tensor, hx: Any
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Layers of weights that have a dimension of members."""
+    state = hx if isinstance(hx, tuple) else (hx,)
+    call = Call(CELLS[case.cell], x, state, weights, bidirectional=case.directions == 2)
+    layer = reference.layer if planner.forced.path == "reference" else ops.layer
+    y, final, _ = layer(call)
+    return y, tuple(final)
+
+
+def _noise(
+    case: Case,
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    own: torch.dtype,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """The same noise in every dtype, for states of a shape."""
+    kept = torch.rand(shape, generator=generator) < 0.6
+    drop = (kept / 0.6).to(own).to(dtype) if "drop" in case.noise else torch.empty(0, dtype=dtype)
+    found = [drop]
+    for _ in CELLS[case.cell].states:
+        sizes = shape[0], case.steps, *shape[1:]
+        units = torch.rand(sizes, generator=generator) < 0.3
+        share = torch.full((1 if "share" in case.noise else 0,), 0.3, dtype=own).to(dtype)
+        found.append(units if "units" in case.noise else share)
+    return found
 
 
 def _as_hx(states: list[Tensor]) -> Any:

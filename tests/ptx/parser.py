@@ -97,11 +97,13 @@ _PARAMETER = re.compile(
 _BOUNDS = re.compile(r"\.(maxnreg|maxntid|minnctapersm)\b.*")
 
 
-# Outside of the kernel, without comments. A section holds what debuggers read.
+# Outside of the kernel, without comments. A section holds what debuggers read, and the string was
+# asked for by the compiler's own library, which is inlined.
 _OUTSIDE = re.compile(
     r"""\.version\s+\d+\.\d+ | \.target\s+sm_\w+(,\s*debug)? | \.address_size\s+64
     | \.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+global_smem\[\]; | \.file\s+\d+\s+".*"
-    | \.section\s+\.debug_\w+\s*\{[^{}]*\}""",
+    | \.section\s+\.debug_\w+\s*\{[^{}]*\}
+    | \.global\s+\.align\s+1\s+\.b8\s+_\$_str\[\d+\]\s*=\s*\{[\d,\s]+\};""",
     re.X,
 )
 

@@ -277,9 +277,10 @@ def test_steps_may_be_far_apart(emulator, sparse):
     assert y.stride(0) > 2**31
     common = {
         "r_ptr": operands.r, "extra_ptr": None, "initial_ptrs": (h_0,), "marks_ptr": None,
-        "fresh_ptrs": None, "state_ptrs": (y,), "error_ptr": None, "T": steps, "B": batch,
-        "first_tile": 0, "H": HIDDEN, "CELL": bound(IDENTITY), "BLOCK_B": 16, "BLOCK_K": 16,
-        "IN_REGISTERS": 1, "PRECISION": "tf32", "SPIN_LIMIT": 0, "num_warps": 4, "maxnreg": 255,
+        "fresh_ptrs": None, "state_ptrs": (y,), "error_ptr": None, "noise_ptrs": (None, None),
+        "n_ahead": None, "T": steps, "B": batch, "first_tile": 0, "H": HIDDEN,
+        "CELL": bound(IDENTITY), "BLOCK_B": 16, "BLOCK_K": 16, "IN_REGISTERS": 1,
+        "PRECISION": "tf32", "SPIN_LIMIT": 0, "num_warps": 4, "maxnreg": 255,
         "launch_cooperative_grid": True,
     }  # fmt: skip
     persistent.forward_kernel[2, 1, 1](

@@ -48,10 +48,10 @@ def launched(case: Case, block_b: int = 16, num_warps: int = 4, kept: float = 1)
     Not more than that part of them, of which some chunk may be left for shared memory. Whether they
     would spill in registers of a GPU plays no part here.
     """
-    tiles = case.device.processors // (-(-case.hidden // 16) * case.directions)
+    tiles = case.device.processors // (-(-case.units // 16) * case.groups)
     configs = []
     for backward in (False, True):
-        columns = case.hidden * (case.shape.n_gates if backward else 1)
+        columns = case.units * (case.shape.n_gates if backward else 1)
         block_k = 64 // case.shape.itemsize
         if block_k > 16 and columns % (num_warps * block_k):
             block_k //= 2
@@ -144,6 +144,28 @@ def cases_of_exchanges() -> Iterator[Case]:
     yield Case("peephole_lstm", 36, 17, 3, flow="fresh", gpu="rtx5090", schedule="persistent")
 
 
+def cases_of_groups() -> Iterator[Case]:
+    """Heads, ensembles, and noise."""
+    for schedule, gpu in (("resident", "h100"), ("stepwise", "a100"), ("persistent", "rtx5090")):
+        for cell, fields in (
+            ("lstm", {"hidden": 48, "heads": 2, "flow": "fresh", "directions": 2}),
+            ("gru", {"hidden": 66, "heads": 3, "batch": 17, "dtype": "float32"}),
+            ("lstm", {"hidden": 24, "members": 2, "directions": 2}),
+            ("gru", {"hidden": 34, "members": 3, "batch": 3, "heads": 2, "dtype": "float16"}),
+            ("lstm", {"hidden": 40, "noise": "drop", "batch": 17, "directions": 2}),
+            ("gru", {"hidden": 33, "noise": "drop", "flow": "marked", "recompute": True}),
+            ("lstm", {"hidden": 24, "noise": "drop units", "flow": "fresh", "heads": 2}),
+            ("gru", {"hidden": 36, "noise": "share", "flow": "marked", "dtype": "float32"}),
+            ("rnn_tanh", {"hidden": 40, "noise": "drop share", "directions": 2}),
+            ("peephole_lstm", {"hidden": 24, "noise": "units", "dtype": "float32"}),
+        ):
+            case = replace(Case(cell, batch=5, steps=3, schedule=schedule, gpu=gpu), **fields)
+            if schedule == "persistent":
+                block_b = 32 if case.batch > 16 and not case.flow else 16
+                case = launched(case, block_b, 8 if case.heads > 1 else 4, 0.5)
+            yield case
+
+
 def cases_of_candidates() -> Iterator[Case]:
     """All that may be chosen for some shapes."""
     for case in (
@@ -164,6 +186,7 @@ CASES = [
             *cases_of_everything(),
             *cases_of_features(),
             *cases_of_exchanges(),
+            *cases_of_groups(),
             *cases_of_candidates(),
         ]
     )
@@ -196,16 +219,20 @@ def assert_launched(case, emulator):
         if schedule == "stepwise":
             assert sum(one.kernel == launch.kernel for one in launches) == case.steps
         assert f".target sm_{case.device.capability}" in launch.ptx
-        assert launch.grid[2] == case.directions
+        assert launch.grid[2] == case.groups
         if config:
             assert launch.program.threads == 32 * config.num_warps
-            assert launch.grid[0] == -(-case.hidden // config.block_h)
+            assert launch.grid[0] == -(-case.units // config.block_h)
         assert ("ld.relaxed" in launch.ptx) == (schedule == "persistent")
         names = "/".join(launch.tensors)
         assert ("marks_ptr" in names) == bool(case.flow)
         assert ("fresh_ptrs" in names) == (case.flow == "fresh")
+        assert ("noise_ptrs[0]" in names) == ("drop" in case.noise)
+        has_zones = "noise_ptrs[1]" in names
+        assert has_zones == any(kind in case.noise for kind in ("units", "share"))
         if is_backward:
-            assert ("past_ptrs[1]" in names) == (case.recompute and case.cell not in UNSAVED)
+            is_again = case.recompute and case.cell not in UNSAVED
+            assert ("past_ptrs[1]" in names) == (is_again or has_zones)
 
 
 def test_cases_are_of_every_kind():

@@ -378,6 +378,14 @@ def test_several_words():
         ("SUBF", [R + 9], [R + 7, R + 8], {}),
         ("CVT_F16X2_F32", [1], [R + 9, R + 6], {}),
     ]
+    product = parse(ptx_of("fma.rn.bf16 %r1, %r1, %r2, %r3;"))
+    assert words(product) == [
+        ("CVT_F32_BF16", [R], [1], {}),
+        ("CVT_F32_BF16", [R + 1], [2], {}),
+        ("CVT_F32_BF16", [R + 2], [3], {}),
+        ("FMAF", [R + 3], [R, R + 1, R + 2], {}),
+        ("CVT_BF16_F32", [1], [R + 3], {}),
+    ]
     pairs = parse(ptx_of("setp.gt.f16x2 %p1|%p2, %r1, %r2;"))
     assert words(pairs) == [
         ("UNPACK32_16", [R, R + 1], [1], {}),
@@ -391,7 +399,7 @@ def test_several_words():
         ("AND32", [RS + 1], [R, ~0], {}),
     ]
     assert narrow.const32.tolist() == [0xFF]
-    for program in (mixed, load, store, maximum, halves, sums, pairs, narrow):
+    for program in (mixed, load, store, maximum, halves, sums, product, pairs, narrow):
         assert len(program.code) == len(program.text) == len(program.where) == len(program.line)
 
 

@@ -1,0 +1,353 @@
+"""Allocate and launch the kernels of a step in several launches; see ``staged.py``.
+
+Here every tensor has a dimension of groups in front, N. Where float32 is written sums are in
+float64 if the layer is. Nothing waits for the device, so that a
+CUDA graph can record it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..cells import Cell
+from . import staged, staged_products
+from .activations import bound
+from .configs import Config
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype sums and states are: float64 if that is what is given, else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Operands(NamedTuple):
+    """What a layer computes with, beside the input part; every tensor is contiguous.
+
+    W is P for h, which is H without a projection, and H for the other states.
+
+    Attributes
+    ----------
+    r : Tensor of shape (N, G * H, P)
+    b : Tensor of shape (N, G * H), or None
+    extra : Tensor of shape (N, E * H), or None
+        The blocks of the cell's extra weights.
+    w_hr : Tensor of shape (N, P, H), or None
+    initial : sequence of Tensor of shape (N, B, W)
+    marks : uint8 Tensor of shape (N, T, B), or None
+        How the state flows; see ``tiles.py``.
+    fresh : sequence of Tensor of shape (N, B, W)
+        The state where it is fresh, only with `marks`; zeros if empty.
+    drop : Tensor of shape (N, B, P), or None
+        Factors of h in the recurrent product.
+    zones : sequence of Tensor or None
+        Of every state: a uint8 Tensor of shape (N, T, B, W), not 0 where a unit keeps its old
+        value; or in float32 the share that all keep, (1,). Empty if there are none.
+    n_ahead : int
+        How many groups, the first, walk forward through time.
+    """
+
+    r: Tensor
+    b: Tensor | None
+    extra: Tensor | None
+    w_hr: Tensor | None
+    initial: Sequence[Tensor]
+    marks: Tensor | None
+    fresh: Sequence[Tensor]
+    drop: Tensor | None
+    zones: Sequence[Tensor | None]
+    n_ahead: int
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+        return self.r.shape[2] if self.w_hr is None else self.w_hr.shape[2]
+
+
+class Past(NamedTuple):
+    """What `forward` keeps of the steps for `backward`.
+
+    Attributes
+    ----------
+    befores : list of Tensor of shape (N, T, B, W)
+        Each state as a step found it; in float32, but for h.
+    afters : list of Tensor of shape (N, T, B, H)
+        And as the cell made it: before a projection and zones.
+    activations : Tensor of shape (N, T, B, S * H)
+    normal : list of Tensor
+        The normalised recurrent products (N, T, B, G * H), and what they were divided by, in
+        float32, (N, T, B), as its reciprocal; empty if the cell does not normalise.
+    """
+
+    befores: list[Tensor]
+    afters: list[Tensor]
+    activations: Tensor
+    normal: list[Tensor]
+
+    @classmethod
+    def empty(cls, cell: Cell, wx: Tensor, size_h: int) -> Past:
+        """Make it, to be written, for a layer with an input part like this."""
+        *rows, width = wx.shape
+        hidden = width // cell.n_gates
+
+        def tensor(*last: int, dtype: torch.dtype = wx.dtype) -> Tensor:
+            return wx.new_empty(*rows, *last, dtype=dtype)
+
+        others, exact = cell.n_states - 1, _exact(wx.dtype)
+        return cls(
+            [tensor(size_h), *(tensor(hidden, dtype=exact) for _ in range(others))],
+            [tensor(hidden), *(tensor(hidden, dtype=exact) for _ in range(others))],
+            tensor(cell.n_saved * hidden),
+            [tensor(width), tensor(dtype=exact)] if cell.is_normalised else [],
+        )
+
+    def flat(self) -> list[Tensor]:
+        """All of it as one list."""
+        return [*self.befores, *self.afters, self.activations, *self.normal]
+
+    @classmethod
+    def of_flat(cls, cell: Cell, flat: Sequence[Tensor]) -> Past:
+        """Make it of that list."""
+        n = cell.n_states
+        return cls([*flat[:n]], [*flat[n : 2 * n]], flat[2 * n], [*flat[2 * n + 1 :]])
+
+
+class Found(NamedTuple):
+    """What `backward` finds.
+
+    Attributes
+    ----------
+    d_gates : Tensor of shape (N, T, B, (G + A) * H)
+        Gradients of the recurrent parts, and of the input parts of the gates in which they differ.
+    d_raw : Tensor of shape (N, T, B, G * H), or None
+        Gradients of the recurrent products before they were normalised.
+    d_extra : Tensor of shape (N, T, B, X * H), or None
+        Those of the last X blocks of extra weights, row by row.
+    d_projected : Tensor of shape (N, T, B, P), or None
+        Those of the projected h.
+    d_initial, d_fresh : list of Tensor of shape (N, B, W)
+        In float32; the latter empty if there are no fresh states.
+    """
+
+    d_gates: Tensor
+    d_raw: Tensor | None
+    d_extra: Tensor | None
+    d_projected: Tensor | None
+    d_initial: list[Tensor]
+    d_fresh: list[Tensor]
+
+
+def forward(
+    cell: Cell,
+    config: Config,
+    precision: str,
+    wx: Tensor,
+    operands: Operands,
+    *,
+    traced: bool = False,
+    save: bool = False,
+) -> tuple[Tensor, list[Tensor], Past | None, list[Tensor]]:
+    """Run a layer forward from its input part.
+
+    Parameters
+    ----------
+    cell : Cell
+    config : Config
+    precision : {'ieee', 'tf32', 'tf32x3'}
+        Of products of float32.
+    wx : Tensor of shape (N, T, B, G * H), contiguous
+    operands : Operands
+    traced, save : bool
+        Whether to keep the other states of every step, and what `backward` asks for.
+
+    Returns
+    -------
+    y : Tensor of shape (N, T, B, P)
+        With what is held at the steps that a row does not have; so are the traces.
+    traces : list of Tensor of shape (N, T, B, H)
+        In the dtype of sums; empty unless `traced`.
+    past : Past, or None unless `save`
+    final : list of Tensor of shape (N, B, W)
+        Likewise.
+    """
+    (groups, steps, batch, width), exact = wx.shape, _exact(wx.dtype)
+    size_h, hidden = operands.r.shape[2], operands.hidden
+    projected = operands.w_hr is not None
+    y = wx.new_empty(groups, steps, batch, size_h)
+    of_others = groups, steps, batch, hidden
+    traces = [wx.new_empty(of_others, dtype=exact) for _ in operands.initial[1:] if traced]
+    past = Past.empty(cell, wx, size_h) if save else None
+    running = [part.to(exact, copy=True) for part in operands.initial]
+    arguments = {
+        "wx_ptr": wx,
+        "r_ptr": operands.r,
+        "w_hr_ptr": operands.w_hr,
+        "b_ptr": operands.b,
+        "extra_ptr": operands.extra,
+        "drop_ptr": operands.drop,
+        "fresh_ptrs": tuple(operands.fresh) or None,
+        "raw_ptr": wx.new_empty(groups, batch, width, dtype=exact),
+        "full_ptr": wx.new_empty(groups, batch, hidden) if projected else None,
+        "running_ptrs": tuple(running),
+        "output_ptrs": (y, *traces),
+        "before_ptrs": tuple(past.befores) if past else None,
+        "after_ptrs": tuple(past.afters) if past else None,
+        "saved_ptr": past.activations if past else None,
+        "normal_ptrs": tuple(past.normal) or None if past else None,
+    }
+    product, row = _launchers(cell, config, precision, operands, arguments, steps)
+    n_late = cell.late.n_gates if cell.late else 0
+    for step in range(steps):
+        product(staged_products.recurrent_kernel, width - n_late * hidden, step, LATE=False)
+        if n_late:
+            product(staged_products.recurrent_kernel, n_late * hidden, step, LATE=True)
+        row(staged.forward_kernel, hidden, step)
+        if projected:
+            product(staged_products.project_kernel, size_h, step)
+    return y, traces, past, running
+
+
+def backward(
+    cell: Cell,
+    config: Config,
+    precision: str,
+    operands: Operands,
+    past: Past,
+    given: tuple[Tensor | None, Sequence[Tensor], Sequence[Tensor]],
+) -> Found:
+    """Run a layer backward to the gradients of its gates and of its states.
+
+    Parameters
+    ----------
+    cell, config, precision, operands
+        As for `forward`.
+    past : Past
+    given : (Tensor or None, sequence of Tensor, sequence of Tensor)
+        Gradients, contiguous: of y, or None; of the final states; of the traces, empty for none.
+
+    Returns
+    -------
+    Found
+    """
+    dy, d_final, d_traces = given
+    rows, dtype, hidden = past.activations.shape[:3], past.activations.dtype, operands.hidden
+    (groups, steps, batch), exact = rows, _exact(dtype)
+    size_h, projected = operands.r.shape[2], operands.w_hr is not None
+
+    def sequence(blocks: int) -> Tensor:
+        return operands.r.new_empty(*rows, blocks * hidden, dtype=dtype)
+
+    def scratch(columns: int) -> Tensor:
+        return operands.r.new_empty(groups, batch, columns, dtype=exact)
+
+    d_gates = sequence(cell.n_gates + cell.n_apart)
+    d_raw = sequence(cell.n_gates) if cell.is_normalised else None
+    n_extra = _n_row_extra(cell)
+    d_extra = sequence(n_extra) if n_extra else None
+    d_projected = torch.empty_like(past.befores[0]) if projected else None
+    running = [part.to(exact, copy=True) for part in d_final]
+    d_fresh = [torch.zeros_like(part, dtype=exact) for part in operands.fresh]
+    d_h = scratch(size_h)
+    through = scratch(hidden) if projected or cell.late else None
+    product_rows = d_gates if d_raw is None else d_raw
+    arguments = {
+        "r_ptr": operands.r,
+        "w_ptr": operands.w_hr if projected else operands.r,
+        "extra_ptr": operands.extra,
+        "drop_ptr": operands.drop,
+        "dy_ptr": dy,
+        "d_trace_ptrs": tuple(d_traces),
+        "running_ptrs": tuple(running),
+        "d_fresh_ptrs": tuple(d_fresh) or None,
+        "before_ptrs": tuple(past.befores),
+        "after_ptrs": tuple(past.afters),
+        "saved_ptr": past.activations,
+        "normal_ptrs": tuple(past.normal) or None,
+        "d_gates_ptr": d_gates,
+        "d_extra_ptr": d_extra,
+        "d_projected_ptr": d_projected,
+        "out_ptr": through,
+        "d_product_ptr": through if cell.late else None,
+        "PROJECTED": projected,
+        "LATE": cell.late is not None,
+        "WIDTH": product_rows.shape[-1],
+    }
+    product, row = _launchers(cell, config, precision, operands, arguments, steps)
+    receive = functools.partial(
+        product, staged_products.receive_kernel, size_h, d_raw_ptr=product_rows, d_h_ptr=d_h
+    )
+    for step in range(steps):
+        receive(step)
+        if through is not None:
+            product(staged_products.through_kernel, hidden, step, d_h_ptr=d_h)
+        d_of_cell = through if projected else d_h
+        row(staged.backward_kernel, hidden, step, d_h_ptr=d_of_cell, d_raw_ptr=d_raw)
+    receive(steps)
+    return Found(d_gates, d_raw, d_extra, d_projected, running, d_fresh)
+
+
+def _launchers(
+    cell: Cell,
+    config: Config,
+    precision: str,
+    operands: Operands,
+    arguments: dict[str, Any],
+    steps: int,
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """What launches the kernels of a layer: those of products, and those of cells.
+
+    They take a kernel, how many columns it has to do, the step, and more arguments.
+    """
+    groups, batch, size_h = operands.initial[0].shape
+    arguments = {
+        "marks_ptr": operands.marks,
+        "zone_ptrs": tuple(operands.zones) or None,
+        "T": steps,
+        "B": batch,
+        "n_ahead": operands.n_ahead,
+        "H": operands.hidden,
+        "P": size_h,
+        "CELL": bound(cell),
+        "PRECISION": precision,
+        "BLOCK_K": config.block_k,
+        **arguments,
+    }
+
+    def launcher(block_b: int, block_h: int, num_warps: int) -> Callable[..., None]:
+        options = {"num_warps": num_warps}
+        if not torch.version.hip:  # as in launch.py; all registers that so many warps can have
+            options["maxnreg"] = min(255, 2048 // num_warps)
+
+        def launch(kernel: Any, columns: int, step: int, **more: Any) -> None:
+            given = {**arguments, **more, "step": step, "BLOCK_B": block_b, "BLOCK_H": block_h}
+            grid = triton.cdiv(batch, block_b), triton.cdiv(columns, block_h), groups
+            with torch.cuda.device_of(operands.r):
+                kernel[grid](**{name: given[name] for name in kernel.arg_names}, **options)
+
+        return launch
+
+    return (
+        launcher(config.block_b, config.block_h, config.num_warps),
+        launcher(*row_tile(cell, operands.hidden)),
+    )
+
+
+def _n_row_extra(cell: Cell) -> int:
+    """How many blocks of extra weights, the last ones, have gradients of each row by itself."""
+    if cell.output is not None:
+        return cell.output.n_extra
+    return 0 if cell.d_extra is None else cell.n_extra
+
+
+def row_tile(cell: Cell, hidden: int) -> tuple[int, int, int]:
+    """Rows, units and warps of a program of a cell: all units, if it normalises them."""
+    units = triton.next_power_of_2(hidden)
+    if not cell.is_normalised:
+        units = min(units, 128)
+    rows = max(1, 512 // units)
+    return rows, units, min(16, max(4, units // 128))
