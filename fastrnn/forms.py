@@ -24,7 +24,6 @@ _NAMES = (
 )  # fmt: skip
 _NUMBERS = operator.itemgetter(*_NAMES)
 _ORDINARY = {Tensor, torch.nn.Parameter}
-_STEP_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 # What runs the calls in inference that pass a guard, by what a guard does not see; of steps also,
 # as a key of nothing, the numbers of those that no kernel runs.
@@ -120,21 +119,29 @@ def _store(key: Any, value: Any) -> None:
 
 
 def step_prepared(module: Any, input: Any, hx: Any) -> Any:
-    """`run_prepared` of a cell module; None, and soon, unless the kernels run it."""
+    """`run_prepared` of a cell module, with gradients too; None, and soon, without kernels."""
     if type(input) is not Tensor or context.is_watched():
         return None
-    forced = planner.forced
+    kind, parameters, forced = type(hx), module._parameters, planner.forced
+    given: tuple[Any, ...] = () if hx is None else hx if kind is tuple else (hx,)
+    weights = [part for part in parameters.values() if part is not None]
+    # One tensor as all states, such as zeros, counts once.
+    is_same = len(given) > 1 and all(part is given[0] for part in given)
+    tensors = (input, *(given[:1] if is_same else given), *weights)
+    if not _ORDINARY.issuperset(map(type, tensors)):
+        return None
+    differentiated = context.differentiated
+    is_chained = differentiated(*given)
+    if torch.is_grad_enabled() and not is_chained and forced.path is None and module._aten:
+        return None  # with gradients a step alone is torch's, see ``crossover``
     numbers = (
-        module._stock, module.__dict__.get("nonlinearity"), input.shape, input.dtype,
+        module._title, module.__dict__.get("nonlinearity"), input.shape, input.dtype,
         module.hidden_size, torch.get_num_threads(), forced.path, forced.schedule, cpu.target(),
+        differentiated(*tensors), is_chained,
     )  # fmt: skip
     if numbers in _prepared:
         return None
-    kind, parameters = type(hx), module._parameters
-    given = () if hx is None else hx if kind is tuple else (hx,)
-    weights = [part for part in parameters.values() if part is not None]
-    tensors = (input, *given, *weights)
-    key = numbers, kind, len(given), len(weights), *parameters
+    key = numbers, kind, len(given), is_same, len(weights), *parameters
     known = _known(key, tensors)
     run = _prepare_step(key, module, tensors, hx) if known is None else known[1]
     if run is None:
@@ -146,8 +153,10 @@ def step_prepared(module: Any, input: Any, hx: Any) -> Any:
 def _prepare_step(key: Any, module: Any, tensors: Any, hx: Any) -> paths.Prepared | None:
     """`_prepare` of a step; what does not fit is refused elsewhere."""
     input, parameters = tensors[0], module._parameters
+    if input.dim() != 2:
+        return None
     state = module._zeros(input) if hx is None else hx
-    if tuple(parameters) != _STEP_WEIGHTS or not module._is_ordinary(input, state):
+    if not module._is_ordinary(input, state):
         return None
     parts = state if type(state) is tuple else (state,)
     try:
@@ -158,9 +167,9 @@ def _prepare_step(key: Any, module: Any, tensors: Any, hx: Any) -> paths.Prepare
     if not checks.is_step(call):
         return None
     run = paths.prepared(call, is_step=True)
-    if run is None and context.is_plain(*call.tensors):
-        if planner.path_of(call, is_step=True) != "kernels":
-            _store(key[0], ())
+    is_plain = context.is_plain(*call.tensors)
+    if run is None and is_plain and planner.path_of(call, is_step=True) != "kernels":
+        _store(key[0], ())
         return None
     return _remember(key, tensors, len(tensors) - len(call.weights), run)
 

@@ -33,7 +33,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def watched(key: Any, tensors: Any, n_given: int, run: Any) -> Any:
         def noted(*arguments: Any) -> Any:
-            seen.append(run.__name__)
+            seen.append(getattr(run, "__name__", type(run).__name__))
             return run(*arguments)
 
         return remember(key, tensors, n_given, None if run is None else noted)
@@ -354,7 +354,8 @@ def test_what_looks_at_a_call_sees_the_long_way(cls, name, runs):
         count, call = len(runs), not_bare(module, x, hx)[name]
         found = flat(call())
         assert count == 2
-        assert len(runs) == count or name == "functional"
+        has_own = name == "functional" or (name == "grad" and cls in CELLS)
+        assert len(runs) == count + has_own
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if name == "autocast" else {}
     torch.testing.assert_close(found[0].detach().to(x.dtype), expected[0], **tolerance)
 
