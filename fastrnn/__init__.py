@@ -6,6 +6,13 @@ from .compile import allow_compile
 from .diagnose import diagnose
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .patch import patched, replace, restore, to_torch
+from .variant_cells import (
+    LayerNormGRUCell,
+    LayerNormLSTMCell,
+    PeepholeLSTMCell,
+    ResetBeforeGRUCell,
+    SLSTMCell,
+)
 from .variants import SLSTM, LayerNormGRU, LayerNormLSTM, PeepholeLSTM, ResetBeforeGRU
 
 __all__ = [
@@ -16,10 +23,15 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "LayerNormGRU",
+    "LayerNormGRUCell",
     "LayerNormLSTM",
+    "LayerNormLSTMCell",
     "PeepholeLSTM",
+    "PeepholeLSTMCell",
     "RNNCell",
     "ResetBeforeGRU",
+    "ResetBeforeGRUCell",
+    "SLSTMCell",
     "__version__",
     "allow_compile",
     "convert",

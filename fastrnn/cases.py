@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from . import nn, paths, variants
+from . import nn, paths, variant_cells, variants
 from .cells import CELLS
 
 #: Names for ``--cells``, those of the registry and for a step with ``_cell``: the class, and what
@@ -27,6 +27,11 @@ MODULES: dict[str, tuple[type[Any], dict[str, str]]] = {
     "rnn_tanh_cell": (nn.RNNCell, {}),
     "rnn_relu_cell": (nn.RNNCell, {"nonlinearity": "relu"}),
     "rnn_identity_cell": (nn.RNNCell, {"nonlinearity": "identity"}),
+    "layernorm_lstm_cell": (variant_cells.LayerNormLSTMCell, {}),
+    "layernorm_gru_cell": (variant_cells.LayerNormGRUCell, {}),
+    "gru_reset_before_cell": (variant_cells.ResetBeforeGRUCell, {}),
+    "peephole_lstm_cell": (variant_cells.PeepholeLSTMCell, {}),
+    "slstm_cell": (variant_cells.SLSTMCell, {}),
 }
 
 _SIZES = (1, 2, 3, 5, 7, 8, 16, 17, 31, 32, 33, 64, 65)
@@ -37,7 +42,11 @@ _PROJECTED = ("lstm", "layernorm_lstm", "peephole_lstm", "slstm")
 
 @dataclass(frozen=True)
 class Case:
-    """One random configuration; `seed` draws its weights, inputs and dropout masks."""
+    """One random configuration; `seed` draws its weights, inputs and dropout masks.
+
+    With `members` it is an ensemble of so many, ``torch.func.vmap`` over their weights, and with
+    `own_inputs` over their inputs and states too.
+    """
 
     cell: str
     seed: int
@@ -65,6 +74,8 @@ class Case:
     zoneout: float | tuple[float, ...]
     weight_dropout: float
     num_heads: int
+    members: int
+    own_inputs: bool
 
     @property
     def is_step(self) -> bool:
@@ -75,7 +86,7 @@ class Case:
         """Whether torch.nn can do the same."""
         return self.cell.removesuffix("_cell") in paths.ATEN_LAYERS and not (
             self.lengths or self.reset or self.bptt or self.return_states or self.is_regularised
-            or self.num_heads > 1
+            or self.num_heads > 1 or self.members
         )  # fmt: skip
 
     @property
@@ -112,7 +123,10 @@ def draw_case(cell: str, seed: int, index: int) -> Case:
     """
     rng = random.Random(f"{cell}/{seed}/{index}")
     flip = lambda p=0.5: rng.random() < p  # noqa: E731
-    hidden = rng.choice(_SIZES)
+    # Of the gates of one unit alone the deviation may be next to nothing, and what is divided by it
+    # mostly error, in every implementation.
+    fewest = 2 if cell.startswith("layernorm") else 1
+    hidden = rng.choice([size for size in _SIZES if size >= fewest])
     layers = rng.choice((1, 1, 2, 3))
     unbatched = flip(0.15)
     packed = not unbatched and flip(0.25)
@@ -142,9 +156,13 @@ def draw_case(cell: str, seed: int, index: int) -> Case:
         recompute=rng.choice((False, False, True, 3)),
         return_states=rng.choice((False, False, True, "gates")),
         recurrent_dropout=rng.choice((0.0, 0.0, 0.0, 0.3)),
-        zoneout=rng.choice((0.0, 0.0, 0.0, 0.2, (0.3, 0.1, 0.0, 0.0))),
+        zoneout=rng.choice((0.0, 0.0, 0.2, (0.3, 0.1, 0.0, 0.0), (0.0, 0.2, 0.2, 0.1))),
         weight_dropout=rng.choice((0.0, 0.0, 0.0, 0.2)),
-        num_heads=rng.choice([n for n in (1, 1, 1, 2, 4) if hidden % n == 0]),
+        num_heads=rng.choice(
+            [n for n in (1, 1, 1, 2, 4) if hidden % n == 0 and hidden // n >= fewest]
+        ),
+        members=rng.choice((0, 0, 0, 2, 3)),
+        own_inputs=flip(),
     )
     changes: dict[str, Any] = {}
     if cell not in _PROJECTED:
@@ -152,6 +170,7 @@ def draw_case(cell: str, seed: int, index: int) -> Case:
     if is_step or flip(0.3):
         # Also many cases that torch.nn can do, to be compared with it.
         changes = dict(_PLAIN)
+        changes["members"] = case.members if is_step else 0
     else:
         changes["steps"] = min(case.steps, 13)  # the plain loop takes its time
         if case.return_states == "gates" and CELLS[cell].activations is None:
@@ -160,7 +179,11 @@ def draw_case(cell: str, seed: int, index: int) -> Case:
             changes["zoneout"] = case.zoneout[: case.n_states]
     if case.proj_size:
         changes["num_heads"] = 1
-    return replace(case, **changes)
+    case = replace(case, **changes)
+    if case.members:
+        # What is packed is not mapped; in which order dropout between layers draws is not said.
+        case = replace(case, dropout=0.0, own_inputs=case.own_inputs and not case.packed)
+    return case
 
 
 _PLAIN = {

@@ -522,11 +522,8 @@ def _without_identity(
     return args, kwargs, False
 
 
-_STEP_WEIGHTS = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}
-
-
-class _Cell(_Convertible, _torch.RNNCellBase):
-    """The forward of all three cells."""
+class _Cell(_torch.RNNCellBase):
+    """The forward of all cell modules."""
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Run one step; arguments and results as in torch.nn.
@@ -534,12 +531,12 @@ class _Cell(_Convertible, _torch.RNNCellBase):
         Parameters
         ----------
         input : Tensor of shape (B, I) or (I,)
-        hx : Tensor of shape (B, H) or (H,), or for LSTMCell a pair of such, optional
+        hx : Tensor of shape (B, H) or (H,), or a tuple of such (LSTMCell h and c), optional
             State before the step, zeros if not given.
 
         Returns
         -------
-        Tensor, or for LSTMCell a pair
+        Tensor, or a tuple of Tensor
             State after the step, shaped as `hx`.
 
         Raises
@@ -547,11 +544,10 @@ class _Cell(_Convertible, _torch.RNNCellBase):
         ValueError, RuntimeError
             If the arguments do not fit the module or each other; texts as in torch.nn.
         """
-        if not torch.is_grad_enabled():
-            new = forms.step_prepared(self, input, hx)
-            if new is not None:
-                return new
-        name, given = self._stock.__name__, hx
+        new = forms.step_prepared(self, input, hx)
+        if new is not None:
+            return new
+        given = hx
         if hx is None and type(input) is Tensor and input.dim() == 2:
             given = self._zeros(input)
         is_by_torch = planner.forced.path is None and self._aten is not None
@@ -567,9 +563,10 @@ class _Cell(_Convertible, _torch.RNNCellBase):
             )
         if forms.is_leaf(self, input):
             return forms.leaf_call(self, input, hx)
-        paired = isinstance(self, LSTMCell)
-        if not isinstance(input, Tensor) or (paired and isinstance(hx, Tensor)):
-            return super().forward(input, hx)  # mostly to be refused
+        paired, name = self._n_states > 1, self._title
+        is_other = hx is not None and isinstance(hx, Tensor) is paired
+        if is_other or not isinstance(input, Tensor):
+            return self._of_other_kinds(input, hx)
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         state = None if hx is None else (hx if paired else (hx,))
@@ -583,16 +580,20 @@ class _Cell(_Convertible, _torch.RNNCellBase):
         if not batched:
             input = input.unsqueeze(0)
             state = None if state is None else [part.unsqueeze(0) for part in state]
-        hx = state if state is None or paired else state[0]
-        new = self._stateless(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        if batched:
-            return new
-        return tuple(part.squeeze(0) for part in new) if paired else new.squeeze(0)
+        own = [getattr(self, weight) for weight in self._weight_names]
+        new = F.step(self._cell_name, input, state, own)
+        if not batched:
+            new = [part.squeeze(0) for part in new]
+        return tuple(new) if paired else new[0]
+
+    def _of_other_kinds(self, input: Any, hx: Any) -> Any:
+        """Do what torch.nn does with an input and a state of other kinds; mostly, refuse them."""
+        return super().forward(input, hx)
 
     def _zeros(self, input: Tensor) -> Any:
         """The initial state of a batch."""
         zeros = input.new_zeros(input.shape[0], self.hidden_size)
-        return zeros if self._n_states == 1 else (zeros, zeros)
+        return zeros if self._n_states == 1 else (zeros,) * self._n_states
 
     def _is_ordinary(self, input: Any, hx: Any) -> bool:
         """Whether a kernel may be called without ado: a batch, a state, plain weights.
@@ -600,23 +601,24 @@ class _Cell(_Convertible, _torch.RNNCellBase):
         Such a step is torch's, whatever the planner would look at, unless another path is forced
         or, in inference, the kernels are for it.
         """
-        state = hx if isinstance(self, LSTMCell) and type(hx) is tuple else (hx,)
+        state = hx if self._n_states > 1 and type(hx) is tuple else (hx,)
         return (
             type(input) is Tensor
             and input.dim() == 2
             and len(state) == self._n_states
             and all(type(part) is Tensor and part.dim() == 2 for part in state)
-            and self._parameters.keys() == _STEP_WEIGHTS
+            and tuple(self._parameters) == self._weight_names
             and not context.transformed()
         )
 
+    _title: str  # the name of the class in texts
     _cell_name: Any  # key of ``fastrnn.cells.CELLS``
-    _stateless: Any
-    _aten: Any  # torch's function of one step, None for what torch has not
-    _n_states = 1
+    _aten: Any = None  # torch's function of one step, None for what torch has not
+    _n_states: Any = 1
+    _weight_names: Any = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class LSTMCell(_Cell, torch.nn.LSTMCell):
+class LSTMCell(_Convertible, _Cell, torch.nn.LSTMCell):
     """One step of an LSTM, in place of ``torch.nn.LSTMCell``.
 
     Parameters
@@ -636,12 +638,11 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
     (torch.Size([3, 20]), torch.Size([3, 20]))
     """
 
-    _stock, _cell_name = torch.nn.LSTMCell, "lstm"
-    _stateless, _aten = staticmethod(F.lstm_cell), staticmethod(paths.ATEN_STEPS["lstm"])
-    _n_states = 2
+    _stock, _title, _cell_name = torch.nn.LSTMCell, "LSTMCell", "lstm"
+    _aten, _n_states = staticmethod(paths.ATEN_STEPS["lstm"]), 2
 
 
-class GRUCell(_Cell, torch.nn.GRUCell):
+class GRUCell(_Convertible, _Cell, torch.nn.GRUCell):
     """One step of a GRU, in place of ``torch.nn.GRUCell``.
 
     Parameters
@@ -657,11 +658,11 @@ class GRUCell(_Cell, torch.nn.GRUCell):
     torch.Size([3, 20])
     """
 
-    _stock, _cell_name = torch.nn.GRUCell, "gru"
-    _stateless, _aten = staticmethod(F.gru_cell), staticmethod(paths.ATEN_STEPS["gru"])
+    _stock, _title, _cell_name = torch.nn.GRUCell, "GRUCell", "gru"
+    _aten = staticmethod(paths.ATEN_STEPS["gru"])
 
 
-class RNNCell(_Cell, torch.nn.RNNCell):
+class RNNCell(_Convertible, _Cell, torch.nn.RNNCell):
     """One step of an Elman network, in place of ``torch.nn.RNNCell``.
 
     Parameters
@@ -683,20 +684,17 @@ class RNNCell(_Cell, torch.nn.RNNCell):
     torch.Size([20])
     """
 
-    _stock = torch.nn.RNNCell
+    _stock, _title = torch.nn.RNNCell, "RNNCell"
 
     @property
     def _cell_name(self) -> str:
+        if self.nonlinearity not in F.NONLINEARITIES:
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return f"rnn_{self.nonlinearity}"
 
     @property
     def _aten(self) -> Any:
-        return paths.ATEN_STEPS.get(self._cell_name)
-
-    def _stateless(self, *args: Any) -> Tensor:
-        if self.nonlinearity not in F.NONLINEARITIES:
-            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return F.rnn_cell(*args, nonlinearity=self.nonlinearity)
+        return paths.ATEN_STEPS.get(f"rnn_{self.nonlinearity}")
 
 
 #: Our class for each of torch.nn's.

@@ -111,7 +111,8 @@ def _slstm(wx: Tensor, recur: Recur, h: Tensor, state: State, extras: Extras) ->
     _, c, n, m = state
     kept = logsigmoid(f) + m
     new_m = torch.where(n == 0, i, torch.maximum(i, kept))
-    old, new = torch.where(n == 0, 0.0, kept - new_m).exp(), (i - new_m).exp()
+    # Above 0 only where n = 0, and c too unless zoneout keeps the one and not the other.
+    old, new = (kept - new_m).clamp(max=80.0).exp(), (i - new_m).exp()
     c, n = old * c + new * z.tanh(), old * n + new
     return (o.sigmoid() * c / n, c, n, new_m), None
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ from . import oracle, planner
 from .cases import MODULES, Case, draw_case
 from .cells import CELLS
 from .options import States
+from .paths import _mask
 
 #: Largest root mean square of our errors over a run, in multiples of torch.nn's, which counts
 #: as at least one rounding: in float64 the oracle makes some itself.
@@ -131,7 +133,8 @@ def _terms(case: Case, name: str) -> int:
     """The length of the longest sum in what leads to a tensor from step to step."""
     if name.startswith(("grad input", "grad hx", "grad reset_state")) or "grad" not in name:
         gates = CELLS[case.cell.removesuffix("_cell")].n_gates
-        return max(case.input_size, gates * case.hidden_size)
+        shared = case.members if "grad" in name and not case.own_inputs else 0
+        return max(case.input_size, gates * case.hidden_size) * max(1, shared)
     return case.batch * (1 if case.is_step else case.steps)
 
 
@@ -155,30 +158,31 @@ class _Setup:
         generator = torch.Generator(device="cpu").manual_seed(case.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(case.seed)
-            if case.is_step:
-                module = cls(case.input_size, case.hidden_size, case.bias, **options)
-            else:
-                if case.proj_size:
-                    options["proj_size"] = case.proj_size
-                module = cls(
-                    case.input_size,
-                    case.hidden_size,
-                    num_layers=case.num_layers,
-                    bias=case.bias,
-                    batch_first=case.batch_first,
-                    dropout=case.dropout,
-                    bidirectional=case.bidirectional,
-                    **options,
-                    **{name: getattr(case, name) for name in _REGULARISERS if getattr(case, name)},
-                    **({"num_heads": case.num_heads} if case.num_heads > 1 else {}),
-                )
-        self.module = module.to(device, dtype).train(case.training)
+            if not case.is_step:
+                names = ("num_layers", "batch_first", "dropout", "bidirectional")
+                given_if_set = (*_REGULARISERS, "proj_size")
+                options |= {name: getattr(case, name) for name in names}
+                options |= {name: value for name in given_if_set if (value := getattr(case, name))}
+                if case.num_heads > 1:
+                    options["num_heads"] = case.num_heads
+            modules = [
+                cls(case.input_size, case.hidden_size, bias=case.bias, **options)
+                .to(device, dtype)
+                .train(case.training)
+                for _ in range(max(1, case.members))
+            ]
+        self.module = modules[0]
+        self.weights = dict(self.module.named_parameters())
+        if case.members:
+            self.weights = torch.func.stack_module_state(modules)[0]
 
         on_cpu: dict[str, Any] = {"generator": generator, "device": "cpu"}
         like: dict[str, Any] = {**on_cpu, "dtype": torch.float32}
 
+        own = (case.members,) if case.members and case.own_inputs else ()
+
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, **like).to(device, dtype)
+            return torch.randn(*own, *shape, **like).to(device, dtype)
 
         directions = 2 if case.bidirectional and not case.is_step else 1
         size_h = case.proj_size or case.hidden_size
@@ -226,18 +230,45 @@ class _Setup:
                 self.given[name] = getattr(case, name)
 
     def _leaves(self, module: torch.nn.Module) -> dict[str, Tensor]:
+        """Inputs and weights; of an ensemble weights, and perhaps inputs, of all members."""
         named = {"input": self.input}
         named |= {f"hx[{k}]": part for k, part in enumerate(self.state)}
         named |= {f"reset_state[{k}]": part for k, part in enumerate(self.fresh)}
         leaves = {k: t.detach().requires_grad_() for k, t in named.items()}
-        return leaves | dict(module.named_parameters())
+        return leaves | (self.weights if module is self.module else dict(module.named_parameters()))
+
+    def _is_of_members(self, name: str) -> bool:
+        """Whether each member of the ensemble has a leaf of its own."""
+        return self.case.members > 0 and (name in self.weights or self.case.own_inputs)
 
     def _call(self, module: Any, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Call a module as a user would, in the layout that the case asks for."""
+        """Call a module as a user would; of an ensemble one, mapped over what members have."""
+        torch.manual_seed(self.case.seed)
+        given = dict(self.given) if module is self.module else {}  # torch.nn knows none
+        if not self.case.members:
+            return self._call_one(module, leaves, given)
+
+        def of_member(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+            weights = {name: leaves[name] for name in self.weights}
+
+            def called(*arguments: Any, **options: Any) -> Any:
+                return torch.func.functional_call(module, weights, arguments, options)
+
+            return self._call_one(called, leaves, dict(given))
+
+        dims = {name: 0 if self._is_of_members(name) else None for name in leaves}
+        with warnings.catch_warnings():
+            # Torch has no batching rule for packing.
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            return torch.func.vmap(of_member, (dims,), randomness="different")(leaves)
+
+    def _call_one(
+        self, module: Any, leaves: dict[str, Tensor], given: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Call a module in the layout that the case asks for."""
         case, x = self.case, leaves["input"]
         state = [leaves[f"hx[{k}]"] for k in range(len(self.state))]
         fresh = [leaves[f"reset_state[{k}]"] for k in range(len(self.fresh))]
-        given = dict(self.given) if module is self.module else {}  # torch.nn knows none
         if "reset" in given and case.batch_first and not case.unbatched:
             given["reset"] = given["reset"].t()
         argument: Any = x
@@ -255,10 +286,9 @@ class _Setup:
         )
         if fresh:
             given["reset_state"] = reset_state
-        torch.manual_seed(case.seed)
         result = module(argument, hx, **given)
         if case.is_step:
-            return _named(("h", "c"), _tensors(result))
+            return _named(_STATES, _tensors(result))
         output, final, *states = result
         output = output.data if isinstance(output, PackedSequence) else output
         return {"output": output} | _named(_FINAL, _tensors(final)) | _named_states(*states)
@@ -282,43 +312,45 @@ class _Setup:
                 )
         stacked = {k: torch.stack(values).requires_grad_() for k, values in leaves.items()}
         with self._seeded():
-            torch.manual_seed(self.case.seed)
             results = self._with_gradients(self._call_oracle(stacked), stacked, draws=len(draws))
         return [{name: part[k] for name, part in results.items()} for k in range(len(draws))]
 
     def _call_oracle(self, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The results of the oracle in the form in which the module gives them, K draws of each."""
+        """The results of the oracle, K draws of each; of an ensemble, of one after another."""
+        torch.manual_seed(self.case.seed)
+        count = self.case.members
+        if not count:
+            return self._call_oracle_of_one(leaves, self._noise())
+        drawn = torch.func.vmap(lambda _: self._noise(), randomness="different")
+        noise, members = drawn(torch.arange(count, device=self.device)), []
+        for m in range(count):
+            own = {n: leaf[:, m] if self._is_of_members(n) else leaf for n, leaf in leaves.items()}
+            members.append(self._call_oracle_of_one(own, {n: part[m] for n, part in noise.items()}))
+        return {name: torch.stack([of_one[name] for of_one in members], 1) for name in members[0]}
+
+    def _call_oracle_of_one(
+        self, leaves: dict[str, Tensor], noise: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The results of the oracle in the form in which the module gives them."""
         case, x = self.case, leaves["input"]
         count, device = len(x), x.device
-        shapes = [(1, *shape) if case.is_step else shape for shape in self.shapes]
         state = [leaves[f"hx[{k}]"] for k in range(len(self.state))]
         fresh = [leaves[f"reset_state[{k}]"] for k in range(len(self.fresh))]
         if case.is_step:
             x, state = x[:, None], [part[:, None] for part in state]
-        steps = x.shape[1]
-        lengths, reset = self.given.get("lengths"), self.given.get("reset")
-        order = torch.arange(case.batch, device=device)
-        if lengths is None:
-            lengths = torch.full((case.batch,), steps, device=device)
-        if self.lengths is not None:
-            lengths = self.lengths.to(device)
-            # What is random is drawn for the sequences in the order in which they are packed.
-            order = lengths.argsort(descending=True, stable=True)
+        steps, (lengths, order, there) = x.shape[1], self._rows()
+        reset = self.given.get("reset")
         if reset is None:
             reset = torch.zeros(steps, case.batch, dtype=torch.bool, device=device)
-        there = torch.arange(steps, device=device)[:, None] < lengths[order]
-        weights = self._weights(leaves)
-        is_packed = self.lengths is not None and not self._is_padded
-        packed = there if is_packed else None
-        walk = self._walk(shapes, lengths[order], reset[:, order], packed, x.dtype)
-        zeros = [x.new_zeros(count, *shape) for shape in shapes]
+        walk = self._walk(lengths[order], reset[:, order], noise, x)
+        zeros = [x.new_zeros(count, *shape) for shape in self._state_shapes]
         found = oracle.layers(
             case.cell.removesuffix("_cell"),
             case.num_heads,
             x[:, :, order],
             [part[:, :, order] for part in state or zeros],
             [part.expand(-1, -1, case.batch, -1)[:, :, order] for part in fresh or zeros],
-            weights,
+            self._weights(leaves, noise),
             walk,
         )
         back = order.argsort()
@@ -326,7 +358,7 @@ class _Setup:
         if case.is_step:
             final = [part[:, 0] for part in final]
             final = [part.squeeze(-2) for part in final] if case.unbatched else final
-            return _named(("h", "c"), final)
+            return _named(_STATES, final)
         if self.lengths is not None:
             output = found.output.flatten(1, 2)[:, there.flatten()]
         else:
@@ -344,67 +376,96 @@ class _Setup:
             states = {name: part.squeeze(3) for name, part in states.items()}
         return {"output": output} | _named(_FINAL, final) | states
 
-    def _weights(self, leaves: dict[str, Tensor]) -> list[list[dict[str, Tensor]]]:
+    def _weights(
+        self, leaves: dict[str, Tensor], noise: dict[str, Tensor]
+    ) -> list[list[dict[str, Tensor]]]:
         """For every layer and direction the weights, after their dropout, without suffixes."""
         case = self.case
         found: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in self.module.named_parameters():
+        for name in self.weights:
             weight = leaves[name]
-            if name.startswith("weight_hh") and case.weight_dropout and case.training:
-                ones = torch.ones_like(parameter)
-                weight = weight * torch.dropout(ones, case.weight_dropout, True).to(weight.dtype)
+            if name in noise:
+                weight = weight * noise[name].to(weight.dtype)
             kind, _, suffix = name.partition("_l") if not case.is_step else (name, "", "")
             found.setdefault(suffix, {})[kind] = weight
         directions = 2 if case.bidirectional and not case.is_step else 1
         each = list(found.values())
         return [each[k : k + directions] for k in range(0, len(each), directions)]
 
-    def _walk(
-        self,
-        shapes: Sequence[Any],
-        lengths: Tensor,
-        reset: Tensor,
-        packed: Tensor | None,
-        dtype: torch.dtype,
-    ) -> oracle.Walk:
+    @property
+    def _state_shapes(self) -> list[Any]:
+        """Shapes of the states of a layer, which a step is one of."""
+        return [(1, *shape) if self.case.is_step else shape for shape in self.shapes]
+
+    def _rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Lengths, the order in which the rows are packed, and which of those have which steps."""
+        case, device = self.case, self.device
+        steps = 1 if case.is_step else case.steps
+        order = torch.arange(case.batch, device=device)
+        lengths = self.given.get("lengths")
+        if lengths is None:
+            lengths = torch.full((case.batch,), steps, device=device)
+        if self.lengths is not None:
+            lengths = self.lengths.to(device)
+            order = lengths.argsort(descending=True, stable=True)
+        there = torch.arange(steps, device=device)[:, None] < lengths[order]
+        return lengths, order, there
+
+    def _noise(self) -> dict[str, Tensor]:
         """Draw what is random, in the dtype under test and the order in which the layers do.
 
-        `packed` says which rows have which steps if dropout is drawn for these only.
+        That is for rows in the order in which they are packed; and dropout between layers, of a
+        packed batch, for the steps only that there are.
         """
-        case, (steps, batch) = self.case, reset.shape
-        like: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        case, shapes, noise = self.case, self._state_shapes, {}
+        _, _, there = self._rows()
+        steps, batch = there.shape
 
-        def drawn(p: float, *shape: int) -> Tensor:
-            return torch.dropout(torch.ones(shape, **like), p, True)
+        def drawn(p: float, shape: Sequence[int]) -> Tensor:
+            return torch.dropout(torch.ones(shape, dtype=self.dtype, device=self.device), p, True)
 
-        drop = None
-        if case.recurrent_dropout and case.training:
-            drop = drawn(case.recurrent_dropout, *shapes[0])
-        rates = case.zoneout
-        if not isinstance(rates, tuple):  # of a cell with more than c, for h only
-            rates = (rates,) * case.n_states if case.n_states <= 2 else (rates, 0.0, 0.0, 0.0)
+        if not case.training:
+            return {}
+        for name, parameter in self.module.named_parameters():
+            if case.weight_dropout and name.startswith("weight_hh"):
+                noise[name] = drawn(case.weight_dropout, parameter.shape)
+        if case.recurrent_dropout:
+            noise["drop"] = drawn(case.recurrent_dropout, shapes[0])
+        for k, (rate, (count, _, width)) in enumerate(zip(self._rates, shapes, strict=True)):
+            if rate:
+                noise[f"zone {k}"] = _mask((count, steps, batch, width), rate, there.device)
+        width = shapes[0][-1] * (2 if case.bidirectional else 1)
+        for k in range(case.num_layers - 1 if case.dropout else 0):
+            if self.lengths is None or self._is_padded:
+                noise[f"dropout {k}"] = drawn(case.dropout, (steps, batch, width))
+            else:
+                mask = torch.zeros(steps, batch, width, dtype=self.dtype, device=self.device)
+                mask[there] = drawn(case.dropout, (int(there.sum()), width))
+                noise[f"dropout {k}"] = mask
+        return noise
+
+    @property
+    def _rates(self) -> tuple[float, ...]:
+        """The zoneout of every state; one number is, of a cell with more than c, for h only."""
+        rates, count = self.case.zoneout, self.case.n_states
+        if isinstance(rates, tuple):
+            return rates
+        return (rates,) * count if count <= 2 else (rates, 0.0, 0.0, 0.0)
+
+    def _walk(
+        self, lengths: Tensor, reset: Tensor, noise: dict[str, Tensor], like: Tensor
+    ) -> oracle.Walk:
+        """The walk of the oracle, with what `_noise` has drawn, or shares of a state instead."""
+        masks, case = {name: part.to(like.dtype) for name, part in noise.items()}, self.case
         zones: list[Tensor | None] = []
-        for rate, (count, _, width) in zip(rates, shapes, strict=True):
-            zone = torch.full((count, steps, batch, width), rate, **like)
-            zones.append(None if not rate else torch.bernoulli(zone) if case.training else zone)
-        dropout = []
-        if case.dropout and case.training:
-            width = shapes[0][-1] * (2 if case.bidirectional else 1)
-            for _ in range(case.num_layers - 1):
-                if packed is None:
-                    dropout.append(drawn(case.dropout, steps, batch, width))
-                else:
-                    mask = torch.zeros(steps, batch, width, **like)
-                    mask[packed] = drawn(case.dropout, int(packed.sum()), width)
-                    dropout.append(mask)
-        return oracle.Walk(
-            lengths,
-            reset,
-            case.bptt,
-            None if drop is None else drop.to(dtype),
-            [None if zone is None else zone.to(dtype) for zone in zones],
-            [mask.to(dtype) for mask in dropout],
-        )
+        for k, (rate, (count, batch, width)) in enumerate(
+            zip(self._rates, self._state_shapes, strict=True)
+        ):
+            share = torch.full((), rate, dtype=self.dtype, device=like.device).to(like.dtype)
+            zone = masks.get(f"zone {k}", share.expand(count, len(reset), batch, width))
+            zones.append(zone if rate else None)
+        dropout = [masks[name] for name in masks if name.startswith("dropout")]
+        return oracle.Walk(lengths, reset, case.bptt, masks.get("drop"), zones, dropout)
 
     @property
     def _is_padded(self) -> bool:
@@ -449,6 +510,7 @@ def _strided(tensor: Tensor) -> Tensor:
     return torch.stack([tensor, tensor], dim=-1)[..., 0]
 
 
+_STATES = ("h", "c", "n", "m")
 _FINAL = ("h_n", "c_n", "n_n", "m_n")
 _REGULARISERS = ("recurrent_dropout", "zoneout", "weight_dropout")
 

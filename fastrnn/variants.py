@@ -15,11 +15,46 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .cells import CELLS
+from .cells import CELLS, Cell, Extra
 from .forms import map_state
 from .nn import _Layers
 
 __all__ = ["SLSTM", "LayerNormGRU", "LayerNormLSTM", "PeepholeLSTM", "ResetBeforeGRU"]
+
+
+def begin(weight: Tensor, extra: Extra, hidden_size: int) -> None:
+    """Set an extra weight to its own initial value, or draw it as torch.nn does.
+
+    Parameters
+    ----------
+    weight : Tensor
+    extra : Extra
+    hidden_size : int
+    """
+    if extra.init is not None:
+        torch.nn.init.constant_(weight, extra.init)
+    elif hidden_size > 0:
+        bound = 1 / math.sqrt(hidden_size)
+        torch.nn.init.uniform_(weight, -bound, bound)
+
+
+def refusal(name: str, cell: Cell, hx: Any) -> str:
+    """Say why a state of another kind is refused.
+
+    Parameters
+    ----------
+    name : str
+        Of the module.
+    cell : Cell
+    hx : object
+        What was given.
+
+    Returns
+    -------
+    str
+    """
+    accepted = f"a tuple of {cell.n_states} tensors" if cell.n_states > 1 else "a tensor"
+    return f"hx of {name} must be {accepted}, got {type(hx).__name__}"
 
 
 class _Variant(_Layers):
@@ -60,15 +95,10 @@ class _Variant(_Layers):
         self._reset_extras()
 
     def _reset_extras(self) -> None:
-        bound = 1 / math.sqrt(self.hidden_size)
         for name, weight in self._parameters.items():
             for extra in self._definition.extras:
-                if weight is None or not name.startswith(f"{extra.name}_l"):
-                    continue
-                if extra.init is None:
-                    torch.nn.init.uniform_(weight, -bound, bound)
-                else:
-                    torch.nn.init.constant_(weight, extra.init)
+                if weight is not None and name.startswith(f"{extra.name}_l"):
+                    begin(weight, extra, self.hidden_size)
 
     def flatten_parameters(self) -> None:
         """Do nothing: cuDNN does not have these cells."""
@@ -77,11 +107,7 @@ class _Variant(_Layers):
         """Check the input and the kind of the state, the shape of which is checked later."""
         self.check_input(input, batch_sizes)
         if isinstance(hidden, Tensor) is self._is_paired:
-            count = self._definition.n_states
-            accepted = f"a tuple of {count} tensors" if count > 1 else "a tensor"
-            raise TypeError(
-                f"hx of {type(self).__name__} must be {accepted}, got {type(hidden).__name__}"
-            )
+            raise TypeError(refusal(type(self).__name__, self._definition, hidden))
 
     def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
         """Put the sequences of every state in another order."""

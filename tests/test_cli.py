@@ -13,7 +13,7 @@ import torch
 
 import fastrnn.cpu
 import fastrnn.planner
-from fastrnn import flow, heads, products, testing, tuned
+from fastrnn import flow, oracle, paths, products, testing, tuned
 from fastrnn.__main__ import main
 from fastrnn.kernels import configs
 
@@ -56,7 +56,7 @@ def test_bad_arguments_give_one_line_and_status_2(capsys, argv, says):
     ("argv", "path"),
     [
         (["--cell", "rnn_identity", "--H", "64"], "kernels"),
-        (["--cell", "gru", "--H", "64", "--noisy"], "reference"),
+        (["--cell", "gru", "--H", "64", "--noisy"], "kernels"),
         (["--cell", "gru", "--H", "64", "--training", "--device", "h100"], "kernels"),
         (["--cell", "gru", "--H", "64", "--T", "8", "--device", "h100"], "torch"),
         (["--cell", "lstm", "--H", "4096", "--dtype", "bf16", "--device", "b200"], "torch"),
@@ -131,19 +131,18 @@ def _shifted(make_marks):
     return make
 
 
-def _from_the_end(make_marks):
-    """Marks with which the reverse direction begins at the last step of all rows."""
+def _longer(make_marks):
+    """Marks by which every row that ends early has a step more."""
 
     def make(steps, batch, directions, device, lengths, reset, bptt):
-        marks = make_marks(steps, batch, directions, device, lengths, reset, bptt)
-        if directions == 2 and lengths is not None:
-            marks[1] &= ~flow.HOLD
-        return marks
+        if lengths is not None:
+            lengths = (lengths + 1).clamp(max=steps)
+        return make_marks(steps, batch, directions, device, lengths, reset, bptt)
 
     return make
 
 
-@pytest.mark.parametrize("fault", [_shifted, _from_the_end])
+@pytest.mark.parametrize("fault", [_shifted, _longer])
 def test_verify_shares_no_reading_of_the_options(monkeypatch, fault):
     """What all paths have in common is not common with the oracle."""
     monkeypatch.setattr(flow, "make_marks", fault(flow.make_marks))
@@ -154,18 +153,52 @@ def test_verify_shares_no_reading_of_the_options(monkeypatch, fault):
 def test_verify_sees_heads_that_are_normalised_together(monkeypatch):
     """The formula of layer normalisation over all units of a layer, where heads are apart."""
 
-    def together(of_one, call):
-        weights, num_heads = list(call.weights), call.options.num_heads
-        for k in range(1, len(weights), call.n_weights):
-            blocks = weights[k].unflatten(0, (-1, num_heads, weights[k].shape[1]))
-            weights[k] = torch.cat([torch.block_diag(*gate) for gate in blocks])
-        options = call.options._replace(num_heads=1)
-        return of_one(call._replace(weights=weights, options=options))
+    def together(v):
+        """Of (K, N, rows, units)."""
+        centred = v - v.mean((1, -1), keepdim=True)
+        return centred / (centred.square().mean((1, -1), keepdim=True) + 1e-5).sqrt()
 
-    monkeypatch.setattr(heads, "layer", together)
+    monkeypatch.setattr(oracle, "_normalised", together)
     for cell, is_seen in (("gru", False), ("layernorm_gru", True)):
         _, failures = testing.verify([cell], [torch.float64], cases=40)
         assert bool(failures) == is_seen
+        assert all(failure.case.num_heads > 1 for failure in failures)
+
+
+def _shifted_masks(mask):
+    """Zoneout whose masks are a step late."""
+    return lambda shape, p, device: mask(shape, p, device).roll(1, 1)
+
+
+def _swapped_members(vmap):
+    """Ensembles whose members have each other's weights."""
+
+    def swapped(function, *args, **options):
+        mapped = vmap(function, *args, **options)
+        is_of_module = function.__name__ == "of_member"
+
+        def call(leaves):
+            if is_of_module:
+                names = [name for name in leaves if "weight" in name]
+                leaves = leaves | {name: leaves[name].flip(0) for name in names}
+            return mapped(leaves)
+
+        return call
+
+    return swapped
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "fault"),
+    [(paths, "_mask", _shifted_masks), (torch.func, "vmap", _swapped_members)],
+)
+def test_verify_sees_mistakes_in_noise_and_ensembles(monkeypatch, module, name, fault):
+    monkeypatch.setattr(module, name, fault(getattr(module, name)))
+    _, failures = testing.verify(["peephole_lstm"], [torch.float64], cases=40)
+    assert failures
+    for failure in failures:
+        case = failure.case
+        assert case.members if name == "vmap" else case.zoneout and case.training
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
