@@ -9,14 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import planner
-from .registry import Case
+from .. import nn, planner, variants
+from .registry import VARIANTS, Case
 
-_CLASSES = {
+CLASSES = {
     "lstm": "LSTM",
     "gru": "GRU",
     "rnn": "RNN",
     "peephole_lstm": "PeepholeLSTM",
+    "slstm": "SLSTM",
+    "layernorm_lstm": "LayerNormLSTM",
+    "layernorm_gru": "LayerNormGRU",
+    "gru_reset_before": "ResetBeforeGRU",
     "lstm_cell": "LSTMCell",
     "gru_cell": "GRUCell",
     "rnn_cell": "RNNCell",
@@ -71,7 +75,9 @@ def forced(path: str) -> Iterator[None]:
 
 
 def make_baseline(case: Case, device: torch.device) -> tuple[torch.nn.Module, list[Tensor]]:
-    """Make torch.nn's module of a case and its inputs, the same ones each time.
+    """Make the module whose weights all have, and its inputs, the same ones each time.
+
+    It is torch.nn's, or ours of what torch.nn has not.
 
     Parameters
     ----------
@@ -81,6 +87,7 @@ def make_baseline(case: Case, device: torch.device) -> tuple[torch.nn.Module, li
     Returns
     -------
     module : torch.nn.Module
+        Of an ensemble a list of modules.
     inputs : list of Tensor
         x and, for a cell module, a state: a loop over steps passes one; a layer is most often
         called without.
@@ -91,10 +98,15 @@ def make_baseline(case: Case, device: torch.device) -> tuple[torch.nn.Module, li
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
 
-    module = make_module(torch.nn, case, device)
+    library = ours_of(case) if case.is_beyond_torch else torch.nn
+    module = make_module(library, case, device)
+    if case.members:
+        others = [make_module(library, case, device) for _ in range(case.members - 1)]
+        module = torch.nn.ModuleList([module, *others])
     with torch.no_grad():
         for weight in module.parameters():
-            # Of torch's own spread, uniform in 1 / sqrt(H).
+            # Of torch's own spread, uniform in 1 / sqrt(H). Gains too: with those of layer
+            # normalisation around 1 the recurrence would not forget a rounding.
             weight.copy_(random(*weight.shape, scale=(3 * case.hidden_size) ** -0.5))
     rows: tuple[int, ...] = (case.steps, case.batch)
     if case.is_step or case.ragged:
@@ -113,24 +125,62 @@ def make_module(library: Any, case: Case, device: torch.device) -> torch.nn.Modu
     ----------
     library : module
     case : Case
+        Of an ensemble a member.
     device : torch.device
 
     Returns
     -------
     torch.nn.Module
     """
-    options = {} if case.is_step else {
+    options: dict[str, Any] = {} if case.is_step else {
         "num_layers": case.num_layers,
         "bidirectional": case.bidirectional,
-        **({"proj_size": case.proj_size} if case.proj_size else {}),  # which a GRU has not
+        # What not all have.
+        **({"proj_size": case.proj_size} if case.proj_size else {}),
+        **({"recurrent_dropout": case.recurrent_dropout} if case.recurrent_dropout else {}),
+        **({"zoneout": case.zoneout} if case.zoneout else {}),
+        **({"num_heads": case.num_heads} if case.num_heads > 1 else {}),
     }  # fmt: skip
-    return getattr(library, _CLASSES[case.cell])(
+    module: torch.nn.Module = getattr(library, CLASSES[case.cell])(
         case.input_size,
         case.hidden_size,
         **options,
         device=device,
         dtype=getattr(torch, case.dtype),
     )
+    return module.train(case.mode == "training")
+
+
+def ours_of(case: Case) -> Any:
+    """Name the file of ours that has the module of a case.
+
+    Parameters
+    ----------
+    case : Case
+
+    Returns
+    -------
+    module
+    """
+    return variants if case.cell in VARIANTS else nn
+
+
+def named_weights(case: Case, baseline: torch.nn.Module) -> dict[str, Tensor]:
+    """Name the weights of a case, those of the members of an ensemble stacked.
+
+    Parameters
+    ----------
+    case : Case
+    baseline : torch.nn.Module
+
+    Returns
+    -------
+    dict of str to Tensor
+    """
+    if not case.members:
+        return dict(baseline.named_parameters())
+    assert isinstance(baseline, torch.nn.ModuleList)
+    return torch.func.stack_module_state(list(baseline))[0]
 
 
 def flat(result: Any) -> list[Tensor]:

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("full", "hundreds of cases over T, B, H and dtypes"),
         ("published", "sizes that others published figures for, everybody side by side"),
         ("runtimes", "inference on a CPU beside onnxruntime and openvino"),
+        ("variants", "what torch.nn has not, beside plain layers and loops of torch operators"),
     ):
         suite.add_argument(f"--{name}", dest="suite", action="store_const", const=name, help=help)
     only = parser.add_argument_group("cases", "only these of the suite, or of the grid")
@@ -60,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_list(
         parser, "--providers", _one_of("provider", (*names, _ALL)), "NAME",
         f"whom to measure beside torch.nn: {_ALL}, {', '.join(names)} (default: fastrnn; with "
-        "--published all but fastrnn:reference; with --runtimes also onnxruntime and openvino; "
+        "--published all but fastrnn:reference and fastrnn:plain; with --runtimes also onnxruntime "
+        "and openvino; with --variants also fastrnn:plain, loop, torch.compile, flashrnn, haste; "
         "with --full on a GPU also its schedules)",
     )  # fmt: skip
     parser.add_argument(
@@ -171,6 +173,7 @@ def _show(
     for table in (
         report.results_table(found.rows),
         report.providers_table(found.rows),
+        report.prices_table(found.rows),
         report.published_table(found.rows),
         report.failures_table(found.rows),
         report.summary_table(found.rows),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import devices
+from ..cells import CELLS
 from .registry import Case
 
 
@@ -63,7 +64,7 @@ def tolerances_of(case: Case, device: torch.device) -> Tolerances:
     if is_tf32 or case.is_half:
         n_recurrent, n_summed = 0, steps
     base = 2 + 2 * case.num_layers
-    weights = 5 if case.proj_size else 4
+    weights = 4 + (case.proj_size > 0) + len(CELLS[case.kind].extras)
     count = weights * case.num_layers * case.directions if case.mode == "training" else 0
     return Tolerances(eps * (base + n_recurrent**0.5), eps * (base + n_summed**0.5), count)
 

@@ -6,6 +6,8 @@ ONNX's operators, of which the specification is github.com/onnx/onnx/blob/main/d
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,12 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .built import Built, Tensors, flat
+from .. import convert
+from .built import CLASSES, Built, Tensors, flat
 from .registry import LAYERS, Case
 
 
 def plain_gap(
-    package: str, cells: Sequence[str], dtypes: Sequence[str], case: Case, device: torch.device
+    package: str,
+    cells: Sequence[str],
+    dtypes: Sequence[str],
+    case: Case,
+    device: torch.device,
+    *,
+    has_heads: bool = False,
 ) -> str | None:
     """Say why a library for plain layers on CUDA cannot run a case.
 
@@ -30,6 +39,7 @@ def plain_gap(
         That it has.
     case : Case
     device : torch.device
+    has_heads : bool, default False
 
     Returns
     -------
@@ -38,6 +48,7 @@ def plain_gap(
     """
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
+    case = dataclasses.replace(case, num_heads=1) if has_heads else case
     if device.type != "cuda":
         return "on CUDA devices only"
     if case.cell not in cells or case.stack or case.dtype not in dtypes:
@@ -59,29 +70,30 @@ def build_flashrnn(
     """Build a case for FlashRNN (github.com/NX-AI/flashrnn); see ``providers.Provider``."""
     from flashrnn import flashrnn
 
-    hidden, batch = case.hidden_size, case.batch
+    hidden, batch, heads = case.hidden_size, case.batch, case.num_heads
+    units = hidden // heads
     w_ih, w_hh, b_ih, b_hh = (weight.detach() for weight in baseline.parameters())
-    # Gates in torch.nn's order; R[gate, head, out, in], one head.
+    # Gates in torch.nn's order; R[gate, head, out, in].
     parameters = [
         _leaf(w_ih),
-        _leaf(w_hh.view(4, 1, hidden, hidden)),
-        _leaf((b_ih + b_hh).view(4, 1, hidden)),
+        _leaf(w_hh.view(4, heads, units, units)),
+        _leaf((b_ih + b_hh).view(4, heads, units)),
     ]
-    zeros = w_ih.new_zeros(2, batch, 1, 1, hidden)
+    zeros = w_ih.new_zeros(2, batch, 1, heads, units)
 
     def run(x: Tensor) -> list[Tensor]:
         w_ih, r, b = parameters
-        wx = torch.nn.functional.linear(x, w_ih).view(batch, case.steps, 4, 1, hidden)
+        wx = torch.nn.functional.linear(x, w_ih).view(batch, case.steps, 4, heads, units)
         states, last = flashrnn(
             wx, r, b, states=zeros, function="lstm", backend=backend, dtype=case.dtype
         )
-        h_n, c_n = last.view(2, 1, batch, hidden)
-        return [states[0].view(batch, case.steps, hidden).transpose(0, 1), h_n, c_n]
+        h_n, c_n = last.reshape(2, 1, batch, hidden)
+        return [states[0].reshape(batch, case.steps, hidden).transpose(0, 1), h_n, c_n]
 
     def to_torch(gradients: Tensors) -> Tensors:
         dx, d_w_ih, d_r, d_b = gradients
         d_b = d_b.reshape(-1)
-        return [dx.transpose(0, 1), d_w_ih, d_r.reshape(4 * hidden, hidden), d_b, d_b]
+        return [dx.transpose(0, 1), d_w_ih, d_r.reshape(4 * hidden, units), d_b, d_b]
 
     return Built(run, [_batch_first(inputs[0])], parameters, to_torch)
 
@@ -121,42 +133,27 @@ def build_torchrl(
     return Built(run, [_batch_first(inputs[0])], list(inner.parameters()), to_torch)
 
 
-# Which of torch.nn's gates is which of haste's: i, g, f, o and z, r, n.
-_HASTE_GATES = {"lstm": [0, 2, 1, 3], "gru": [1, 0, 2]}
-
-
 def build_haste(case: Case, baseline: torch.nn.Module, inputs: Tensors) -> Built:
     """Build a case for haste (github.com/lmnt-com/haste)."""
     import haste_pytorch
 
-    order, hidden = _HASTE_GATES[case.cell], case.hidden_size
-    inverse = [order.index(k) for k in range(len(order))]
-
-    def reordered(weight: Tensor, order: list[int]) -> Tensor:
-        return torch.cat([weight.reshape(len(order), hidden, -1)[k] for k in order])
-
-    module = getattr(haste_pytorch, case.cell.upper())(case.input_size, hidden)
+    assert isinstance(baseline, torch.nn.RNNBase)
+    values = convert.to_haste(baseline)
+    module = getattr(haste_pytorch, CLASSES[case.cell])(case.input_size, case.hidden_size)
     module.to(inputs[0].device)
-    w_ih, w_hh, b_ih, b_hh = (reordered(weight.detach(), order) for weight in baseline.parameters())
-    values = {"kernel": w_ih.t(), "recurrent_kernel": w_hh.t(), "bias": b_ih.flatten()}
-    if case.cell == "gru":
-        values["recurrent_bias"] = b_hh.flatten()
-    else:
-        values["bias"] = values["bias"] + b_hh.flatten()
     parameters = [getattr(module, name) for name in values]
     with torch.no_grad():
         for parameter, value in zip(parameters, values.values(), strict=True):
             parameter.copy_(value)
 
     def to_torch(gradients: Tensors) -> Tensors:
-        dx, d_kernel, d_recurrent, *d_biases = gradients
-        d_biases = [reordered(d, inverse).flatten() for d in d_biases]
-        return [
-            dx,
-            reordered(d_kernel.t(), inverse),
-            reordered(d_recurrent.t(), inverse),
-            *(d_biases * 2)[:2],
-        ]
+        dx, *others = gradients
+        found = copy.deepcopy(baseline)
+        convert.from_haste(found, dict(zip(values, others, strict=True)))
+        named = {name: weight.detach() for name, weight in found.named_parameters()}
+        if "recurrent_bias" not in values:  # one bias is the sum of torch.nn's
+            named["bias_hh_l0"] = named["bias_ih_l0"]
+        return [dx, *named.values()]
 
     return Built(lambda x: flat(module(x)), inputs, parameters, to_torch)
 
@@ -190,8 +187,10 @@ def runtime_gap(package: str, case: Case, device: torch.device) -> str | None:
         return "on a CPU only"
     if case.mode != "forward":
         return "inference only"
-    if case.cell not in LAYERS or case.ragged or case.proj_size or case.dtype != "float32":
-        return "layers in float32 only, without projections and with sequences of one length"
+    is_other = case.is_beyond_torch or case.members > 0
+    is_other = is_other or case.cell not in LAYERS or case.dtype != "float32"
+    if is_other or case.ragged or case.proj_size:
+        return "torch.nn's layers in float32 only, without projections, of sequences of one length"
     return None
 
 

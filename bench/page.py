@@ -41,7 +41,7 @@ _PAGE = """<!doctype html>
 <b class="faster">faster</b> only if the whole band is above 1 and the median above 1.03.</p>
 <p><label>Only lines that contain <input id="filter" placeholder="slower"></label></p>
 {results}
-{others}
+{others}{prices}
 {published}
 <h2>Time of a step</h2>
 {steps}
@@ -163,6 +163,7 @@ def write_page(path: Path, results: Results, pictures: Mapping[str, Path]) -> No
         results=_html(table, "filtered"),
         failures=_section("Not timed", report.failures_table(rows)),
         others=_section("Everybody", report.providers_table(rows)),
+        prices=_section("What it costs", report.prices_table(rows)),
         published=_section("Published by others", report.published_table(rows)),
         limits=escape(report.limits_line(results)),
         environment=_environment(facts),

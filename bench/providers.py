@@ -7,8 +7,10 @@ included; what turns its results and gradients into torch.nn's is outside of wha
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +21,8 @@ from .. import crossover, devices, nn, planner, reference
 from ..call import Call
 from ..cells import CELLS
 from ..kernels.configs import SCHEDULES
-from . import others
-from .built import Built, Tensors, flat, forced, make_module
+from . import loops, others
+from .built import Built, Tensors, flat, forced, make_module, named_weights, ours_of
 from .registry import Case
 
 Build = Callable[[Case, torch.nn.Module, Tensors], Built]
@@ -34,11 +36,14 @@ class Provider(NamedTuple):
     gap : callable
         Takes a case and a device; a clause that says why the case cannot be run, or None.
     build : callable
-        Takes a case, torch.nn's module of it and the inputs; returns a `Built`.
+        Takes a case, the module of ``built.make_baseline`` and the inputs; returns a `Built`.
+    is_for_scale : bool, default False
+        Whether it gives other results.
     """
 
     gap: Callable[[Case, torch.device], str | None]
     build: Build
+    is_for_scale: bool = False
 
 
 def _never(case: Case, device: torch.device) -> None:
@@ -49,20 +54,73 @@ def _never(case: Case, device: torch.device) -> None:
 
 
 def _build_torch(case: Case, baseline: torch.nn.Module, inputs: Tensors) -> Built:
+    """Torch.nn's, of what it has not its layer of the same gates, for scale."""
+    if case.members:
+        return _of_members(list(baseline), inputs)  # type: ignore[call-overload]
+    if case.is_beyond_torch:
+        baseline = make_module(torch.nn, case.stock, inputs[0].device)
     return _of_module(case, baseline, inputs)
 
 
 def _build_fastrnn(
     case: Case, baseline: torch.nn.Module, inputs: Tensors, path: str | None = None
 ) -> Built:
-    module = make_module(nn, case, inputs[0].device)
-    module.load_state_dict(baseline.state_dict())
-    return _of_module(case, module, inputs, path)
+    module = make_module(ours_of(case), case, inputs[0].device)
+    if case.members:
+        built = _of_ensemble(module, named_weights(case, baseline), inputs)
+    else:
+        module.load_state_dict(baseline.state_dict())
+        built = _of_module(case, module, inputs)
+    if path is None:
+        return built
+    gradients = _inside(path, torch.autograd.grad)
+    return built._replace(run=_inside(path, built.run), gradients=gradients)
 
 
-def _of_module(
-    case: Case, module: torch.nn.Module, inputs: Tensors, path: str | None = None
-) -> Built:
+def _plain_gap(case: Case, device: torch.device) -> str | None:
+    return "the case is a plain layer" if case.plain == case and not case.members else None
+
+
+def _build_plain(case: Case, baseline: torch.nn.Module, inputs: Tensors) -> Built:
+    """Our plain layer of the same gates: what an option costs beside it."""
+    count = max(1, case.members)
+    modules = [make_module(nn, case.plain, inputs[0].device) for _ in range(count)]
+    if case.members:
+        return _of_members(modules, inputs)
+    return _of_module(case.plain, modules[0], inputs)
+
+
+def _of_members(modules: Sequence[torch.nn.Module], inputs: Tensors) -> Built:
+    """A call for each member of an ensemble."""
+    parameters = [list(module.parameters()) for module in modules]
+
+    def run(x: Tensor) -> list[Tensor]:
+        return _stacked([flat(module(x)) for module in modules])
+
+    def to_torch(gradients: Tensors) -> Tensors:
+        dx, *others = gradients
+        count = len(parameters[0])
+        return [dx, *_stacked([others[k : k + count] for k in range(0, len(others), count)])]
+
+    return Built(run, inputs, [*itertools.chain(*parameters)], to_torch)
+
+
+def _stacked(rows: Sequence[Tensors]) -> list[Tensor]:
+    return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+
+
+def _of_ensemble(module: torch.nn.Module, weights: dict[str, Tensor], inputs: Tensors) -> Built:
+    """One call, mapped over weights that are stacked."""
+    weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+
+    def member(weights: dict[str, Tensor], x: Tensor) -> Any:
+        return torch.func.functional_call(module, weights, (x,))
+
+    mapped = torch.func.vmap(member, (0, None))
+    return Built(lambda x: flat(mapped(weights, x)), inputs, list(weights.values()))
+
+
+def _of_module(case: Case, module: torch.nn.Module, inputs: Tensors) -> Built:
     sizes = None
     if case.ragged:
         sizes = torch.tensor([sum(n > t for n in case.lengths) for t in range(case.steps)])
@@ -75,10 +133,7 @@ def _of_module(
             return flat(module(x, state))
         return flat(module(x, *state))
 
-    built = Built(run, inputs, list(module.parameters()))
-    if path is None:
-        return built
-    return built._replace(run=_inside(path, run), gradients=_inside(path, torch.autograd.grad))
+    return Built(run, inputs, list(module.parameters()))
 
 
 def _inside(path: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,7 +165,7 @@ def problem_of(case: Case, device: torch.device) -> planner.Problem:
         case.steps,
         case.batch,
         case.input_size,
-        case.hidden_size,
+        case.hidden_size // case.num_heads,
         dtype=dtype,
         device=device.type,
         training=case.mode == "training",
@@ -119,6 +174,9 @@ def problem_of(case: Case, device: torch.device) -> planner.Problem:
         is_step=case.is_step,
         layers=case.num_layers,
         directions=case.directions,
+        marked=case.num_heads > 1,
+        noisy=case.zoneout > 0 or (case.recurrent_dropout > 0 and case.mode == "training"),
+        transform="func" if case.members else None,
         gpu=facts,
         precision=precision,
     )
@@ -136,45 +194,19 @@ def _forced_gap(path: str, case: Case, device: torch.device) -> str | None:
     return None
 
 
-# torch.compile of the reference loop. It is unrolled, and compiling a graph of so many steps takes
-# some ten seconds forward and half a minute with backward on a CPU.
-_MAX_UNROLLED = 16
-
-
-def _compile_gap(case: Case, device: torch.device) -> str | None:
-    if case.stack:
-        return "one plain layer only"
-    return None
-
-
 def _build_compiled(case: Case, baseline: torch.nn.Module, inputs: Tensors) -> Built:
+    if not case.is_step:
+        return loops.build(case, baseline, inputs, is_compiled=True)
     cell = CELLS[case.kind]
     parameters = [weight.detach().clone().requires_grad_() for weight in baseline.parameters()]
-    unrolled = max(n for n in range(1, _MAX_UNROLLED + 1) if case.steps % n == 0)
-
-    def some_steps(x: Tensor, state: list[Tensor], weights: list[Tensor]) -> Any:
-        y, final, _ = reference.layer(Call(cell, x, state, weights))
-        return y, final
 
     def one_step(x: Tensor, state: list[Tensor], weights: list[Tensor]) -> Any:
         return reference.step(Call(cell, x, state, weights))
 
-    # Every case is compiled afresh; after some recompilations dynamo would give up, in silence.
+    # As of a loop.
     torch._dynamo.reset()
-    steps = one_step if case.is_step else some_steps
-    compiled = torch.compile(steps, dynamic=False, fullgraph=True)
-
-    def run(x: Tensor, *given: Tensor) -> list[Tensor]:
-        if case.is_step:
-            return list(compiled(x, list(given), parameters))
-        state = Call(cell, x, [], parameters).initial()
-        outputs = []
-        for part in x.split(unrolled):
-            y, state = compiled(part, state, parameters)
-            outputs.append(y)
-        return [torch.cat(outputs), *state]
-
-    return Built(run, inputs, parameters)
+    compiled = torch.compile(one_step, dynamic=False, fullgraph=True)
+    return Built(lambda x, *state: list(compiled(x, list(state), parameters)), inputs, parameters)
 
 
 def _registry() -> dict[str, Provider]:
@@ -186,9 +218,9 @@ def _registry() -> dict[str, Provider]:
     }
 
     def other(
-        package: str, cells: tuple[str, ...], dtypes: tuple[str, ...], build: Build
+        package: str, cells: tuple[str, ...], dtypes: tuple[str, ...], build: Build, **has: Any
     ) -> Provider:
-        return Provider(functools.partial(others.plain_gap, package, cells, dtypes), build)
+        return Provider(functools.partial(others.plain_gap, package, cells, dtypes, **has), build)
 
     def runtime(package: str, build: Build) -> Provider:
         return Provider(functools.partial(others.runtime_gap, package), build)
@@ -198,16 +230,26 @@ def _registry() -> dict[str, Provider]:
         BASELINE: Provider(_never, _build_torch),
         OURS: Provider(_never, _build_fastrnn),
         **by_path,
-        "torch.compile": Provider(_compile_gap, _build_compiled),
-        "flashrnn": other("flashrnn", ("lstm",), (*halves, "float32"), others.build_flashrnn),
+        PLAIN: Provider(_plain_gap, _build_plain, is_for_scale=True),
+        LOOP: Provider(loops.gap, loops.build),
+        "torch.compile": Provider(loops.compiled_gap, _build_compiled),
+        "flashrnn": other(
+            "flashrnn", ("lstm",), (*halves, "float32"), others.build_flashrnn, has_heads=True
+        ),
         "torchrl": other("torchrl", both, ("float32",), others.build_torchrl),
-        "haste": other("haste_pytorch", both, ("float32",), others.build_haste),
+        "haste": other(
+            "haste_pytorch",
+            (*both, "layernorm_lstm", "layernorm_gru"),
+            ("float32",),
+            others.build_haste,
+        ),
         "onnxruntime": runtime("onnxruntime", others.build_onnxruntime),
         "openvino": runtime("openvino", others.build_openvino),
     }
 
 
 BASELINE, OURS = "torch.nn", "fastrnn"
+PLAIN, REFERENCE, LOOP = "fastrnn:plain", "fastrnn:reference", "loop"
 
 #: By name. ``fastrnn`` is what the planner picks, ``fastrnn:PATH`` ours forced to one path or
 #: schedule; ``torch.nn`` is what all are compared with.
@@ -226,11 +268,14 @@ def default_providers(suite: str | None, device: str) -> list[str]:
     Returns
     -------
     list of str
-        'published': everybody; 'runtimes': the planner's choice and the runtimes; 'full' on a GPU:
-        the planner's choice and each schedule; else the planner's choice.
+        'published': everybody; 'runtimes': the planner's choice and the runtimes; 'variants': the
+        planner's choice beside our plain layer, loops and the libraries that have such layers;
+        'full' on a GPU: the planner's choice and each schedule; else the planner's choice.
     """
     if suite == "published":
-        return [name for name in PROVIDERS if name != BASELINE and name != "fastrnn:reference"]
+        return [n for n in PROVIDERS if n not in (BASELINE, PLAIN, REFERENCE)]
+    if suite == "variants":
+        return [OURS, PLAIN, LOOP, "torch.compile", "flashrnn", "haste"]
     if suite == "runtimes":
         return [OURS, "onnxruntime", "openvino"]
     schedules = [f"fastrnn:{schedule}" for schedule in SCHEDULES]
@@ -273,7 +318,7 @@ def plan_name(plan: planner.Plan, case: Case) -> str:
 
 
 def torch_algorithm(case: Case, device: torch.device) -> str:
-    """Name what torch.nn runs.
+    """Name what torch.nn runs: in place of what it has not, a plain layer.
 
     Parameters
     ----------
@@ -285,6 +330,11 @@ def torch_algorithm(case: Case, device: torch.device) -> str:
     str
         'oneDNN' or 'ATen' on a CPU; on a GPU 'ATen', 'MIOpen' or cuDNN's algorithm.
     """
+    if case.is_beyond_torch:
+        return f"{torch_algorithm(case.stock, device)}, plain {case.stock.cell}"
+    if case.members:
+        one = dataclasses.replace(case, members=0)
+        return f"{torch_algorithm(one, device)}, {case.members} calls"
     if case.is_step:
         return "ATen"
     if device.type == "cpu":

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
+from ..cells import CELLS as DEFINITIONS
+
 LAYERS = ("lstm", "gru", "rnn")
+VARIANTS = ("peephole_lstm", "slstm", "layernorm_lstm", "layernorm_gru", "gru_reset_before")
 STEPS = ("lstm_cell", "gru_cell", "rnn_cell")
-CELLS = LAYERS + STEPS
+CELLS = LAYERS + VARIANTS + STEPS
 MODES = ("forward", "training")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -22,7 +25,7 @@ class Case:
     Attributes
     ----------
     cell : str
-        One of ``CELLS``: a layer, or a cell module that runs a single step.
+        One of ``CELLS``: a layer, of torch.nn or not, or a cell module that runs a single step.
     mode : {'forward', 'training'}
         Inference without autograd, or forward and backward with all gradients.
     dtype : str
@@ -35,6 +38,10 @@ class Case:
         Whether the input is a PackedSequence of lengths from T/4 to T.
     proj_size : int, default 0
         To which an LSTM projects its h; 0 for no projection.
+    recurrent_dropout, zoneout : float, default 0.0
+    num_heads : int, default 1
+    members : int, default 0
+        How many layers of these sizes have the same input, as an ensemble; 0 for one alone.
     """
 
     cell: str
@@ -48,6 +55,10 @@ class Case:
     bidirectional: bool = False
     ragged: bool = False
     proj_size: int = 0
+    recurrent_dropout: float = 0.0
+    zoneout: float = 0.0
+    num_heads: int = 1
+    members: int = 0
 
     @property
     def lengths(self) -> list[int]:
@@ -67,9 +78,37 @@ class Case:
         return {"rnn": "rnn_tanh"}.get(kind := self.cell.removesuffix("_cell"), kind)
 
     @property
+    def is_noisy(self) -> bool:
+        """Whether there is recurrent dropout or zoneout."""
+        return bool(self.recurrent_dropout or self.zoneout)
+
+    @property
+    def is_beyond_torch(self) -> bool:
+        """Whether torch.nn has no module that gives the same results."""
+        return self.cell in VARIANTS or self.is_noisy or self.num_heads > 1
+
+    @property
+    def stock(self) -> Case:
+        """The same case of a layer that torch.nn has, of as many gates."""
+        if not self.is_beyond_torch:
+            return self
+        cell = {3: "gru", 4: "lstm"}[self.gates] if self.cell in VARIANTS else self.cell
+        return dataclasses.replace(self, cell=cell, recurrent_dropout=0.0, zoneout=0.0, num_heads=1)
+
+    @property
+    def plain(self) -> Case:
+        """The same case of one direction, without a projection, and as `stock`."""
+        return dataclasses.replace(self.stock, bidirectional=False, proj_size=0)
+
+    @property
+    def parts(self) -> int:
+        """How many products of its own size a step has: heads or members."""
+        return max(self.num_heads, self.members)
+
+    @property
     def gates(self) -> int:
         """How many times H columns the recurrent weights have."""
-        return {"lstm": 4, "gru": 3, "rnn_tanh": 1}[self.kind]
+        return DEFINITIONS[self.kind].n_gates
 
     @property
     def is_half(self) -> bool:
@@ -94,14 +133,14 @@ class Case:
     @property
     def recurrent_weights(self) -> int:
         """Elements of the matrices that one direction of a layer needs at every step."""
-        gates = self.gates * self.hidden_size * self.output_size
-        return gates + self.hidden_size * self.proj_size
+        gates = self.gates * self.hidden_size * self.output_size // self.num_heads
+        return max(1, self.members) * (gates + self.hidden_size * self.proj_size)
 
     @property
     def weights(self) -> int:
         """Elements of all weight matrices."""
         deeper = (self.num_layers - 1) * self.directions * self.output_size
-        inputs = self.gates * self.hidden_size * (self.input_size + deeper)
+        inputs = self.gates * self.hidden_size * (self.input_size + deeper) * max(1, self.members)
         return self.directions * (inputs + self.num_layers * self.recurrent_weights)
 
     @property
@@ -120,7 +159,7 @@ class Case:
         rows = sum(self.lengths)
         deeper = (self.num_layers - 1) * self.directions * self.output_size
         inputs = rows * (self.input_size + deeper)
-        outputs = rows * self.num_layers * self.directions * self.output_size
+        outputs = rows * self.num_layers * self.directions * self.output_size * max(1, self.members)
         once = inputs + outputs + self.weights
         return float(self.itemsize * (3 * once if self.mode == "training" else once))
 
@@ -131,10 +170,14 @@ class Case:
 
     @property
     def stack(self) -> str:
-        """What is beyond one plain layer: '', '2 layers', '2 layers, bidirectional', 'ragged'..."""
+        """What is beyond one plain layer: '', '2 layers, bidirectional', 'ragged', '8 heads'..."""
         layers = [f"{self.num_layers} layers"] * (self.num_layers > 1)
         others = ["bidirectional"] * self.bidirectional + ["ragged"] * self.ragged
         others += [f"projected to {self.proj_size}"] * (self.proj_size > 0)
+        others += [f"recurrent dropout {self.recurrent_dropout:g}"] * bool(self.recurrent_dropout)
+        others += [f"zoneout {self.zoneout:g}"] * bool(self.zoneout)
+        others += [f"{self.num_heads} heads"] * (self.num_heads > 1)
+        others += [f"{self.members} members"] * (self.members > 0)
         return ", ".join(layers + others)
 
     @property
@@ -147,6 +190,11 @@ class Case:
         ]
         stack = f"{self.num_layers}L" * (self.num_layers > 1) + " bi" * self.bidirectional
         stack += " ragged" * self.ragged + f" P{self.proj_size}" * (self.proj_size > 0)
+        stack += f" drop{self.recurrent_dropout:g}" * bool(self.recurrent_dropout)
+        stack += f" zone{self.zoneout:g}" * bool(self.zoneout)
+        stack += f" {self.num_heads}heads" * (self.num_heads > 1) + f" x{self.members}" * (
+            self.members > 0
+        )
         return " ".join(part for part in (sizes, dtype, stack) if part)
 
     @property
@@ -433,11 +481,46 @@ def runtimes(device: str) -> list[Case]:
     ]
 
 
+# (T, B, H)
+_VARIANT_SHAPES = [(64, 4, 64), (64, 16, 256)]
+_NOISE = [
+    {"recurrent_dropout": 0.2},
+    {"zoneout": 0.1},
+    {"recurrent_dropout": 0.2, "zoneout": 0.1},
+]
+_PARTS = 8
+
+
+def variants(device: str) -> list[Case]:
+    """Layers that torch.nn has not, and options of those that it has, in both modes.
+
+    Parameters
+    ----------
+    device : {'cpu', 'cuda'}
+
+    Returns
+    -------
+    list of Case
+    """
+    options: list[dict[str, Any]] = [
+        *_NOISE, {"num_heads": _PARTS}, {"members": _PARTS}, {"bidirectional": True},
+    ]  # fmt: skip
+    cases = []
+    for (steps, batch, hidden), mode in product(_VARIANT_SHAPES, MODES):
+        kinds = [*product(("lstm", "gru"), options), ("lstm", {"proj_size": hidden // 2})]
+        kinds += [(cell, {}) for cell in VARIANTS]
+        cases += [
+            _case(cell, mode, "float32", steps, batch, hidden, **given) for cell, given in kinds
+        ]
+    return cases
+
+
 SUITES: dict[str, Callable[[str], list[Case]]] = {
     "quick": quick,
     "full": full,
     "published": published,
     "runtimes": runtimes,
+    "variants": variants,
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from rich import box
 from rich.table import Table as RichTable
 
-from .providers import BASELINE, OURS
+from .providers import BASELINE, LOOP, OURS, PLAIN
 from .registry import PUBLISHED
 from .results import Band, Change, Results, Row, by_case, of_provider, summarize
 
@@ -161,6 +161,52 @@ def providers_table(rows: Sequence[Row]) -> Table | None:
         lines.append(Line(tuple(cells)))
     title = "milliseconds (torch.nn time / time) of everybody; - cannot run it"
     return Table(title, ("cell", "mode", "case", *(f"#{name}" for name in names)), lines)
+
+
+def prices_table(rows: Sequence[Row]) -> Table | None:
+    """What options and other cells cost: fastrnn beside its plain layer, and beside loops.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+
+    Returns
+    -------
+    Table or None
+        None if neither was measured.
+    """
+    names = list(dict.fromkeys(row.provider for row in rows if row.provider != OURS))
+    if not {PLAIN, LOOP} & set(names):
+        return None
+    others = [name for name in names if name != PLAIN]
+    lines = []
+    for case, providers in by_case(rows).items():
+        ours = providers.get(OURS)
+        if ours is None or ours.times is None:
+            continue
+        plain, compiled = providers.get(PLAIN), providers.get("torch.compile")
+        cells = [case.cell, case.mode, case.shape, _milliseconds(ours), _quotient(plain, ours)]
+        cells += [_quotient(ours, providers.get(name)) for name in others]
+        first = None if compiled is None or compiled.times is None else compiled.first_s
+        cells.append("-" if first is None else f"{first:.1f}")
+        lines.append(Line(tuple(cells)))
+    title = (
+        f"price: {OURS} time / that of its plain layer; others: their time / {OURS} time, "
+        f"{BASELINE} with its plain layer where it has no other; first: seconds to compile and run"
+    )
+    headers = ("cell", "mode", "case", f"#{OURS} ms", "#price", *(f"#{name}" for name in others))
+    return Table(title, (*headers, "#first"), lines)
+
+
+def _quotient(a: Row | None, b: Row | None) -> str:
+    """The time of b / that of a, from ratios to torch.nn that were measured apart.
+
+    So the band is that of the farthest ends of theirs.
+    """
+    if a is None or b is None or a.times is None or b.times is None:
+        return "-"
+    over, under = a.times.ratio, b.times.ratio
+    return _band(Band(over.median / under.median, over.p20 / under.p80, over.p80 / under.p20))
 
 
 def published_table(rows: Sequence[Row]) -> Table | None:

@@ -49,15 +49,19 @@ class Row:
         Key of ``providers.PROVIDERS``.
     path : str
         What ran: for fastrnn the planner's path or the schedules of its kernels, for torch.nn
-        the library's algorithm; '' for others.
+        the library's algorithm, and of which plain layer where it has no other; '' for others.
     reason : str
         The planner's, or for what failed the error.
     status : {'ok', 'wrong', 'failed'}
-        'wrong' if the results differ from torch.nn's, 'failed' if the case could not be run.
+        'wrong' if the results differ from what they should be, 'failed' if the case could not be
+        run.
     error, tolerance : float, optional
         Of the output or gradient that is furthest from what is allowed: its difference from
-        torch.nn's, relative to the largest element, and how large that may be. None for torch.nn
-        itself and for a failed case.
+        torch.nn's, or where torch.nn has no such layer from that of our differentiable loop,
+        relative to the largest element, and how large that may be. None for torch.nn itself, for
+        what is timed for scale only, and for a failed case.
+    first_s : float, optional
+        Seconds until the first results were there, compilation included.
     pairs : int
         How often the provider and torch.nn were timed one after the other.
     times : Times, optional
@@ -87,6 +91,7 @@ class Row:
     peak_mib: float | None = None
     limit_ms: float | None = None
     bound: str | None = None
+    first_s: float | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -138,10 +143,9 @@ class Row:
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Row:
         """The inverse of `record`; KeyError, TypeError or ValueError if fields do not fit."""
-        rest = dict(record)
+        rest = {**_LATER, **record}
         for name in _DERIVED:
             del rest[name]
-        rest.setdefault("proj_size", 0)  # which cases have since 2026-11-29
         case = Case(**{field.name: rest.pop(field.name) for field in dataclasses.fields(Case)})
         numbers = [rest.pop(column) for *_, column in _band_columns()]
         size = len(numbers) // len(_TIMES)
@@ -153,6 +157,10 @@ class Row:
         return cls(case=case, **times, **rest)
 
 
+# What the cases of older files are without.
+_LATER = {
+    "proj_size": 0, "recurrent_dropout": 0.0, "zoneout": 0.0, "num_heads": 1, "members": 0,
+}  # fmt: skip
 # Fields that are several columns, and columns that follow from others.
 _TIMES = ("times", "graph")
 _DERIVED = ("step_us", "share")

@@ -34,6 +34,7 @@ from fastrnn.bench import report as report_
 from fastrnn.bench.environment import environment
 from fastrnn.bench.registry import Case
 from fastrnn.bench.results import Band, Results, Row, Times
+from fastrnn.kernels.configs import SCHEDULES
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -71,7 +72,7 @@ def test_suites_have_every_cell_in_both_modes_and_no_case_twice(suite, device):
     cases = registry.SUITES[suite](device)
     assert len(cases) == len(set(cases))
     assert {(c.cell, c.mode) for c in cases} == {
-        (cell, mode) for cell in registry.CELLS for mode in registry.MODES
+        (cell, mode) for cell in registry.LAYERS + registry.STEPS for mode in registry.MODES
     }
     assert all(c.steps == 1 for c in cases if c.is_step)
 
@@ -121,6 +122,21 @@ def test_cases_of_the_runtimes():
         assert not any(gap(case, CPU) for case in cases)
 
 
+def test_cases_of_what_torch_has_not():
+    cases = registry.variants("cpu")
+    assert len(cases) == len(set(cases))
+    assert {case.cell for case in cases} == {"lstm", "gru", *registry.VARIANTS}
+    of_both = {(case.mode, case.hidden_size) for case in cases}
+    assert of_both == set(itertools.product(registry.MODES, (64, 256)))
+    for case in cases:
+        is_stock = case.cell in registry.LAYERS and not case.is_noisy and case.num_heads == 1
+        assert case.is_beyond_torch is not is_stock
+        assert (case.stock == case) is is_stock
+        assert case.stock.gates == case.gates
+        assert case.plain.stack == ("8 members" if case.members else "")
+        assert case.is_plain is (case.stack == "")
+
+
 def test_published_cases_are_in_the_suite():
     cases = registry.published("cuda")
     assert len(cases) == len(set(cases))
@@ -152,7 +168,7 @@ def test_lengths_operations_and_bytes_of_a_case():
 def test_weights_are_those_of_torch():
     deep = Case("gru", "forward", "float32", 1, 1, 5, 7, 3)
     projected = Case("lstm", "forward", "float32", 1, 1, 5, 7, 3, True, proj_size=2)
-    for case in (*CASES, *registry.quick("cpu"), deep, projected):
+    for case in (*CASES, *registry.quick("cpu"), *registry.variants("cpu"), deep, projected):
         module, _ = built.make_baseline(case, CPU)
         assert case.weights == sum(p.numel() for p in module.parameters() if p.dim() == 2)
 
@@ -273,7 +289,8 @@ def test_results_from_before_projections(tmp_path, found):
     results.write_json(path, found)
     content = json.loads(path.read_text())
     for record in content["rows"]:
-        assert record.pop("proj_size") == 0
+        for name in results._LATER:
+            assert record.pop(name) == getattr(Case, name)
     path.write_text(json.dumps(content))
     assert results.load(path) == found
 
@@ -336,6 +353,25 @@ def test_tables(found):
     assert report_.failures_table(two).lines[0].cells[0] == "fastrnn"
     assert report_.failures_table(two[:6]) is None
     assert report_.totals(found.rows) == "4 cases: 1 faster, 1 equal, 1 slower, 1 wrong"
+
+
+def test_prices_are_those_beside_a_plain_layer_and_loops():
+    case = Case("slstm", "training", "float32", 3, 2, 8, 8)
+    ratios = {"fastrnn": 0.5, "fastrnn:plain": 1.0, "loop": 0.1, "torch.compile": 0.25}
+    rows = [make_baseline(case)]
+    rows += [make_row(case, ratio, 0.05, provider=name) for name, ratio in ratios.items()]
+    rows[-1] = dataclasses.replace(rows[-1], first_s=12.34)
+    table = report_.prices_table(rows)
+    assert table.headers[3:] == (
+        "#fastrnn ms", "#price", "#torch.nn", "#loop", "#torch.compile", "#first",
+    )  # fmt: skip
+    assert table.lines[0].cells[3:] == (
+        "2.00", "2.00 [1.73-2.33]", "0.50 [0.45-0.55]", "5.00 [3.00-11.00]", "2.00 [1.50-2.75]",
+        "12.3",
+    )  # fmt: skip
+    failed = dataclasses.replace(rows[-1], times=None, status="failed")
+    assert report_.prices_table([*rows[:-1], failed]).lines[0].cells[-2:] == ("-", "-")
+    assert report_.prices_table(rows[:2]) is None
 
 
 def test_published_figures_stand_beside_ours():
@@ -515,6 +551,7 @@ def test_run_writes_all_files(tmp_path, capsys):
         ["--T", "3", "--H", "8", "9", "--layers", "2", "--bidirectional", "--mode", "forward"],
         ["--published", "--providers", "fastrnn", "torch.compile", "--seconds", "0.5"],
         ["--runtimes"],
+        ["--variants", "--cells", "slstm", "--providers", "loop", "fastrnn:plain"],
     ],
 )
 def test_the_recorded_command_gives_the_same_cases(options):
@@ -527,8 +564,9 @@ def test_the_recorded_command_gives_the_same_cases(options):
 
 def test_who_is_measured_if_nobody_is_asked_for():
     everybody = [name for name in providers.PROVIDERS if name != "torch.nn"]
-    published = [name for name in everybody if name != "fastrnn:reference"]
-    schedules = ["fastrnn:resident", "fastrnn:persistent", "fastrnn:stepwise"]
+    published = [n for n in everybody if n not in ("fastrnn:reference", "fastrnn:plain")]
+    beside = ["fastrnn:plain", "loop", "torch.compile", "flashrnn", "haste"]
+    schedules = [f"fastrnn:{schedule}" for schedule in SCHEDULES]
     for options, device, expected in (
         (["--quick"], CPU, ["fastrnn"]),
         (["--T=3"], CPU, ["fastrnn"]),
@@ -536,6 +574,7 @@ def test_who_is_measured_if_nobody_is_asked_for():
         (["--full"], torch.device("cuda"), ["fastrnn", *schedules]),
         (["--published"], CPU, published),
         (["--runtimes"], CPU, ["fastrnn", "onnxruntime", "openvino"]),
+        (["--variants"], CPU, ["fastrnn", *beside]),
         (["--T=3", "--providers=all"], CPU, everybody),
         (["--full", "--providers=haste,fastrnn"], CPU, ["haste", "fastrnn"]),
     ):

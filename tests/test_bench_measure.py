@@ -13,7 +13,17 @@ import pytest
 import torch
 
 from fastrnn import devices, planner
-from fastrnn.bench import built, empty_cpu, gate, limits, measure, others, providers
+from fastrnn.bench import (
+    built,
+    empty_cpu,
+    gate,
+    limits,
+    loops,
+    measure,
+    others,
+    providers,
+    registry,
+)
 from fastrnn.bench.environment import environment
 from fastrnn.bench.limits import Bound, Limits
 from fastrnn.bench.providers import PROVIDERS, Provider
@@ -205,7 +215,8 @@ def test_schedules_on_a_gpu(monkeypatch):
     assert "no resident schedule" in PROVIDERS["fastrnn:resident"].gap(case, CUDA)
     projected = problem._replace(projected=True)
     monkeypatch.setattr(providers, "problem_of", lambda case, device: projected)
-    assert "projections" in PROVIDERS["fastrnn:stepwise"].gap(case, CUDA)
+    assert "no stepwise schedule" in PROVIDERS["fastrnn:stepwise"].gap(case, CUDA)
+    assert PROVIDERS["fastrnn:staged"].gap(case, CUDA) is None
 
 
 @pytest.mark.parametrize(
@@ -255,7 +266,78 @@ def test_a_compiled_loop(monkeypatch):
         _, row = measure.measure(case, CPU, 0, ["torch.compile"])
         assert row.status == "ok", row
         assert graphs[-1] > 7
-    assert "plain layer" in PROVIDERS["torch.compile"].gap(CASES[1], CPU)
+    assert "one layer" in PROVIDERS["torch.compile"].gap(CASES[1], CPU)
+
+
+# What torch.nn has not.
+
+SMALL = [
+    dataclasses.replace(
+        case, steps=6, batch=3, hidden_size=16, input_size=16, proj_size=min(case.proj_size, 5)
+    )
+    for case in registry.variants("cpu")
+    if case.hidden_size == 64
+]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=[case.name.replace(" ", "-") for case in SMALL])
+def test_what_torch_has_not_is_compared_with_loops(case):
+    base, *rows = measure.measure(case, CPU, 0, ["fastrnn", "fastrnn:plain", "loop"])
+    assert base.times is not None
+    statuses = {row.provider: row.status for row in rows}
+    assert statuses == dict.fromkeys(statuses, "ok"), [row for row in rows if row.status != "ok"]
+    errors = {row.provider: row.error for row in rows}
+    assert errors.pop("fastrnn:plain", None) is None
+    assert None not in errors.values()
+    is_plain = case.plain == case and not case.members
+    assert len(rows) == 3 - is_plain
+    assert all(row.first_s > 0 for row in rows)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "slstm", "layernorm_gru", "gru_reset_before"])
+def test_mistakes_in_what_torch_has_not_are_seen(monkeypatch, cell):
+    n_states, step = loops._STEPS[cell]
+
+    def wrong(wx, h, state, w):
+        return step(wx * 1.0001, h, state, w)
+
+    monkeypatch.setitem(loops._STEPS, cell, (n_states, wrong))
+    case = Case(cell, "training", "float32", 6, 3, 5, 16, zoneout=0.1 * (cell == "lstm"))
+    _, ours, loop = measure.measure(case, CPU, 0, ["fastrnn", "loop"])
+    assert (ours.status, loop.status) == ("ok", "wrong")
+
+
+def test_compiled_loops_of_what_torch_has_not(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for case in SMALL:
+        if case.mode == "training" and case.cell != "gru":
+            case = dataclasses.replace(case, steps=20 if case.bidirectional else 3)  # or 2 parts
+            _, row = measure.measure(case, CPU, 0, ["torch.compile"])
+            assert row.status == "ok", row
+
+
+def test_no_compiler(monkeypatch):
+    from torch._inductor import cpp_builder, exc
+
+    def fails():
+        raise exc.InvalidCxxCompiler
+
+    loops._compiler_gap.cache_clear()
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", fails)
+    gap = PROVIDERS["torch.compile"].gap
+    assert gap(SMALL[0], CPU) == "torch.compile needs a C++ compiler, and finds none"
+    assert gap(SMALL[0], CUDA) is None
+    loops._compiler_gap.cache_clear()
+
+
+def test_what_is_not_a_loop():
+    gap = PROVIDERS["loop"].gap
+    for change in ({"ragged": True}, {"num_layers": 2}, {"cell": "lstm_cell", "steps": 1}):
+        assert "one layer" in gap(dataclasses.replace(SMALL[0], **change), CPU)
+    heads = Case("lstm", "forward", "float32", 4, 2, 8, 8, num_heads=2)
+    assert gap(heads, CPU) is None
+    for change in ({"bidirectional": True}, {"zoneout": 0.1}, {"cell": "slstm"}):
+        assert "of plain layers" in gap(dataclasses.replace(heads, **change), CPU)
 
 
 # Other libraries, replaced by what their documentation says where they are not installed. Only the
@@ -266,20 +348,20 @@ def fake_flashrnn(monkeypatch):
     def flashrnn(wx, r, b, states, function, backend, dtype):
         assert (function, str(wx.dtype)) == ("lstm", f"torch.{dtype}")
         batch, steps, gates, heads, hidden = wx.shape
-        assert (gates, heads) == (4, 1)
-        assert r.shape == (4, 1, hidden, hidden)
-        h, c = states.view(2, batch, hidden)
+        assert gates == 4
+        assert r.shape == (4, heads, hidden, hidden)
+        h, c = states.view(2, batch, heads, hidden)
         hs, cs = [], []
         for t in range(steps):
             # R[gate, head, out, in], gates i, f, z, o
-            raw = wx[:, t, :, 0] + torch.einsum("gok,bk->bgo", r[:, 0], h) + b[:, 0]
+            raw = wx[:, t] + torch.einsum("gnok,bnk->bgno", r, h) + b
             i, f, z, o = raw.unbind(1)
             c = f.sigmoid() * c + i.sigmoid() * z.tanh()
             h = o.sigmoid() * c.tanh()
             hs.append(h)
             cs.append(c)
         every = torch.stack([torch.stack(hs, 1), torch.stack(cs, 1)])
-        return every.unsqueeze(-2), torch.stack([h, c])[:, :, None, None]
+        return every, torch.stack([h, c])[:, :, None]
 
     module = types.ModuleType("flashrnn")
     module.flashrnn = flashrnn
@@ -327,6 +409,9 @@ def fake_haste(monkeypatch):
             self.kernel = torch.nn.Parameter(torch.zeros(inputs, self.gates * hidden))
             self.recurrent_kernel = torch.nn.Parameter(torch.zeros(hidden, self.gates * hidden))
             self.bias = torch.nn.Parameter(torch.zeros(self.gates * hidden))
+            if self.is_normal:
+                self.gamma = torch.nn.Parameter(torch.zeros(2, self.gates * hidden))
+                self.gamma_h, self.beta_h = (torch.nn.Parameter(torch.zeros(hidden)) for _ in "12")
             if self.gates == 3:
                 self.recurrent_bias = torch.nn.Parameter(torch.zeros(3 * hidden))
 
@@ -335,11 +420,21 @@ def fake_haste(monkeypatch):
             h = c = x.new_zeros(x.shape[1], hidden)
             ys = []
             for x_t in x:
-                wx, rh = x_t @ self.kernel + self.bias, h @ self.recurrent_kernel
+                wx, rh = x_t @ self.kernel, h @ self.recurrent_kernel
+                if self.is_normal:
+                    norm = torch.nn.functional.layer_norm
+                    wx, rh = (
+                        norm(part, g.shape) * g
+                        for part, g in zip((wx, rh), self.gamma, strict=True)
+                    )
+                wx = wx + self.bias
                 if self.gates == 4:
                     i, g, f, o = (wx + rh).chunk(4, -1)
                     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-                    h = o.sigmoid() * c.tanh()
+                    shown = c
+                    if self.is_normal:
+                        shown = norm(c, c.shape[-1:]) * self.gamma_h + self.beta_h
+                    h = o.sigmoid() * shown.tanh()
                 else:
                     z, r, n = wx.chunk(3, -1)
                     r_z, r_r, r_n = (rh + self.recurrent_bias).chunk(3, -1)
@@ -349,15 +444,22 @@ def fake_haste(monkeypatch):
             return torch.stack(ys), (h[None], c[None]) if self.gates == 4 else h[None]
 
     module = types.ModuleType("haste_pytorch")
-    module.LSTM = type("LSTM", (Layer,), {"gates": 4})
-    module.GRU = type("GRU", (Layer,), {"gates": 3})
+    for name, gates in (("LSTM", 4), ("GRU", 3)):
+        for prefix in ("", "LayerNorm"):
+            facts = {"gates": gates, "is_normal": bool(prefix)}
+            setattr(module, prefix + name, type(prefix + name, (Layer,), facts))
     monkeypatch.setitem(sys.modules, "haste_pytorch", module)
 
 
 OTHERS = {
     "flashrnn": (("flashrnn",), fake_flashrnn, {"backend": "vanilla"}, ("lstm",)),
     "torchrl": (("tensordict", "torchrl"), fake_torchrl, {"backend": "pad"}, ("lstm", "gru")),
-    "haste": (("haste_pytorch",), fake_haste, {}, ("lstm", "gru")),
+    "haste": (
+        ("haste_pytorch",),
+        fake_haste,
+        {},
+        ("lstm", "gru", "layernorm_lstm", "layernorm_gru"),
+    ),
 }
 
 
@@ -372,10 +474,11 @@ def test_another_library(monkeypatch, name, cell, mode):
         fake(monkeypatch)
     build = functools.partial(PROVIDERS[name].build, **options)
     monkeypatch.setitem(PROVIDERS, name, Provider(lambda case, device: None, build))
-    case = Case(cell, mode, "float32", 6, 3, 5, 8)
-    base, row = measure.measure(case, CPU, 0, [name])
-    assert row.status == "ok", row
-    assert base.times is not None
+    for heads in (1, 2) if name == "flashrnn" else (1,):
+        case = Case(cell, mode, "float32", 6, 3, 5, 8, num_heads=heads)
+        base, row = measure.measure(case, CPU, 0, [name])
+        assert row.status == "ok", row
+        assert base.times is not None
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -387,6 +490,8 @@ def test_why_another_library_is_not_measured(monkeypatch, name):
     assert gap(CASES[0], CUDA) is None
     assert "float32 only" in gap(dataclasses.replace(CASES[0], dtype="float64"), CUDA)
     assert "one plain layer of lstm" in gap(dataclasses.replace(CASES[0], num_layers=2), CUDA)
+    heads = gap(dataclasses.replace(CASES[0], num_heads=2), CUDA)
+    assert heads is None if name == "flashrnn" else "one plain layer" in heads
     found["spec"] = None
     assert gap(CASES[0], CUDA).endswith("is not installed")
 
