@@ -492,7 +492,7 @@ _PARTS = 8
 
 
 def variants(device: str) -> list[Case]:
-    """Layers that torch.nn has not, and options of those that it has, in both modes.
+    """Layers and options that torch.nn does not have, in both modes.
 
     Parameters
     ----------

@@ -21,6 +21,7 @@ from cpu_calls import (
     convert,
     draw,
     drawn,
+    exact,
     exact_of,
     operators_of,
     random_state,
@@ -128,10 +129,13 @@ def test_bfloat16_against_float64(with_threads, packing, cell):
         with_threads(seed % 4 + 1)
         packing(seed)
         call, given = drawn(cell, seed, BF16)
+        if cell == "slstm":  # c, n and m have a kink where m changes hands, and h has none
+            of_others = [torch.zeros_like(part) for part in given.d_final[1:]]
+            given = Cotangents(given.dy, [given.d_final[0], *of_others])
         found = run(call, given)
-        results = zip(
-            found, operators_of(cell, seed, BF16), exact_of(cell, seed, BF16), strict=True
-        )
+        with cpu.kernels_allowed(False):
+            of_torch = run(call, given)
+        results = zip(found, of_torch, exact(call, given), strict=True)
         for k, (mine, theirs, right) in enumerate(results):
             assert (mine.shape, mine.dtype) == (right.shape, BF16)
             if not mine.numel() or (has_kinks(cell) and k > 1):

@@ -226,7 +226,7 @@ class _Ahead(_Problem):
         others = call.cell.states[1:] if traced else ()
         self.traces = [call.x.new_zeros(*shape, directions * call.hidden_size) for _ in others]
         self.saved = fake_saved(call, save)
-        y_rows = self.y.view(-1, self.y.shape[-1])
+        self.y_rows = y_rows = self.y.view(-1, self.y.shape[-1])
         if self.saved:
             self.h_rows = self.saved[0]
         elif self.selection.chosen is not None or self.dtype != dtype:
@@ -247,15 +247,14 @@ class _Ahead(_Problem):
         """What the layer gives, once its jobs are done."""
         call, selection, count = self.call, self.selection, self.rows.total
         dtype, is_packed = call.x.dtype, selection.chosen is not None
-        y_rows = self.y.view(-1, self.y.shape[-1])
         for d, job in enumerate(self.jobs):
             for trace, part in zip(self.traces, job.kept.traces, strict=False):
                 to = _columns(trace.view(-1, trace.shape[-1]), d, call.directions)
                 selection.put_rows(to, part.to(dtype))
-        if self.h_rows is not y_rows and self.h_rows.data_ptr() != y_rows.data_ptr():
+        if self.h_rows is not self.y_rows:
             if is_packed:
-                y_rows.zero_()
-            selection.put_rows(y_rows, _first(self.h_rows, count).to(dtype))
+                self.y_rows.zero_()
+            selection.put_rows(self.y_rows, _first(self.h_rows, count).to(dtype))
         final = _as(self.final, dtype)
         if is_packed:
             selected, final = final, _copies(call.initial())
