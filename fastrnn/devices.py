@@ -141,14 +141,18 @@ def kernel_gap(problem: Problem) -> str | None:
         return f"no kernel of ours for a batch of more than {configs.MAX_BATCH}"
     if problem.directions * problem.parts > configs.MAX_GROUPS:
         return f"no kernel of ours for more than {configs.MAX_GROUPS} heads and members"
+    most = configs.MAX_NORMALISED_ROW // max(4, problem.dtype.itemsize)
+    if CELLS[problem.cell].is_normalised and problem.hidden_size > most:
+        return f"no kernel of ours normalises more than {most} hidden units in {problem.dtype}"
     if problem.dtype not in _KERNEL_DTYPES:
         return f"no kernel of ours for {problem.dtype}"
     return None
 
 
 def is_staged(problem: Problem) -> bool:
-    """Tell whether a step of a problem is several launches: because it is several products, needs
-    all hidden units between two of them, or is in float64, for which there is nothing faster.
+    """Tell whether a step of a problem is more than a product and arithmetic on each hidden unit by
+    itself: several products, or all hidden units between two of them. So is float64, for which
+    there is nothing faster. Such a step is several launches unless all steps fit into one program.
     """
     is_pointwise = CELLS[problem.cell].is_pointwise
     return problem.projected or not is_pointwise or problem.dtype == torch.float64
@@ -213,8 +217,10 @@ def _shape(problem: Problem) -> Shape:
         problem.dtype.itemsize,
         problem.precision,
     )
-    staged = is_staged(problem)
-    return shape._replace(marked=problem.marked, noisy=problem.noisy, staged=staged)
+    staged, projected = is_staged(problem), problem.projected
+    return shape._replace(
+        marked=problem.marked, noisy=problem.noisy, staged=staged, projected=projected
+    )
 
 
 def float32_precision() -> str:

@@ -1,4 +1,4 @@
-"""Layers on a GPU whose step is several launches: normalised, with a late product or a projection.
+"""Layers on a GPU whose step is more than a product: normalised, with a late product or projection.
 
 As in ``gpu.py``, products of all steps are GEMMs around the kernels, and every tensor is first cut
 into groups. In the kernels' tensors the dimension of groups is the first; W is what a state has.
@@ -163,7 +163,7 @@ def backward(
             [_steps(groups, part) for part in given.d_traces],
         ),
     )
-    x = groups.rows(call.x).unflatten(1, (-1, groups.batch))
+    x = groups.rows(call.x).unflatten(1, (call.steps, groups.batch))
     dx = torch.zeros_like(x) if asked.x else None
     parts = max(1, asked.groups // groups.members)
     of_groups = []

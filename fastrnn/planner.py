@@ -226,7 +226,8 @@ def _choose_path(
         path = _ours(problem, kernels) if asked in OURS else asked
         return Decision(path, "asked for by fastrnn.planner.use_path")
     if missing:
-        return Decision(_ours(problem, kernels), missing)
+        is_gap = kernels is None and problem.device != "cpu"
+        return Decision(_ours(problem, kernels), f"{missing}; {gap}" if is_gap else missing)
     if problem.transform:
         return Decision(_ours(problem, kernels), "torch's kernels have no batching rules")
     if problem.device == "cpu":

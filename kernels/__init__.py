@@ -14,6 +14,8 @@ and one backward loop through time that knows no cell by name:
 ``staged.py``, ``staged_products.py``
     Several launches for each step, where it is more than one product and arithmetic on each hidden
     unit by itself: normalised cells, late products, projections; and for float64.
+``staged_resident.py``
+    Such cells in one launch, for small hidden sizes, which is the schedule ``resident`` of theirs.
 
 ``words.py`` is how the programs of a group wait for each other and ``fragments.py`` where the
 operands of their products lie; ``tiles.py`` is what the other two schedules are made of.

@@ -100,7 +100,8 @@ def where(condition, x, y):
 
 @triton.jit
 def zeros_like(x):
-    return tl.where(x == x, 0.0, 0.0)  # tl.zeros_like has no layout to give in Gluon
+    # tl.zeros_like has no layout to give in Gluon.
+    return tl.where(x == x, 0.0, 0.0).to(x.dtype)
 
 
 def _engine(**own: Any) -> Engine:

@@ -88,6 +88,10 @@ class Shape(NamedTuple):
         Whether there is recurrent dropout or zoneout.
     staged : bool
         Whether a step is more than a product and arithmetic on each hidden unit by itself.
+    projected : bool
+        Whether h has a projection.
+    n_late : int
+        How many gates are of a second product.
     """
 
     n_gates: int
@@ -100,12 +104,15 @@ class Shape(NamedTuple):
     marked: bool = False
     noisy: bool = False
     staged: bool = False
+    projected: bool = False
+    n_late: int = 0
 
     @classmethod
     def of(cls, cell: Cell, *others: Any) -> Shape:
         """Describe a problem of a cell by the fields from `batch` to `precision`."""
         shape = cls(cell.n_gates, *others)
-        return shape._replace(n_more=max(cell.n_states - 2, 0) + cell.n_extra)
+        n_late = cell.late.n_gates if cell.late else 0
+        return shape._replace(n_more=max(cell.n_states - 2, 0) + cell.n_extra, n_late=n_late)
 
 
 class Config(NamedTuple):
@@ -150,6 +157,9 @@ SCHEDULES = ("resident", "persistent", "stepwise", "staged")
 PRECISIONS = ("ieee", "tf32", "tf32x3")  # of float32
 MAX_BATCH = 16 * 65535  # batch tiles are the second dimension of a grid
 MAX_GROUPS = 65535
+# Bytes of a row of a normalised cell, of which one program has all units, in float32 or float64. An
+# LSTM's row of these spills a few hundred bytes of a thread; what is larger has nowhere to be.
+MAX_NORMALISED_ROW = 16 * 1024
 
 # What a persistent kernel's programs are made of; see fragments.py.
 _UNITS = _TILE_ROWS = 16
@@ -159,6 +169,8 @@ _UNITS = _TILE_ROWS = 16
 # compiles without spilling for sm_80, sm_90 and sm_100 with triton 3.6 and 3.7
 # (bench/compile_budget.py); mostly the next larger tile spills.
 _RESIDENT = {"half": 8, "tf32": 4, "tf32x3": 2, "ieee": 1}
+# Likewise of those in staged_resident.py, with at most 48 bytes of a thread on its stack.
+_RESIDENT_STAGED = {"half": 8, "tf32": 4, "tf32x3": 2, "ieee": 2}
 # 256 threads: then all 255 registers of NVIDIA's and 512 of AMD's multiprocessors are theirs.
 _WARPS = {"cuda": 8, "hip": 4}
 _THREADS = 256
@@ -184,7 +196,9 @@ def choose(
 
 def candidates(shape: Shape, device: Device, *, backward: bool = False) -> Iterator[Config]:
     """All configurations that fit the device."""
-    if not shape.staged:
+    if shape.staged:
+        yield from _resident_staged(shape, device, backward)
+    else:
         yield from _resident(shape, device, backward)
         if persistent_gap(shape, device) is None:
             yield from _persistent(shape, device, backward)
@@ -197,7 +211,9 @@ def candidates(shape: Shape, device: Device, *, backward: bool = False) -> Itera
     # does not order what cp.async writes before their reads (triton PR 9610), and in three parts
     # their left operand is in registers, which ptxas may take for others too early (PR 11781).
     is_warp_group = device.target == "cuda" and device.capability // 10 == 9
-    more_rows = () if narrow else (32,) if is_warp_group else (64,)
+    # Nor with noise, whose masks are tiles too.
+    few_rows = is_warp_group or (shape.noisy and not shape.staged)
+    more_rows = () if narrow else (32,) if few_rows else (64,)
     if kind == "ieee":
         more_rows, block_k = (32,), 16 if narrow else 32
     if shape.itemsize == 8:  # all products of a program at once
@@ -219,7 +235,7 @@ def persistent_gap(shape: Shape, device: Device) -> str | None:
 
 def _resident(shape: Shape, device: Device, backward: bool) -> Iterator[Config]:
     kind, narrow, warps = _kind(shape), _narrow(shape), _WARPS[device.target]
-    block_h = max(16, 1 << (shape.hidden_size - 1).bit_length())
+    block_h = _block_h(shape)
     most = _RESIDENT[kind] * (4 if shape.n_gates == 1 else 1)  # one gate takes so much less
     if backward and narrow and kind == "half":
         most //= 2  # each part of a row has an address and a predicate
@@ -228,6 +244,27 @@ def _resident(shape: Shape, device: Device, backward: bool) -> Iterator[Config]:
         fits = shared_memory(config, shape, backward=backward) <= device.shared_memory
         if block_h <= 128 and block_b * block_h / _THREADS <= most and fits:
             yield config
+
+
+def _resident_staged(shape: Shape, device: Device, backward: bool) -> Iterator[Config]:
+    kind, warps, is_wide = _kind(shape), _WARPS[device.target], shape.n_gates == 4
+    if shape.projected or shape.itemsize == 8 or (kind == "tf32x3" and is_wide):
+        return
+    # A product of 16 columns has no work for all warps.
+    block_h, most = _block_h(shape, 32 if backward else 16), _RESIDENT_STAGED[kind]
+    # Marks, noise and rows at odd addresses take registers too.
+    n_options = is_wide * (shape.marked + shape.noisy)
+    if (kind == "half" and (n_options > 0 or _narrow(shape))) or (kind == "tf32" and n_options > 1):
+        most //= 2
+    config = Config("resident", 16, block_h, block_h, warps, 0, 65535)
+    fits = shared_memory(config, shape, backward=backward) <= device.shared_memory
+    if 16 * block_h / _THREADS <= most and fits:
+        yield config
+
+
+def _block_h(shape: Shape, least: int = 16) -> int:
+    """Hidden units of a program that has all."""
+    return max(least, 1 << (shape.hidden_size - 1).bit_length())
 
 
 def _persistent(shape: Shape, device: Device, backward: bool) -> Iterator[Config]:
@@ -310,16 +347,21 @@ def shared_memory(config: Config, shape: Shape, *, backward: bool = False) -> in
         sums = 2 * _TILE_ROWS * 4
         return gates * _UNITS * config.num_warps * (weights + sums)
     copies = 2 if _kind(shape) == "tf32x3" else 1
-    gates = shape.n_gates if backward else shape.n_gates + (shape.n_gates == 3)
+    gates = shape.n_gates if backward else shape.n_gates + (shape.n_gates - shape.n_late == 3)
     weights = gates * config.block_h**2 * shape.itemsize * copies
     # On their way to another layout: the left operand of a dot, a result of backward, dh and a tile
-    # of each gate, or what a reduction needs at least.
+    # of each gate, or in half precision two loads of four, or what a reduction needs at least.
+    of_unit = config.block_h * shape.itemsize
+    is_twice = backward and shape.itemsize == 2 and shape.n_gates > 1
+    tiles = 8 if is_twice else shape.n_gates + 1
     columns = max(
-        config.block_h * shape.itemsize * copies,
+        of_unit * copies,
         config.block_h * 4,
-        (shape.n_gates + 1) * config.block_h * shape.itemsize,
+        tiles * of_unit,
         256,
     )
+    if shape.staged:  # several tiles at once
+        columns = config.block_h * (12 * shape.itemsize if shape.n_late else 8 + 4 * shape.itemsize)
     return weights + config.block_b * columns
 
 
@@ -374,7 +416,7 @@ def _simulated() -> dict[tuple[Any, ...], list[Simulated]]:
 
 def _rows_of(config: Config, shape: Shape, device: Device, backward: bool) -> list[Simulated]:
     """What was simulated of a configuration, or of the one most like it."""
-    if device.target != "cuda":
+    if device.target != "cuda" or shape.staged:
         return []
     # A cell of two gates is like one of three, and where only an H100 was simulated, an A100 is
     # like it; so are more rows or warps of a launch for each step.

@@ -1,4 +1,5 @@
-"""Allocate and launch the kernels of a step in several launches; see ``staged.py``.
+"""Allocate and launch the kernels of ``staged.py``, several launches a step, and those of
+``staged_resident.py``, which is one for all steps.
 
 Here every tensor has a dimension of groups in front, N. Where float32 is written sums are in
 float64 if the layer is. Nothing waits for the device, so that a
@@ -16,7 +17,7 @@ import triton
 from torch import Tensor
 
 from ..cells import Cell
-from . import staged, staged_products
+from . import staged, staged_products, staged_resident
 from .activations import bound
 from .configs import Config
 
@@ -191,14 +192,20 @@ def forward(
         "extra_ptr": operands.extra,
         "drop_ptr": operands.drop,
         "fresh_ptrs": tuple(operands.fresh) or None,
-        "raw_ptr": wx.new_empty(groups, batch, width, dtype=exact),
-        "full_ptr": wx.new_empty(groups, batch, hidden) if projected else None,
         "running_ptrs": tuple(running),
         "output_ptrs": (y, *traces),
         "before_ptrs": tuple(past.befores) if past else None,
         "after_ptrs": tuple(past.afters) if past else None,
         "saved_ptr": past.activations if past else None,
         "normal_ptrs": tuple(past.normal) or None if past else None,
+    }
+    if config.schedule == "resident":
+        launch, _ = _launchers(cell, config, precision, operands, arguments, steps)
+        launch(staged_resident.forward_kernel, hidden)
+        return y, traces, past, running
+    arguments |= {
+        "raw_ptr": wx.new_empty(groups, batch, width, dtype=exact),
+        "full_ptr": wx.new_empty(groups, batch, hidden) if projected else None,
     }
     product, row = _launchers(cell, config, precision, operands, arguments, steps)
     n_late = cell.late.n_gates if cell.late else 0
@@ -252,16 +259,10 @@ def backward(
     d_projected = torch.empty_like(past.befores[0]) if projected else None
     running = [part.to(exact, copy=True) for part in d_final]
     d_fresh = [torch.zeros_like(part, dtype=exact) for part in operands.fresh]
-    d_h = scratch(size_h)
-    through = scratch(hidden) if projected or cell.late else None
-    product_rows = d_gates if d_raw is None else d_raw
-    arguments = {
+    arguments: dict[str, Any] = {
         "r_ptr": operands.r,
-        "w_ptr": operands.w_hr if projected else operands.r,
         "extra_ptr": operands.extra,
         "drop_ptr": operands.drop,
-        "dy_ptr": dy,
-        "d_trace_ptrs": tuple(d_traces),
         "running_ptrs": tuple(running),
         "d_fresh_ptrs": tuple(d_fresh) or None,
         "before_ptrs": tuple(past.befores),
@@ -270,6 +271,20 @@ def backward(
         "normal_ptrs": tuple(past.normal) or None,
         "d_gates_ptr": d_gates,
         "d_extra_ptr": d_extra,
+    }
+    found = Found(d_gates, d_raw, d_extra, d_projected, running, d_fresh)
+    if config.schedule == "resident":
+        arguments |= {"given_ptrs": (dy, *d_traces), "d_raw_ptr": d_raw}
+        launch, _ = _launchers(cell, config, precision, operands, arguments, steps)
+        launch(staged_resident.backward_kernel, hidden)
+        return found
+    d_h = scratch(size_h)
+    through = scratch(hidden) if projected or cell.late else None
+    product_rows = d_gates if d_raw is None else d_raw
+    arguments |= {
+        "w_ptr": operands.w_hr if projected else operands.r,
+        "dy_ptr": dy,
+        "d_trace_ptrs": tuple(d_traces),
         "d_projected_ptr": d_projected,
         "out_ptr": through,
         "d_product_ptr": through if cell.late else None,
@@ -288,7 +303,7 @@ def backward(
         d_of_cell = through if projected else d_h
         row(staged.backward_kernel, hidden, step, d_h_ptr=d_of_cell, d_raw_ptr=d_raw)
     receive(steps)
-    return Found(d_gates, d_raw, d_extra, d_projected, running, d_fresh)
+    return found
 
 
 def _launchers(
@@ -299,7 +314,8 @@ def _launchers(
     arguments: dict[str, Any],
     steps: int,
 ) -> tuple[Callable[..., None], Callable[..., None]]:
-    """What launches the kernels of a layer: those of products, and those of cells.
+    """What launches the kernels of a layer: those of products or of all steps, as configured, and
+    those of cells.
 
     They take a kernel, how many columns it has to do, the step, and more arguments.
     """
@@ -323,7 +339,7 @@ def _launchers(
         if not torch.version.hip:  # as in launch.py; all registers that so many warps can have
             options["maxnreg"] = min(255, 2048 // num_warps)
 
-        def launch(kernel: Any, columns: int, step: int, **more: Any) -> None:
+        def launch(kernel: Any, columns: int, step: int = 0, **more: Any) -> None:
             given = {**arguments, **more, "step": step, "BLOCK_B": block_b, "BLOCK_H": block_h}
             grid = triton.cdiv(batch, block_b), triton.cdiv(columns, block_h), groups
             with torch.cuda.device_of(operands.r):
@@ -345,9 +361,13 @@ def _n_row_extra(cell: Cell) -> int:
 
 
 def row_tile(cell: Cell, hidden: int) -> tuple[int, int, int]:
-    """Rows, units and warps of a program of a cell: all units, if it normalises them."""
+    """Rows, units and warps of a program of a cell: all units, if it normalises them.
+
+    8 warps have all registers of a multiprocessor. More take turns better, and in fewer there is
+    less that each thread has beside its units, such as addresses; the largest need all there are.
+    """
     units = triton.next_power_of_2(hidden)
     if not cell.is_normalised:
         units = min(units, 128)
     rows = max(1, 512 // units)
-    return rows, units, min(16, max(4, units // 128))
+    return rows, units, 8 if units > 2048 else min(16, max(4, units // 128))

@@ -1,5 +1,6 @@
 """A step in several launches, for what needs more than one product of a step, or all units of a row
-between two products: normalised cells, late products, projections.
+between two products: normalised cells, late products, projections. Where a program can have all
+units and weights of a group there is ``staged_resident.py``, of the same tensors and functions.
 
 Forward a step is the recurrent product, a second one if the cell has a late product, the cell, and
 the projection; backward it is what comes back through the recurrent product, through the
@@ -38,7 +39,7 @@ import triton.language as tl
 
 from ..cells import EPSILON
 from .activations import zeros_like
-from .tiles import CUT, FRESH, HOLD, add, has, without
+from .tiles import CUT, FRESH, HOLD, add, has, mix, without
 
 _EPSILON = tl.constexpr(EPSILON)
 
@@ -55,12 +56,17 @@ def place(step, T, B, n_ahead, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
-def load(row_ptrs, unit, mask):
-    """Load a tile; half precision as float32."""
-    tile = tl.load(row_ptrs[:, None] + unit[None, :], mask=mask, other=0.0)
+def widened(tile):
+    """Half precision as float32."""
     if tile.dtype != tl.float64:
         tile = tile.to(tl.float32)
     return tile
+
+
+@triton.jit
+def load(row_ptrs, unit, mask):
+    """Load a tile; half precision as float32."""
+    return widened(tl.load(row_ptrs[:, None] + unit[None, :], mask=mask, other=0.0))
 
 
 @triton.jit
@@ -116,30 +122,34 @@ def refreshed(state, fresh_ptr, mark, row_offsets, unit, mask):
 
 
 @triton.jit
-def settled(new, before, zone_ptr, mark, row_offsets, unit, mask):
-    """What a state is after a step: partly what it was, by its zone, and wholly if it is held."""
+def load_zone(zone_ptr, row_offsets, unit, mask):
+    """Load what a state keeps at a step, as ``tiles.load_zones`` does; nothing from None."""
+    zone = ()
     if zone_ptr is not None:
         if zone_ptr.dtype.element_ty == tl.uint8:
-            keeps = tl.load(zone_ptr + row_offsets[:, None] + unit[None, :], mask=mask, other=0)
-            new = tl.where(keeps != 0, before, new)
+            ptrs = zone_ptr + row_offsets[:, None] + unit[None, :]
+            zone = (tl.load(ptrs, mask=mask, other=0) != 0,)
         else:
-            new += tl.load(zone_ptr) * (before - new)
+            zone = (widened(tl.load(zone_ptr)),)
+    return zone
+
+
+@triton.jit
+def settled(new, before, zone, mark):
+    """What a state is after a step: partly what it was, by its zone, and wholly if it is held."""
+    if len(zone) > 0:
+        new = mix(zone[0], before, new)
     if mark is not None:
         new = tl.where(has(mark, HOLD)[:, None], before, new)
     return new
 
 
 @triton.jit
-def parted(d, zone_ptr, mark, row_offsets, unit, mask):
+def parted(d, zone, mark):
     """Part the gradient of a state after a step: for what the cell made, and for what was there."""
     own, kept = d, zeros_like(d)
-    if zone_ptr is not None:
-        if zone_ptr.dtype.element_ty == tl.uint8:
-            keeps = tl.load(zone_ptr + row_offsets[:, None] + unit[None, :], mask=mask, other=0)
-            own, kept = tl.where(keeps != 0, 0.0, d), tl.where(keeps != 0, d, 0.0)
-        else:
-            kept = tl.load(zone_ptr) * d
-            own = d - kept
+    if len(zone) > 0:
+        own, kept = mix(zone[0], kept, own), mix(zone[0], own, kept)
     if mark is not None:
         held = has(mark, HOLD)[:, None]
         own, kept = tl.where(held, 0.0, own), tl.where(held, d, kept)
@@ -168,12 +178,31 @@ def multiplied(tiles, others):
 
 
 @triton.jit
+def sum_of(tiles, inside):
+    """Add up tiles, without what is outside."""
+    total = tiles[0]
+    for n in tl.static_range(1, len(tiles)):
+        total += tiles[n]
+    return tl.where(inside, total, 0.0)
+
+
+@triton.jit
 def mean_of(tiles, inside, H: tl.constexpr):
     """The mean over all units of tiles, which have H inside each."""
-    total = tl.sum(tl.where(inside, tiles[0], 0.0), axis=1)
-    for n in tl.static_range(1, len(tiles)):
-        total += tl.sum(tl.where(inside, tiles[n], 0.0), axis=1)
-    return (total / (len(tiles) * H))[:, None]
+    return (tl.sum(sum_of(tiles, inside), axis=1) / (len(tiles) * H))[:, None]
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def means_of(tiles, others, inside, H: tl.constexpr):
+    """The means of both, by one reduction."""
+    sums = sum_of(tiles, inside), sum_of(others, inside)
+    mean, other = tl.reduce(sums, 1, _add_pairs)
+    return (mean / (len(tiles) * H))[:, None], (other / (len(tiles) * H))[:, None]
 
 
 @triton.jit
@@ -193,12 +222,64 @@ def normalised(tiles, inside, H: tl.constexpr):
 @triton.jit
 def normalised_back(d_normal, normal, scale, inside, H: tl.constexpr):
     """The gradients of what was normalised, from those of the result."""
-    mean = mean_of(d_normal, inside, H)
-    along = mean_of(multiplied(d_normal, normal), inside, H)
+    mean, along = means_of(d_normal, multiplied(d_normal, normal), inside, H)
     found = ()
     for n in tl.static_range(len(normal)):
         found += (tl.where(inside, scale * (d_normal[n] - mean - normal[n] * along), 0.0),)
     return found
+
+
+@triton.jit
+def cell_forward(wx, raw, bias, extra, before, inside, H: tl.constexpr, CELL: tl.constexpr):
+    """A step of a cell with all units, from its products: the states, the activations, and the
+    normalised products with 1 / their deviation behind them.
+    """
+    N_GATES: tl.constexpr = CELL.n_gates
+    rh, normal = raw, ()
+    if CELL.is_normalised:
+        rh, scale = normalised(raw, inside, H)
+        normal = rh + (scale,)
+        rh = multiplied(rh, extra[N_GATES : 2 * N_GATES])
+    after, saved = CELL.forward(wx, add(rh, bias), before, extra)
+    if CELL.output_forward is not None:
+        shown, _ = normalised(after[len(after) - 1 :], inside, H)
+        after = (CELL.output_forward(after[0], shown[0], extra),) + after[1:]
+    return after, saved, normal
+
+
+@triton.jit
+def cell_backward(
+    saved, normal, after, before, d_state, d_product, extra, mark, inside, H: tl.constexpr,
+    CELL: tl.constexpr,
+):  # fmt: skip
+    """Go back through `cell_forward`; `d_product` is the gradient of the late product's operand, or
+    empty.
+
+    Returns the gradients of the recurrent parts, of the input parts that differ, of the products,
+    of extra weights, and of the states before as far as they do not pass by the products.
+    """
+    N_GATES: tl.constexpr = CELL.n_gates
+    d_extra = ()
+    if CELL.output_backward is not None:
+        part: tl.constexpr = CELL.output_saved
+        shown, scale = normalised(after[len(after) - 1 :], inside, H)
+        d_part, d_shown, d_extra = CELL.output_backward(saved[part], shown[0], d_state[0], extra)
+        last = normalised_back((d_shown,), shown, scale, inside, H)
+        last = add(last, d_state[len(d_state) - 1 :])
+        d_state = (d_part,) + d_state[1 : len(d_state) - 1] + last
+    d_rh, d_apart, d_before = CELL.backward(saved + d_product, after, before, d_state, extra)
+    if CELL.d_extra is not None:
+        d_extra = CELL.d_extra(d_rh, after, before)
+    if mark is not None:
+        d_rh, d_apart = without(mark, HOLD, d_rh), without(mark, HOLD, d_apart)
+        d_extra, d_before = without(mark, HOLD, d_extra), without(mark, HOLD, d_before)
+    d_raw = d_rh
+    if CELL.is_normalised:
+        d_normal = multiplied(d_rh, extra[N_GATES : 2 * N_GATES])
+        d_raw = normalised_back(d_normal, normal[:N_GATES], normal[N_GATES], inside, H)
+        if mark is not None:
+            d_raw = without(mark, HOLD, d_raw)
+    return d_rh, d_apart, d_raw, d_extra, d_before
 
 
 @triton.jit(do_not_specialize=["T", "B", "step", "n_ahead"])
@@ -216,37 +297,31 @@ def forward_kernel(
     N_GATES: tl.constexpr = CELL.n_gates
     FIRST: tl.constexpr = 0 if full_ptr is None else 1
 
-    rh = load_parts(raw_ptr + of_group * (N_GATES * H), unit, mask, H, N_GATES)
+    raw = load_parts(raw_ptr + of_group * (N_GATES * H), unit, mask, H, N_GATES)
     wx = load_parts(wx_ptr + of_step * (N_GATES * H), unit, mask, H, N_GATES)
     N_EXTRA: tl.constexpr = CELL.n_extra
     if extra_ptr is not None:
         extra_ptr += group * (N_EXTRA * H)
     extra = load_vectors(extra_ptr, unit, H, N_EXTRA)
-    if CELL.is_normalised:
-        rh, scale = normalised(rh, mask, H)
-        if normal_ptrs is not None:
-            store_parts(normal_ptrs[0] + of_step * (N_GATES * H), unit, mask, rh, H)
-            tl.store(normal_ptrs[1] + of_step[:, None], scale, mask=rows[:, None])
-        rh = multiplied(rh, extra[N_GATES : 2 * N_GATES])
     if b_ptr is not None:
         b_ptr += group * (N_GATES * H)
-        rh = add(rh, load_vectors(b_ptr, unit, H, N_GATES))
+    bias = load_vectors(b_ptr, unit, H, N_GATES)
 
     mark = load_marks(marks_ptr, of_step, rows)
     before = ()
     for s in tl.static_range(len(running_ptrs)):
         if s < FIRST:
-            before += (zeros_like(rh[0]),)  # of another size, and nothing to a cell
+            before += (zeros_like(raw[0]),)  # of another size, and nothing to a cell
         else:
             state = load(running_ptrs[s] + of_group * H, unit, mask)
             fresh_ptr = None if fresh_ptrs is None else fresh_ptrs[s]
             before += (refreshed(state, fresh_ptr, mark, of_group * H, unit, mask),)
-    after, saved = CELL.forward(wx, rh, before, extra)
-    if CELL.output_forward is not None:
-        normal, _ = normalised(after[len(after) - 1 :], mask, H)
-        h = CELL.output_forward(after[0], normal[0], extra)
-        after = (h,) + after[1:]
+    after, saved, normal = cell_forward(wx, raw, bias, extra, before, mask, H, CELL)
 
+    if normal_ptrs is not None:
+        of_gates = of_step * (N_GATES * H)
+        store_parts(normal_ptrs[0] + of_gates, unit, mask, normal[:N_GATES], H)
+        tl.store(normal_ptrs[1] + of_step[:, None], normal[N_GATES], mask=rows[:, None])
     if saved_ptr is not None:
         store_parts(saved_ptr + of_step * (CELL.n_saved * H), unit, mask, saved, H)
     if full_ptr is not None:
@@ -258,7 +333,8 @@ def forward_kernel(
             if before_ptrs is not None:
                 store(before_ptrs[s] + of_step * H, unit, mask, before[s])
             zone_ptr = None if zone_ptrs is None else zone_ptrs[s]
-            state = settled(after[s], before[s], zone_ptr, mark, of_step * H, unit, mask)
+            zone = load_zone(zone_ptr, of_step * H, unit, mask)
+            state = settled(after[s], before[s], zone, mark)
             store(running_ptrs[s] + of_group * H, unit, mask, state)
             if s < len(output_ptrs):
                 store(output_ptrs[s] + of_step * H, unit, mask, state)
@@ -297,7 +373,7 @@ def backward_kernel(
                 there = mask & (has(mark, HOLD) == 0)[:, None]
             d += load(d_trace_ptrs[s - 1] + of_step * H, unit, there)
         zone_ptr = None if zone_ptrs is None else zone_ptrs[s]
-        d, d_kept = parted(d, zone_ptr, mark, of_step * H, unit, mask)
+        d, d_kept = parted(d, load_zone(zone_ptr, of_step * H, unit, mask), mark)
         d_state += (d,)
         kept += (d_kept,)
 
@@ -309,37 +385,25 @@ def backward_kernel(
         else:
             before += (load(before_ptrs[s] + of_step * H, unit, mask),)
     saved = load_parts(saved_ptr + of_step * (CELL.n_saved * H), unit, mask, H, CELL.n_saved)
-    d_extra = ()
-    if CELL.output_backward is not None:
-        part: tl.constexpr = CELL.output_saved
-        normal, scale = normalised(after[len(after) - 1 :], mask, H)
-        d_part, d_normal, d_extra = CELL.output_backward(saved[part], normal[0], d_state[0], extra)
-        last = normalised_back((d_normal,), normal, scale, mask, H)
-        last = add(last, d_state[len(d_state) - 1 :])
-        d_state = (d_part,) + d_state[1 : len(d_state) - 1] + last
+    normal = ()
+    if CELL.is_normalised:
+        normal = load_parts(normal_ptrs[0] + of_step * (N_GATES * H), unit, mask, H, N_GATES)
+        normal += (tl.load(normal_ptrs[1] + of_step[:, None], mask=rows[:, None], other=0.0),)
+    d_product = ()
     if CELL.late_backward is not None:
-        d_product = load(d_product_ptr + of_group * H, unit, mask)
+        d = load(d_product_ptr + of_group * H, unit, mask)
         if drop_ptr is not None:
-            d_product *= load(drop_ptr + of_group * H, unit, mask)
-        saved += (d_product,)
-    d_rh, d_apart, d_before = CELL.backward(saved, after, before, d_state, extra)
-    if CELL.d_extra is not None:
-        d_extra = CELL.d_extra(d_rh, after, before)
-    if mark is not None:
-        d_rh, d_apart = without(mark, HOLD, d_rh), without(mark, HOLD, d_apart)
-        d_extra, d_before = without(mark, HOLD, d_extra), without(mark, HOLD, d_before)
+            d *= load(drop_ptr + of_group * H, unit, mask)
+        d_product = (d,)
+    d_rh, d_apart, d_raw, d_extra, d_before = cell_backward(
+        saved, normal, after, before, d_state, d_product, extra, mark, mask, H, CELL
+    )
 
     of_gates = of_step * ((N_GATES + CELL.n_apart) * H)
     store_parts(d_gates_ptr + of_gates, unit, mask, d_rh + d_apart, H)
     if d_extra_ptr is not None:
         store_parts(d_extra_ptr + of_step * (len(d_extra) * H), unit, mask, d_extra, H)
-    if CELL.is_normalised:
-        normal = load_parts(normal_ptrs[0] + of_step * (N_GATES * H), unit, mask, H, N_GATES)
-        scale = tl.load(normal_ptrs[1] + of_step[:, None], mask=rows[:, None], other=0.0)
-        d_normal = multiplied(d_rh, extra[N_GATES : 2 * N_GATES])
-        d_raw = normalised_back(d_normal, normal, scale, mask, H)
-        if mark is not None:
-            d_raw = without(mark, HOLD, d_raw)
+    if d_raw_ptr is not None:
         store_parts(d_raw_ptr + of_step * (N_GATES * H), unit, mask, d_raw, H)
     for s in tl.static_range(FIRST, len(running_ptrs)):
         d = d_before[s]

@@ -15,6 +15,7 @@ from .staged import (
     load_marks,
     load_parts,
     load_vectors,
+    load_zone,
     parted,
     passed_on,
     place,
@@ -110,7 +111,7 @@ def project_kernel(
     before = refreshed(before, fresh_ptr, mark, of_group * P, column, mask)
     if before_ptrs is not None:
         store(before_ptrs[0] + of_step * P, column, mask, before)
-    h = settled(block, before, zone_ptr, mark, of_step * P, column, mask)
+    h = settled(block, before, load_zone(zone_ptr, of_step * P, column, mask), mark)
     store(running_ptrs[0] + of_group * P, column, mask, h)
     store(output_ptrs[0] + of_step * P, column, mask, h)
 
@@ -156,7 +157,7 @@ def receive_kernel(
         if dy_ptr is not None:
             d += load(dy_ptr + of_step * P, column, there)
         zone_ptr = None if zone_ptrs is None else zone_ptrs[0]
-        d_h, d = parted(d, zone_ptr, mark, of_step * P, column, mask)
+        d_h, d = parted(d, load_zone(zone_ptr, of_step * P, column, mask), mark)
         d = passed_on(d, d_fresh_ptr, mark, of_group * P, column, mask)
         store(d_h_ptr + of_group * P, column, mask, d_h)
         if d_projected_ptr is not None:

@@ -1,4 +1,4 @@
-"""Layers whose step is several launches, as ``gpu_staged.py`` runs them, and by the reference.
+"""Layers whose step is more than a product, as ``gpu_staged.py`` runs them, and by the reference.
 
 The oracle is `reference.layer` in float64 with autograd, on the same numbers, of which there is
 everything that a layer may have: marks, noise, heads, members of an ensemble.
@@ -10,6 +10,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+import triton
 from kernel_harness import as_on_a_device, as_states, unchanged
 
 from fastrnn import cpu, gpu_staged, gradients, reference
@@ -18,10 +19,17 @@ from fastrnn.cells import CELLS
 from fastrnn.flow import Flow, make_marks
 from fastrnn.kernels.configs import Config
 
-#: Cells and sizes of h, 0 without a projection: those that run in this way.
+#: Cells that run in this way without a projection, and then in one launch too.
+CELLS_OF_THIS_KIND = ("layernorm_lstm", "layernorm_gru", "gru_reset_before")
+#: Cells and sizes of h, 0 without a projection.
 PROBLEMS = [
-    *[(cell, 0) for cell in ("layernorm_lstm", "layernorm_gru", "gru_reset_before")],
+    *[(cell, 0) for cell in CELLS_OF_THIS_KIND],
     *[(cell, 3) for cell in ("lstm", "peephole_lstm", "slstm", "layernorm_lstm")],
+]
+#: And schedules.
+RUNS = [
+    *[(*problem, "staged") for problem in PROBLEMS],
+    *[(cell, 0, "resident") for cell in CELLS_OF_THIS_KIND],
 ]
 
 
@@ -85,7 +93,7 @@ def draw(layer: Layer) -> Numbers:
     )
     steps = layer.steps
     resets = chance(steps, batch)
-    resets[:, 0] = torch.arange(steps) % 3 != 1
+    resets[:, :1] = (torch.arange(steps) % 3 != 1)[:, None]
     marks = make_marks(
         *(steps, batch, layer.directions, torch.device("cpu")),
         (torch.arange(batch) * 2 + steps) % (steps + 1) if layer.lengths else None,
@@ -156,8 +164,15 @@ def named(**results):
 CONFIG = Config("staged", 4, 16, 4, 4, 0, 65535)
 
 
-def by_kernels(layer: Layer, **options):
+def config_of(layer: Layer, schedule: str) -> Config:
+    """Likewise, by either schedule."""
+    units = triton.next_power_of_2(layer.hidden // layer.heads)
+    return CONFIG if schedule == "staged" else Config("resident", 4, units, units, 4, 0, 65535)
+
+
+def by_kernels(layer: Layer, schedule: str = "staged", **options):
     """All results of the kernels."""
+    options = {"config": config_of(layer, schedule), **options}
     results = run(*draw(layer), traced=layer.traced, **options)
     return {n: part for n, part in results.items() if layer.state or not n.startswith("d_state")}
 
@@ -189,5 +204,5 @@ def assert_right(layer: Layer, results: dict[str, torch.Tensor]) -> None:
         )
 
 
-def check(layer: Layer, **options) -> None:
-    assert_right(layer, by_kernels(layer, **options))
+def check(layer: Layer, schedule: str = "staged", **options) -> None:
+    assert_right(layer, by_kernels(layer, schedule, **options))

@@ -1,4 +1,4 @@
-"""Steps in several launches, in the interpreter: normalised cells, late products, projections.
+"""Steps of more than a product, in the interpreter: normalised cells, late products, projections.
 
 Whole layers as ``gpu_staged.py`` runs them, in float32 and half precision, against autograd through
 the reference in float64.
@@ -6,20 +6,33 @@ the reference in float64.
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 from gpu_stand_in import as_on_a_gpu
 from kernel_harness import as_on_a_device, same_bits
-from staged_harness import CONFIG, PROBLEMS, Layer, assert_right, by_kernels, check, draw, run
+from staged_harness import (
+    CELLS_OF_THIS_KIND,
+    PROBLEMS,
+    RUNS,
+    Layer,
+    assert_right,
+    by_kernels,
+    check,
+    config_of,
+    draw,
+    run,
+)
 
 from fastrnn import cpu, gpu, gpu_staged, planner
 from fastrnn.call import Asked
 from fastrnn.cases import MODULES
 from fastrnn.cells import CELLS
 from fastrnn.flow import Flow, make_marks
-from fastrnn.kernels import activations, staged, staged_products
+from fastrnn.kernels import activations, staged, staged_products, staged_resident
 from fastrnn.kernels.configs import DEVICES, Config
 from fastrnn.planner import Problem, use_path
 
@@ -36,57 +49,66 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-UNPROJECTED = [cell for cell, size_h in PROBLEMS if not size_h]
+of_every_kind = pytest.mark.parametrize(("cell", "size_h", "schedule"), RUNS)
+by_both = pytest.mark.parametrize("schedule", ["staged", "resident"])
 
 
-@pytest.mark.parametrize(("cell", "size_h"), PROBLEMS)
-def test_every_cell(cell, size_h):
-    check(Layer(cell, size_h=size_h))
+@of_every_kind
+def test_every_cell(cell, size_h, schedule):
+    check(Layer(cell, size_h=size_h), schedule)
 
 
 MARKS = {"lengths": True, "resets": True, "bptt": 2}
 
 
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize(("cell", "size_h"), PROBLEMS)
-def test_every_mark(cell, size_h, directions):
-    check(Layer(cell, 5, 3, size_h=size_h, directions=directions, fresh=True, **MARKS))
+@of_every_kind
+def test_every_mark(cell, size_h, schedule, directions):
+    layer = Layer(cell, 5, 3, size_h=size_h, directions=directions, fresh=True, **MARKS)
+    check(layer, schedule)
 
 
-@pytest.mark.parametrize(("cell", "size_h"), PROBLEMS)
-def test_noise(cell, size_h):
+@of_every_kind
+def test_noise(cell, size_h, schedule):
     """Of a reset and of rows that end, too."""
-    check(Layer(cell, 5, 3, size_h=size_h, drop=True, zones="masks", fresh=True, **MARKS))
-    check(Layer(cell, size_h=size_h, directions=2, zones="shares", resets=True))
+    every = Layer(cell, 5, 3, size_h=size_h, drop=True, zones="masks", fresh=True, **MARKS)
+    check(every, schedule)
+    check(Layer(cell, size_h=size_h, directions=2, zones="shares", resets=True), schedule)
 
 
 @pytest.mark.parametrize("zones", ["", "last"])
 def test_some_noise(zones):
     check(Layer("layernorm_lstm", drop=not zones, zones=zones))
+    check(Layer("layernorm_lstm", drop=not zones, zones=zones), "resident")
     check(Layer("slstm", size_h=3, drop=not zones, zones=zones))
 
 
-@pytest.mark.parametrize("cell", UNPROJECTED)
-def test_heads(cell):
-    check(Layer(cell, hidden=6, heads=2))
-    check(Layer(cell, 4, hidden=6, heads=3, directions=2, drop=True, zones="masks", **MARKS))
+@by_both
+@pytest.mark.parametrize("cell", CELLS_OF_THIS_KIND)
+def test_heads(cell, schedule):
+    check(Layer(cell, hidden=6, heads=2), schedule)
+    layer = Layer(cell, 4, hidden=6, heads=3, directions=2, drop=True, zones="masks", **MARKS)
+    check(layer, schedule)
+
+
+ENSEMBLES = [
+    Layer("layernorm_gru", members=2, fresh=True, **MARKS),
+    Layer("layernorm_lstm", 2, 2, 6, directions=2, heads=2, members=3, drop=True),
+    Layer("gru_reset_before", members=2, heads=1, zones="masks", drop=True),
+    Layer("peephole_lstm", size_h=3, members=2, directions=2, zones="masks", resets=True),
+]
 
 
 @pytest.mark.parametrize(
-    "layer",
-    [
-        Layer("layernorm_gru", members=2, fresh=True, **MARKS),
-        Layer("layernorm_lstm", 2, 2, 6, directions=2, heads=2, members=3, drop=True),
-        Layer("gru_reset_before", members=2, heads=1, zones="masks", drop=True),
-        Layer("peephole_lstm", size_h=3, members=2, directions=2, zones="masks", resets=True),
-    ],
-    ids=lambda layer: layer.cell,
+    ("layer", "schedule"),
+    [*[(layer, "staged") for layer in ENSEMBLES], *[(part, "resident") for part in ENSEMBLES[:3]]],
+    ids=lambda value: getattr(value, "cell", value),
 )
 @pytest.mark.parametrize("each", [0, 2])
-def test_members(layer, each):
+def test_members(layer, schedule, each):
     """Ensembles; also with gradients of the weights of every half of a member's batch."""
     layer = layer._replace(batch=4)
-    results = by_kernels(layer, groups=each * layer.members)
+    results = by_kernels(layer, schedule, groups=each * layer.members)
     if each:
         results = {
             name: part.unflatten(0, (layer.members, each)).sum(1) if "d_weights" in name else part
@@ -121,24 +143,73 @@ def test_sizes(layer, tile):
     check(layer, config=Config("staged", *tile, 4, 0, 65535))
 
 
+@pytest.mark.parametrize(
+    ("layer", "rows", "units"),
+    [
+        (Layer("layernorm_lstm", 1, 1, 1), 16, 16),
+        (Layer("layernorm_lstm", 2, 5, 33), 4, 64),
+        (Layer("layernorm_lstm", 2, 3, 128), 2, 128),
+        (Layer("layernorm_gru", 1, 17, 7, directions=2), 16, 8),
+        (Layer("layernorm_gru", 3, 2, 64), 2, 64),
+        (Layer("gru_reset_before", 5, 1, 100), 1, 128),
+        (Layer("gru_reset_before", 1, 33, 7), 16, 8),
+    ],
+)
+def test_sizes_in_one_launch(layer, rows, units):
+    check(layer, config=Config("resident", rows, units, units, 4, 0, 65535))
+
+
+@by_both
+@pytest.mark.parametrize("cell", CELLS_OF_THIS_KIND)
+def test_no_rows(cell, schedule):
+    layer = Layer(cell, batch=0, directions=2)
+    results = by_kernels(layer, schedule)
+    assert results["y0"].shape == (3, 0, 10)
+    assert not any(part.any() for name, part in results.items() if "d_weights" in name)
+
+
+def test_passes_by_different_schedules():
+    """What forward keeps is the same."""
+    layer = Layer("layernorm_lstm", 5, 3, fresh=True, drop=True, zones="masks", **MARKS)
+    call, given = draw(layer)
+    configs = [config_of(layer, schedule) for schedule in ("staged", "resident")]
+    with as_on_a_device():
+        pasts = [gpu_staged.forward(call, c, "ieee", cpu.ALL, True)[1] for c in configs]
+        grads = [
+            gpu_staged.backward(call, c, "ieee", given, past, Asked())
+            for c, past in zip(configs[::-1], pasts, strict=True)
+        ]
+    for mine, theirs in zip(*pasts, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(*(part.d_weights for part in grads), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
 # The interpreter takes the bits of bfloat16 for integers in a product; compiled: tests/ptx.
-@pytest.mark.parametrize(("cell", "size_h"), PROBLEMS)
-def test_half_precision(cell, size_h):
+@of_every_kind
+def test_half_precision(cell, size_h, schedule):
     layer = Layer(cell, size_h=size_h, dtype=torch.float16)
-    check(layer)
+    check(layer, schedule)
 
 
 @pytest.mark.parametrize("missing", ["bias", "state", "dy", "traced"])
 @pytest.mark.parametrize(
-    ("cell", "size_h"), [("layernorm_lstm", 0), ("gru_reset_before", 0), ("slstm", 3)]
+    ("cell", "size_h", "schedule"),
+    [
+        ("layernorm_lstm", 0, "staged"),
+        ("layernorm_lstm", 0, "resident"),
+        ("gru_reset_before", 0, "staged"),
+        ("gru_reset_before", 0, "resident"),
+        ("slstm", 3, "staged"),
+    ],
 )
-def test_without(cell, size_h, missing):
+def test_without(cell, size_h, schedule, missing):
     """No bias, a state of zeros, no gradient of the output or of states."""
-    check(Layer(cell, size_h=size_h, resets=missing == "state", **{missing: False}))
+    check(Layer(cell, size_h=size_h, resets=missing == "state", **{missing: False}), schedule)
 
 
-@pytest.mark.parametrize(("cell", "size_h"), PROBLEMS)
-def test_what_no_gradient_comes_to_is_left_out(cell, size_h):
+@of_every_kind
+def test_what_no_gradient_comes_to_is_left_out(cell, size_h, schedule):
     """Steps that a row does not have, and a sequence whose output nothing depends on."""
     layer = Layer(cell, 5, 3, size_h=size_h, directions=2, lengths=True, resets=True)
     call, given = draw(layer)
@@ -157,7 +228,8 @@ def test_what_no_gradient_comes_to_is_left_out(cell, size_h):
     given = given._replace(dy=dy, d_traces=d_traces)
     x = call.x.clone()
     x[1, 0] = x[3:, 1] = x[:, 2] = float("nan")
-    clean, dirty = (run(part, given) for part in (call, call._replace(x=x)))
+    config = config_of(layer, schedule)
+    clean, dirty = (run(part, given, config=config) for part in (call, call._replace(x=x)))
     for name, part in dirty.items():
         if name.startswith("d_"):
             torch.testing.assert_close(part, clean[name], rtol=0, atol=0)
@@ -211,12 +283,14 @@ def test_modules(options, recompute):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=bound)
 
 
-def test_inference_is_the_same():
+@pytest.mark.parametrize(("size_h", "schedule"), [(3, "staged"), (0, "resident")])
+def test_inference_is_the_same(size_h, schedule):
     """And of what is not asked for there is nothing."""
-    call, _ = draw(Layer("layernorm_lstm", size_h=3, directions=2))
+    layer = Layer("layernorm_lstm", size_h=size_h, directions=2)
+    call, config = draw(layer).call, config_of(layer, schedule)
     with as_on_a_device():
-        trained, saved = gpu_staged.forward(call, CONFIG, "ieee", cpu.ALL, True)
-        result, nothing = gpu_staged.forward(call, CONFIG, "ieee", cpu.STATES, False)
+        trained, saved = gpu_staged.forward(call, config, "ieee", cpu.ALL, True)
+        result, nothing = gpu_staged.forward(call, config, "ieee", cpu.STATES, False)
     assert saved
     assert nothing == result.traces == []
     for mine, theirs in zip((result.y, *result.final), (trained.y, *trained.final), strict=True):
@@ -258,19 +332,69 @@ def test_the_planner_knows(change):
     assert chosen.path == ("torch" if "projected" in change else "kernels")
 
 
-@pytest.mark.parametrize(("cell", "size_h"), PROBLEMS)
-def test_nothing_waits_for_the_device(monkeypatch, cell, size_h):
+SMALL = Problem("layernorm_lstm", 64, 8, 64, 64, torch.bfloat16, "cuda", gpu=DEVICES["h100"])
+
+
+@pytest.mark.parametrize(
+    ("change", "fits"),
+    [
+        ({}, True),
+        ({"cell": "gru_reset_before", "hidden_size": 128, "marked": True}, True),
+        ({"cell": "layernorm_gru", "dtype": torch.float32, "training": True}, True),
+        ({"hidden_size": 129}, False),
+        ({"hidden_size": 128, "noisy": True}, False),
+        ({"projected": True}, False),
+        ({"dtype": torch.float64}, False),
+        ({"cell": "lstm", "projected": True}, False),
+    ],
+    ids=str,
+)
+def test_what_fits_into_one_program(change, fits):
+    """And either schedule can be asked for, where it can run."""
+    problem = SMALL._replace(**change)
+    found = {choice.config.schedule for choice in planner.plan(problem).kernels}
+    assert found == {"resident" if fits else "staged"}
+    with use_path("staged"):
+        found = {choice.config.schedule for choice in planner.plan(problem).kernels}
+    assert found == {"staged"}
+    with use_path("resident"):
+        if fits:
+            assert planner.plan(problem).path == "kernels"
+        else:
+            with pytest.raises(ValueError, match=f"no resident schedule for {problem.cell}, B=8"):
+                planner.plan(problem)
+
+
+@pytest.mark.parametrize("schedule", ["staged", "resident"])
+def test_layers_by_either_schedule(schedule):
+    """As a user calls them, launched as asked."""
+    module = MODULES["layernorm_gru"][0](3, 6, bidirectional=True)
+    x = torch.randn(4, 2, 3)
+    with use_path("reference"):
+        expected, _ = module(x)
+    kernel = {"staged": staged, "resident": staged_resident}[schedule].backward_kernel
+    watched = mock.patch.object(kernel, "run", wraps=kernel.run)
+    with as_on_a_gpu(), as_on_a_device(), use_path(schedule), watched as launched:
+        y, _ = module(x)
+        y.sum().backward()
+    torch.testing.assert_close(y, expected)
+    assert launched.call_count == (1 if schedule == "resident" else 4)
+
+
+@of_every_kind
+def test_nothing_waits_for_the_device(monkeypatch, cell, size_h, schedule):
     """Which launches there are depends on sizes alone, as a CUDA graph wants it."""
-    call, given = draw(Layer(cell, 5, size_h=size_h, directions=2, resets=True))
+    layer = Layer(cell, 5, size_h=size_h, directions=2, resets=True)
+    (call, given), config = draw(layer), config_of(layer, schedule)
     launches = []
-    for module in (staged, staged_products):
+    for module in (staged, staged_products, staged_resident):
         for kernel in vars(module).values():
             if hasattr(kernel, "run"):
                 monkeypatch.setattr(kernel, "run", lambda **_: launches.append(1))
     with monkeypatch.context() as patched:
         for reads in ("item", "tolist", "cpu", "nonzero", "__bool__", "__int__", "__float__"):
             patched.setattr(torch.Tensor, reads, None)
-        _, saved = gpu_staged.forward(call, CONFIG, "ieee", cpu.ALL, True)
-        gpu_staged.backward(call, CONFIG, "ieee", given, saved, Asked())
+        _, saved = gpu_staged.forward(call, config, "ieee", cpu.ALL, True)
+        gpu_staged.backward(call, config, "ieee", given, saved, Asked())
     n_products = 1 + (cell == "gru_reset_before") + (size_h > 0)
-    assert len(launches) == 2 * 5 * (1 + n_products) + 1
+    assert len(launches) == (2 if schedule == "resident" else 2 * 5 * (1 + n_products) + 1)
