@@ -7,7 +7,7 @@ exits with 1 if one breaks a budget; with ``--steps`` it makes the table by whic
 chosen, see ``step_table.py``.
 
 The *time loop* is the longest range of instructions that ends with a jump back to its start; of a
-stepwise kernel, which is one step, it is all.
+stepwise kernel, which is one step, and of the launches of a staged one, it is all.
 """
 
 from __future__ import annotations
@@ -52,6 +52,15 @@ _MORE = (100, 129, 384, 512, 2048)
 _MORE_OF_FLOAT32 = (129, 512)
 _COMMON = (64, 256, 1024)
 _BATCH = (1, 16, 64, 128)
+_NOISED = ("lstm", "gru")
+_NOISE = ("training noisy", "backward noisy", "training fresh noisy", "backward fresh noisy")
+_NOISY = (("resident", 64), ("resident", 128), ("persistent", 512), ("stepwise", 512))
+
+# Cells whose step is more than a product and arithmetic on single units, and hidden sizes of their
+# schedules; the last is the largest of which a program of a normalised cell has a row.
+_INVOLVED = ("layernorm_lstm", "layernorm_gru", "gru_reset_before")
+_STAGED = (1, 64, 129, 256, 1024, 4096)
+_RESIDENT = (64, 128)
 
 
 class Use(NamedTuple):
@@ -117,7 +126,7 @@ def plan(devices: Sequence[str] = DEVICES, *, quick: bool = False) -> dict[Varia
     ----------
     devices : sequence of str
     quick : bool
-        Three hidden sizes only.
+        Three hidden sizes only, of plain layers.
 
     Returns
     -------
@@ -125,22 +134,63 @@ def plan(devices: Sequence[str] = DEVICES, *, quick: bool = False) -> dict[Varia
         Sorted.
     """
     found: dict[Variant, Use] = {}
-    for name, cell, run, (dtype, precision), hidden, batch, directions in itertools.product(
-        devices, _CELLS, _RUNS, _PRODUCTS, _HIDDEN, _BATCH, (1, 2)
-    ):
-        few = quick or cell in _LARGE_CELLS or name in _NEWEST
-        if not _in_grid(name, run, dtype, precision, hidden, few):
+    for some, batch, directions in itertools.product(_problems(devices, quick), _BATCH, (1, 2)):
+        choice = configs.choose(
+            some.shape(batch, directions),
+            some.gpu,
+            backward=some.is_backward,
+            schedule=some.schedule or None,
+        )
+        if choice is None:
+            assert some.schedule  # stepwise and staged take everything
             continue
-        if cell in _LARGE_CELLS and name != "h100":
-            continue
-        some = problem(cell, run, dtype, precision, hidden, name)
-        shape = some.shape(batch, directions)
-        choice = configs.choose(shape, some.gpu, backward=some.is_backward)
-        assert choice is not None  # stepwise takes everything
-        variant = some.of(choice.config)
-        batches, step_us = found.get(variant, ((), choice.step_us))
-        found[variant] = Use(tuple(sorted({*batches, batch})), min(step_us, choice.step_us))
+        for variant in some.launches(choice.config):
+            batches, step_us = found.get(variant, ((), choice.step_us))
+            found[variant] = Use(tuple(sorted({*batches, batch})), min(step_us, choice.step_us))
     return dict(sorted(found.items()))
+
+
+def _problems(devices: Sequence[str], quick: bool) -> Iterator[Variant]:
+    """The grid, without batch sizes; a schedule where it is not to be chosen."""
+    for name in devices:
+        for cell, run, product, hidden in itertools.product(_CELLS, _RUNS, _PRODUCTS, _HIDDEN):
+            few = quick or cell in _LARGE_CELLS or name in _NEWEST
+            is_large_elsewhere = cell in _LARGE_CELLS and name != "h100"
+            if _in_grid(name, run, *product, hidden, few) and not is_large_elsewhere:
+                yield problem(cell, run, *product, hidden, name)
+        for cell, run, (schedule, hidden) in itertools.product(_NOISED, _NOISE, _NOISY):
+            if name == "h100" or (cell == "lstm" and run in _NOISE[:2] and hidden == 512):
+                some = problem(cell, run, "bfloat16", "tf32", hidden, name)
+                yield some._replace(schedule=schedule)
+        for (cell, option, dtype, precision), hiddens, schedule in _involved(name):
+            for way, hidden in itertools.product(("training", "backward"), hiddens):
+                some = problem(cell, f"{way} {option}".strip(), dtype, precision, hidden, name)
+                yield some._replace(schedule=schedule)
+
+
+def _involved(device: str) -> Iterator[tuple[tuple[str, str, str, str], tuple[int, ...], str]]:
+    """Layers whose step is more than a product and arithmetic on single units: cell, options, dtype
+    and precision; hidden sizes; schedule.
+    """
+    half, single = ("bfloat16", "tf32"), ("float32", "tf32")
+    for cell in _INVOLVED:
+        yield (cell, "", *half), _RESIDENT, "resident"
+    if device != "h100":
+        for cell in ("layernorm_lstm", "gru_reset_before"):
+            yield (cell, "", *half), (1024,), "staged"
+        return
+    for cell, projected in (*((cell, "") for cell in _INVOLVED), ("lstm", "projected")):
+        yield (cell, projected, *half), _STAGED, "staged"
+        yield (cell, f"{projected} fresh noisy".strip(), *half), (256,), "staged"
+    for cell in _INVOLVED:
+        yield (cell, "fresh noisy", *half), _RESIDENT, "resident"
+        yield (cell, "", *single), _RESIDENT, "resident"
+    yield ("layernorm_lstm", "fresh noisy", *half), (4096,), "staged"
+    yield ("layernorm_lstm", "", *single), (256, 4096), "staged"
+    yield ("layernorm_lstm", "", "float64", "ieee"), (256, 2048), "staged"
+    yield ("lstm", "", "float64", "ieee"), (256,), "staged"
+    for product in (single, ("float32", "ieee"), ("float32", "tf32x3")):
+        yield ("lstm", "projected", *product), (256,), "staged"
 
 
 def _in_grid(device: str, run: str, dtype: str, precision: str, hidden: int, few: bool) -> bool:
@@ -174,17 +224,19 @@ def measure(variant: Variant) -> Measured:
     turn = 1
     if variant.gpu.target == "hip":
         registers, spilled, code = _read_amdgcn(kernel.asm["amdgcn"])
-        names = [name for name, _ in code] if variant.schedule == "stepwise" else _time_loop(code)
+        is_loop = variant.schedule in _ALL_AT_ONCE
+        names = _time_loop(code) if is_loop else [name for name, _ in code]
     else:
         registers, spilled = compiled.resources(kernel.asm["cubin"])
         instructions = sass.read(kernel.asm["cubin"])
-        if variant.schedule != "stepwise":
+        if variant.schedule in _ALL_AT_ONCE:
             loop = sass.time_loop(instructions, tiles=variant.tiles)
             instructions = [loop.code[n] for n in loop.places]
             turn = loop.steps * variant.tiles
         names = [instruction.name for instruction in instructions]
     loads = [(_width(name), "STRONG" in name) for name in names if _LOAD.match(name)]
-    is_simulated = variant.device in step_time.DEVICES and not variant.is_marked
+    is_plain = not variant.has("marked", "fresh", "noisy") and not variant.is_involved
+    is_simulated = variant.device in step_time.DEVICES and is_plain
     return Measured(
         registers,
         spilled,
@@ -202,6 +254,7 @@ def measure(variant: Variant) -> Measured:
 
 
 _NOTHING = (math.nan,) * 6
+_ALL_AT_ONCE = ("resident", "persistent")
 
 
 def _simulated(variant: Variant, kernel: Any) -> tuple[float, float, float, float, float, float]:
@@ -256,8 +309,11 @@ def _distinct(numbers: Iterable[int]) -> str:
 def broken(variant: Variant, measured: Measured) -> list[str]:
     """Say which budgets a variant breaks.
 
-    The tiles of resident and stepwise kernels with marks are those of kernels without, of which the
-    largest leave no register to spare: two or four words of a thread may be on its stack.
+    The tiles of resident and stepwise kernels with marks or noise are those of kernels without, of
+    which the largest leave no register to spare: two or four words of a thread may be on its stack,
+    with noise 16, and as many of cells that are more than arithmetic on single units. The longest
+    row of a normalised LSTM, four gates of which are all registers that there are, has up to 160
+    there.
 
     A load is 16 bytes wide, or as wide as a thread's share of what is loaded; only where rows start
     at multiples of 16 bytes. A thread of a persistent kernel has one or two elements of wx. In the
@@ -280,21 +336,33 @@ def broken(variant: Variant, measured: Measured) -> list[str]:
     device, itemsize = variant.gpu, DTYPES[variant.dtype].itemsize
     aligned = device.target == "cuda" and variant.hidden_size * itemsize % 16 == 0
     is_persistent = variant.schedule == "persistent"
-    allowed = 16 if variant.is_marked and not is_persistent else 0
     received = variant.block_k // 4 * itemsize  # of a thread, by `fragments.state_layout`
     tile = variant.block_b * variant.block_h * (1 if CELLS[variant.cell].n_gates == 1 else 4)
     others = tile * itemsize // (32 * variant.num_warps)
     # Backward also reads states, whose tile is smaller: the widest counts.
     faults = (
-        measured.spilled > allowed,
+        measured.spilled > _allowed(variant),
         measured.shared_memory > device.shared_memory,
-        measured.matrix == 0 and variant.precision != "ieee",
+        measured.matrix == 0 and variant.has_tensor_cores,
         aligned and is_persistent and min(_numbers(measured.exchange_loads)) < min(16, received),
         aligned and not is_persistent and max(_numbers(measured.other_loads)) < min(16, others),
         is_persistent and measured.barriers > measured.turn,
         is_persistent and (measured.ldsm > 0 or measured.shared_bytes > _needed(variant)),
     )
     return [name for name, fault in zip(FAULTS, faults, strict=True) if fault]
+
+
+def _allowed(variant: Variant) -> int:
+    """Bytes of stack that a thread may have."""
+    if variant.schedule == "staged":
+        row = variant.block_h * max(4, DTYPES[variant.dtype].itemsize)
+        is_longest = row == configs.MAX_NORMALISED_ROW and CELLS[variant.cell].n_gates == 4
+        return 640 if is_longest else 0
+    if variant.schedule == "persistent":
+        return 0
+    if variant.is_involved or variant.has("noisy"):
+        return 64
+    return 16 if variant.is_marked else 0
 
 
 def _needed(variant: Variant) -> int:

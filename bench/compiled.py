@@ -13,7 +13,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from unittest import mock
@@ -22,27 +21,35 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import KernelInterface
 
 from ..cells import CELLS
-from ..kernels import configs, launch
+from ..kernels import configs, launch, launch_staged
 from ..kernels.configs import Config, Device, Shape
 from . import sass, step_time
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
+    torch.float64: "*fp64",
     torch.int32: "*i32",
     torch.uint8: "*u8",
 }
 
 
+#: What the launches of a staged step are called, forward and backward.
+LAUNCHES = ("recurrent", "late", "cell", "project"), ("receive", "through", "cell")
+
+
 class Variant(NamedTuple):
     """What decides which code is compiled; the last fields are those of `configs.Config`.
 
-    In 'training', forward saves what 'backward' reads; 'recompute' is backward from the gates. What
-    is 'marked' has lengths, resets or truncated gradients; 'fresh' also states after a reset, and
-    gradients of the traces.
+    The words of `run`: in 'training', forward saves what 'backward' reads; 'recompute' is backward
+    from the gates. What is 'marked' has lengths, resets or truncated gradients; 'fresh' also states
+    after a reset, and gradients of the traces. What is 'noisy' has recurrent dropout, and zoneout
+    by masks. What is 'projected' has an h of half as many columns. A staged variant is one launch
+    of a step, of `LAUNCHES`, which the last word names.
     """
 
     cell: str
@@ -70,9 +77,35 @@ class Variant(NamedTuple):
     def is_backward(self) -> bool:
         return self.run.startswith(("backward", "recompute"))
 
+    def has(self, *words: str) -> bool:
+        """Whether any of some words is in the run."""
+        return not {*words}.isdisjoint(self.run.split())
+
     @property
     def is_marked(self) -> bool:
-        return self.run.endswith(("marked", "fresh"))
+        return self.has("marked", "fresh")
+
+    @property
+    def is_involved(self) -> bool:
+        """Whether a step of the layer is more than a product and arithmetic on single units."""
+        is_pointwise = CELLS[self.cell].is_pointwise
+        return self.has("projected") or not is_pointwise or self.dtype == "float64"
+
+    @property
+    def launch(self) -> str:
+        """Which launch of a step it is; other schedules have one kind."""
+        return self.run.split()[-1] if self.schedule == "staged" else "cell"
+
+    @property
+    def has_tensor_cores(self) -> bool:
+        """Whether matrix instructions do its products, if it has any."""
+        is_product = self.schedule != "staged" or self.launch != "cell"
+        return is_product and self.precision != "ieee" and self.dtype != "float64"
+
+    @property
+    def size_h(self) -> int:
+        """Columns of h, which are H without a projection."""
+        return -(-self.hidden_size // 2) if self.has("projected") else self.hidden_size
 
     @property
     def columns(self) -> int:
@@ -88,11 +121,33 @@ class Variant(NamedTuple):
         """The problem as the kernels see it."""
         itemsize = DTYPES[self.dtype].itemsize
         others = batch, self.hidden_size, directions, itemsize, self.precision
-        return Shape.of(CELLS[self.cell], *others)._replace(marked=self.is_marked)
+        return Shape.of(CELLS[self.cell], *others)._replace(
+            marked=self.is_marked,
+            noisy=self.has("noisy"),
+            staged=self.is_involved,
+            projected=self.has("projected"),
+        )
 
     def of(self, config: Config) -> Variant:
         """The variant of another configuration."""
         return Variant(*self[:6], *config[:6])
+
+    def launches(self, config: Config) -> list[Variant]:
+        """The variants of a configuration: of a staged one, each launch of a step."""
+        if config.schedule != "staged":
+            return [self.of(config)]
+        cell, projected = CELLS[self.cell], self.has("projected")
+        has_late = cell.late is not None
+        there = {"late": has_late, "project": projected, "through": has_late or projected}
+        found = []
+        for name in LAUNCHES[self.is_backward]:
+            if there.get(name, True):
+                of_launch = config
+                if name == "cell":
+                    rows, units, num_warps = launch_staged.row_tile(cell, self.hidden_size)
+                    of_launch = Config("staged", rows, units, 0, num_warps, 0, 1)
+                found.append(self._replace(run=f"{self.run} {name}").of(of_launch))
+        return found
 
 
 def problem(
@@ -124,7 +179,7 @@ def compile_variant(variant: Variant) -> Any:
     -------
     triton.compiler.CompiledKernel
     """
-    kernel, arguments = _recorded(variant)
+    kernel, arguments = launched(variant)[variant.launch]
     target = GPUTarget("cuda", variant.gpu.capability, 32)
     if variant.gpu.target == "hip":
         target = GPUTarget("hip", f"gfx{variant.gpu.capability}", 64)
@@ -157,43 +212,97 @@ def compile_variant(variant: Variant) -> Any:
     return triton.compile(found, target=target, options=arguments)
 
 
-def _recorded(variant: Variant) -> tuple[Any, dict[str, Any]]:
-    """The kernel that a launch would run, and its arguments, on meta tensors."""
-    cell, hidden, steps, batch = CELLS[variant.cell], variant.hidden_size, 2, variant.block_b
+def launched(variant: Variant) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Tell which kernels a layer launches, and their arguments, on meta tensors.
 
-    def tensor(*sizes: int, dtype: torch.dtype = DTYPES[variant.dtype]) -> torch.Tensor:
-        return torch.empty(*sizes, dtype=dtype, device="meta")
+    Parameters
+    ----------
+    variant : Variant
 
-    config = variant.config
-    y = tensor(steps, batch, hidden)
-    r = tensor(1, cell.n_gates * hidden, hidden)
-    gates = tensor(1, steps, batch, cell.n_gates * hidden)
-    states = [tensor(1, batch, hidden)] * cell.n_states
-    # What Triton's interpreter does not take is imported where it is compiled only.
-    module = import_module(f"..kernels.{variant.schedule}", __package__)
-    name = "backward_kernel" if variant.is_backward else "forward_kernel"
-    kernel = getattr(module, name)
-    way, _, flow = variant.run.partition(" ")
-    operands = launch.Operands(
-        r,
-        tensor(1, cell.n_gates * hidden),
-        tensor(1, cell.n_extra * hidden) if cell.n_extra else None,
-        states,
-        tensor(1, steps, batch, dtype=torch.uint8) if flow else None,
-        states if flow == "fresh" else (),
-        tensor(1, batch, cell.n_gates * hidden) if flow == "fresh" else None,
-    )
-    with mock.patch.object(module, name, mock.MagicMock()) as stand_in:
-        if variant.is_backward:
-            saved = tensor(1, steps, batch, cell.n_saved * hidden)
-            traces = [tensor(*y.shape, dtype=torch.float32)] * (cell.n_states - 1)
-            past = launch.Past(y, traces, (saved,) if way == "backward" else (gates, gates))
-            given = y, states, [y] * (cell.n_states - 1) if flow == "fresh" else []
-            launch.backward(cell, config, variant.precision, operands, past, given)
-        else:
-            keep = {"traced": way == "training", "save": way == "training"}
-            launch.forward(cell, config, variant.precision, gates, operands, **keep)
-    return kernel, dict(stand_in.__getitem__.return_value.call_args.kwargs)
+    Returns
+    -------
+    dict of str to (triton.JITFunction, dict of str to object)
+        By `Variant.launch`; of the last step.
+    """
+    launches: dict[str, tuple[Any, dict[str, Any]]] = {}
+
+    def record(kernel: Any, grid: Any) -> Callable[..., None]:
+        def launch(**arguments: Any) -> None:
+            name = kernel.__name__.removesuffix("_kernel")
+            if name in ("forward", "backward"):
+                name = "cell"
+            elif name == "recurrent" and arguments["LATE"]:
+                name = "late"
+            launches[name] = kernel, arguments
+
+        return launch
+
+    with mock.patch.object(KernelInterface, "__getitem__", record):
+        (_launch_involved if variant.is_involved else _launch)(variant)
+    return launches
+
+
+def _tensor(variant: Variant, *sizes: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return torch.empty(*sizes, dtype=dtype or DTYPES[variant.dtype], device="meta")
+
+
+_STEPS = 2
+
+
+def _operands(variant: Variant) -> dict[str, Any]:
+    """What a layer computes with, whatever its schedule."""
+    cell, hidden, batch = CELLS[variant.cell], variant.hidden_size, variant.block_b
+    of_step = 1, _STEPS, batch
+    widths = [variant.size_h, *[hidden] * (cell.n_states - 1)]
+    states = [_tensor(variant, 1, batch, width) for width in widths]
+    zones = [_tensor(variant, *of_step, width, dtype=torch.uint8) for width in widths]
+    return {
+        "r": _tensor(variant, 1, cell.n_gates * hidden, variant.size_h),
+        "b": _tensor(variant, 1, cell.n_gates * hidden),
+        "extra": _tensor(variant, 1, cell.n_extra * hidden) if cell.n_extra else None,
+        "initial": states,
+        "marks": _tensor(variant, *of_step, dtype=torch.uint8) if variant.is_marked else None,
+        "fresh": states if variant.has("fresh") else (),
+        "drop": states[0] if variant.has("noisy") else None,
+        "zones": zones if variant.has("noisy") else (),
+    }
+
+
+def _launch(variant: Variant) -> None:
+    """Launch a plain layer, with all that a call of one would give its kernels."""
+    cell, hidden, batch = CELLS[variant.cell], variant.hidden_size, variant.block_b
+    y = _tensor(variant, _STEPS, batch, hidden)
+    gates = _tensor(variant, 1, _STEPS, batch, cell.n_gates * hidden)
+    fresh_rh = gates[:, 0] if variant.has("fresh") else None
+    operands = launch.Operands(**_operands(variant), fresh_rh=fresh_rh)
+    layer = cell, variant.config, variant.precision
+    again = variant.has("recompute", "noisy")  # zoneout keeps no activations
+    if variant.is_backward:
+        saved = _tensor(variant, 1, _STEPS, batch, cell.n_saved * hidden)
+        traces = [y.new_empty(y.shape, dtype=torch.float32)] * (cell.n_states - 1)
+        past = launch.Past(y, traces, (gates, gates) if again else (saved,))
+        d_traces = [y] * (cell.n_states - 1) if variant.has("fresh") else []
+        launch.backward(*layer, operands, past, (y, operands.initial, d_traces))
+    else:
+        is_training = variant.has("training")
+        save = is_training and not again
+        launch.forward(*layer, gates, operands, traced=is_training, save=save)
+
+
+def _launch_involved(variant: Variant) -> None:
+    """Likewise a layer whose step is more than that."""
+    cell, hidden, batch = CELLS[variant.cell], variant.hidden_size, variant.block_b
+    wx = _tensor(variant, 1, _STEPS, batch, cell.n_gates * hidden)
+    w_hr = _tensor(variant, 1, variant.size_h, hidden) if variant.has("projected") else None
+    operands = launch_staged.Operands(**_operands(variant), w_hr=w_hr, n_ahead=1)
+    layer = cell, variant.config, variant.precision
+    if variant.is_backward:
+        past = launch_staged.Past.empty(cell, wx, variant.size_h)
+        # In the dtype of y, as gradients of the traces are.
+        others = past.afters[:1] * (cell.n_states - 1) if variant.has("fresh") else []
+        launch_staged.backward(*layer, operands, past, (past.befores[0], operands.initial, others))
+    else:
+        launch_staged.forward(*layer, wx, operands, traced=variant.has("fresh"), save=True)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import nn, planner
+from .. import nn, planner, variants
 from . import gpu_steps, gpu_telling, measure, results, terminal
 from .built import forced
 from .environment import Environment, environment
@@ -252,17 +252,29 @@ def _bench_line(expected: dict[str, Any], row: Row) -> str:
     )
 
 
+_ALL = ("resident", "persistent", "stepwise")
+_NOISE = {"recurrent_dropout": 0.5, "zoneout": 0.3}
+#: What a sanitizer sees: layers, options and schedules.
+SMALL: tuple[tuple[Any, dict[str, Any], tuple[str, ...]], ...] = (
+    (nn.LSTM, {}, _ALL),
+    (nn.GRU, _NOISE, _ALL),
+    (nn.RNN, {}, _ALL),
+    (nn.LSTM, {"proj_size": 7}, ("staged",)),
+    (variants.LayerNormLSTM, {}, ("staged", "resident")),
+    (variants.ResetBeforeGRU, _NOISE, ("staged", "resident")),
+)
+
+
 def small_layers(device: str = "cuda") -> None:
-    """Run every cell and schedule once, forward and backward, on odd sizes.
+    """Run every kind of kernel once, forward and backward, on odd sizes.
 
     Parameters
     ----------
     device : str, default 'cuda'
     """
-    for kind, schedule in itertools.product(
-        (nn.LSTM, nn.GRU, nn.RNN), ("resident", "persistent", "stepwise")
-    ):
-        layer = kind(5, 39, bidirectional=True).to(device, torch.bfloat16)
+    runs = [(kind, options, name) for kind, options, names in SMALL for name in names]
+    for kind, options, schedule in runs:
+        layer = kind(5, 39, bidirectional=True, **options).to(device, torch.bfloat16)
         x = torch.randn(4, 19, 5).to(device, torch.bfloat16).requires_grad_()
         with forced(schedule):
             layer(x)[0].sum().backward()

@@ -1,10 +1,10 @@
 """Everything that only a GPU can show, in one program: ``python -m fastrnn.bench.on_gpu``.
 
-In order, what is told first if time is short: whether the kernels whose programs wait for each
-other are right, on ten telling cases; how long a step takes, in ours and in torch.nn's; the GPU
-tests; compute-sanitizer's memcheck and racecheck on small layers; the benchmark, most telling cases
-first, until the time is used up. Each part is a process with a limit of its own: what hangs or
-crashes costs one case, or its part, and not the others.
+In order, what is told first if time is short: whether kernels are right, on a few telling cases, of
+those first whose programs wait for each other; how long a step takes, in ours and in torch.nn's;
+the GPU tests; compute-sanitizer's memcheck and racecheck on small layers; the benchmark, most
+telling cases first, until the time is used up. Each part is a process with a limit of its own: what
+hangs or crashes costs one case, or its part, and not the others.
 
 It needs torch, triton, pytest and hypothesis, no network and no installation: run it in the root of
 a checkout. The evidence is written before the next part begins: ``gpu.json`` has all of it,

@@ -23,6 +23,58 @@ MARKED_LAYERS = [
     ("stepwise", "ieee", (33, 37, 24, 127, 2)),
 ]
 
+# Layers whose step is more than a product and arithmetic on single units: by each of these
+# schedules that a layer has; cells, and the size of h if there is a projection.
+INVOLVED_SCHEDULES = ("staged", "resident")
+INVOLVED_CELLS = [
+    *[(cell, 0) for cell in ("layernorm_lstm", "layernorm_gru", "gru_reset_before")],
+    *[(cell, 17) for cell in ("lstm", "peephole_lstm", "slstm", "layernorm_lstm")],
+]
+
+
+class Involved(NamedTuple):
+    """Such a layer: T, B, I, H and directions.
+
+    If `marked`, it has lengths, resets and truncated gradients, states after a reset, and the
+    states of all steps. `noise` is '', 'masks' (recurrent dropout, and zoneout in some units) or
+    'shares' (zoneout as a share of all).
+    """
+
+    cell: str
+    size_h: int
+    shape: tuple[int, int, int, int, int]
+    format: str
+    marked: bool = False
+    noise: str = ""
+
+    def __str__(self) -> str:
+        """All of it, as the id of a test."""
+        sizes, options = "x".join(map(str, self.shape)), "-marked" * self.marked
+        return f"{self.cell}-{self.size_h}-{sizes}-{self.format}{options}-{self.noise}"
+
+
+_ODD = 9, 17, 24, 33, 2
+INVOLVED = [
+    *[Involved(*of, _ODD, name) for of in INVOLVED_CELLS for name in ("bf16", "tf32", "fp64")],
+    *[Involved(*INVOLVED_CELLS[n], _ODD, name) for n in (0, 3) for name in ("tf32x3", "ieee")],
+    # By torch's operators the derivative of a normalisation overflows.
+    *[Involved(*INVOLVED_CELLS[n], _ODD, "fp16") for n in (2, 3)],
+    # What is plain in other dtypes.
+    *[Involved(cell, 0, _ODD, "fp64") for cell in ("lstm", "gru", "rnn_tanh", "slstm")],
+    # With all that a layer may have.
+    *[Involved(*of, _ODD, "bf16", True, "masks") for of in INVOLVED_CELLS],
+    Involved("layernorm_lstm", 0, _ODD, "fp64", True, "masks"),
+    Involved("lstm", 0, _ODD, "fp64", True, "masks"),
+    Involved("layernorm_gru", 0, _ODD, "bf16", True, "shares"),
+    # The largest that fit one program, with more rows than it has; many programs; whole rows.
+    *[Involved(*of, (33, 40, 24, 128, 2), "bf16") for of in INVOLVED_CELLS[:3]],
+    Involved("layernorm_lstm", 0, (12, 64, 64, 512, 1), "bf16"),
+    Involved("gru_reset_before", 0, (12, 64, 64, 512, 1), "bf16"),
+    Involved("lstm", 256, (12, 64, 64, 512, 1), "bf16"),
+    Involved("layernorm_lstm", 0, (3, 5, 16, 4096, 1), "bf16"),
+    Involved("layernorm_gru", 0, (3, 5, 16, 2048, 1), "fp64"),
+]
+
 
 class Case(NamedTuple):
     """A layer, T, B, I, H and directions, by kernels of so many rows and warps a program."""

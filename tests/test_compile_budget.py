@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import torch
 
+from fastrnn import planner
 from fastrnn.bench import compile_budget, sass
 from fastrnn.bench.compile_budget import Measured
-from fastrnn.bench.compiled import Variant, problem, read_table
+from fastrnn.bench.compiled import Variant, launched, problem, read_table
 from fastrnn.kernels import configs
+from fastrnn.problem import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "bench" / "results" / "compile_budget.csv"
@@ -36,6 +39,16 @@ SAMPLE = [
     ("peephole_lstm", "backward", "bfloat16", "tf32", 64, "h100"),
     ("slstm", "training", "bfloat16", "tf32", 256, "h100"),
     ("slstm", "backward", "bfloat16", "tf32", 256, "h100"),
+    ("lstm", "backward noisy", "bfloat16", "tf32", 512, "h100"),
+    ("gru", "training fresh noisy", "bfloat16", "tf32", 64, "h100"),
+    ("layernorm_gru", "training recurrent", "bfloat16", "tf32", 129, "h100"),
+    ("layernorm_lstm", "training cell", "bfloat16", "tf32", 1024, "b200"),
+    ("layernorm_lstm", "backward fresh noisy cell", "bfloat16", "tf32", 4096, "h100"),
+    ("gru_reset_before", "training late", "bfloat16", "tf32", 1024, "mi300x"),
+    ("gru_reset_before", "backward through", "bfloat16", "tf32", 1024, "a100"),
+    ("lstm", "training projected project", "float32", "tf32x3", 256, "h100"),
+    ("lstm", "backward receive", "float64", "ieee", 256, "h100"),
+    ("lstm", "backward cell", "float64", "ieee", 256, "h100"),
 ]
 # cell, run, hidden size, device, batch: persistent kernels, of one tile of rows and of two.
 PERSISTENT = [
@@ -101,7 +114,7 @@ def bound_of_shared_memory(variant: Variant) -> int:
 def test_shared_memory_is_foreseen(table):
     """The number that is expected is an upper bound of the compiler's."""
     for variant, measured in table.items():
-        if variant.schedule != "stepwise":
+        if variant.schedule in ("resident", "persistent"):
             assert measured.shared_memory <= bound_of_shared_memory(variant), variant
 
 
@@ -158,6 +171,49 @@ def test_each_fault_is_found():
     assert broken(marked, alone._replace(spilled=24)) == ["spills"]
     odd = resident._replace(hidden_size=63)
     assert broken(odd, alone._replace(other_loads="2")) == []
+    noisy = resident._replace(run="backward noisy")
+    assert broken(noisy, alone._replace(spilled=64)) == []
+    assert broken(noisy, alone._replace(spilled=72)) == ["spills"]
+
+    some = problem("layernorm_lstm", "backward", "bfloat16", "tf32", 4096, "h100")
+    config = configs.Config("staged", 16, 32, 64, 4, 0, 1)
+    receive, cell = some.launches(config)
+    assert broken(receive, alone._replace(spilled=8)) == ["spills"]
+    assert broken(receive, alone._replace(matrix=0)) == ["no matrix instructions"]
+    assert broken(cell, alone._replace(matrix=0, spilled=640)) == []
+    assert broken(cell, alone._replace(spilled=648)) == ["spills"]
+    _, shorter = some._replace(hidden_size=2048).launches(config)
+    assert broken(shorter, alone._replace(spilled=8)) == ["spills"]
+    receive, _ = some._replace(dtype="float64", precision="ieee").launches(config)
+    assert broken(receive, alone._replace(matrix=0)) == []
+
+
+@pytest.mark.parametrize("way", ["training", "backward"])
+@pytest.mark.parametrize(
+    "kind", ["layernorm_lstm", "gru_reset_before", "lstm projected", "layernorm_gru projected"]
+)
+def test_launches_of_a_step_are_known(kind, way):
+    cell, _, option = kind.partition(" ")
+    some = problem(cell, f"{way} {option}".strip(), "bfloat16", "tf32", 9, "h100")
+    variants = some.launches(configs.Config("staged", 16, 32, 64, 4, 0, 1))
+    assert [variant.launch for variant in variants] == [*launched(variants[0])]
+
+
+def test_the_longest_rows_are_in_the_table_and_no_longer_ones_are_planned(table):
+    for dtype, longest in (("bfloat16", 4096), ("float64", 2048)):
+        found = [
+            variant.hidden_size
+            for variant in table
+            if variant.cell == "layernorm_lstm" and variant.dtype == dtype
+        ]
+        assert max(found) == longest
+        facts = "layernorm_lstm", 9, 9, longest, longest, getattr(torch, dtype), "cuda"
+        fits = Problem(*facts, gpu=configs.DEVICES["h100"])
+        too_long = fits._replace(hidden_size=longest + 1)
+        assert planner.plan(fits).path == "kernels"
+        plan = planner.plan(too_long)
+        assert plan.path == "operators"
+        assert f"normalises more than {longest} hidden units" in plan.reason
 
 
 def persistent(cell: str, run: str, hidden: int, device: str, batch: int) -> Variant:

@@ -15,13 +15,13 @@ from gpu_cases import MARKED, SMALL, Case
 from torch import Tensor
 
 import fastrnn
-from fastrnn import devices, ops, reference
+from fastrnn import devices, ops, planner, reference
 from fastrnn.bench.built import forced
 from fastrnn.call import Call
 from fastrnn.cells import CELLS
 from fastrnn.flow import PLAIN, Flow, make_marks
 from fastrnn.kernels import configs, launch
-from fastrnn.kernels.configs import Choice, Shape
+from fastrnn.kernels.configs import Choice
 from fastrnn.planner import use_path
 
 if not torch.cuda.is_available():
@@ -38,6 +38,8 @@ FORMATS = {
     "tf32x3": (torch.float32, False, True),
     "ieee": (torch.float32, False, False),
 }
+# In float64 every cell runs as involved ones do.
+EVERY_FORMAT = {**FORMATS, "fp64": (torch.float64, True, False)}
 # T, B, I, H, directions
 SHAPES = [
     (7, 5, 3, 1, 1),
@@ -56,7 +58,7 @@ SHAPES = [
 def dtype(request):
     switches = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [switch.allow_tf32 for switch in switches]
-    chosen, *allowed = FORMATS[request.param]
+    chosen, *allowed = EVERY_FORMAT[request.param]
     for switch, allow in zip(switches, allowed, strict=True):
         switch.allow_tf32 = allow
     yield chosen
@@ -78,9 +80,12 @@ def gap() -> str:
     return device.gap
 
 
-def make(cell, shape, dtype, bias=True):
-    """Random x, states and weights on the GPU, all requiring gradients."""
+def make(cell, shape, dtype, bias=True, size_h=0):
+    """Random x, states and weights on the GPU, all requiring gradients; `size_h` is that of a
+    projection.
+    """
     steps, batch, inputs, hidden, directions = shape
+    seen = size_h or hidden
     generator = torch.Generator().manual_seed(0)
 
     def random(*size, scale=1.0):
@@ -90,10 +95,12 @@ def make(cell, shape, dtype, bias=True):
     n_gates, scale = CELLS[cell].n_gates, hidden**-0.5 / 2
     weights = []
     for _ in range(directions):
-        weights += [random(n_gates * hidden, width, scale=scale) for width in (inputs, hidden)]
+        weights += [random(n_gates * hidden, width, scale=scale) for width in (inputs, seen)]
         weights += [random(n_gates * hidden, scale=scale) for _ in range(2 * bias)]
+        weights += [random(size_h, hidden, scale=scale) for _ in range(size_h > 0)]
         weights += [random(extra.blocks * hidden, scale=scale) for extra in CELLS[cell].extras]
-    state = [random(directions, batch, hidden) for _ in range(CELLS[cell].n_states)]
+    widths = [seen, *[hidden] * (CELLS[cell].n_states - 1)]
+    state = [random(directions, batch, width) for width in widths]
     # What an sLSTM divides by is at least 1.
     state[2:3] = [(part.detach().abs() + 1).requires_grad_() for part in state[2:3]]
     return random(steps, batch, inputs), state, weights
@@ -130,7 +137,9 @@ def in_float64(cell, x, state, weights, directions, **options):
         [t.detach().double().requires_grad_() for t in tensors]
         for tensors in ((x,), state, weights, options.get("flow", PLAIN).fresh)
     )
-    options = {name: flow._replace(fresh=fresh) for name, flow in options.items()}
+    for name, flow in options.items():
+        noise = [part.double() if part.is_floating_point() else part for part in flow.noise]
+        options[name] = flow._replace(fresh=fresh, noise=noise)
     return run(reference.layer, cell, x, state, weights, directions, **options)
 
 
@@ -139,10 +148,14 @@ def rms(a: Tensor) -> float:
 
 
 def check(ours, stock, exact):
-    """Our error is at most twice torch's, or an epsilon where torch's is smaller."""
+    """Our error is at most twice torch's, or an epsilon where torch's is smaller.
+
+    In float64 there is nothing more exact to compare with: some epsilons.
+    """
     for name, truth in exact.items():
         eps = torch.finfo(ours[name].dtype).eps
-        bound = 2 * rms(stock[name] - truth) + 2 * eps * rms(truth)
+        units = 64 if ours[name].dtype == torch.float64 else 2
+        bound = 2 * rms(stock[name] - truth) + units * eps * rms(truth)
         error = rms(ours[name] - truth)
         assert error <= bound, f"{name}: {error:.2e} > {bound:.2e}"  # a NaN fails
 
@@ -156,22 +169,13 @@ def compare(cell, shape, dtype, schedule, bias=True):
     check(ours, stock, in_float64(*arguments))
 
 
-def skip_unless_planned(schedule, cell, x, state, weights, directions, *, marked=False):
+def skip_unless_planned(schedule, *arguments, flow=PLAIN):
     """Skip what does not fit this device; what Triton does not compile there is a failure."""
-    batch, hidden = state[0].shape[1:]
-    skip_unless_it_fits(schedule, cell, x, batch, hidden, directions, marked=marked)
-
-
-def skip_unless_it_fits(schedule, cell, x, batch, hidden, groups, **flow):
-    device, precision = devices.facts(x)
+    problem = planner.problem_of(call_of(*arguments, flow=flow))
     if schedule == "persistent":
-        assert not device.gap
-    shape = Shape.of(CELLS[cell], batch, hidden, groups, x.dtype.itemsize, precision)
-    shape = shape._replace(**flow)
-    for backward in (False, True):
-        chosen = configs.choose(shape, device, backward=backward, schedule=schedule)
-        if chosen is None:
-            pytest.skip(f"no {schedule} schedule for {shape} on {device}")
+        assert not problem.gpu.gap
+    if schedule is not None and schedule not in devices.schedules(problem):
+        pytest.skip(f"no {schedule} schedule for {problem}")
 
 
 def marked(shape, state, fresh):
@@ -189,7 +193,7 @@ def check_marks(cell, shape, schedule, fresh, dtype):
     x, state, weights = make(cell, shape, dtype)
     flow = marked(shape, state, fresh)
     arguments = cell, x, state, weights, shape[-1]
-    skip_unless_planned(schedule, *arguments, marked=True)
+    skip_unless_planned(schedule, *arguments, flow=flow)
     with forced(schedule):
         ours = run(ops.layer, *arguments, flow=flow, traced=True)
         again = run(ops.layer, *arguments, flow=flow, traced=True, recompute=True)
@@ -328,10 +332,17 @@ def test_marks_and_traces(cell, shape, schedule, fresh, dtype):
     check_marks(cell, shape, schedule, fresh, dtype)
 
 
+GROUPS = [(3, 0), (1, 3), (2, 2)]
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("heads", "members"), [(3, 0), (1, 3), (2, 2)])
+@pytest.mark.parametrize(("heads", "members"), GROUPS)
 @pytest.mark.parametrize("cell", MARKED)
 def test_heads_and_members(cell, heads, members, schedule, dtype):
+    check_groups(cell, heads, members, schedule, dtype)
+
+
+def check_groups(cell, heads, members, schedule, dtype):
     steps, batch, inputs, hidden, directions = 17, 19, 24, 33, 2
     each = max(1, members)
     shape = steps, batch * each, inputs, hidden * heads, directions
@@ -344,8 +355,7 @@ def test_heads_and_members(cell, heads, members, schedule, dtype):
     weights = [w.detach().requires_grad_() for w in weights]
     flow = marked(shape, state, True)
     arguments = cell, x, state, weights, directions
-    groups = directions * heads * each
-    skip_unless_it_fits(schedule, cell, x, batch, hidden, groups, marked=True)
+    skip_unless_planned(schedule, *arguments, flow=flow)
     with forced(schedule):
         ours = run(ops.layer, *arguments, flow=flow, traced=True)
     stock, exact = run(reference.layer, *arguments, flow=flow), in_float64(*arguments, flow=flow)
@@ -366,13 +376,67 @@ def test_noise(cell, has_zones, has_drop, schedule, dtype):
         noise.append(units if has_zones else x.new_empty(0))
     flow = marked(shape, state, True)._replace(noise=noise)
     arguments = cell, x, state, weights, shape[-1]
-    skip_unless_it_fits(schedule, cell, x, shape[1], shape[3], 2, marked=True, noisy=True)
+    skip_unless_planned(schedule, *arguments, flow=flow)
     with forced(schedule):
         ours = run(ops.layer, *arguments, flow=flow, traced=True)
         again = run(ops.layer, *arguments, flow=flow, traced=True, recompute=True)
     stock, exact = run(reference.layer, *arguments, flow=flow), in_float64(*arguments, flow=flow)
     check(ours, stock, exact)
     check(again, stock, exact)
+
+
+# Layers whose step is more than a product and arithmetic on single units.
+
+
+def noise_of(case, x, state):
+    """Recurrent dropout and zoneout."""
+    if case.noise == "shares":
+        return [x.new_empty(0), *(x.new_full((1,), 0.1 + 0.2 * k) for k in range(len(state)))]
+    kept = torch.rand(state[0].shape, device="cuda") < 0.5
+    sizes = [(len(part), case.shape[0], *part.shape[1:]) for part in state]
+    return [kept.to(x.dtype) / 0.5, *(torch.rand(size, device="cuda") < 0.3 for size in sizes)]
+
+
+@pytest.mark.parametrize("schedule", gpu_cases.INVOLVED_SCHEDULES)
+@of_each(gpu_cases.INVOLVED)
+def test_involved(case, schedule, dtype):
+    x, state, weights = make(case.cell, case.shape, dtype, size_h=case.size_h)
+    flow = marked(case.shape, state, True) if case.marked else PLAIN
+    if case.noise:
+        flow = flow._replace(noise=noise_of(case, x, state))
+    arguments = case.cell, x, state, weights, case.shape[-1]
+    skip_unless_planned(schedule, *arguments, flow=flow)
+    with forced(schedule):
+        ours = run(ops.layer, *arguments, flow=flow, traced=True)
+        again = run(ops.layer, *arguments, flow=flow, traced=True)
+    stock, exact = run(reference.layer, *arguments, flow=flow), in_float64(*arguments, flow=flow)
+    check(ours, stock, exact)
+    assert all(torch.equal(again[name], ours[name]) for name in ours)
+
+
+@pytest.mark.parametrize("schedule", gpu_cases.INVOLVED_SCHEDULES)
+@pytest.mark.parametrize(("heads", "members"), GROUPS)
+@pytest.mark.parametrize("cell", ["layernorm_lstm", "layernorm_gru", "gru_reset_before"])
+@pytest.mark.parametrize("dtype", ["bf16"], indirect=True)
+def test_heads_and_members_of_involved(cell, heads, members, schedule, dtype):
+    check_groups(cell, heads, members, schedule, dtype)
+
+
+@pytest.mark.parametrize("schedule", gpu_cases.INVOLVED_SCHEDULES)
+@pytest.mark.parametrize(("cell", "size_h"), gpu_cases.INVOLVED_CELLS[:4])
+@pytest.mark.parametrize("dtype", ["bf16"], indirect=True)
+def test_nan_of_involved_stays_in_its_row(cell, size_h, schedule, dtype):
+    arguments = cell, *make(cell, (9, 20, 24, 33, 2), dtype, size_h=size_h), 2
+    skip_unless_planned(schedule, *arguments)
+    with forced(schedule):
+        clean = run(ops.layer, *arguments)
+        with torch.no_grad():
+            arguments[1][3, 2] = math.nan
+        dirty = run(ops.layer, *arguments)
+    others = [row for row in range(20) if row != 2]
+    assert dirty["y"][:, 2].isnan().all(1).any()
+    for name in ("y", "final0", "d_x", "d_state0"):
+        assert torch.equal(dirty[name][:, others], clean[name][:, others]), name
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -385,17 +449,24 @@ def test_recompute(schedule):
 
 
 @pytest.mark.parametrize("marked", [False, True])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_cuda_graph(schedule, marked):
-    x, state, weights = make("lstm", (20, 16, 32, 64, 1), torch.bfloat16)
+@pytest.mark.parametrize(
+    ("cell", "schedule"),
+    [
+        *(("lstm", schedule) for schedule in SCHEDULES),
+        *(("layernorm_lstm", schedule) for schedule in gpu_cases.INVOLVED_SCHEDULES),
+    ],
+)
+def test_cuda_graph(cell, schedule, marked):
+    x, state, weights = make(cell, (20, 16, 32, 64, 1), torch.bfloat16)
     lengths = torch.arange(5, 21, device="cuda")
     marks = make_marks(20, 16, 1, x.device, lengths, torch.rand(20, 16).cuda() < 0.2)
     flow = Flow(marks, state) if marked else PLAIN
 
     def call():
         with torch.no_grad():
-            return ops.layer(call_of("lstm", x, state, weights, flow=flow))
+            return ops.layer(call_of(cell, x, state, weights, flow=flow))
 
+    skip_unless_planned(schedule, cell, x, state, weights, flow=flow)
     with use_path(schedule):
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):

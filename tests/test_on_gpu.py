@@ -247,7 +247,7 @@ def test_the_table_is_short_and_has_the_steps_first():
     assert "tests: failed; status 1, 1.5 s" in after
     assert "    line 199" in after
     assert "memcheck: not run" in after
-    assert "telling: failed; status 0, 1.5 s, 2 of 10 cases" in after
+    assert "telling: failed; status 0, 1.5 s, 2 of 14 cases" in after
     assert "0.50 of what is allowed" in after
     assert after.endswith("and more, in gpu.json")
 
@@ -312,7 +312,11 @@ def test_a_part_by_its_name(monkeypatch, tmp_path, capsys):
 
 def test_telling_cases():
     cases = gpu_telling.CASES
-    assert len(cases) == len({case.name for case in cases}) == 10
+    assert len(cases) == len({case.name for case in cases}) == 14
+    cases, involved = cases[:-3], cases[-3:]
+    names = {"layernorm_lstm", "gru_reset_before", "layernorm_gru"}
+    assert {case.cell for case in involved} == names
+    assert {case.schedule for case in involved} == {"staged", "resident"}
 
     def values(field: str) -> set:
         return {getattr(case, field) for case in cases}
@@ -324,23 +328,36 @@ def test_telling_cases():
     assert values("batch") == {1, 16, 64}
     for option in ("bidirectional", "marked", "fresh", "recompute"):
         assert values(option) == {False, True}
+    assert values("zoneout") == {0.0, 0.1}
+    assert values("schedule") == {"persistent"}
     assert all(case.marked for case in cases if case.fresh)
     assert values("steps") == {64}
 
 
 @pytest.mark.parametrize("device", ["h100", "h200"])
-def test_telling_cases_and_steps_have_persistent_kernels(monkeypatch, device):
+def test_telling_cases_and_steps_have_their_kernels(monkeypatch, device):
     facts = DEVICES[device], "tf32"
     monkeypatch.setattr(providers.devices, "facts", lambda x: facts)
     problems = [
-        gpu_telling.problem_of(case.case, CPU)._replace(marked=case.marked)
+        (gpu_telling.problem_of(case.case, CPU)._replace(marked=case.marked), case.schedule)
         for case in gpu_telling.CASES
     ]
-    problems += [gpu_steps.problem_of(case, CPU) for case in gpu_steps.CASES]
-    for problem in problems:
-        path, plan = gpu_telling.choose(problem, "persistent")
-        assert path == "persistent"
+    problems += [(gpu_steps.problem_of(case, CPU), "persistent") for case in gpu_steps.CASES]
+    for problem, schedule in problems:
+        path, plan = gpu_telling.choose(problem, schedule)
+        assert path == schedule
         assert {choice.config.schedule for choice in plan.kernels} == {path}
+
+
+def test_small_layers_have_their_kernels():
+    for kind, options, schedules in gpu_parts.SMALL:
+        layer = kind(5, 39, **options)
+        problem = gpu_telling.problem_of(Case("lstm", "training", "bfloat16", 4, 19, 5, 39), CPU)
+        problem = problem._replace(
+            cell=layer._cell, projected=layer.proj_size > 0, noisy=bool(layer.zoneout),
+            device="cuda", directions=2, gpu=DEVICES["h100"],
+        )  # fmt: skip
+        assert {*schedules} <= {*providers.devices.schedules(problem)}, kind
 
 
 @pytest.fixture
@@ -357,6 +374,13 @@ SMALL = [
     Telling("lstm", "float32", 4, 6, bidirectional=True, marked=True, fresh=True, steps=6),
     Telling("gru", "float32", 2, 9, recompute=True, steps=4),
     Telling("peephole_lstm", "float32", 1, 7, bidirectional=True, marked=True, steps=4),
+    Telling("lstm", "float32", 2, 6, marked=True, zoneout=0.3, steps=4),
+]
+# By a schedule in which no program waits: the interpreter runs one after another.
+SMALL = [case._replace(schedule="resident") for case in SMALL]
+SMALL += [
+    Telling("layernorm_lstm", "float32", 2, 6, marked=True, steps=4, schedule="staged"),
+    Telling("gru_reset_before", "float32", 2, 6, zoneout=0.3, steps=4, schedule="staged"),
 ]
 
 
@@ -364,11 +388,10 @@ SMALL = [
 @pytest.mark.usefixtures("_emulated")
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_telling_case_in_the_interpreter(case):
-    """By a schedule in which no program waits: the interpreter runs one after another."""
-    row = gpu_telling.check(case, CPU, "resident")
+    row = gpu_telling.check(case, CPU)
     assert row["status"] == "ok", row
     assert 0 < row["error"] <= 1
-    assert row["ran"] == "resident"
+    assert row["ran"] == case.schedule
     json.dumps(row)
 
 
