@@ -390,7 +390,9 @@ def layer(call: Call, *, recompute: bool = False, traced: bool = False) -> Resul
     if transform() == "func" and not torch.compiler.is_compiling():
         # Who will be asked for gradients is not known here, but whether anybody can be.
         save = cpu.STATES if recompute else cpu.ALL
-        return transforms.layer(call, save if torch.is_grad_enabled() else cpu.NOTHING, traced)
+        below = partial(layer, recompute=recompute, traced=traced)
+        save = save if torch.is_grad_enabled() else cpu.NOTHING
+        return transforms.layer(call, save, traced, below)
     if save == cpu.NOTHING or not is_plain(*tensors):
         return dispatch.forward(call, save, traced)[0]
     y, *others = _Layer.apply(call, save, traced, *call.flat())

@@ -7,19 +7,22 @@ input parts differs in the last gates only, where it is `d_apart` (N, A * H), of
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-#: Writes the product of the second and the third matrix to the first, or adds it to that.
+#: Writes the product of the second and the third matrix to the first, or adds it to that; all may
+#: have one more dimension in front, that of the members of an ensemble.
 Multiply = Callable[[Tensor, Tensor, Tensor, bool], object]
 
 
 def by_torch(c: Tensor, a: Tensor, b: Tensor, adds: bool) -> None:
     """Multiply by torch's own product."""
-    if c.shape != (a.shape[0], b.shape[1]):  # it would be resized
+    if c.shape != (*a.shape[:-1], b.shape[-1]):  # it would be resized
         raise RuntimeError(f"a product of {tuple(a.shape)} and {tuple(b.shape)} is not {c.shape}")
-    torch.addmm(c, a, b, beta=1 if adds else 0, out=c)
+    multiply: Any = torch.addmm if c.dim() == 2 else torch.baddbmm
+    multiply(c, a, b, beta=1 if adds else 0, out=c)
 
 
 def add_d_x(
@@ -43,10 +46,10 @@ def add_d_x(
         False if what `dx` holds is nothing yet.
     multiply : callable, optional
     """
-    shared = w_ih.shape[0] - d_apart.shape[1]
-    multiply(dx, d_rh[:, :shared], w_ih[:shared], adds)
-    if d_apart.shape[1]:
-        multiply(dx, d_apart, w_ih[shared:], True)
+    shared = w_ih.shape[-2] - d_apart.shape[-1]
+    multiply(dx, d_rh[..., :shared], w_ih[..., :shared, :], adds)
+    if d_apart.shape[-1]:
+        multiply(dx, d_apart, w_ih[..., shared:, :], True)
 
 
 def d_w_hh(
@@ -73,13 +76,13 @@ def d_w_hh(
     -------
     Tensor of shape (G * H, P)
     """
-    rest = h.shape[0] - batch
+    rest = h.shape[-2] - batch
     if reverse:
-        later, first, before = *d_rh.tensor_split([rest]), h[batch:]
+        later, first, before = *d_rh.tensor_split([rest], -2), h[..., batch:, :]
     else:
-        first, later, before = *d_rh.tensor_split([batch]), h[:rest]
-    product = d_rh.new_empty(d_rh.shape[1], h.shape[1])
-    multiply(product, later.t(), before, False)
+        first, later, before = *d_rh.tensor_split([batch], -2), h[..., :rest, :]
+    product = d_rh.new_empty(*d_rh.shape[:-2], d_rh.shape[-1], h.shape[-1])
+    multiply(product, later.mT, before, False)
     if h_0 is not None:
-        multiply(product, first.t(), h_0, True)
+        multiply(product, first.mT, h_0, True)
     return product

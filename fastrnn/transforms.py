@@ -16,6 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import _add_batch_dim, _unwrap_batched
+from torch._functorch.pyfunctorch import (
+    VmapInterpreter,
+    retrieve_current_functorch_interpreter,
+)
 
 from . import dispatch, reference
 from .call import Asked, Call, Cotangents, Result, split
@@ -69,12 +74,37 @@ class _Kind(NamedTuple):
         return self.call.with_flat(tensors).batch_sizes is not None
 
 
-def layer(call: Call, save: int, traced: bool) -> Result:
-    """``reference.layer`` inside of ``torch.func`` transforms; the rest as for ``cpu.forward``."""
+def layer(call: Call, save: int, traced: bool, below: Callable[[Call], Result]) -> Result:
+    """``reference.layer`` inside of ``torch.func`` transforms.
+
+    `below` runs a call inside of all of them but the innermost; the rest is as for ``cpu.forward``.
+    """
     kind = _Kind(call.without_tensors(), save, traced)
+    innermost = retrieve_current_functorch_interpreter()
+    if isinstance(innermost, VmapInterpreter) and call.batch_sizes is None:
+        return _mapped(innermost, kind, call, below)
     y, *others = _Layer.apply(kind, *call.flat())
     n_states = kind.n_states
     return Result(y, others[:n_states], others[n_states : kind.n_results - 1])
+
+
+def _mapped(
+    innermost: VmapInterpreter, kind: _Kind, call: Call, below: Callable[[Call], Result]
+) -> Result:
+    """Run a call inside of vmap, which is then nothing that a derivative has to know of.
+
+    As vmap does with an autograd function, but that takes as long as many a short call.
+    """
+    level, size = innermost.level(), innermost.batch_size()
+    pairs = [(t, None) if t is None else _unwrap_batched(t, level) for t in call.flat()]
+    tensors, dims = zip(*pairs, strict=True)
+    with innermost.lower():
+        folded = kind.call.with_flat(kind.fold(size, tensors, dims))
+        y, final, traces = below(folded)
+        batch = folded.batch // size
+        found = [part.unflatten(1, (size, batch)) for part in (y, *final, *traces)]
+    y, *others = (_add_batch_dim(part, 1, level) for part in found)
+    return Result(y, others[: kind.n_states], others[kind.n_states :])
 
 
 class _Layer(torch.autograd.Function):

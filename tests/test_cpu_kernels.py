@@ -304,9 +304,29 @@ def test_many_steps_on_many_threads(with_threads, name, size_h):
 )
 def test_groups_are_shared_out(monkeypatch, groups, available, found):
     monkeypatch.setattr(engine, "_available", lambda: available)
-    assert engine.launches(groups, 3, 1000) == found
-    alone = [(group, 1, 3) for group in range(groups)]
-    assert engine.launches(groups, 3, 1 << 30) == (alone if available > 1 else found)
+    assert engine.launches(groups, 3, 1 << 30) == found
+
+
+@pytest.mark.parametrize("groups", [1, 2, 5])
+def test_groups_with_little_to_do_have_one_thread(monkeypatch, groups):
+    monkeypatch.setattr(engine, "_available", lambda: 4)
+    assert engine.launches(groups, 1, 1000) == [(0, groups, 1)]
+
+
+@pytest.mark.parametrize("members", [(), (1,), (3,)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_products_of_members(monkeypatch, with_threads, threads, members):
+    """Of matrices with pitches, one given transposed, to what is written or added to."""
+    with_threads(threads)
+    monkeypatch.setattr(native, "_MIN_FLOPS", 0)
+    monkeypatch.setattr(machine, "has_narrow_blas", lambda dtype: True)
+    m, k, n = 37, 300, 21
+    a, b = torch.randn(*members, k, m + 3)[..., :m].mT, torch.randn(*members, k, n + 5)[..., :n]
+    for adds in (False, True):
+        c = torch.randn(*members, m, n)
+        exact = a.double() @ b.double() + (c.double() if adds else 0.0)
+        native.multiply(CELLS["lstm"], c, a, b, adds)
+        torch.testing.assert_close(c.double(), exact, atol=1e-4, rtol=0.0)
 
 
 @pytest.mark.parametrize("given", [1, 2])
@@ -351,7 +371,7 @@ def test_what_is_not_finite_goes_where_it_goes_in_torch(name, bad):
 
 
 GUARDED = """
-import ctypes, mmap, sys
+import ctypes, itertools, mmap, sys
 import torch
 from fastrnn import cpu
 from fastrnn.cpu import engine, machine, native
@@ -379,18 +399,20 @@ def work_space(*sizes):
     parts = [room(size) if size else None for size in sizes]
     return torch.empty(0), [0 if part is None else part.data_ptr() for part in parts]
 
-def views(numbers, pairs, heads):
-    '''The arguments of heads as tensors.'''
-    for k in range(heads):
+def views(numbers, pairs, heads, members):
+    '''The arguments of heads and members as tensors.'''
+    for m, k in itertools.product(range(members), range(heads)):
         tensors = []
         for part, by in pairs:
+            if members > 1 and part is not None and part.dim() > 1:
+                part = part[m]
             is_row = part is not None and part.dim() == 2 and by < part.shape[1]
             if k and part is not None:
                 part = part[:, k * by :] if is_row else part.flatten()[k * by :]
             tensors.append(part)
         yield numbers, tensors
 
-def one_by_one(groups, threads, size):
+def one_by_one(groups, threads, flops):
     return [engine.Launch(group, 1, threads) for group in range(groups)]
 
 def run(cell, dtype, name, arguments, threads, noisy):
@@ -533,7 +555,7 @@ def test_saved_tensors_of_any_layout(cell):
     call, given = draw(cell, 4)
     _, saved = cpu.forward(call, ALL, False)
     expected = cpu.backward(call, given, saved, Asked())
-    moved = cpu.backward(call, given, [t.t().contiguous().t() for t in saved], Asked())
+    moved = cpu.backward(call, given, [t.mT.contiguous().mT for t in saved], Asked())
     torch.testing.assert_close(moved, expected)
 
 

@@ -140,6 +140,22 @@ def test_ensembles(module):
     check(y, torch.stack([model(x)[0] for model, x in zip(models, xs, strict=True)]))
 
 
+def test_results_of_ensembles_may_be_written_to():
+    models = [fastrnn.LSTM(3, 4, bidirectional=True, dtype=torch.float64) for _ in range(3)]
+    params, _ = stack_module_state(models)
+    x = normal(5, 2, 3).requires_grad_()
+    run = vmap(lambda params, x: functional_call(models[0], params, (x,)), (0, None))
+    y, (h, _) = run(params, x)
+    y.mul_(2.0)
+    h.add_(1.0)
+    results = [model(x) for model in models]
+    right = sum((2.0 * y).sum() + (h + 1.0).square().sum() for y, (h, _) in results)
+    found = torch.autograd.grad(y.sum() + h.square().sum(), [x, *params.values()])
+    exact = torch.autograd.grad(right, [x, *(p for model in models for p in model.parameters())])
+    of_members = [torch.stack(exact[k :: len(params)]) for k in range(1, 1 + len(params))]
+    check(found, (exact[0], *of_members))
+
+
 @pytest.mark.parametrize("path", ["kernels", "operators"])
 @pytest.mark.parametrize("cls", [fastrnn.GRU, fastrnn.LayerNormGRU, fastrnn.ResetBeforeGRU])
 def test_per_sample_gradients_of_ensembles(cls, path):

@@ -57,19 +57,18 @@ class Arguments(ctypes.Structure):
         for numbers, tensors in groups:
             values.extend((len(groups), threads))
             values.extend(numbers)
-            values.extend([_address(part) for part in tensors])
+            values.extend(
+                [
+                    part if isinstance(part, int) else 0 if part is None else part.data_ptr()
+                    for part in tensors
+                ]
+            )
             kept += tensors
         if len(values) * values.itemsize != ctypes.sizeof(cls) * len(groups):
             raise TypeError(f"{cls.__name__} has {ctypes.sizeof(cls) // 8} values")
         made = cls.from_buffer(values)
         made.tensors = kept
         return made
-
-
-def _address(part: Tensor | int | None) -> int:
-    if part is None:
-        return 0
-    return part if isinstance(part, int) else part.data_ptr()
 
 
 def padded(tensors: Sequence[Tensor | None], count: int = MOST_STATES) -> list[Tensor | None]:

@@ -118,6 +118,9 @@ class Found(NamedTuple):
 class Direction(NamedTuple):
     """One direction of a layer, on a CPU in the compute dtype.
 
+    Of an ensemble whose members run together, all tensors have one more dimension in front, that of
+    the members, also in the other records here; but for a share of zoneout, which is a number.
+
     Attributes
     ----------
     cell : Cell
@@ -139,27 +142,31 @@ class Direction(NamedTuple):
     noise: Noise | None = None
 
     @property
+    def lead(self) -> tuple[int, ...]:
+        """The members of an ensemble, as a dimension."""
+        return tuple(self.w.w_hh.shape[:-2])
+
+    @property
     def num_heads(self) -> int:
         """How many blocks W_hh has on its diagonal."""
-        return 1 if self.w.w_hr is not None else max(1, self.hidden // self.w.w_hh.shape[1])
+        return 1 if self.w.w_hr is not None else max(1, self.hidden // self.w.w_hh.shape[-1])
 
     @property
     def size_h(self) -> int:
         """P."""
-        return self.hidden if self.w.w_hr is None else self.w.w_hh.shape[1]
+        return self.hidden if self.w.w_hr is None else self.w.w_hh.shape[-1]
 
     @property
     def hidden(self) -> int:
         """H."""
-        return self.w.w_hh.shape[0] // self.cell.n_gates
+        return self.w.w_hh.shape[-2] // self.cell.n_gates
 
     def before(self, states: Sequence[Tensor]) -> list[Tensor]:
         """The states before every row, from those after it, h first; in memory of their own."""
         found = []
         for k, part in enumerate(states):
-            first = (
-                self.initial[k] if self.initial else part.new_zeros(self.rows.batch, part.shape[1])
-            )
+            sizes = *self.lead, self.rows.batch, part.shape[-1]
+            first = self.initial[k] if self.initial else part.new_zeros(sizes)
             before = self.rows.previous(part, first, self.reverse)
             found.append(before if self.breaks is None else self.breaks.replace(before, k))
         return found

@@ -73,13 +73,18 @@ class Launch(NamedTuple):
     threads: int
 
 
-# Bytes of weights that a thread reads at every step out of a cache of its own, if it is that large:
-# of more groups than one at a time there would be too many for the cache.
-_OWN_CACHE = 1 << 20
+# Operations of all groups together for which it pays to begin a parallel region, which takes 9 us.
+# Forward of a bidirectional LSTM of (B, H) = (1, 32) took 1.04 times as long as by one thread for
+# T = 16, and as long for T = 64.
+_REGION_FLOPS = 1_000_000
 
 
-def launches(groups: int, threads: int, size: int) -> list[Launch]:
+def launches(groups: int, threads: int, flops: int) -> list[Launch]:
     """Choose which groups run at the same time.
+
+    One thread for each was never slower than all threads one group after another, also where its
+    weights are larger than its cache: 1.00 to 1.09 times as fast for ensembles of 4, T = 64, B = 4
+    and 16, H = 128 to 512.
 
     Parameters
     ----------
@@ -87,14 +92,13 @@ def launches(groups: int, threads: int, size: int) -> list[Launch]:
         That do not wait for each other.
     threads : int
         That could share one.
-    size : int
-        Bytes of its weights.
+    flops : int
+        Operations of one, in all.
     """
     most = _available()
-    if groups == 1 or (most > 1 and size > _OWN_CACHE):
-        return [Launch(group, 1, threads) for group in range(groups)]
-    # One thread for each; what is left over after whole rounds is shared.
-    rest = groups % most
+    if threads == 1 and groups * flops < _REGION_FLOPS:
+        return [Launch(0, groups, 1)]
+    rest = groups % most  # which are left over after whole rounds, and shared
     found = [Launch(0, groups - rest, most)] if groups > rest else []
     if rest:
         found.append(Launch(groups - rest, rest, rest * min(threads, most // rest)))

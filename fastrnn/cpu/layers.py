@@ -82,11 +82,8 @@ def fake_saved(call: Call, save: int) -> list[Tensor]:
 
     Empty unless `save` is `ALL`: h (N, D * P), apart from y, which the caller may overwrite; then
     for each direction the parts of a ``Kept``. With marks, rows that are not there are missing, and
-    as many at the end mean nothing. Those of the members of an ensemble come one after another.
+    as many at the end mean nothing. Of an ensemble (M, N, ·), member by member.
     """
-    if call.members:
-        parts = [groups.of_member(call, m) for m in range(call.members)]
-        return [tensor for part in parts for tensor in fake_saved(part, save)]
     if save != ALL or saves_nothing(call):
         return []
     # Apart: pieces of 32 MiB and more are given back to the system at once, and new pages cost an
@@ -94,7 +91,8 @@ def fake_saved(call: Call, save: int) -> list[Tensor]:
     widths = [width for part in _widths(call) for width in part]
     widths = [call.directions * call.size_h, *widths * call.directions]
     count, dtype = math.prod(call.x.shape[:-1]), compute_dtype(call)
-    return [call.x.new_empty(count, width, dtype=dtype) for width in widths]
+    lead = (call.members, count // call.members) if call.members else (count,)
+    return [call.x.new_empty(*lead, width, dtype=dtype) for width in widths]
 
 
 def _widths(call: Call) -> list[list[int]]:
@@ -146,25 +144,38 @@ def _columns(rows: Tensor, d: int, directions: int) -> Tensor:
     """Those of a direction."""
     if directions == 1:
         return rows
-    width = rows.shape[1] // directions
-    return rows[:, d * width : (d + 1) * width]
+    width = rows.shape[-1] // directions
+    return rows[..., d * width : (d + 1) * width]
 
 
 def _first(rows: Tensor, count: int) -> Tensor:
-    return rows if rows.shape[0] == count else rows[:count]
+    return rows if rows.shape[-2] == count else rows[:count]
+
+
+def _runs_together(call: Call) -> bool:
+    """Whether the members of an ensemble are one problem: alike but for the values of tensors.
+
+    Marks pack the rows of each in their own way, and its products are normalised one by one.
+    """
+    return call.flow.marks is None and not call.cell.is_normalised and _has_kernels(call.x)
 
 
 class _Problem:
-    """A layer in the compute dtype, packed if not all rows are there."""
+    """A layer in the compute dtype, packed if not all rows are there.
+
+    Of an ensemble all rows, and the states of a direction, have one more dimension in front: that
+    of the members, which are parts of the batch in the tensors of the call.
+    """
 
     def __init__(self, call: Call) -> None:
         check_batch((*call.state, *call.flow.fresh), call.batch)
         self.call = call
+        self.lead = (call.members,) if call.members else ()
         self.rows, self.selection = select(call.flow.marks, Rows.of(call))
         self.dtype = compute_dtype(call)
         self.exact = machine.exact_dtype(self.dtype)
         computed = _in(self.dtype, call)
-        self.x = self.selection.rows(computed.x.flatten(0, -2))
+        self.x = self.of_rows(computed.x)
         self.initial = [self.selection.sequences(part) for part in computed.state]
         self.shapes = call.shapes
         self.directions = [
@@ -173,12 +184,34 @@ class _Problem:
                 w,
                 self.rows,
                 d == 1,
-                [part[d] for part in self.initial],
+                self.of_direction(self.initial, d),
                 self._breaks(computed.flow, d),
                 self._noise(computed.flow, d),
             )
             for d, w in enumerate(computed.by_direction())
         ]
+
+    def of_rows(self, padded: Tensor) -> Tensor:
+        """The rows that there are of (T, B, ·) or (N, ·)."""
+        if not self.lead:
+            return self.selection.rows(padded.flatten(0, -2))
+        by_member = padded.unflatten(1, (*self.lead, self.rows.batch)).transpose(0, 1)
+        return by_member.flatten(1, 2)
+
+    def put_rows(self, padded: Tensor, rows: Tensor) -> None:
+        """Copy rows to their places in (T, B, ·) or (N, ·)."""
+        if not self.lead:
+            self.selection.put_rows(padded.view(-1, padded.shape[-1]), rows)
+            return
+        by_member = padded.unflatten(1, (*self.lead, self.rows.batch)).transpose(0, 1)
+        by_member.copy_(rows.unflatten(1, self.rows[:2]))
+
+    def of_direction(self, states: Sequence[Tensor], d: int) -> list[Tensor]:
+        """Views of those of a direction."""
+        own = [part[d] for part in states]
+        if not self.lead:
+            return own
+        return [part.unflatten(0, (*self.lead, self.rows.batch)) for part in own]
 
     def _breaks(self, flow: Flow, d: int) -> Breaks | None:
         if flow.marks is None:
@@ -192,18 +225,18 @@ class _Problem:
         if not flow.noise:
             return None
         drop, *zones = flow.noise
-        dropped = self.selection.sequences(drop)[d] if is_given(drop) else None
-        return Noise(
-            dropped,
-            [z if z.dim() == 1 else self.selection.rows(z[d].flatten(0, 1)) for z in zones],
-        )
+        dropped = None
+        if is_given(drop):
+            (dropped,) = self.of_direction([self.selection.sequences(drop)], d)
+        return Noise(dropped, [z if z.dim() == 1 else self.of_rows(z[d]) for z in zones])
 
     def first_states(self) -> list[Tensor]:
         """States before the first step, to be overwritten."""
         return _copies(_as(self.initial, self.exact)) or self._zeros(self.exact)
 
     def _zeros(self, dtype: torch.dtype) -> list[Tensor]:
-        sizes = [(count, self.rows.batch, width) for count, _, width in self.shapes()]
+        batch = math.prod(self.lead) * self.rows.batch
+        sizes = [(count, batch, width) for count, _, width in self.shapes()]
         return [self.x.new_zeros(size, dtype=dtype) for size in sizes]
 
 
@@ -218,29 +251,30 @@ def _backend(x: Tensor) -> ModuleType:
 class _Ahead(_Problem):
     """A layer whose walk ahead is to be run."""
 
-    def __init__(self, call: Call, save: int, traced: bool) -> None:
+    def __init__(self, call: Call, saved: Sequence[Tensor], traced: bool) -> None:
         super().__init__(call)
         dtype, count, directions = call.x.dtype, self.rows.total, call.directions
         self.final, shape = self.first_states(), call.x.shape[:-1]
         self.y = call.x.new_empty(*shape, directions * call.size_h)
         others = call.cell.states[1:] if traced else ()
         self.traces = [call.x.new_zeros(*shape, directions * call.hidden_size) for _ in others]
-        self.saved = fake_saved(call, save)
-        self.y_rows = y_rows = self.y.view(-1, self.y.shape[-1])
-        if self.saved:
-            self.h_rows = self.saved[0]
-        elif self.selection.chosen is not None or self.dtype != dtype:
-            self.h_rows = torch.empty_like(y_rows, dtype=self.dtype)
+        self.is_y = False  # whether h goes to its place at once
+        if saved:
+            self.h_rows = saved[0]
+        elif self.lead or self.selection.chosen is not None or self.dtype != dtype:
+            rows = self.rows.total if self.lead else math.prod(shape)
+            self.h_rows = self.y.new_empty(*self.lead, rows, self.y.shape[-1], dtype=self.dtype)
         else:
-            self.h_rows = y_rows
+            self.h_rows, self.is_y = self.y.view(-1, self.y.shape[-1]), True
         self.jobs = []
         for d, direction in enumerate(self.directions if self.rows.steps else ()):
-            kept = _kept(call, self.saved, d, count)
+            kept = _kept(call, saved, d, count)
             if not kept.traces:
-                traces = [self.h_rows.new_empty(count, call.hidden_size) for _ in others]
+                sizes = (*self.lead, count, call.hidden_size)
+                traces = [self.h_rows.new_empty(sizes) for _ in others]
                 kept = kept._replace(traces=traces)
             h = _columns(_first(self.h_rows, count), d, directions)
-            state = [part[d] for part in self.final]
+            state = self.of_direction(self.final, d)
             self.jobs.append(Ahead(direction, self.x, state, h, kept))
 
     def result(self) -> Result:
@@ -249,12 +283,11 @@ class _Ahead(_Problem):
         dtype, is_packed = call.x.dtype, selection.chosen is not None
         for d, job in enumerate(self.jobs):
             for trace, part in zip(self.traces, job.kept.traces, strict=False):
-                to = _columns(trace.view(-1, trace.shape[-1]), d, call.directions)
-                selection.put_rows(to, part.to(dtype))
-        if self.h_rows is not self.y_rows:
+                self.put_rows(_columns(trace, d, call.directions), part.to(dtype))
+        if not self.is_y:
             if is_packed:
-                self.y_rows.zero_()
-            selection.put_rows(self.y_rows, _first(self.h_rows, count).to(dtype))
+                self.y.zero_()
+            self.put_rows(self.y, _first(self.h_rows, count).to(dtype))
         final = _as(self.final, dtype)
         if is_packed:
             selected, final = final, _copies(call.initial())
@@ -273,13 +306,21 @@ def forward(call: Call, save: int, traced: bool) -> tuple[Result, list[Tensor]]:
         with torch.no_grad():
             y, final, traces = reference.layer(_in(machine.exact_dtype(dtype), call))
         return Result(y.to(dtype), _as(final, dtype), _as(traces if traced else [], dtype)), []
-    members = [groups.of_member(call, m) for m in range(call.members)] or [call]
-    layers = [_Ahead(member, save, traced) for member in members]
+    saved = fake_saved(call, save)
+    is_one = not call.members or _runs_together(call)
+    layers = [
+        _Ahead(call if is_one else groups.of_member(call, m), of_one, traced)
+        for m, of_one in enumerate([saved] if is_one else _by_member(saved, call.members))
+    ]
     if jobs := [job for layer in layers for job in layer.jobs]:
         _backend(call.x).forward(jobs)
     results = [layer.result() for layer in layers]
-    saved = [part for layer in layers for part in layer.saved]
-    return groups.joined(results) if call.members else results[0], saved
+    return results[0] if is_one else groups.joined(results), saved
+
+
+def _by_member(tensors: Sequence[Tensor], members: int) -> list[list[Tensor]]:
+    """Tensors (M, ·) as a list of those of each member."""
+    return [[part[m] for part in tensors] for m in range(members)]
 
 
 def prepared(call: Call, *, is_step: bool = False) -> Any:
@@ -299,10 +340,11 @@ def prepared(call: Call, *, is_step: bool = False) -> Any:
 
 def _is_simple(call: Call) -> bool:
     """Whether the kernels take the tensors of a call as they are, each by one address."""
-    cell, x = call.cell, call.x
-    if not cell.is_pointwise or len(cell.extras) > 1 or not x.numel() or not _has_kernels(x):
+    x = call.x
+    if not x.numel() or not _has_kernels(x) or compute_dtype(call) != x.dtype:
         return False
-    if compute_dtype(call) != x.dtype or call.flow.noise or call.num_heads > 1:
+    # Of noise what is a number, not what is drawn.
+    if call.flow.marks is not None or any(part.numel() > 1 for part in call.flow.noise):
         return False
     return all(part.layout == torch.strided for part in call.tensors) and all(
         weight.is_contiguous() for weight in call.weights
@@ -329,15 +371,15 @@ def backward(call: Call, given: Cotangents, saved: Sequence[Tensor], asked: Aske
         return _by_reference(call, given, asked)
     saved = saved or forward(call, ALL, False)[1]
     count = call.members
-    if not count:
+    if not count or _runs_together(call):
         return _of_layers([call], [given], [saved], asked)[0]
-    each, asked_of_one = len(saved) // count, asked._replace(groups=asked.groups // count)
+    asked_of_one = asked._replace(groups=asked.groups // count)
     if asked_of_one.groups == 1:
         asked_of_one = asked_of_one._replace(groups=0)
     found = _of_layers(
         [groups.of_member(call, m) for m in range(count)],
         [_part_of(given, m, count) for m in range(count)],
-        [saved[m * each : (m + 1) * each] for m in range(count)],
+        _by_member(saved, count),
         asked_of_one,
     )
     return _joined(found, torch.cat if asked_of_one.groups else torch.stack)
@@ -398,7 +440,7 @@ class _Back(_Problem):
         # What unpacks saved tensors may bring them back in another layout.
         saved = [part.contiguous() for part in _as(saved, dtype)]
         d_rows = [
-            None if part is None else selection.rows(part.flatten(0, -2)).to(dtype)
+            None if part is None else self.of_rows(part).to(dtype)
             for part in (given.dy, *given.d_traces)
         ]
         h_rows = _first(saved[0], count)
@@ -406,7 +448,7 @@ class _Back(_Problem):
             Back(
                 direction,
                 [None if part is None else _columns(part, d, directions) for part in d_rows],
-                [part[d] for part in self.d_state],
+                self.of_direction(self.d_state, d),
                 _columns(h_rows, d, directions),
                 _kept(call, saved, d, count),
             )
@@ -422,8 +464,9 @@ class _Back(_Problem):
         d_weights: list[Tensor] = []
         multiply = functools.partial(_backend(call.x).multiply, call.cell)
         if asked.weights and not self.jobs:
-            count = (asked.groups,) if asked.groups else ()
-            d_weights = [part.new_zeros(*count, *part.shape) for part in call.weights]
+            shapes = [part.shape[len(self.lead) :] for part in call.weights]
+            lead = (asked.groups,) if asked.groups else self.lead
+            d_weights = [self.x.new_zeros(*lead, *shape) for shape in shapes]
         for d, (job, of_job) in enumerate(zip(self.jobs, found, strict=True)):
             for whole, part in zip(d_fresh, of_job.d_fresh, strict=False):
                 selection.put_sequences(whole[d : d + 1], part[None])
@@ -438,8 +481,7 @@ class _Back(_Problem):
             if asked.weights:
                 d_weights += walk.d_weights(of_input, self._split(asked.groups))
         if dx is not None:
-            dx = selection.padded(dx, math.prod(call.x.shape[:-1])).view(call.x.shape)
-            dx = dx.to(call.x.dtype)
+            dx = self._padded(dx).to(call.x.dtype)
         d_state = self.d_state
         if selection.order is not None:
             # The gradient of the state of a sequence without steps is that of its final state.
@@ -449,16 +491,25 @@ class _Back(_Problem):
             d_state = of_all
         return Gradients(dx, *(_as(part, call.x.dtype) for part in (d_state, d_fresh, d_weights)))
 
+    def _padded(self, rows: Tensor) -> Tensor:
+        """The inverse of `of_rows`, zeros where there are no rows."""
+        x = self.call.x
+        if not self.lead:
+            return self.selection.padded(rows, math.prod(x.shape[:-1])).view(x.shape)
+        return rows.unflatten(1, self.rows[:2]).transpose(0, 1).reshape(x.shape)
+
     def _split(self, count: int) -> Split | None:
         """What makes rows those of so many groups of sequences."""
-        if not count:
+        if not count or self.lead == (count,):
             return None
-        steps, batch = self.call.steps, self.call.batch
+        members, steps = max(1, self.call.members), self.call.steps
+        count, batch = count // members, self.call.batch // count
 
         def split(rows: Tensor) -> Tensor:
-            padded = self.selection.padded(rows, steps * batch)
-            apart = padded.view(steps, count, batch // count, rows.shape[1])
-            return apart.transpose(0, 1).flatten(1, 2)
+            if not self.lead:
+                rows = self.selection.padded(rows, steps * count * batch)
+            apart = rows.view(members, steps, count, batch, rows.shape[-1])
+            return apart.transpose(1, 2).reshape(members * count, steps * batch, rows.shape[-1])
 
         return split
 

@@ -8,7 +8,9 @@ for all that run at the same time.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import groups
+from ..call import Weights
 from ..cells import EPSILON, Cell
 from . import engine, machine, operators
 from .arguments import (
@@ -52,16 +55,19 @@ def _check(direction: Direction, count: int, inputs: int, states: Sequence[Tenso
     """Raise unless weights, states and rows are of the sizes that a kernel will assume."""
     cell, w, rows, hidden = direction.cell, direction.w, direction.rows, direction.hidden
     width, size_h, heads = cell.n_gates * hidden, direction.size_h, direction.num_heads
-    fits = w.w_ih.shape == (width, inputs) and w.w_hh.shape == (width, size_h // heads)
-    fits = fits and heads * w.w_hh.shape[1] == size_h
-    fits = fits and (w.w_hr is None or w.w_hr.shape == (size_h, hidden))
+    lead = direction.lead
+    fits = w.w_ih.shape == (*lead, width, inputs)
+    fits = fits and w.w_hh.shape == (*lead, width, size_h // heads)
+    fits = fits and heads * w.w_hh.shape[-1] == size_h
+    fits = fits and (w.w_hr is None or w.w_hr.shape == (*lead, size_h, hidden))
     for bias in (w.b_ih, w.b_hh):
-        fits = fits and (bias is None or bias.shape == (width,))
+        fits = fits and (bias is None or bias.shape == (*lead, width))
     fits = fits and len(w.extras) == len(cell.extras)
     for extra, part in zip(cell.extras, w.extras, strict=False):
-        fits = fits and part.shape == (extra.blocks * hidden,)
+        fits = fits and part.shape == (*lead, extra.blocks * hidden)
     for k, part in enumerate(states):
-        fits = fits and part.shape == (rows.batch, hidden if k % cell.n_states else size_h)
+        width_of = hidden if k % cell.n_states else size_h
+        fits = fits and part.shape == (*lead, rows.batch, width_of)
     sizes = rows.batch_sizes
     if sizes is None:
         fits = fits and rows.steps * rows.batch == count
@@ -85,8 +91,8 @@ class Layout(NamedTuple):
         Bytes of an exact number, and of a lane of packed weights.
     group : int
         Numbers in such a lane.
-    flops, slices : int
-        What the number of threads follows from: operations of a step, and its parts.
+    flops, slices, steps : int
+        What the number of threads follows from: operations of a step, its parts, and T.
     meets : bool
         Whether all slices of a step wait for each other, so that their products are kept.
     """
@@ -98,6 +104,7 @@ class Layout(NamedTuple):
     group: int
     flops: int
     slices: int
+    steps: int
     meets: bool
 
     @classmethod
@@ -111,14 +118,17 @@ class Layout(NamedTuple):
         )
         assert target is not None
         units = target._replace(dtype=dtype).units
-        gates, size_h = cell.n_gates, w.w_hh.shape[1]
+        gates, size_h = cell.n_gates, w.w_hh.shape[-1]
         hidden = direction.hidden // direction.num_heads
         width, width_h = (-(-count // units) * units for count in (hidden, size_h))
         width *= gates
         is_paired, exact = dtype == torch.bfloat16, max(4, dtype.itemsize)
         flops, slices = 2 * direction.rows.batch * width * size_h, width // (gates * units)
         group = 2 if is_paired else 1
-        return cls(units, width, width_h, exact, group, flops, slices, not cell.is_pointwise)
+        return cls(
+            units, width, width_h, exact, group, flops, slices, direction.rows.steps,
+            not cell.is_pointwise,
+        )  # fmt: skip
 
     @property
     def threads(self) -> int:
@@ -131,7 +141,7 @@ class Layout(NamedTuple):
 
     def launches(self, groups: int) -> list[engine.Launch]:
         """How so many groups are run."""
-        return engine.launches(groups, self.threads, self.packed(self.width, self.width_h))
+        return engine.launches(groups, self.threads, self.steps * self.flops)
 
     def of_means(self, batch: int, threads: int) -> tuple[int, int]:
         """Bytes of the sums of all slices, and of the means that each thread makes of them."""
@@ -164,7 +174,7 @@ class Space(NamedTuple):
     def of(cls, direction: Direction, layout: Layout, inputs: int) -> tuple[Space, int]:
         """Of a direction or a head; with the rows whose input projection is kept."""
         rows, w, cell = direction.rows, direction.w, direction.cell
-        width, exact, size_h = layout.width, layout.exact, w.w_hh.shape[1]
+        width, exact, size_h = layout.width, layout.exact, w.w_hh.shape[-1]
         chunk = rows.batch * max(1, _CHUNK // max(1, width * rows.batch))
         packs, projects = _pays(rows.batch, rows.steps), not cell.is_normalised
         has_operand = cell.late is not None or direction.noise is not None
@@ -185,7 +195,7 @@ def _contiguous(tensors: Sequence[Tensor | None]) -> list[Any]:
 
 
 def _extra(direction: Direction) -> Tensor | None:
-    return torch.cat(direction.w.extras) if direction.w.extras else None
+    return torch.cat(direction.w.extras, -1) if direction.w.extras else None
 
 
 def _fresh(breaks: Breaks | None) -> Sequence[Tensor]:
@@ -216,18 +226,23 @@ def _of_noise(noise: Noise | None, raw: Sequence[Tensor | None], units: int) -> 
     ]
 
 
-def _by_groups(numbers: list[int], pairs: list[Any], heads: int) -> Iterator[tuple[Any, Any]]:
-    """The arguments of every head of a direction."""
+def _by_groups(
+    numbers: list[int], pairs: list[Any], heads: int, members: int
+) -> Iterator[tuple[Any, Any]]:
+    """The arguments of every head of a direction, of one member after another."""
     tensors = [part for part, _ in pairs]
     yield numbers, tensors
-    if heads > 1:
-        steps = [0 if part is None else by * part.element_size() for part, by in pairs]
-        first = [None if part is None else part.data_ptr() for part in tensors]
-        for k in range(1, heads):
-            yield (
-                numbers,
-                [at if at is None else at + k * by for at, by in zip(first, steps, strict=True)],
-            )
+    if heads > 1 or members > 1:
+        places = [(0, 0, 0) if part is None else _place(part, by) for part, by in pairs]
+        for m, k in itertools.islice(itertools.product(range(members), range(heads)), 1, None):
+            yield numbers, [at + m * of_member + k * of_head for at, of_member, of_head in places]
+
+
+def _place(part: Tensor, by: int) -> tuple[int, int, int]:
+    """Where a tensor is, and how many bytes from member to member and from head to head."""
+    size = part.element_size()
+    # A share of zoneout is one number for all members.
+    return part.data_ptr(), part.stride(0) * size if part.dim() > 1 else 0, by * size
 
 
 def forward(jobs: Sequence[Ahead]) -> None:
@@ -244,30 +259,32 @@ def _alike(jobs: Sequence[Any]) -> list[Any]:
 
 def _forward(jobs: Sequence[Ahead]) -> None:
     direction = jobs[0].direction
-    cell, dtype, inputs = direction.cell, jobs[0].h_rows.dtype, jobs[0].x.shape[1]
+    cell, dtype, inputs = direction.cell, jobs[0].h_rows.dtype, jobs[0].x.shape[-1]
     layout, batch, w = Layout.of(direction), direction.rows.batch, direction.w
     space, chunk = Space.of(direction, layout, inputs)
     full = None
     is_full_kept = len(jobs[0].kept.traces) >= cell.n_states
     if w.w_hr is not None and not is_full_kept:
-        full = jobs[0].x.new_empty(len(jobs), batch, direction.hidden)
+        full = jobs[0].x.new_empty(len(jobs), *direction.lead, batch, direction.hidden)
     of_groups: list[Any] = []
     for n, job in enumerate(jobs):
         of_job = None if full is None else full[n]
-        of_groups += _by_groups(*_ahead(job, chunk, of_job), direction.num_heads)
+        numbers, pairs = _ahead(job, chunk, of_job)
+        of_groups += _by_groups(numbers, pairs, direction.num_heads, math.prod(direction.lead))
 
     def sizes(threads: int) -> tuple[int, ...]:
         scratch = layout.scratch(batch, cell.n_gates * layout.units, threads)
         return *space, *layout.of_means(batch, threads), scratch
 
-    _run("forward", Forward, direction, dtype, of_groups, sizes)
+    noisy = direction.noise is not None
+    run = functools.partial(engine.run, cell, dtype, "forward", noisy=noisy)
+    _run(run, Forward, layout.launches(len(of_groups)), of_groups, sizes)
 
 
 def _run(
-    name: str,
+    run: Callable[[Arguments, int], None],
     kind: type[Arguments],
-    direction: Direction,
-    dtype: torch.dtype,
+    launches: Sequence[engine.Launch],
     of_groups: Sequence[Any],
     sizes: Callable[[int], tuple[int, ...]],
 ) -> None:
@@ -275,7 +292,7 @@ def _run(
 
     `sizes` tells the bytes of the parts of a group's work space from how many threads share it.
     """
-    for first, count, threads in Layout.of(direction).launches(len(of_groups)):
+    for first, count, threads in launches:
         parts, slots = sizes(-(-threads // count)), min(count, threads)
         work, addresses = work_space(*parts * slots)
         by_slot = [addresses[k * len(parts) : (k + 1) * len(parts)] for k in range(slots)]
@@ -286,8 +303,7 @@ def _run(
                 for g, (numbers, tensors) in enumerate(of_groups[first : first + count])
             ),
         )
-        noisy = direction.noise is not None
-        engine.run(direction.cell, dtype, name, arguments, threads, noisy=noisy)
+        run(arguments, threads)
 
 
 def _ahead(job: Ahead, chunk: int, full: Tensor | None) -> tuple[list[int], list[Any]]:
@@ -297,7 +313,7 @@ def _ahead(job: Ahead, chunk: int, full: Tensor | None) -> tuple[list[int], list
         direction.cell, direction.w, direction.rows, direction.breaks, direction.noise
     )  # fmt: skip
     hidden, size_h, heads = direction.hidden, direction.size_h, direction.num_heads
-    count, inputs = x.shape
+    count, inputs = x.shape[-2:]
     fresh, initial = _fresh(breaks), _contiguous(direction.initial)
     _check(direction, count, inputs, [*state, *fresh, *initial])
     units, traces, is_full_kept = hidden // heads, kept.traces, len(kept.traces) >= cell.n_states
@@ -307,7 +323,7 @@ def _ahead(job: Ahead, chunk: int, full: Tensor | None) -> tuple[list[int], list
     wx: Tensor | None = None
     moments_pitch = cell.n_moments * heads
     if cell.is_normalised:
-        wx, b_ih = _normalised_input(direction, x, kept.normal), None
+        wx, b_ih = normalised_input(cell, w, heads, x, kept.normal), None
     normal: Any = kept.normal[2:] or [None, None]
     fresh_rh = None
     if fresh:
@@ -316,8 +332,8 @@ def _ahead(job: Ahead, chunk: int, full: Tensor | None) -> tuple[list[int], list
         columns = w_hh.view(cell.n_gates, heads, -1, w_hh.shape[1]).transpose(0, 1).flatten(1, 2)
         fresh_rh = by_head @ columns.transpose(1, 2)
     numbers = [
-        rows.steps, count, rows.batch, inputs, units, w_hh.shape[1], hidden, size_h,
-        direction.reverse, h_rows.stride(0), chunk, is_full_kept, moments_pitch,
+        rows.steps, count, rows.batch, inputs, units, w_hh.shape[-1], hidden, size_h,
+        direction.reverse, h_rows.stride(-2), chunk, is_full_kept, moments_pitch,
     ]  # fmt: skip
     of_units = [
         b_ih, b_hh, _extra(direction), _dropped(initial[0], noise) if initial else None,
@@ -333,9 +349,10 @@ def _ahead(job: Ahead, chunk: int, full: Tensor | None) -> tuple[list[int], list
     ]  # fmt: skip
 
 
-def _normalised_input(direction: Direction, x: Tensor, normal: Sequence[Tensor]) -> Tensor:
+def normalised_input(
+    cell: Cell, w: Weights, heads: int, x: Tensor, normal: Sequence[Tensor]
+) -> Tensor:
     """The normalised input parts of all rows, with gain and bias, (N, G * H)."""
-    cell, w, heads = direction.cell, direction.w, direction.num_heads
     raw, moments = normal[:2] or (x.new_empty(x.shape[0], w.w_ih.shape[0]), None)
     multiply(cell, raw, x, w.w_ih.t(), False)
     if heads == 1:
@@ -367,8 +384,10 @@ def backward(jobs: Sequence[Back]) -> list[Found]:
     (direction, *_, h_rows, _), cell = jobs[0], jobs[0].direction.cell
     columns = (cell.n_gates + cell.n_apart) * direction.hidden
     columns += _PAD if columns % _PAGE == 0 else 0
-    counts = [job.h_rows.shape[0] for job in jobs]
-    d_gates = iter(gradients(sum(counts), columns, h_rows.dtype).split(counts))
+    sizes = [job.h_rows.shape[:-1] for job in jobs]
+    counts = list(map(math.prod, sizes))
+    of_jobs = gradients(sum(counts), columns, h_rows.dtype).split(counts)
+    d_gates = (part.unflatten(0, size) for part, size in zip(of_jobs, sizes, strict=True))
     return [found for same in _alike(jobs) for found in _backward(same, d_gates)]
 
 
@@ -379,8 +398,8 @@ def _backward(jobs: Sequence[Back], d_gates: Iterator[Tensor]) -> list[Found]:
     for job in jobs:
         result, numbers, pairs = _back(job, next(d_gates))
         found.append(result)
-        of_groups += _by_groups(numbers, pairs, direction.num_heads)
-    size_h, heads = direction.w.w_hh.shape[1], direction.num_heads
+        of_groups += _by_groups(numbers, pairs, direction.num_heads, math.prod(direction.lead))
+    size_h, heads = direction.w.w_hh.shape[-1], direction.num_heads
     units, is_projected = direction.hidden // heads, direction.w.w_hr is not None
 
     def sizes(threads: int) -> tuple[int, ...]:
@@ -392,7 +411,9 @@ def _backward(jobs: Sequence[Back], d_gates: Iterator[Tensor]) -> list[Found]:
             layout.scratch(batch, layout.units * pass_blocks(cell), threads),
         )
 
-    _run("backward", Backward, direction, h_rows.dtype, of_groups, sizes)
+    noisy = direction.noise is not None
+    run = functools.partial(engine.run, cell, h_rows.dtype, "backward", noisy=noisy)
+    _run(run, Backward, layout.launches(len(of_groups)), of_groups, sizes)
     for job, result in zip(jobs, found, strict=True):
         _add_fresh(job.direction, result)
     return found
@@ -407,20 +428,21 @@ def _back(job: Back, d_gates: Tensor) -> tuple[Found, list[int], list[Any]]:
     hidden, size_h, count, heads = (
         direction.hidden,
         direction.size_h,
-        h_rows.shape[0],
+        h_rows.shape[-2],
         direction.num_heads,
     )
+    lead = direction.lead
     fresh, initial, units = _fresh(breaks), _contiguous(direction.initial), hidden // heads
-    _check(direction, count, w.w_ih.shape[1], [*d_state, *initial, *fresh])
+    _check(direction, count, w.w_ih.shape[-1], [*d_state, *initial, *fresh])
     fits = len(kept.saved) == cell.n_saved
     fits = fits and len(kept.traces) == cell.n_states - 1 + (w.w_hr is not None)
     for part in (h_rows, *d_rows[:1]):
-        fits = fits and (part is None or part.shape == (count, size_h))
+        fits = fits and (part is None or part.shape == (*lead, count, size_h))
     for part in (*kept.traces, *kept.saved, *kept.raw, *d_rows[1:]):
-        fits = fits and (part is None or part.shape == (count, hidden))
+        fits = fits and (part is None or part.shape == (*lead, count, hidden))
     if not fits:
         raise RuntimeError("what was saved in forward is not of the sizes that backward needs")
-    d_projected = None if w.w_hr is None else h_rows.new_empty(count, size_h)
+    d_projected = None if w.w_hr is None else h_rows.new_empty(*lead, count, size_h)
     w_hh, w_hr = _contiguous((w.w_hh, w.w_hr))
     d_h, *d_others = d_rows
     d_h = d_h if d_h is None else _like(d_h, h_rows)
@@ -433,12 +455,13 @@ def _back(job: Back, d_gates: Tensor) -> tuple[Found, list[int], list[Any]]:
         d_output = h_rows.new_empty(count, hidden)
     normal: Any = kept.normal[2:] or [None, None]
     columns = cell.n_gates * hidden
-    d_rh, d_apart = d_gates[:, :columns], d_gates[:, columns : columns + cell.n_apart * hidden]
+    d_rh = d_gates[..., :columns]
+    d_apart = d_gates[..., columns : columns + cell.n_apart * hidden]
     projected = () if d_projected is None else (d_projected, kept.traces[-1])
     found = Found(d_rh, d_apart, d_fresh, projected, d_product, d_output)
     numbers = [
-        rows.steps, count, rows.batch, units, w_hh.shape[1], hidden, size_h, direction.reverse,
-        h_rows.stride(0), d_gates.stride(0), cell.n_moments * heads,
+        rows.steps, count, rows.batch, units, w_hh.shape[-1], hidden, size_h, direction.reverse,
+        h_rows.stride(-2), d_gates.stride(-2), cell.n_moments * heads,
     ]  # fmt: skip
     of_units = [
         _extra(direction), *padded(initial), h_rows, *padded(kept.saved, MOST_SAVED),
@@ -487,10 +510,10 @@ _MIN_FLOPS = 2_000_000
 
 def multiply(cell: Cell, c: Tensor, a: Tensor, b: Tensor, adds: bool) -> None:
     """Write a @ b, of (M, K) and (K, N), to c or add it; see ``operators.multiply``."""
-    (m, k), n = a.shape, b.shape[1]
-    is_transposed = a.stride(1) != 1
-    fits = b.stride(1) == c.stride(1) == a.stride(0 if is_transposed else 1) == 1
-    fits = fits and b.shape[0] == k and c.shape == (m, n)
+    (m, k), n, lead = a.shape[-2:], b.shape[-1], c.shape[:-2]
+    is_transposed = a.stride(-1) != 1
+    fits = b.stride(-1) == c.stride(-1) == a.stride(-2 if is_transposed else -1) == 1
+    fits = fits and b.shape == (*lead, k, n) and c.shape == (*lead, m, n)
     flops = 2 * m * k * n
     if flops < _MIN_FLOPS or not fits or not machine.has_narrow_blas(a.dtype):
         operators.multiply(cell, c, a, b, adds)
@@ -499,13 +522,17 @@ def multiply(cell: Cell, c: Tensor, a: Tensor, b: Tensor, adds: bool) -> None:
     assert target is not None
     target, size = target._replace(dtype=a.dtype), a.dtype.itemsize
     tiles, slices, block = -(-m // target.tile_rows), -(-n // target.units), min(k, BLOCK)
-    threads = engine.threads(flops, tiles)
-    work, addresses = work_space(
-        size * slices * target.units * block,
-        size * tiles * target.tile_rows * block if is_transposed else 0,
-        size * threads * target.tile_rows * target.units,
-    )
-    pitches = a.stride(1 if is_transposed else 0), b.stride(0), c.stride(0)
-    numbers = (m, k, n, adds, is_transposed, *pitches, *addresses)
-    arguments = Product.of(threads, (numbers, (a, b, c, work)))
-    engine.run(cell, a.dtype, "product", arguments, threads)
+
+    def sizes(threads: int) -> tuple[int, ...]:
+        return (
+            size * slices * target.units * block,
+            size * tiles * target.tile_rows * block if is_transposed else 0,
+            size * threads * target.tile_rows * target.units,
+        )
+
+    pitches = a.stride(-1 if is_transposed else -2), b.stride(-2), c.stride(-2)
+    numbers = [m, k, n, adds, is_transposed, *pitches]
+    of_groups = list(_by_groups(numbers, [(a, 0), (b, 0), (c, 0)], 1, math.prod(lead)))
+    launches = engine.launches(len(of_groups), engine.threads(flops, tiles), flops)
+    run = functools.partial(engine.run, cell, a.dtype, "product")
+    _run(run, Product, launches, of_groups, sizes)

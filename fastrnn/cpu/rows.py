@@ -28,10 +28,10 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, call: Call) -> Rows:
-        """Of the input of a layer."""
+        """Of the input of a layer, or of a member of an ensemble."""
         sizes = call.batch_sizes
         sizes = sizes if sizes is None else sizes.to(torch.int64).contiguous()
-        return cls(call.steps, call.batch, sizes)
+        return cls(call.steps, call.batch // max(1, call.members), sizes)
 
     @property
     def total(self) -> int:
@@ -64,9 +64,9 @@ class Rows(NamedTuple):
     def previous(self, rows: Tensor, initial: Tensor, reverse: bool) -> Tensor:
         """For every row, the value one step earlier in the direction of the pass."""
         if self.batch_sizes is None:
-            count = rows.shape[0] - self.batch
-            parts = (rows[self.batch :], initial) if reverse else (initial, rows[:count])
-            return torch.cat(parts)
+            count = rows.shape[-2] - self.batch
+            parts = rows[..., self.batch :, :], initial
+            return torch.cat(parts if reverse else (initial, rows[..., :count, :]), -2)
         sizes, offsets, step, row = self.batch_sizes, self._offsets(), self._step(), self.sequence()
         if reverse:
             alive = row < torch.cat([sizes[1:], sizes.new_zeros(1)])[step]

@@ -69,9 +69,9 @@ class Walk(NamedTuple):
     def of_input(self) -> OfInput:
         """The gradients from which those of the input and of its weights follow."""
         cell, heads, (d_rh, d_apart, *_) = self.direction.cell, self.direction.num_heads, self.found
-        shared = d_rh.shape[1] - d_apart.shape[1]
+        shared = d_rh.shape[-1] - d_apart.shape[-1]
         if not cell.is_normalised:
-            return OfInput(d_rh[:, :shared], d_apart)
+            return OfInput(d_rh[..., :shared], d_apart)
         d_wx = torch.cat([d_rh[:, :shared], d_apart], dim=1)
         raw, moments = (self._left(part) for part in self.kept.normal[:2])
         gain, found = self.direction.w.extras[0], []
@@ -105,24 +105,26 @@ class Walk(NamedTuple):
 
     def _stacked(self, pairs: Sequence[Sequence[Tensor]], split: Split | None) -> Tensor:
         """Products of the columns of matrices, summed over their rows, below each other."""
-        pairs = [pair for pair in pairs if pair[0].shape[1]]
+        pairs = [pair for pair in pairs if pair[0].shape[-1]]
         if split is not None:
             return torch.cat([split(a).transpose(1, 2) @ split(b) for a, b in pairs], dim=1)
-        sizes = [a.shape[1] for a, _ in pairs]
-        found = self.x.new_empty(sum(sizes), pairs[0][1].shape[1])
-        for to, (a, b) in zip(found.split(sizes), pairs, strict=True):
-            self.multiply(to, a.t(), b, False)
+        sizes = [a.shape[-1] for a, _ in pairs]
+        found = self.x.new_empty(*self.direction.lead, sum(sizes), pairs[0][1].shape[-1])
+        for to, (a, b) in zip(found.split(sizes, -2), pairs, strict=True):
+            self.multiply(to, a.mT, b, False)
         return found
 
     def _d_w_hh(self, split: Split | None) -> Tensor:
         direction, found, rows = self.direction, self.found, self.direction.rows
-        cell, heads, noise = direction.cell, direction.num_heads, direction.noise
-        is_plain = direction.breaks is None and rows.batch_sizes is None and noise is None
+        cell, heads = direction.cell, direction.num_heads
+        is_plain = direction.breaks is None and rows.batch_sizes is None
         if is_plain and cell.is_pointwise and heads == 1 and split is None:
-            h_0 = direction.initial[0] if direction.initial else None
-            return products.d_w_hh(
-                found.d_rh, self.states[0], rows.batch, h_0, direction.reverse, self.multiply
-            )
+            h, h_0 = self.states[0], direction.initial[0] if direction.initial else None
+            if direction.noise is not None and direction.noise.drop is not None:
+                drop = direction.noise.drop
+                h = (h.unflatten(-2, rows[:2]) * drop.unsqueeze(-3)).flatten(-3, -2)
+                h_0 = h_0 if h_0 is None else h_0 * drop
+            return products.d_w_hh(found.d_rh, h, rows.batch, h_0, direction.reverse, self.multiply)
         h, late = self._h_before(), None
         if cell.late is not None:
             late = h * self.kept.saved[cell.late.saved]
@@ -133,39 +135,41 @@ class Walk(NamedTuple):
         if late is None:
             return self._stacked([(d_rh, h)], split)
         assert cell.late is not None
-        first = d_rh.shape[1] - cell.late.n_gates * direction.hidden
-        return self._stacked([(d_rh[:, :first], h), (d_rh[:, first:], late)], split)
+        first = d_rh.shape[-1] - cell.late.n_gates * direction.hidden
+        return self._stacked([(d_rh[..., :first], h), (d_rh[..., first:], late)], split)
 
     def _d_w_hh_of_heads(self, h: Tensor, late: Tensor | None, split: Split | None) -> Tensor:
         """The blocks on the diagonal, gate by gate: so nothing has to be put together before."""
         cell, heads, d_product = self.direction.cell, self.direction.num_heads, self.found.d_product
         n_early = cell.n_gates - (cell.late.n_gates if cell.late else 0)
-        by_gate: Sequence[Tensor] = self.found.d_rh.chunk(cell.n_gates, dim=1)
+        by_gate: Sequence[Tensor] = self.found.d_rh.chunk(cell.n_gates, dim=-1)
+        is_one = split is None and not self.direction.lead
         if d_product is not None:
             # (heads, N, G * units), where the others are (N, G, heads, units).
             by_gate = [part.transpose(0, 1).flatten(1) for part in d_product.chunk(cell.n_gates, 2)]
 
         def by_head(rows: Tensor) -> Tensor:
-            rows = rows[None] if split is None else split(rows)
+            rows = rows if split is None else split(rows)
+            rows = rows[None] if is_one else rows
             return rows.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-        blocks = [
-            by_head(part).transpose(2, 3)
-            @ by_head(late if late is not None and g >= n_early else h)
-            for g, part in enumerate(by_gate)
-        ]
+        early = by_head(h)
+        factors = [early] * n_early + [early if late is None else by_head(late)] * (
+            cell.n_gates - n_early
+        )
+        blocks = [by_head(part).mT @ factor for part, factor in zip(by_gate, factors, strict=True)]
         found = torch.stack(blocks, dim=1).flatten(1, 3)
-        return found[0] if split is None else found
+        return found[0] if is_one else found
 
     def _d_biases(self, split: Split | None) -> list[Tensor]:
         d_rh, d_apart, *_ = self.found
         of_rh, of_apart = (self._sum(part, split) for part in (d_rh, d_apart))
-        shared = d_rh.shape[1] - d_apart.shape[1]
+        shared = d_rh.shape[-1] - d_apart.shape[-1]
         return [torch.cat([of_rh[..., :shared], of_apart], dim=-1), of_rh]
 
     @staticmethod
     def _sum(rows: Tensor, split: Split | None) -> Tensor:
-        return rows.sum(0) if split is None else split(rows).sum(1)
+        return rows.sum(-2) if split is None else split(rows).sum(1)
 
     def _left(self, rows: Tensor) -> Tensor:
         """Rows without those that are left out."""
@@ -178,7 +182,7 @@ class Walk(NamedTuple):
         if direction.noise is not None and direction.noise.drop is not None:
             drop = direction.noise.drop
             if direction.rows.batch_sizes is None:
-                h.unflatten(0, (direction.rows.steps, direction.rows.batch)).mul_(drop)
+                h.unflatten(-2, direction.rows[:2]).mul_(drop.unsqueeze(-3))
             else:
                 h.mul_(drop.index_select(0, direction.rows.sequence()))
         return h if self.left_out is None else h.masked_fill_(self.left_out, 0.0)
@@ -186,7 +190,7 @@ class Walk(NamedTuple):
     def _d_extras(self, of_input: OfInput, split: Split | None) -> list[Tensor]:
         """The gradients of the extra weights."""
         w, cell = self.direction.w, self.direction.cell
-        found, sizes = [], [part.shape[0] for part in w.extras]
+        found, sizes = [], [part.shape[-1] for part in w.extras]
         if cell.is_normalised:
             d_gain = of_input.d_gain
             if split is not None or d_gain is None:
@@ -196,7 +200,7 @@ class Walk(NamedTuple):
         rows = self._d_extra_rows()
         if not rows:
             return found
-        blocks = self._sum(torch.cat(rows, dim=1), split)
+        blocks = self._sum(torch.cat(rows, dim=-1), split)
         return [*found, *blocks.to(self.x.dtype).split(sizes, dim=-1)]
 
     def _d_gain_rows(self) -> Tensor:
@@ -221,7 +225,7 @@ class Walk(NamedTuple):
             normal = ((state - moments[:, :, 1]) * moments[:, :, 2]).flatten(1)
             rows += [found.d_output * self._left(normal), found.d_output]
         if cell.d_extra is not None:
-            d_rh = found.d_rh.chunk(cell.n_gates, dim=1)
+            d_rh = found.d_rh.chunk(cell.n_gates, dim=-1)
             states = self._made()
             before = self.direction.before(self.states[: cell.n_states])
             rows += map(self._left, TORCH.bind(cell.d_extra)(d_rh, states, before))
