@@ -52,7 +52,7 @@ def run_prepared(module: Any, input: Any, hx: Any) -> Any:
         return None
     if context.is_watched() or (torch.is_grad_enabled() and context.differentiated(*tensors)):
         return None
-    if module.recurrent_dropout or module.zoneout or module.weight_dropout:
+    if module.training and _is_drawn(module):
         return None
     cls: Any = type(module)
     if _has_properties(cls):
@@ -65,7 +65,8 @@ def run_prepared(module: Any, input: Any, hx: Any) -> Any:
     try:
         key = (
             kind, n_given, is_twice, input.shape, *_NUMBERS(module.__dict__), module.num_heads,
-            *parameters, torch.get_num_threads(), forced.path, forced.schedule, cpu.target(),
+            module.zoneout, *parameters, torch.get_num_threads(), forced.path, forced.schedule,
+            cpu.target(),
         )  # fmt: skip
         known = _known(key, tensors)
     except (KeyError, TypeError):  # a number that is elsewhere, or that has no hash
@@ -91,11 +92,19 @@ def _has_properties(cls: Any) -> bool:
     return any(hasattr(getattr(cls, name, None), "__set__") for name in _NAMES)
 
 
+def _is_drawn(module: Any) -> bool:
+    """Whether something of a call in training is drawn at random."""
+    return bool(module.recurrent_dropout or module.zoneout or module.weight_dropout)
+
+
 def _prepare(key: Any, module: Any, tensors: Any, hx: Any) -> paths.Prepared | None:
     """Check a call and plan it; remember what runs the next ones like it."""
-    if not module._is_stock or not module._is_ordinary(tensors[0], hx):
+    if not module._is_ordinary(tensors[0], hx):
         return None
-    options = Options(module.batch_first, module.bidirectional, module.dropout, module.training)
+    options = Options(
+        module.batch_first, module.bidirectional, module.dropout, module.training,
+        zoneout=module.zoneout, num_heads=module.num_heads,
+    )  # fmt: skip
     state = [hx] if type(hx) is Tensor else hx
     weights, name = module._flat_weights, module._definition.name
     call = checks.checked(name, tensors[0], state, weights, options)

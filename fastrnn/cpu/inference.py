@@ -12,25 +12,27 @@ from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..call import Call
+from ..call import Call, Weights
 from . import engine, machine, memory, native
 from .arguments import Forward
-from .direction import Direction
+from .direction import Direction, Noise
 from .rows import Rows
 
 # Where the arguments are, in words.
 AT = {field[0]: getattr(Forward, field[0]).offset // 8 for field in Forward._fields_}
-_H_0, _STATES = AT["h_0"], AT["states"]
-# The addresses of a call; the others are those of its states, then of its weights.
-_X, Y, _WORK, _OTHERS = range(4)
+_WORDS = ctypes.sizeof(Forward) // 8
+# The addresses of a call: of a direction's work space, and of what torch computes for it before;
+# then those of the final states, then of the weights.
+_X, Y, _WORK, _WX, _EXTRA, _OTHERS = range(6)
 
 _address, _contiguous = Tensor.data_ptr, Tensor.contiguous
 
 
 class _Direction(NamedTuple):
-    """The arguments of one direction.
+    """The arguments of one direction, head by head.
 
     Attributes
     ----------
@@ -38,15 +40,18 @@ class _Direction(NamedTuple):
         Those of the kernel, but for addresses.
     addresses : list of (int, int, int)
         Which argument is which address of the call, and how many bytes beyond it.
-    h_0 : int
-        How many bytes beyond the initial h of the call its own is.
+    h_0 : list of (int, int)
+        Which arguments are initial h, and how many bytes beyond that of the call.
+    weights : slice
+        Which weights of the call are its own.
     size : int
-        Bytes of the work space, without what each thread has for itself, which comes last.
+        Bytes of the work space.
     """
 
     arguments: array[int]
     addresses: list[tuple[int, int, int]]
-    h_0: int
+    h_0: list[tuple[int, int]]
+    weights: slice
     size: int
 
 
@@ -54,32 +59,83 @@ def _direction(
     call: Call, direction: Direction, layout: native.Layout, inputs: int, n: int
 ) -> _Direction:
     """Prepare direction number `n` of all, with the numbers of ``native.forward``."""
-    cell, hidden, size_h, w = call.cell, call.hidden_size, call.size_h, direction.w
-    rows, bytes_of, is_projected = direction.rows, call.x.element_size(), w.w_hr is not None
+    heads, bytes_of = direction.num_heads, call.x.element_size()
     space, chunk = native.Space.of(direction, layout, inputs)
-    numbers = {
+    of_one = array("q", bytes(ctypes.sizeof(Forward)))
+    for name, number in _numbers(call, direction, inputs).items():
+        of_one[AT[name]] = number
+    of_one[AT["chunk"]] = chunk
+    for k, zone in enumerate(direction.noise.zones if direction.noise else ()):
+        of_one[AT["shares"] + k] = zone.data_ptr() if zone.numel() else 0
+    places, size = _work(call, direction, layout, space)
+    places += _tensors(call, direction, layout, inputs, n)
+    addresses = [
+        (at + k * _WORDS, address, beyond + k * by)
+        for k in range(heads)
+        for at, address, beyond, by in places
+    ]
+    of_h = n * direction.rows.batch * call.size_h
+    units = call.hidden_size // heads
+    h_0 = [(AT["h_0"] + k * _WORDS, (of_h + k * units) * bytes_of) for k in range(heads)]
+    weights = slice(n * call.n_weights, (n + 1) * call.n_weights)
+    return _Direction(of_one * heads, addresses, h_0, weights, size * heads)
+
+
+def _numbers(call: Call, direction: Direction, inputs: int) -> dict[str, int]:
+    """The numbers of a kernel's arguments."""
+    rows = direction.rows
+    return {
         "groups": 1, "steps": rows.steps, "rows": rows.total, "batch": rows.batch, "inputs": inputs,
-        "hidden": hidden, "size_h": size_h, "width": hidden, "width_h": size_h,
-        "reverse": direction.reverse, "pitch": call.directions * size_h, "chunk": chunk,
+        "hidden": call.hidden_size // direction.num_heads, "size_h": direction.w.w_hh.shape[1],
+        "width": call.hidden_size, "width_h": call.size_h, "reverse": direction.reverse,
+        "pitch": call.directions * call.size_h,
     }  # fmt: skip
-    arguments = array("q", bytes(ctypes.sizeof(Forward)))
-    for name, number in numbers.items():
-        arguments[AT[name]] = number
-    of_full = bytes_of * rows.batch * hidden * is_projected
-    of_thread = layout.scratch(rows.batch, cell.n_gates * layout.units, 1)
-    parts = {"full": of_full, **space._asdict(), "scratch": of_thread}
+
+
+# Which argument is which address, how many bytes beyond it, and how far from head to head.
+_Places = list[tuple[int, int, int, int]]
+
+
+def _work(
+    call: Call, direction: Direction, layout: native.Layout, space: native.Space
+) -> tuple[_Places, int]:
+    """The parts of the work space of a head, and its bytes."""
+    batch, threads = direction.rows.batch, layout.threads
+    is_projected = direction.w.w_hr is not None
+    sums, means = layout.of_means(batch, threads)
+    parts = {
+        "full": call.x.element_size() * batch * call.hidden_size * is_projected,
+        **space._asdict(), "sums": sums, "means": means,
+        "scratch": layout.scratch(batch, call.cell.n_gates * layout.units, threads),
+    }  # fmt: skip
     ends = itertools.accumulate(-(-size // 64) * 64 for size in parts.values())
-    starts = dict(zip(parts, [0, *ends], strict=False))
-    work = [(AT[name], _WORK, starts[name]) for name, size in parts.items() if size]
-    sizes = [n * rows.batch * width for width in _widths(call)]
-    states = [(_STATES + k, _OTHERS + k, size * layout.exact) for k, size in enumerate(sizes)]
+    *starts, size = 0, *ends
+    pairs = zip(parts.items(), starts, strict=True)
+    return [(AT[name], _WORK, at, size) for (name, count), at in pairs if count], size
+
+
+def _tensors(
+    call: Call, direction: Direction, layout: native.Layout, inputs: int, n: int
+) -> _Places:
+    """The tensors of direction number `n`."""
+    cell, w, bytes_of = call.cell, direction.w, call.x.element_size()
+    units, own_h = call.hidden_size // direction.num_heads, w.w_hh.shape[1]
+    in_y = n % call.directions * call.size_h
+    places = [(AT["x"], _X, 0, 0), (AT["h"], Y, in_y * bytes_of, units * bytes_of)]
+    for k, width in enumerate(_widths(call)):
+        of_n = n * direction.rows.batch * width
+        places.append((AT["states"] + k, _OTHERS + k, of_n * layout.exact, units * layout.exact))
+    by_head = {"w_ih": units * inputs, "w_hh": units * own_h}
+    names = ["w_ih", "w_hh", *["b_ih", "b_hh"] * (w.b_ih is not None)]
+    names += ["w_hr"] * (w.w_hr is not None) + ["extra"] * (len(cell.extras) == 1)
     first = _OTHERS + cell.n_states + n * call.n_weights
-    names = ["w_ih", "w_hh"] + ["b_ih", "b_hh"] * (w.b_ih is not None) + ["w_hr"] * is_projected
-    names += ["extra"] * len(cell.extras)
-    weights = [(AT[name], k, 0) for k, name in enumerate(names, first)]
-    others = [(AT["x"], _X, 0), (AT["h"], Y, n % call.directions * size_h * bytes_of)]
-    of_all = [*others, *work, *states, *weights]
-    return _Direction(arguments, of_all, sizes[0] * bytes_of, starts["scratch"])
+    of_weights = {name: (k, by_head.get(name, units)) for k, name in enumerate(names, first)}
+    if len(cell.extras) > 1:
+        of_weights["extra"] = _EXTRA, units
+    if cell.is_normalised:
+        of_weights["wx"] = _WX, units
+        of_weights.pop("b_ih", None)  # which is in there
+    return places + [(AT[name], k, 0, by * bytes_of) for name, (k, by) in of_weights.items()]
 
 
 def _widths(call: Call) -> list[int]:
@@ -107,19 +163,22 @@ class Stack:
         self.state_sizes = [[batch, n] if is_step else [count, batch, n] for n in _widths(call)]
         inputs = [x.shape[-1], *[width] * (call.num_layers - 1)]
         rows, of_weights = Rows(steps, batch, None), call.by_direction()
+        self.noise = Noise(None, call.flow.noise[1:]) if call.flow.noise else None
         self.layers = []
         for k, size in enumerate(inputs):
             layer = []
             for d in range(directions):
                 n = k * directions + d
-                direction = Direction(cell, of_weights[n], rows, d == 1, [], None)
+                direction = Direction(cell, of_weights[n], rows, d == 1, [], None, self.noise)
                 self.layout = native.Layout.of(direction)
                 layer.append(_direction(call, direction, self.layout, size, n))
             self.layers.append(layer)
+        self.cell, self.heads, self.threads = cell, call.num_heads, self.layout.threads
+        self.is_normalised, self.n_extras = cell.is_normalised, len(cell.extras)
         self.size = max(direction.size for layer in self.layers for direction in layer)
-        self.per_thread = self.layout.exact * batch * cell.n_gates * self.layout.units
         self.dtype, self.exact = x.dtype, machine.exact_dtype(x.dtype)
-        self.kernels = engine.kernels(cell, x.dtype)  # which keeps their code in memory
+        # Which keep their code in memory.
+        self.kernels = engine.kernels(cell, x.dtype, noisy=self.noise is not None)
         addresses = self.kernels.addresses
         self.kernel, self.region = engine.KERNEL(addresses["forward"]), addresses["forward_region"]
 
@@ -134,15 +193,15 @@ class Stack:
         """
         x = (x.transpose(0, 1) if self.is_swapped else x).contiguous()
         state = [*map(_contiguous, state)]
-        final, threads = self._final(x, state), self.layout.threads
+        final = self._final(x, state)
         h_0 = state[0].data_ptr() if state else 0
-        space = memory.take("work", self.size + threads * self.per_thread)
-        addresses = [0, 0, *map(_address, (space, *final, *weights))]
+        space = memory.take("work", self.size)
+        addresses = [0, 0, space.data_ptr(), 0, 0, *map(_address, (*final, *weights))]
         for layer in self.layers:
             y = x.new_empty(*self.y_sizes)
             addresses[:_WORK] = x.data_ptr(), y.data_ptr()
             for direction in layer:
-                self._launch(direction, addresses, h_0, threads)
+                self._launch(direction, x, weights, addresses, h_0)
             x = y
         # Kernels know tensors by address; a compiler that traces Python would free them sooner.
         del state, space
@@ -153,13 +212,13 @@ class Stack:
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the new h, and all new states, of a single step; see `run`."""
         x, state = x.contiguous(), [*map(_contiguous, state)]
-        final, threads = self._final(x, state), self.layout.threads
+        final = self._final(x, state)
         h_0 = state[0].data_ptr() if state else 0
-        size = self.size + threads * self.per_thread
-        space = memory.take("work", size + self.y_size)
-        work, *others = map(_address, (space, *final, *weights))
-        addresses = [x.data_ptr(), work + size, work, *others]  # the output is the new h once more
-        self._launch(self.layers[0][0], addresses, h_0, threads)
+        space = memory.take("work", self.size + self.y_size)
+        work = space.data_ptr()
+        y = work + self.size  # the output is the new h once more
+        addresses = [x.data_ptr(), y, work, 0, 0, *map(_address, (*final, *weights))]
+        self._launch(self.layers[0][0], x, weights, addresses, h_0)
         del state, space
         final = self._rounded(final)
         return final[0], final
@@ -178,15 +237,41 @@ class Stack:
         return [part.to(self.dtype) for part in final]
 
     def _launch(
-        self, direction: _Direction, addresses: Sequence[int], h_0: int, threads: int
+        self,
+        direction: _Direction,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        addresses: list[int],
+        h_0: int,
+        normal: Sequence[Tensor] = (),
     ) -> None:
         """Run the kernel; the lock of the interpreter is free meanwhile."""
         arguments = direction.arguments[:]
+        if self.n_extras > 1 or self.is_normalised:
+            own = Weights.unpack(weights[direction.weights], self.n_extras)
+            extra = torch.cat(own.extras)
+            addresses[_EXTRA] = extra.data_ptr()
+            if self.is_normalised:
+                rows = x.flatten(0, -2)
+                wx = native.normalised_input(self.cell, own, self.heads, rows, normal)
+                addresses[_WX] = wx.data_ptr()
         for at, k, beyond in direction.addresses:
             arguments[at] = addresses[k] + beyond
         if h_0:
-            arguments[_H_0] = h_0 + direction.h_0
-        start(self.kernel, self.region, arguments, threads)
+            for at, beyond in direction.h_0:
+                arguments[at] = h_0 + beyond
+        if self.heads == 1:
+            start(self.kernel, self.region, arguments, min(self.threads, self.layout.threads))
+        else:
+            self._launch_heads(arguments)
+
+    def _launch_heads(self, arguments: array[int]) -> None:
+        for first, count, threads in self.layout.launches(self.heads):
+            of_launch = arguments[first * _WORDS : (first + count) * _WORDS]
+            threads = min(threads, count * self.threads)
+            for k in range(count):
+                of_launch[k * _WORDS : k * _WORDS + 2] = array("q", (count, threads))
+            start(self.kernel, self.region, of_launch, threads)
 
 
 def start(kernel: Any, region: int, arguments: array[int], threads: int) -> None:
