@@ -57,7 +57,7 @@ _NOISE = ("training noisy", "backward noisy", "training fresh noisy", "backward 
 _NOISY = (("resident", 64), ("resident", 128), ("persistent", 512), ("stepwise", 512))
 
 # Cells whose step is more than a product and arithmetic on single units, and hidden sizes of their
-# schedules; the last is the largest of which a program of a normalised cell has a row.
+# schedules; the last is the longest row of a normalised cell that a program can hold.
 _INVOLVED = ("layernorm_lstm", "layernorm_gru", "gru_reset_before")
 _STAGED = (1, 64, 129, 256, 1024, 4096)
 _RESIDENT = (64, 128)
@@ -312,7 +312,7 @@ def broken(variant: Variant, measured: Measured) -> list[str]:
     The tiles of resident and stepwise kernels with marks or noise are those of kernels without, of
     which the largest leave no register to spare: two or four words of a thread may be on its stack,
     with noise 16, and as many of cells that are more than arithmetic on single units. The longest
-    row of a normalised LSTM, four gates of which are all registers that there are, has up to 160
+    row of a normalised LSTM, four gates of which take all the registers there are, has up to 160
     there.
 
     A load is 16 bytes wide, or as wide as a thread's share of what is loaded; only where rows start
@@ -360,7 +360,9 @@ def _allowed(variant: Variant) -> int:
         return 640 if is_longest else 0
     if variant.schedule == "persistent":
         return 0
-    if variant.is_involved or variant.has("noisy"):
+    if variant.is_involved:
+        return 48
+    if variant.has("noisy"):
         return 64
     return 16 if variant.is_marked else 0
 

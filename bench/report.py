@@ -198,15 +198,29 @@ def prices_table(rows: Sequence[Row]) -> Table | None:
     return Table(title, (*headers, "#first"), lines)
 
 
-def _quotient(a: Row | None, b: Row | None) -> str:
+def quotient(a: Row | None, b: Row | None) -> Band | None:
     """The time of b / that of a, from ratios to torch.nn that were measured apart.
 
     So the band is that of the farthest ends of theirs.
+
+    Parameters
+    ----------
+    a, b : Row or None
+
+    Returns
+    -------
+    Band or None
+        None if either has no time.
     """
     if a is None or b is None or a.times is None or b.times is None:
-        return "-"
+        return None
     over, under = a.times.ratio, b.times.ratio
-    return _band(Band(over.median / under.median, over.p20 / under.p80, over.p80 / under.p20))
+    return Band(over.median / under.median, over.p20 / under.p80, over.p80 / under.p20)
+
+
+def _quotient(a: Row | None, b: Row | None) -> str:
+    found = quotient(a, b)
+    return "-" if found is None else _band(found)
 
 
 def published_table(rows: Sequence[Row]) -> Table | None:

@@ -253,7 +253,7 @@ def zoneout_rates(cell: Cell, zoneout: float | Sequence[float]) -> float | Seque
         )
     for zone in zoneout:
         probability("zoneout", zone)
-    return zoneout if any(zoneout) else 0.0
+    return tuple(zoneout) if any(zoneout) else 0.0
 
 
 @untraced

@@ -45,9 +45,9 @@ def run_prepared(module: Any, input: Any, hx: Any) -> Any:
         state = ()
     elif kind is not tuple and kind is not list:
         return None
-    # One tensor as h and as c, such as zeros, counts once.
-    is_twice = len(state) == 2 and state[0] is state[1]
-    tensors = (input, *(state[:1] if is_twice else state), *parameters.values())
+    # One tensor as all states, such as zeros, counts once.
+    is_same = len(state) > 1 and all(part is state[0] for part in state)
+    tensors = (input, *(state[:1] if is_same else state), *parameters.values())
     if not set(map(type, tensors)) <= _ORDINARY:
         return None
     if context.is_watched() or (torch.is_grad_enabled() and context.differentiated(*tensors)):
@@ -64,7 +64,7 @@ def run_prepared(module: Any, input: Any, hx: Any) -> Any:
     forced, n_given = planner.forced, len(tensors) - len(parameters)
     try:
         key = (
-            kind, n_given, is_twice, input.shape, *_NUMBERS(module.__dict__), module.num_heads,
+            kind, n_given, is_same, input.shape, *_NUMBERS(module.__dict__), module.num_heads,
             module.zoneout, *parameters, torch.get_num_threads(), forced.path, forced.schedule,
             cpu.target(),
         )  # fmt: skip
@@ -93,7 +93,7 @@ def _has_properties(cls: Any) -> bool:
 
 
 def _is_drawn(module: Any) -> bool:
-    """Whether something of a call in training is drawn at random."""
+    """Whether a call in training draws anything at random."""
     return bool(module.recurrent_dropout or module.zoneout or module.weight_dropout)
 
 

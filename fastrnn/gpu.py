@@ -1,8 +1,8 @@
 """Layers on a GPU: GEMMs over all steps around the Triton kernels that walk through time.
 
 The same functions as in ``fastrnn.cpu``, which also runs here what has no kernel: packed sequences.
-Layers whose step is several launches are in ``gpu_staged.py``. Directions, heads and members of an
-ensemble are groups (``stacked.py``), all of them in one launch. The input projection is GEMMs
+Layers whose step is more than a product are in ``gpu_staged.py``. Directions, heads and members of
+an ensemble are groups (``stacked.py``), all of them in one launch. The input projection is GEMMs
 before the kernel; the gradients of weights and input are GEMMs and reductions over the gate
 gradients that the backward kernel wrote. Nothing here waits for the device.
 """

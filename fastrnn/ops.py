@@ -383,16 +383,15 @@ def layer(call: Call, *, recompute: bool = False, traced: bool = False) -> Resul
     With `recompute` less is kept between forward and backward: on a GPU h and c only, on a CPU
     nothing. Traces are returned only if it is `traced`.
     """
-    save, tensors = cpu.NOTHING, call.tensors
-    # What torch.jit traces is mostly for inference; with gradients, backward begins with a forward.
-    if differentiated(*tensors) and not is_traced():
-        save = cpu.STATES if recompute else cpu.ALL
+    save, tensors = cpu.STATES if recompute else cpu.ALL, call.tensors
     if transform() == "func" and not torch.compiler.is_compiling():
         # Who will be asked for gradients is not known here, but whether anybody can be.
-        save = cpu.STATES if recompute else cpu.ALL
-        below = partial(layer, recompute=recompute, traced=traced)
         save = save if torch.is_grad_enabled() else cpu.NOTHING
+        below = partial(layer, recompute=recompute, traced=traced)
         return transforms.layer(call, save, traced, below)
+    # What torch.jit traces is mostly for inference; with gradients, backward begins with a forward.
+    if not differentiated(*tensors) or is_traced():
+        save = cpu.NOTHING
     if save == cpu.NOTHING or not is_plain(*tensors):
         return dispatch.forward(call, save, traced)[0]
     y, *others = _Layer.apply(call, save, traced, *call.flat())

@@ -91,13 +91,17 @@ def layer(call: Call, save: int, traced: bool, below: Callable[[Call], Result]) 
 def _mapped(
     innermost: VmapInterpreter, kind: _Kind, call: Call, below: Callable[[Call], Result]
 ) -> Result:
-    """Run a call inside of vmap, which is then nothing that a derivative has to know of.
+    """Run a call inside of vmap directly, so that no derivative has to know of vmap.
 
-    As vmap does with an autograd function, but that takes as long as many a short call.
+    This is what vmap does with an autograd function, whose machinery takes as long as many a short
+    call.
     """
     level, size = innermost.level(), innermost.batch_size()
     pairs = [(t, None) if t is None else _unwrap_batched(t, level) for t in call.flat()]
     tensors, dims = zip(*pairs, strict=True)
+    if all(dim is None for dim in dims):
+        with innermost.lower():
+            return below(call)
     with innermost.lower():
         folded = kind.call.with_flat(kind.fold(size, tensors, dims))
         y, final, traces = below(folded)

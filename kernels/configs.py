@@ -169,7 +169,7 @@ _UNITS = _TILE_ROWS = 16
 # compiles without spilling for sm_80, sm_90 and sm_100 with triton 3.6 and 3.7
 # (bench/compile_budget.py); mostly the next larger tile spills.
 _RESIDENT = {"half": 8, "tf32": 4, "tf32x3": 2, "ieee": 1}
-# Likewise of those in staged_resident.py, with at most 48 bytes of a thread on its stack.
+# Likewise of those in staged_resident.py, with at most 48 bytes on a thread's stack.
 _RESIDENT_STAGED = {"half": 8, "tf32": 4, "tf32x3": 2, "ieee": 2}
 # 256 threads: then all 255 registers of NVIDIA's and 512 of AMD's multiprocessors are theirs.
 _WARPS = {"cuda": 8, "hip": 4}

@@ -1,9 +1,8 @@
 """Allocate and launch the kernels of ``staged.py``, several launches a step, and those of
 ``staged_resident.py``, which is one for all steps.
 
-Here every tensor has a dimension of groups in front, N. Where float32 is written sums are in
-float64 if the layer is. Nothing waits for the device, so that a
-CUDA graph can record it.
+Every tensor here has a dimension of groups in front, N. What is written as float32 is float64 in a
+layer of float64. Nothing waits for the device, so that a CUDA graph can record it.
 """
 
 from __future__ import annotations

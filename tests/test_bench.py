@@ -459,16 +459,31 @@ def test_the_table_of_speeds_is_that_of_a_file(tmp_path, found):
         readme.main([str(tmp_path / "results.json"), "--readme", str(path)])
 
 
+def test_the_table_of_prices_is_that_of_a_file(tmp_path, found):
+    path = tmp_path / "README.md"
+    others = "<!-- speed: cpu -->\nb\n<!-- /speed -->\n"
+    path.write_text(f"{others}<!-- prices: cpu -->\nold\n<!-- /prices -->\n")
+    case = dataclasses.replace(CASES[0], cell="lstm", mode="forward", zoneout=0.1)
+    ratios = {"fastrnn": 0.5, "fastrnn:plain": 0.8, "loop": 0.125}
+    rows = [make_row(case, ratio, provider=name) for name, ratio in ratios.items()]
+    results.write_json(tmp_path / "results.json", found._replace(rows=rows))
+    assert readme.main([str(tmp_path / "results.json"), "--readme", str(path)]) == 0
+    text = path.read_text()
+    assert text.startswith(f"{others}<!-- prices: cpu -->\n")
+    assert "| LSTM, zoneout | 1.60 | 4.00 | - | - | - | - |" in text
+
+
 def test_readme_says_what_the_committed_results_say():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"<!-- speed: (\w+) -->\n(.*?)<!-- /speed -->", text, re.DOTALL)
-    assert blocks
-    for device, block in blocks:
+    blocks = re.findall(r"<!-- (speed|prices): (\w+) -->\n(.*?)<!-- /\1 -->", text, re.DOTALL)
+    assert {kind for kind, *_ in blocks} == {"speed", "prices"}
+    for kind, device, block in blocks:
         name = re.search(r"`bench/results/([^/`]+)/`", block)[1]
         committed = results.load(ROOT / "bench" / "results" / name / "results.json")
         assert committed.env.device_type == device
         assert not committed.env.dirty
-        assert block == readme.section(committed, name)
+        assert readme.kind_of(committed) == kind
+        assert block == readme.SECTIONS[kind](committed, name)
 
 
 # Command line.

@@ -474,8 +474,24 @@ def test_threads_share_a_module(runs):
 
 
 @needs_kernels
+def test_one_tensor_as_all_states_of_many(runs):
+    module, zeros = fastrnn.SLSTM(3, 4), torch.zeros(1, 2, 4)
+    with torch.no_grad(), use_path("kernels"):
+        for _ in range(3):
+            module(torch.randn(5, 2, 3), (zeros,) * 4)
+    assert runs == ["run"] * 3
+    assert len(forms._prepared) == 1
+
+
+@needs_kernels
 @pytest.mark.parametrize(
-    ("cls", "options"), [("GRU", {}), ("LSTM", {"num_heads": 8}), ("LayerNormLSTM", {})]
+    ("cls", "options"),
+    [
+        ("GRU", {}),
+        ("LSTM", {"num_heads": 8}),
+        ("LayerNormLSTM", {}),
+        ("LayerNormGRU", {"bidirectional": True}),
+    ],
 )
 def test_by_several_threads(cls, options, runs):
     """A step that is worth sharing."""

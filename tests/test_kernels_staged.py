@@ -214,14 +214,12 @@ def test_what_no_gradient_comes_to_is_left_out(cell, size_h, schedule):
     layer = Layer(cell, 5, 3, size_h=size_h, directions=2, lengths=True, resets=True)
     call, given = draw(layer)
     dy, *d_traces = (part.clone() for part in (given.dy, *given.d_traces))
-    resets = torch.zeros_like(call.flow.marks)
     ends = torch.tensor([0, 1, 1, 0, 0])
     marks = make_marks(
         *(5, 3, 2, torch.device("cpu")),
         torch.tensor([5, 3, 0]),
         torch.stack([ends, torch.zeros(5), torch.zeros(5)], dim=1).bool(),
     )
-    assert resets.shape == marks.shape
     for part in (dy, *d_traces):
         part[1, 0] = 0.0  # between two resets
     call = call._replace(flow=Flow(marks))

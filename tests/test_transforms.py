@@ -266,3 +266,13 @@ def test_cells_by_torch_outside_of_transforms():
     with forward_ad.dual_level():
         assert ops.transform() == "forward"
     assert vmap(lambda x: x * (ops.transform() == "func"))(torch.ones(2)).all()
+
+
+def test_a_call_of_which_nothing_is_mapped():
+    """It is made once, and its result is not mapped either."""
+    module, context, rows = fastrnn.GRU(8, 16), torch.randn(20, 2, 8), torch.randn(5, 3)
+    mapped, once = torch.func.vmap(lambda row: (row + 1, module(context)[0]), out_dims=(0, None))(
+        rows
+    )
+    assert mapped.shape == rows.shape
+    torch.testing.assert_close(once, module(context)[0])

@@ -82,9 +82,9 @@ _REGION_FLOPS = 1_000_000
 def launches(groups: int, threads: int, flops: int) -> list[Launch]:
     """Choose which groups run at the same time.
 
-    One thread for each was never slower than all threads one group after another, also where its
-    weights are larger than its cache: 1.00 to 1.09 times as fast for ensembles of 4, T = 64, B = 4
-    and 16, H = 128 to 512.
+    One thread for each was not slower, in any case measured, than all threads for one group after
+    another, also where its weights are larger than its cache: 1.00 to 1.09 times as fast for
+    ensembles of 4, T = 64, B = 4 and 16, H = 128 to 512.
 
     Parameters
     ----------

@@ -7,6 +7,7 @@ a call allocates its results and fills in addresses.
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 from array import array
 from collections.abc import Sequence
@@ -24,15 +25,17 @@ from .rows import Rows
 # Where the arguments are, in words.
 AT = {field[0]: getattr(Forward, field[0]).offset // 8 for field in Forward._fields_}
 _WORDS = ctypes.sizeof(Forward) // 8
-# The addresses of a call: of a direction's work space, and of what torch computes for it before;
-# then those of the final states, then of the weights.
-_X, Y, _WORK, _WX, _EXTRA, _OTHERS = range(6)
+# Indices into the addresses of a layer: its input, its output, its work space, and what torch
+# computes for each of two directions beforehand; then the final states and the weights.
+_X, Y, WORK, _WX, _EXTRA, *_, _OTHERS = range(8)
+_BY_DIRECTION = _EXTRA + 1 - _WX
+OF_LAYER = (0,) * _OTHERS
 
 _address, _contiguous = Tensor.data_ptr, Tensor.contiguous
 
 
-class _Direction(NamedTuple):
-    """The arguments of one direction, head by head.
+class _Layer(NamedTuple):
+    """The arguments of the directions of a layer, head by head.
 
     Attributes
     ----------
@@ -42,8 +45,8 @@ class _Direction(NamedTuple):
         Which argument is which address of the call, and how many bytes beyond it.
     h_0 : list of (int, int)
         Which arguments are initial h, and how many bytes beyond that of the call.
-    weights : slice
-        Which weights of the call are its own.
+    weights : list of slice
+        Which weights of the call each direction has.
     size : int
         Bytes of the work space.
     """
@@ -51,13 +54,27 @@ class _Direction(NamedTuple):
     arguments: array[int]
     addresses: list[tuple[int, int, int]]
     h_0: list[tuple[int, int]]
-    weights: slice
+    weights: list[slice]
     size: int
+
+    def joined(self, other: _Layer) -> _Layer:
+        """With another direction behind this one."""
+        count = len(self.arguments)
+        addresses = [
+            (at + count, k, beyond + self.size * (k == WORK)) for at, k, beyond in other.addresses
+        ]
+        return _Layer(
+            self.arguments + other.arguments,
+            self.addresses + addresses,
+            self.h_0 + [(at + count, beyond) for at, beyond in other.h_0],
+            self.weights + other.weights,
+            self.size + other.size,
+        )
 
 
 def _direction(
     call: Call, direction: Direction, layout: native.Layout, inputs: int, n: int
-) -> _Direction:
+) -> _Layer:
     """Prepare direction number `n` of all, with the numbers of ``native.forward``."""
     heads, bytes_of = direction.num_heads, call.x.element_size()
     space, chunk = native.Space.of(direction, layout, inputs)
@@ -78,7 +95,7 @@ def _direction(
     units = call.hidden_size // heads
     h_0 = [(AT["h_0"] + k * _WORDS, (of_h + k * units) * bytes_of) for k in range(heads)]
     weights = slice(n * call.n_weights, (n + 1) * call.n_weights)
-    return _Direction(of_one * heads, addresses, h_0, weights, size * heads)
+    return _Layer(of_one * heads, addresses, h_0, [weights], size * heads)
 
 
 def _numbers(call: Call, direction: Direction, inputs: int) -> dict[str, int]:
@@ -111,7 +128,7 @@ def _work(
     ends = itertools.accumulate(-(-size // 64) * 64 for size in parts.values())
     *starts, size = 0, *ends
     pairs = zip(parts.items(), starts, strict=True)
-    return [(AT[name], _WORK, at, size) for (name, count), at in pairs if count], size
+    return [(AT[name], WORK, at, size) for (name, count), at in pairs if count], size
 
 
 def _tensors(
@@ -131,9 +148,9 @@ def _tensors(
     first = _OTHERS + cell.n_states + n * call.n_weights
     of_weights = {name: (k, by_head.get(name, units)) for k, name in enumerate(names, first)}
     if len(cell.extras) > 1:
-        of_weights["extra"] = _EXTRA, units
+        of_weights["extra"] = _EXTRA + n % call.directions * _BY_DIRECTION, units
     if cell.is_normalised:
-        of_weights["wx"] = _WX, units
+        of_weights["wx"] = _WX + n % call.directions * _BY_DIRECTION, units
         of_weights.pop("b_ih", None)  # which is in there
     return places + [(AT[name], k, 0, by * bytes_of) for name, (k, by) in of_weights.items()]
 
@@ -166,16 +183,18 @@ class Stack:
         self.noise = Noise(None, call.flow.noise[1:]) if call.flow.noise else None
         self.layers = []
         for k, size in enumerate(inputs):
-            layer = []
+            parts = []
             for d in range(directions):
                 n = k * directions + d
                 direction = Direction(cell, of_weights[n], rows, d == 1, [], None, self.noise)
                 self.layout = native.Layout.of(direction)
-                layer.append(_direction(call, direction, self.layout, size, n))
-            self.layers.append(layer)
-        self.cell, self.heads, self.threads = cell, call.num_heads, self.layout.threads
+                parts.append(_direction(call, direction, self.layout, size, n))
+            self.layers.append(functools.reduce(_Layer.joined, parts))
+        self.cell, self.heads, self.groups = cell, call.num_heads, directions * call.num_heads
+        # Of a group, for which the work space has room.
+        self.threads = self.layout.threads
         self.is_normalised, self.n_extras = cell.is_normalised, len(cell.extras)
-        self.size = max(direction.size for layer in self.layers for direction in layer)
+        self.size = max(layer.size for layer in self.layers)
         self.dtype, self.exact = x.dtype, machine.exact_dtype(x.dtype)
         # Which keep their code in memory.
         self.kernels = engine.kernels(cell, x.dtype, noisy=self.noise is not None)
@@ -196,12 +215,12 @@ class Stack:
         final = self._final(x, state)
         h_0 = state[0].data_ptr() if state else 0
         space = memory.take("work", self.size)
-        addresses = [0, 0, space.data_ptr(), 0, 0, *map(_address, (*final, *weights))]
+        addresses = [*OF_LAYER, *map(_address, (*final, *weights))]
+        addresses[WORK] = space.data_ptr()
         for layer in self.layers:
             y = x.new_empty(*self.y_sizes)
-            addresses[:_WORK] = x.data_ptr(), y.data_ptr()
-            for direction in layer:
-                self._launch(direction, x, weights, addresses, h_0)
+            addresses[:WORK] = x.data_ptr(), y.data_ptr()
+            self._launch(layer, x, weights, addresses, h_0)
             x = y
         # Kernels know tensors by address; a compiler that traces Python would free them sooner.
         del state, space
@@ -215,10 +234,10 @@ class Stack:
         final = self._final(x, state)
         h_0 = state[0].data_ptr() if state else 0
         space = memory.take("work", self.size + self.y_size)
-        work = space.data_ptr()
-        y = work + self.size  # the output is the new h once more
-        addresses = [x.data_ptr(), y, work, 0, 0, *map(_address, (*final, *weights))]
-        self._launch(self.layers[0][0], x, weights, addresses, h_0)
+        addresses = [*OF_LAYER, *map(_address, (*final, *weights))]
+        addresses[WORK] = work = space.data_ptr()
+        addresses[:WORK] = x.data_ptr(), work + self.size  # the output is the new h once more
+        self._launch(self.layers[0], x, weights, addresses, h_0)
         del state, space
         final = self._rounded(final)
         return final[0], final
@@ -238,7 +257,7 @@ class Stack:
 
     def _launch(
         self,
-        direction: _Direction,
+        layer: _Layer,
         x: Tensor,
         weights: Sequence[Tensor],
         addresses: list[int],
@@ -246,27 +265,29 @@ class Stack:
         normal: Sequence[Tensor] = (),
     ) -> None:
         """Run the kernel; the lock of the interpreter is free meanwhile."""
-        arguments = direction.arguments[:]
+        arguments, held = layer.arguments[:], []
         if self.n_extras > 1 or self.is_normalised:
-            own = Weights.unpack(weights[direction.weights], self.n_extras)
-            extra = torch.cat(own.extras)
-            addresses[_EXTRA] = extra.data_ptr()
-            if self.is_normalised:
-                rows = x.flatten(0, -2)
-                wx = native.normalised_input(self.cell, own, self.heads, rows, normal)
-                addresses[_WX] = wx.data_ptr()
-        for at, k, beyond in direction.addresses:
+            for d, own_weights in enumerate(layer.weights):
+                own = Weights.unpack(weights[own_weights], self.n_extras)
+                held.append(torch.cat(own.extras))
+                addresses[_EXTRA + d * _BY_DIRECTION] = held[-1].data_ptr()
+                if self.is_normalised:
+                    rows = x.flatten(0, -2)
+                    held.append(native.normalised_input(self.cell, own, self.heads, rows, normal))
+                    addresses[_WX + d * _BY_DIRECTION] = held[-1].data_ptr()
+        for at, k, beyond in layer.addresses:
             arguments[at] = addresses[k] + beyond
         if h_0:
-            for at, beyond in direction.h_0:
+            for at, beyond in layer.h_0:
                 arguments[at] = h_0 + beyond
-        if self.heads == 1:
+        if self.groups == 1:
             start(self.kernel, self.region, arguments, min(self.threads, self.layout.threads))
         else:
-            self._launch_heads(arguments)
+            self._launch_groups(arguments)
+        del held
 
-    def _launch_heads(self, arguments: array[int]) -> None:
-        for first, count, threads in self.layout.launches(self.heads):
+    def _launch_groups(self, arguments: array[int]) -> None:
+        for first, count, threads in self.layout.launches(self.groups):
             of_launch = arguments[first * _WORDS : (first + count) * _WORDS]
             threads = min(threads, count * self.threads)
             for k in range(count):

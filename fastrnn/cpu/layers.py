@@ -149,13 +149,14 @@ def _columns(rows: Tensor, d: int, directions: int) -> Tensor:
 
 
 def _first(rows: Tensor, count: int) -> Tensor:
-    return rows if rows.shape[-2] == count else rows[:count]
+    return rows if rows.shape[-2] == count else rows[..., :count, :]
 
 
 def _runs_together(call: Call) -> bool:
     """Whether the members of an ensemble are one problem: alike but for the values of tensors.
 
-    Marks pack the rows of each in their own way, and its products are normalised one by one.
+    With marks the rows of each member are packed in their own way, and normalised products are made
+    one member at a time.
     """
     return call.flow.marks is None and not call.cell.is_normalised and _has_kernels(call.x)
 

@@ -22,7 +22,7 @@ from ..reference import TORCH
 from . import engine, memory
 from .arguments import Backward, pass_blocks
 from .direction import Direction, Found, Kept
-from .inference import AT, Stack, Y, start
+from .inference import AT, OF_LAYER, WORK, Stack, Y, start
 from .rows import Rows
 from .walk import Walk
 
@@ -79,10 +79,10 @@ class Stepping(Stack):
         places = [
             (*name, at * itemsize) for name, at in zip(names, starts, strict=False) if name[0]
         ]
-        direction, pitch = self.layers[0][0], cell.n_moments
-        self.ahead = direction._replace(
-            arguments=direction.arguments[:],
-            addresses=[*direction.addresses, *((AT[name] + k, Y, at) for name, k, at in places)],
+        layer, pitch = self.layers[0], cell.n_moments
+        self.ahead = layer._replace(
+            arguments=layer.arguments[:],
+            addresses=[*layer.addresses, *((AT[name] + k, Y, at) for name, k, at in places)],
         )
         self.ahead.arguments[AT["moments_pitch"]] = pitch
         numbers = {
@@ -108,8 +108,8 @@ class Stepping(Stack):
         final = [*map(Tensor.clone, state)]
         kept = x.new_empty(self.sizes[0] * sum(self.widths))
         space = memory.take("work", self.size)
-        of_direction = [x.data_ptr(), kept.data_ptr(), space.data_ptr(), 0, 0]
-        addresses = [*of_direction, *map(Tensor.data_ptr, (*final, *weights))]
+        addresses = [*OF_LAYER, *map(Tensor.data_ptr, (*final, *weights))]
+        addresses[: WORK + 1] = map(Tensor.data_ptr, (x, kept, space))
         normal = self._views(kept)[-4:-2] if self.is_normalised else ()
         self._launch(self.ahead, x, weights, addresses, state[0].data_ptr(), normal)
         del state, space
@@ -229,8 +229,8 @@ class Stepping(Stack):
         if cell.output is not None:
             d_output = kept.new_empty(batch, hidden)
             arguments[_AT["d_output"]] = d_output.data_ptr()
-        extra = torch.cat([*weights[-self.n_extras :]]) if self.n_extras else kept
-        arguments[_AT["extra"]] = extra.data_ptr()
+        extra = torch.cat(list(weights[-self.n_extras :])) if self.n_extras else None
+        arguments[_AT["extra"]] = 0 if extra is None else extra.data_ptr()
         layout, threads = self.layout, engine.threads(self.flops, self.layout.slices)
         scratch = layout.scratch(batch, layout.units * pass_blocks(cell), threads)
         space, addresses = memory.work_space(scratch, *layout.of_means(batch, threads))

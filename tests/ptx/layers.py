@@ -24,7 +24,7 @@ from fastrnn import devices, ops, paths, planner, reference
 from fastrnn.call import Call
 from fastrnn.cases import MODULES
 from fastrnn.cells import CELLS
-from fastrnn.kernels import launch
+from fastrnn.kernels import launch, launch_staged
 from fastrnn.kernels.configs import DEVICES, Choice, Config, Device, Shape, candidates
 from fastrnn.planner import use_path
 
@@ -274,10 +274,10 @@ def _watched(emulator: Emulator) -> Iterator[None]:
 
         return call
 
-    with (
-        mock.patch.object(launch, "forward", watch(launch.forward)),
-        mock.patch.object(launch, "backward", watch(launch.backward)),
-    ):
+    with contextlib.ExitStack() as stack:
+        for module, name in itertools.product((launch, launch_staged), ("forward", "backward")):
+            watched = watch(getattr(module, name))
+            stack.enter_context(mock.patch.object(module, name, watched))
         yield
 
 
