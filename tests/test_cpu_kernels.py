@@ -30,7 +30,8 @@ from cpu_calls import (
 from torch import Tensor
 
 import fastrnn
-from fastrnn import cpu
+from fastrnn import cells, cpu
+from fastrnn import functional as F
 from fastrnn.call import Asked, Call, Cotangents, Weights
 from fastrnn.cpu import ALL, NOTHING, machine
 from fastrnn.cpu.direction import Ahead, Direction, Kept
@@ -373,7 +374,8 @@ def test_what_is_not_finite_goes_where_it_goes_in_torch(name, bad):
 GUARDED = """
 import ctypes, itertools, mmap, sys
 import torch
-from fastrnn import cpu
+from fastrnn import cells, cpu
+from fastrnn import functional as F
 from fastrnn.cpu import engine, machine, native
 sys.path.insert(0, "tests")
 import cpu_calls
@@ -613,3 +615,24 @@ def test_recompute_in_another_autocast_region(name):
             return torch.autograd.grad(y.sum(), weights)
 
     torch.testing.assert_close(gradients(True), gradients(False))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "layernorm_lstm"])
+def test_a_projection_to_more_than_the_hidden_size(cell):
+    """It has more slices than the gates have, whose sums need room of their own."""
+    generator, size_h, hidden = torch.Generator().manual_seed(0), 100, 8
+
+    def random(*sizes):
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64).requires_grad_()
+
+    extras = [random(extra.blocks * hidden) for extra in cells.CELLS[cell].extras]
+    weights = [random(4 * hidden, 3), random(4 * hidden, size_h), random(size_h, hidden), *extras]
+    x = random(4, 2, 3)
+    found = []
+    for path in ("kernels", "reference"):
+        with use_path(path):
+            y, (h, c) = F.sequence(cell, x, None, weights)
+            total = y.sin().sum() + h.sum() + c.sum()
+            found.append([y, h, c, *torch.autograd.grad(total, [x, *weights])])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)

@@ -152,7 +152,9 @@ class Layout(NamedTuple):
 
     def scratch(self, batch: int, columns: int, threads: int) -> int:
         """Bytes of the results of a step's products, of so many columns in a slice."""
-        return self.exact * batch * columns * (self.slices if self.meets else threads)
+        # Where threads meet each slice of H has its own part, and each of P.
+        slices = max(self.slices, self.width_h // self.units)
+        return self.exact * batch * columns * (slices if self.meets else threads)
 
 
 def _pays(rows: int, times: int) -> bool:
