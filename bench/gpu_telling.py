@@ -52,8 +52,11 @@ class Telling(NamedTuple):
     def case(self) -> Case:
         """The same as the benchmark has it, which knows no marks."""
         sizes = self.steps, self.batch, self.hidden_size, self.hidden_size
-        options = {"bidirectional": self.bidirectional, "zoneout": self.zoneout}
-        return Case(self.cell, "training", self.dtype, *sizes, **options)
+        return Case(
+            *(self.cell, "training", self.dtype, *sizes),
+            bidirectional=self.bidirectional,
+            zoneout=self.zoneout,
+        )
 
     @property
     def name(self) -> str:
