@@ -64,7 +64,7 @@ def run_prepared(module: Any, input: Any, hx: Any) -> Any:
     forced, n_given = planner.forced, len(tensors) - len(parameters)
     try:
         key = (
-            kind, n_given, is_same, input.shape, *_NUMBERS(module.__dict__), module.num_heads,
+            kind, n_given, len(state), input.shape, *_NUMBERS(module.__dict__), module.num_heads,
             module.zoneout, *parameters, torch.get_num_threads(), forced.path, forced.schedule,
             cpu.target(),
         )  # fmt: skip
