@@ -311,7 +311,7 @@ def broken(variant: Variant, measured: Measured) -> list[str]:
 
     The tiles of resident and stepwise kernels with marks or noise are those of kernels without, of
     which the largest leave no register to spare: two or four words of a thread may be on its stack,
-    with noise 16, and as many of cells that are more than arithmetic on single units. The longest
+    with noise 16, and 12 of cells that are more than arithmetic on single units. The longest
     row of a normalised LSTM, four gates of which take all the registers there are, has up to 160
     there.
 

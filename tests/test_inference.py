@@ -144,7 +144,9 @@ def test_cells_as_on_the_long_way(cls, bias, runs):
 
 @needs_kernels
 @pytest.mark.parametrize(
-    "options", [{"zoneout": 0.2}, {"recurrent_dropout": 0.5}, {"weight_dropout": 0.5}], ids=str
+    "options",
+    [{"zoneout": 0.2}, {"zoneout": [0, 0.2]}, {"recurrent_dropout": 0.5}, {"weight_dropout": 0.5}],
+    ids=str,
 )
 def test_what_is_drawn_takes_the_long_way(options, runs):
     module = fastrnn.LSTM(3, 4, **options)

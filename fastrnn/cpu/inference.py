@@ -287,6 +287,7 @@ class Stack:
         del held
 
     def _launch_groups(self, arguments: array[int]) -> None:
+        """Run the kernel for the heads of all directions, which do not wait for each other."""
         for first, count, threads in self.layout.launches(self.groups):
             of_launch = arguments[first * _WORDS : (first + count) * _WORDS]
             threads = min(threads, count * self.threads)
