@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .NOTPARALLEL:
-.PHONY: bench test lint verify emulate gallery gpu clean
+.PHONY: bench test test-all lint verify docs emulate gallery gpu clean
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m fastrnn bench --quick
@@ -23,6 +23,10 @@ lint: $(VENV)/dev.stamp
 
 verify: $(VENV)/verify.stamp
 	$(BIN)/python -m fastrnn verify --cases 500
+
+# A static site in build/site, with every link checked.
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # Every planned kernel in the emulator of tests/ptx, under 20 schedules: some hours on two cores.
 emulate: $(VENV)/test.stamp

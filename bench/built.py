@@ -1,4 +1,4 @@
-"""A case made ready for a provider, from the weights of torch.nn's module and its inputs."""
+"""Prepare a case for a provider, from the weights and inputs of torch.nn's module."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class Built(NamedTuple):
     run : callable
         Takes `inputs`; returns the output and the final state, in torch.nn's shapes.
     inputs : sequence of Tensor
-        x and a state, if the case has one, in the layout that the provider wants.
+        x and, if the case has one, a state, in the layout that the provider expects.
     parameters : sequence of Tensor
     to_torch : callable
-        Turns gradients of `inputs`, then `parameters`, into those of torch.nn's.
+        Converts gradients of `inputs`, then `parameters`, into those of torch.nn's.
     gradients : callable
-        As ``torch.autograd.grad``, of results of `run`.
+        Like ``torch.autograd.grad``, for results of `run`.
     has_threads : bool, default False
-        Whether it runs on threads of its own and not on torch's.
+        Whether it runs on its own threads instead of torch's.
     """
 
     run: Callable[..., list[Tensor]]
@@ -61,10 +61,10 @@ class Built(NamedTuple):
 
 @contextlib.contextmanager
 def forced(path: str) -> Iterator[None]:
-    """Force a path on what runs inside, backward too.
+    """Force a path for everything that runs inside, including backward.
 
-    What ``planner.use_path`` and ``launch.bounded_spin`` ask for holds in their own thread, and
-    autograd has others for GPUs.
+    ``planner.use_path`` and ``launch.bounded_spin`` apply to their own thread only, and autograd
+    uses other threads for GPUs.
 
     Parameters
     ----------
@@ -75,9 +75,9 @@ def forced(path: str) -> Iterator[None]:
 
 
 def make_baseline(case: Case, device: torch.device) -> tuple[torch.nn.Module, list[Tensor]]:
-    """Make the module whose weights all have, and its inputs, the same ones each time.
+    """Make the module whose weights all providers share, and its inputs; the same ones each time.
 
-    It is torch.nn's, or ours of what torch.nn has not.
+    It is torch.nn's module, or ours where torch.nn has none.
 
     Parameters
     ----------
@@ -87,10 +87,10 @@ def make_baseline(case: Case, device: torch.device) -> tuple[torch.nn.Module, li
     Returns
     -------
     module : torch.nn.Module
-        Of an ensemble a list of modules.
+        For an ensemble, a list of modules.
     inputs : list of Tensor
-        x and, for a cell module, a state: a loop over steps passes one; a layer is most often
-        called without.
+        x and, for a cell module, a state, as a loop over steps would pass it; layers are mostly
+        called without one.
     """
     dtype = getattr(torch, case.dtype)
     generator = torch.Generator().manual_seed(0)
@@ -105,8 +105,8 @@ def make_baseline(case: Case, device: torch.device) -> tuple[torch.nn.Module, li
         module = torch.nn.ModuleList([module, *others])
     with torch.no_grad():
         for weight in module.parameters():
-            # Of torch's own spread, uniform in 1 / sqrt(H). Gains too: with those of layer
-            # normalisation around 1 the recurrence would not forget a rounding.
+            # Uniform, with the variance of torch's own 1 / sqrt(H). Gains too: with layer norm's
+            # usual gains around 1 the recurrence would not forget a rounding error.
             weight.copy_(random(*weight.shape, scale=(3 * case.hidden_size) ** -0.5))
     rows: tuple[int, ...] = (case.steps, case.batch)
     if case.is_step or case.ragged:
@@ -119,13 +119,13 @@ def make_baseline(case: Case, device: torch.device) -> tuple[torch.nn.Module, li
 
 
 def make_module(library: Any, case: Case, device: torch.device) -> torch.nn.Module:
-    """Make the module of a case by a library with torch.nn's names and arguments.
+    """Make the module of a case from a library with torch.nn's names and arguments.
 
     Parameters
     ----------
     library : module
     case : Case
-        Of an ensemble a member.
+        For an ensemble, that of a member.
     device : torch.device
 
     Returns
@@ -135,7 +135,7 @@ def make_module(library: Any, case: Case, device: torch.device) -> torch.nn.Modu
     options: dict[str, Any] = {} if case.is_step else {
         "num_layers": case.num_layers,
         "bidirectional": case.bidirectional,
-        # What not all have.
+        # Arguments that not every library supports.
         **({"proj_size": case.proj_size} if case.proj_size else {}),
         **({"recurrent_dropout": case.recurrent_dropout} if case.recurrent_dropout else {}),
         **({"zoneout": case.zoneout} if case.zoneout else {}),
@@ -152,7 +152,7 @@ def make_module(library: Any, case: Case, device: torch.device) -> torch.nn.Modu
 
 
 def ours_of(case: Case) -> Any:
-    """Name the file of ours that has the module of a case.
+    """Return the module of our package that defines the class for a case.
 
     Parameters
     ----------
@@ -166,7 +166,7 @@ def ours_of(case: Case) -> Any:
 
 
 def named_weights(case: Case, baseline: torch.nn.Module) -> dict[str, Tensor]:
-    """Name the weights of a case, those of the members of an ensemble stacked.
+    """Name the weights of a case; those of ensemble members are stacked.
 
     Parameters
     ----------

@@ -181,7 +181,10 @@ def _show(
         if table is not None:
             console.print(report.to_rich(table))
     console.print(report.limits_line(found))
-    console.print(report.totals(found.rows))
+    summary, faster, slower = report.conclusions(found)
+    console.print("")
+    for line in (summary, *faster, *(f"slower: {text}" for text in slower)):
+        console.print(line)
     for path in paths:
         console.print(os.path.relpath(path), soft_wrap=True)
     bad = any(row.status != "ok" for row in found.rows if row.is_ours)
@@ -295,12 +298,10 @@ def _write(folder: Path, found: Results) -> list[Path]:
     paths = [folder / "results.json", folder / "results.csv"]
     results.write_json(paths[0], found)
     results.write_csv(paths[1], found)
-    pictures = {}
-    for name in ("speedup", "heatmap", "steps", "memory"):
-        pictures[name] = folder / f"{name}.png"
-        getattr(plots, f"plot_{name}")(pictures[name], found.env, found.rows)
+    pictures = plots.draw(folder, found, paths[0])
     page.write_page(folder / "report.html", found, pictures)
-    return [*paths, *pictures.values(), folder / "report.html"]
+    files = [path for picture in pictures.values() for path in picture]
+    return [*paths, *files, folder / "report.html"]
 
 
 # Options of the cases and of the grid, as `_command` repeats them.

@@ -1,13 +1,13 @@
-"""Compile every kernel that may be chosen, for GPUs that are not there, and check it.
+"""Compile every kernel that can be chosen, for GPUs that need not be present, and check the code.
 
-What ptxas or LLVM made of a kernel says whether registers spill, shared memory suffices, matrix
-instructions are used, loads are wide, and how the programs of a persistent kernel hand each other
-what they computed. ``python -m fastrnn.bench.compile_budget`` writes a row for each kernel and
-exits with 1 if one breaks a budget; with ``--steps`` it makes the table by which kernels are
-chosen, see ``step_table.py``.
+The output of ptxas or LLVM shows whether registers spill, shared memory suffices, matrix
+instructions are used, loads are wide, and how the programs of a persistent kernel exchange data.
+``python -m fastrnn.bench.compile_budget`` writes a row for each kernel and exits with 1 if any
+breaks a budget; with ``--steps`` it generates the table from which kernels are chosen, see
+``step_table.py``.
 
-The *time loop* is the longest range of instructions that ends with a jump back to its start; of a
-stepwise kernel, which is one step, and of the launches of a staged one, it is all.
+The *time loop* is the longest range of instructions that ends with a jump back to its start. For a
+stepwise kernel, which is one step, and the launches of a staged one, it is the whole kernel.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ FAULTS = (
     *("barriers", "round trip"),
 )
 
-# The grid. Other activations of the RNN compile as tanh does, and float16 as bfloat16. Of cells
-# that are an LSTM and something more, fewer sizes, for one device; of the newest devices, whose
-# code differs little from that for sm_90, fewer sizes.
+# The grid. Other activations of the RNN compile like tanh, and float16 like bfloat16. Cells that
+# extend an LSTM get fewer sizes, for one device; the newest devices, whose code differs little from
+# that for sm_90, get fewer sizes.
 _CELLS = ("lstm", "gru", "rnn_tanh", "peephole_lstm", "slstm")
 _LARGE_CELLS = ("peephole_lstm", "slstm")
 _NEWEST = ("b200", "rtx5090")
@@ -56,7 +56,7 @@ _NOISED = ("lstm", "gru")
 _NOISE = ("training noisy", "backward noisy", "training fresh noisy", "backward fresh noisy")
 _NOISY = (("resident", 64), ("resident", 128), ("persistent", 512), ("stepwise", 512))
 
-# Cells whose step is more than a product and arithmetic on single units, and hidden sizes of their
+# Cells whose step is more than a product and arithmetic on single units, and hidden sizes for their
 # schedules; the last is the longest row of a normalised cell that a program can hold.
 _INVOLVED = ("layernorm_lstm", "layernorm_gru", "gru_reset_before")
 _STAGED = (1, 64, 129, 256, 1024, 4096)
@@ -64,7 +64,7 @@ _RESIDENT = (64, 128)
 
 
 class Use(NamedTuple):
-    """The batch sizes of the grid for which a variant is chosen, and its best simulated time."""
+    """Batch sizes of the grid for which a variant is chosen, and its best simulated time."""
 
     batches: tuple[int, ...]
     step_us: float
@@ -73,27 +73,27 @@ class Use(NamedTuple):
 class Measured(NamedTuple):
     """What a compiler made of a variant.
 
-    The last but one are of a simulated step, or launch of a stepwise kernel: of plain runs for the
-    devices of which the simulator knows; else NaN.
+    `alone` to `shared_bytes` describe a simulated step, or a launch of a stepwise kernel: for plain
+    runs on devices that the simulator supports; otherwise they are NaN.
 
     Attributes
     ----------
     registers, spilled : int
-        Registers, and bytes of stack, of a thread. These kernels spill to it and nothing else.
+        Registers and bytes of stack per thread. These kernels use the stack for spills only.
     shared_memory : int
-        Bytes of a program.
+        Bytes per program.
     turn : int
-        Steps of a tile in a turn of a persistent kernel's time loop; else 1.
+        Steps of a tile per iteration of a persistent kernel's time loop; otherwise 1.
     matrix, ldsm, lds, barriers : int
-        Instructions in the time loop: matrix products of a warp (HMMA, MFMA), of four (HGMMA) or
-        of a program (tcgen05), loads of matrices and others from shared memory.
+        Instructions in the time loop: matrix products of a warp (HMMA, MFMA), of four (HGMMA) or of
+        a program (tcgen05); matrix loads and other loads from shared memory; barriers.
     exchange_loads, other_loads : str
-        Bytes that instructions in the time loop load for a thread, such as ``8 16``. Loads of the
-        exchange are relaxed; others are of wx, and of activations, states and dy backward.
+        Bytes per thread of the load instructions in the time loop, such as ``8 16``. Loads of the
+        exchange are relaxed; others load wx and, backward, activations, states and dy.
     alone, full : float
         Cycles; see `compiled.simulated`.
     executed_barriers, chain, l2_bytes, shared_bytes : float
-        Of a step alone; see `step_time.Step`.
+        Per step, with the group alone on the GPU; see `step_time.Step`.
     triton : str
     """
 
@@ -126,7 +126,7 @@ def plan(devices: Sequence[str] = DEVICES, *, quick: bool = False) -> dict[Varia
     ----------
     devices : sequence of str
     quick : bool
-        Three hidden sizes only, of plain layers.
+        Three hidden sizes only, for plain layers.
 
     Returns
     -------
@@ -142,7 +142,7 @@ def plan(devices: Sequence[str] = DEVICES, *, quick: bool = False) -> dict[Varia
             schedule=some.schedule or None,
         )
         if choice is None:
-            assert some.schedule  # stepwise and staged take everything
+            assert some.schedule  # stepwise and staged accept everything
             continue
         for variant in some.launches(choice.config):
             batches, step_us = found.get(variant, ((), choice.step_us))
@@ -151,7 +151,7 @@ def plan(devices: Sequence[str] = DEVICES, *, quick: bool = False) -> dict[Varia
 
 
 def _problems(devices: Sequence[str], quick: bool) -> Iterator[Variant]:
-    """The grid, without batch sizes; a schedule where it is not to be chosen."""
+    """Generate the grid without batch sizes; a schedule is set where it is not left to choose."""
     for name in devices:
         for cell, run, product, hidden in itertools.product(_CELLS, _RUNS, _PRODUCTS, _HIDDEN):
             few = quick or cell in _LARGE_CELLS or name in _NEWEST
@@ -169,8 +169,8 @@ def _problems(devices: Sequence[str], quick: bool) -> Iterator[Variant]:
 
 
 def _involved(device: str) -> Iterator[tuple[tuple[str, str, str, str], tuple[int, ...], str]]:
-    """Layers whose step is more than a product and arithmetic on single units: cell, options, dtype
-    and precision; hidden sizes; schedule.
+    """Generate layers whose step is more than a product and arithmetic on single units: cell,
+    options, dtype and precision; hidden sizes; schedule.
     """
     half, single = ("bfloat16", "tf32"), ("float32", "tf32")
     for cell in _INVOLVED:
@@ -196,21 +196,21 @@ def _involved(device: str) -> Iterator[tuple[tuple[str, str, str, str], tuple[in
 def _in_grid(device: str, run: str, dtype: str, precision: str, hidden: int, few: bool) -> bool:
     common = hidden in _COMMON
     if configs.DEVICES[device].target == "hip" and precision == "tf32x3":
-        return False  # triton 3.6 to 3.9 refuse it for gfx942
-    if run == "inference":  # training less some stores
+        return False  # triton 3.6 to 3.9 reject it for gfx942
+    if run == "inference":  # training minus some stores
         return common and device == "h100" and precision == "tf32"
-    if run == "recompute" or run.endswith(("marked", "fresh")):  # the others plus some loads
+    if run == "recompute" or run.endswith(("marked", "fresh")):  # the other runs plus some loads
         return common and device == "h100" and dtype == "bfloat16"
     if few or common:
         return common
-    # The choice differs between devices and precisions by what fits: fewer sizes will do.
+    # The choice differs between devices and precisions only by what fits: fewer sizes suffice.
     if device == "h100":
         return dtype == "bfloat16" or hidden in _MORE_OF_FLOAT32
     return dtype == "bfloat16" and hidden in _MORE
 
 
 def measure(variant: Variant) -> Measured:
-    """Compile a variant, count what is in it, and simulate it.
+    """Compile a variant, count its instructions, and simulate it.
 
     Parameters
     ----------
@@ -263,12 +263,12 @@ def _simulated(variant: Variant, kernel: Any) -> tuple[float, float, float, floa
     return alone.cycles, full.cycles, *others
 
 
-# An AMD instruction's name, and for a jump the place in the list that it goes to.
+# The name of an AMD instruction, and for a jump the index of its target.
 _Code = list[tuple[str, "int | None"]]
 
 
 def _read_amdgcn(text: str) -> tuple[int, int, _Code]:
-    """Registers, bytes of stack, code."""
+    """Parse registers, bytes of stack, and code."""
     values = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size): +(\d+)", text))
     places: dict[str, int] = {}
     lines: list[tuple[str, str]] = []
@@ -307,21 +307,20 @@ def _distinct(numbers: Iterable[int]) -> str:
 
 
 def broken(variant: Variant, measured: Measured) -> list[str]:
-    """Say which budgets a variant breaks.
+    """Return the budgets that a variant breaks.
 
-    The tiles of resident and stepwise kernels with marks or noise are those of kernels without, of
-    which the largest leave no register to spare: two or four words of a thread may be on its stack,
-    with noise 16, and 12 of cells that are more than arithmetic on single units. The longest
-    row of a normalised LSTM, four gates of which take all the registers there are, has up to 160
-    there.
+    Resident and stepwise kernels with marks or noise use the tiles of kernels without, the largest
+    of which leave no register to spare: two or four words of a thread may be on its stack, 16 with
+    noise, and 12 for cells that are more than arithmetic on single units. The longest row of a
+    normalised LSTM, whose four gates take all available registers, may have up to 160 there.
 
-    A load is 16 bytes wide, or as wide as a thread's share of what is loaded; only where rows start
-    at multiples of 16 bytes. A thread of a persistent kernel has one or two elements of wx. In the
-    others wx of three or four gates is one tile (see ``tiles.py``), and so are the activations
-    backward.
+    A load must be 16 bytes wide, or as wide as a thread's share of the data; this applies only
+    where rows start at multiples of 16 bytes. A thread of a persistent kernel has one or two
+    elements of wx. In the other kernels, wx of three or four gates is one tile (see ``tiles.py``),
+    and so are the activations backward.
 
-    A step of a persistent kernel has one barrier for each tile, and h goes nowhere through shared
-    memory: what moves there is the partial sums and the weights that are kept there.
+    A step of a persistent kernel has one barrier per tile, and h never goes through shared memory:
+    the only traffic there is partial sums, and weights that do not fit in registers.
 
     Parameters
     ----------
@@ -331,15 +330,15 @@ def broken(variant: Variant, measured: Measured) -> list[str]:
     Returns
     -------
     list of str
-        Of `FAULTS`.
+        Members of `FAULTS`.
     """
     device, itemsize = variant.gpu, DTYPES[variant.dtype].itemsize
     aligned = device.target == "cuda" and variant.hidden_size * itemsize % 16 == 0
     is_persistent = variant.schedule == "persistent"
-    received = variant.block_k // 4 * itemsize  # of a thread, by `fragments.state_layout`
+    received = variant.block_k // 4 * itemsize  # per thread, by `fragments.state_layout`
     tile = variant.block_b * variant.block_h * (1 if CELLS[variant.cell].n_gates == 1 else 4)
     others = tile * itemsize // (32 * variant.num_warps)
-    # Backward also reads states, whose tile is smaller: the widest counts.
+    # Backward also reads states, whose tile is smaller: the widest load counts.
     faults = (
         measured.spilled > _allowed(variant),
         measured.shared_memory > device.shared_memory,
@@ -353,7 +352,7 @@ def broken(variant: Variant, measured: Measured) -> list[str]:
 
 
 def _allowed(variant: Variant) -> int:
-    """Bytes of stack that a thread may have."""
+    """Return the bytes of stack that a thread may have."""
     if variant.schedule == "staged":
         row = variant.block_h * max(4, DTYPES[variant.dtype].itemsize)
         is_longest = row == configs.MAX_NORMALISED_ROW and CELLS[variant.cell].n_gates == 4
@@ -368,9 +367,9 @@ def _allowed(variant: Variant) -> int:
 
 
 def _needed(variant: Variant) -> int:
-    """Bytes that a step of a persistent kernel moves in shared memory."""
-    # The weights there are read; the partial sums, for which there is twice the room, are written
-    # and read: for each tile as many bytes as a program has.
+    """Return the bytes that a step of a persistent kernel moves in shared memory."""
+    # Weights there are read; partial sums, which have two sets of buffers, are written and read:
+    # in total, for each tile, as many bytes as a program has there.
     held = configs.shared_memory(variant.config, variant.shape(1), backward=variant.is_backward)
     return variant.tiles * held
 
@@ -381,17 +380,17 @@ def _numbers(text: str) -> list[int]:
 
 @terminal.printing()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 1 if a variant breaks a budget, or spills, else 0."""
+    """Run the command line; return 1 if a variant breaks a budget, or spills, else 0."""
     parser = argparse.ArgumentParser(prog="python -m fastrnn.bench.compile_budget")
-    parser.add_argument("--devices", nargs="+", choices=DEVICES, help="all, by default")
-    parser.add_argument("--out", type=terminal.path, help="in place of the committed table")
+    parser.add_argument("--devices", nargs="+", choices=DEVICES, help="default: all")
+    parser.add_argument("--out", type=terminal.path, help="instead of the committed table")
     parser.add_argument("--jobs", type=_arguments.positive, default=2, help="processes")
     parser.add_argument("--quick", action="store_true", help="three hidden sizes only")
     parser.add_argument(
-        "--missing", action="store_true", help="compile only what the file has no row of"
+        "--missing", action="store_true", help="compile only variants without a row in the file"
     )
     parser.add_argument(
-        "--steps", action="store_true", help="make the table by which kernels are chosen"
+        "--steps", action="store_true", help="generate the table from which kernels are chosen"
     )
     args = parser.parse_args(argv)
     if args.steps:
@@ -433,7 +432,7 @@ def _text(field: object) -> str:
 
 
 def measure_all(variants: Sequence[Variant], jobs: int) -> Iterator[Measured]:
-    """Compile variants in several processes, with a progress bar.
+    """Compile variants in several processes, showing a progress bar.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
-"""A kernel as a launch would compile it, for a GPU that need not be there.
+"""Compile a kernel as a launch would, for a GPU that need not be present.
 
-Triton's wheel has all it takes. A launch on meta tensors gives the arguments of a real one, and so
-their types, the constants and the options.
+Triton's wheel has all that is needed. A launch on meta tensors yields the arguments of a real one,
+and with them their types, the constants and the options.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ _POINTERS = {
 }
 
 
-#: What the launches of a staged step are called, forward and backward.
+#: Names of the launches of a staged step, forward and backward.
 LAUNCHES = ("recurrent", "late", "cell", "project"), ("receive", "through", "cell")
 
 
 class Variant(NamedTuple):
-    """What decides which code is compiled; the last fields are those of `configs.Config`.
+    """What determines the compiled code; the last fields are those of `configs.Config`.
 
-    The words of `run`: in 'training', forward saves what 'backward' reads; 'recompute' is backward
-    from the gates. What is 'marked' has lengths, resets or truncated gradients; 'fresh' also states
-    after a reset, and gradients of the traces. What is 'noisy' has recurrent dropout, and zoneout
-    by masks. What is 'projected' has an h of half as many columns. A staged variant is one launch
-    of a step, of `LAUNCHES`, which the last word names.
+    Words in `run`: with 'training', forward saves what 'backward' reads; 'recompute' is backward
+    from the gates; 'marked' has lengths, resets or truncated gradients; 'fresh' also has states
+    after a reset and gradients of the traces; 'noisy' has recurrent dropout, and zoneout by masks;
+    'projected' has an h with half as many columns. A staged variant is one launch of a step, of
+    `LAUNCHES`, named by the last word.
     """
 
     cell: str
@@ -78,7 +78,7 @@ class Variant(NamedTuple):
         return self.run.startswith(("backward", "recompute"))
 
     def has(self, *words: str) -> bool:
-        """Whether any of some words is in the run."""
+        """Return whether any of some words is in the run."""
         return not {*words}.isdisjoint(self.run.split())
 
     @property
@@ -87,38 +87,38 @@ class Variant(NamedTuple):
 
     @property
     def is_involved(self) -> bool:
-        """Whether a step of the layer is more than a product and arithmetic on single units."""
+        """Whether a step is more than a product and arithmetic on single units."""
         is_pointwise = CELLS[self.cell].is_pointwise
         return self.has("projected") or not is_pointwise or self.dtype == "float64"
 
     @property
     def launch(self) -> str:
-        """Which launch of a step it is; other schedules have one kind."""
+        """Which launch of a step this is; other schedules have only one kind."""
         return self.run.split()[-1] if self.schedule == "staged" else "cell"
 
     @property
     def has_tensor_cores(self) -> bool:
-        """Whether matrix instructions do its products, if it has any."""
+        """Whether its products, if any, use matrix instructions."""
         is_product = self.schedule != "staged" or self.launch != "cell"
         return is_product and self.precision != "ieee" and self.dtype != "float64"
 
     @property
     def size_h(self) -> int:
-        """Columns of h, which are H without a projection."""
+        """Columns of h; H without a projection."""
         return -(-self.hidden_size // 2) if self.has("projected") else self.hidden_size
 
     @property
     def columns(self) -> int:
-        """Of the recurrent product."""
+        """Columns of the recurrent product."""
         return self.hidden_size * (CELLS[self.cell].n_gates if self.is_backward else 1)
 
     @property
     def tiles(self) -> int:
-        """How many tiles of the batch a program takes turns with."""
+        """How many batch tiles a program alternates between."""
         return self.block_b // 16 if self.schedule == "persistent" else 1
 
     def shape(self, batch: int, directions: int = 1) -> Shape:
-        """The problem as the kernels see it."""
+        """Return the problem as the kernels see it."""
         itemsize = DTYPES[self.dtype].itemsize
         others = batch, self.hidden_size, directions, itemsize, self.precision
         return Shape.of(CELLS[self.cell], *others)._replace(
@@ -129,11 +129,11 @@ class Variant(NamedTuple):
         )
 
     def of(self, config: Config) -> Variant:
-        """The variant of another configuration."""
+        """Return the variant with another configuration."""
         return Variant(*self[:6], *config[:6])
 
     def launches(self, config: Config) -> list[Variant]:
-        """The variants of a configuration: of a staged one, each launch of a step."""
+        """Return the variants of a configuration: for a staged one, each launch of a step."""
         if config.schedule != "staged":
             return [self.of(config)]
         cell, projected = CELLS[self.cell], self.has("projected")
@@ -153,7 +153,7 @@ class Variant(NamedTuple):
 def problem(
     cell: str, run: str, dtype: str, precision: str, hidden_size: int, device: str
 ) -> Variant:
-    """Make a variant without a configuration yet.
+    """Make a variant that has no configuration yet.
 
     Parameters
     ----------
@@ -169,7 +169,7 @@ def problem(
 
 
 def compile_variant(variant: Variant) -> Any:
-    """Compile the kernel of a launch with the types, constants and options that it would have.
+    """Compile the kernel of a launch with the types, constants and options of a real launch.
 
     Parameters
     ----------
@@ -189,7 +189,7 @@ def compile_variant(variant: Variant) -> Any:
     attributes: dict[tuple[int, ...], list[Any]] = {}
 
     def kind(value: Any, path: tuple[int, ...], is_constant: bool) -> Any:
-        """The type of an argument, or of a part of a tuple, that is found by `path`."""
+        """Return the type of an argument, or of the part of a tuple found by `path`."""
         if is_constant or value is None:
             constants[path] = value
             return "constexpr"
@@ -213,7 +213,7 @@ def compile_variant(variant: Variant) -> Any:
 
 
 def launched(variant: Variant) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Tell which kernels a layer launches, and their arguments, on meta tensors.
+    """Return the kernels that a layer launches, and their arguments, on meta tensors.
 
     Parameters
     ----------
@@ -222,7 +222,7 @@ def launched(variant: Variant) -> dict[str, tuple[Any, dict[str, Any]]]:
     Returns
     -------
     dict of str to (triton.JITFunction, dict of str to object)
-        By `Variant.launch`; of the last step.
+        Keyed by `Variant.launch`; of the last step.
     """
     launches: dict[str, tuple[Any, dict[str, Any]]] = {}
 
@@ -250,7 +250,7 @@ _STEPS = 2
 
 
 def _operands(variant: Variant) -> dict[str, Any]:
-    """What a layer computes with, whatever its schedule."""
+    """Make the operands common to all schedules."""
     cell, hidden, batch = CELLS[variant.cell], variant.hidden_size, variant.block_b
     of_step = 1, _STEPS, batch
     widths = [variant.size_h, *[hidden] * (cell.n_states - 1)]
@@ -269,14 +269,14 @@ def _operands(variant: Variant) -> dict[str, Any]:
 
 
 def _launch(variant: Variant) -> None:
-    """Launch a plain layer, with all that a call of one would give its kernels."""
+    """Launch a plain layer with everything that a call would pass to its kernels."""
     cell, hidden, batch = CELLS[variant.cell], variant.hidden_size, variant.block_b
     y = _tensor(variant, _STEPS, batch, hidden)
     gates = _tensor(variant, 1, _STEPS, batch, cell.n_gates * hidden)
     fresh_rh = gates[:, 0] if variant.has("fresh") else None
     operands = launch.Operands(**_operands(variant), fresh_rh=fresh_rh)
     layer = cell, variant.config, variant.precision
-    again = variant.has("recompute", "noisy")  # zoneout keeps no activations
+    again = variant.has("recompute", "noisy")  # with zoneout, activations are not saved
     if variant.is_backward:
         saved = _tensor(variant, 1, _STEPS, batch, cell.n_saved * hidden)
         traces = [y.new_empty(y.shape, dtype=torch.float32)] * (cell.n_states - 1)
@@ -290,7 +290,7 @@ def _launch(variant: Variant) -> None:
 
 
 def _launch_involved(variant: Variant) -> None:
-    """Likewise a layer whose step is more than that."""
+    """Launch a layer whose step is more than a product and arithmetic on single units."""
     cell, hidden, batch = CELLS[variant.cell], variant.hidden_size, variant.block_b
     wx = _tensor(variant, 1, _STEPS, batch, cell.n_gates * hidden)
     w_hr = _tensor(variant, 1, variant.size_h, hidden) if variant.has("projected") else None
@@ -298,7 +298,7 @@ def _launch_involved(variant: Variant) -> None:
     layer = cell, variant.config, variant.precision
     if variant.is_backward:
         past = launch_staged.Past.empty(cell, wx, variant.size_h)
-        # In the dtype of y, as gradients of the traces are.
+        # In the dtype of y, like gradients of the traces.
         others = past.afters[:1] * (cell.n_states - 1) if variant.has("fresh") else []
         launch_staged.backward(*layer, operands, past, (past.befores[0], operands.initial, others))
     else:
@@ -306,9 +306,9 @@ def _launch_involved(variant: Variant) -> None:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Read off registers, and bytes of stack, of a thread.
+    """Read the registers and bytes of stack per thread from a cubin.
 
-    These kernels spill to the stack, and have nothing else there.
+    These kernels use the stack for spills only.
 
     Parameters
     ----------
@@ -331,7 +331,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def simulated(variant: Variant, compiled: Any) -> tuple[step_time.Step, step_time.Step]:
-    """Simulate a step of a compiled variant; of a stepwise one, a launch.
+    """Simulate a step of a compiled variant; for a stepwise one, a launch.
 
     Parameters
     ----------
@@ -342,8 +342,8 @@ def simulated(variant: Variant, compiled: Any) -> tuple[step_time.Step, step_tim
     Returns
     -------
     alone, full : step_time.Step
-        Of one group of programs that has the GPU for itself, and where all multiprocessors run such
-        programs and share the bytes from L2.
+        With one group of programs alone on the GPU, and with such programs on all multiprocessors,
+        which share the L2 bandwidth.
     """
     cubin, trips = compiled.asm["cubin"], 0
     slices = -(-variant.hidden_size // variant.block_h)
@@ -367,7 +367,7 @@ _SASS_PRODUCT = re.compile("HMMA|HGMMA|FFMA")
 
 
 def unrolled(ptx: str, code: Sequence[sass.Instruction]) -> int:
-    """Tell how many turns of the longest loop ptxas made one, by the products in it.
+    """Return how many iterations of the longest loop ptxas unrolled into one, by its products.
 
     Parameters
     ----------
@@ -401,23 +401,23 @@ def in_processes(function: Callable[[Any], _T], items: Sequence[Any], jobs: int)
     Parameters
     ----------
     function : callable
-        Of a module.
+        Defined at module level.
     items : sequence
     jobs : int
 
     Yields
     ------
     object
-        What the function returned, in the order of `items`.
+        The function's results, in the order of `items`.
     """
-    # A fork of a process with threads, as torch's is, may hang.
+    # Forking a process with threads, as torch has, may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         yield from pool.map(function, items)
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a table in place of another, of which nothing is lost if this is interrupted.
+    """Replace a table atomically, so that an interruption loses nothing.
 
     Parameters
     ----------
@@ -434,13 +434,13 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]
 
 
 def read_table(path: Path, n_key: int) -> dict[tuple[str, ...], list[str]]:
-    """Read the rows of a table, if there is one, by their first fields.
+    """Read the rows of a table, if it exists, keyed by their first fields.
 
     Parameters
     ----------
     path : pathlib.Path
     n_key : int
-        How many fields are the key.
+        How many fields form the key.
 
     Returns
     -------

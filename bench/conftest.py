@@ -1,3 +1,3 @@
-"""``pytest bench`` runs the speed tests alone; the other files are parts of ``fastrnn.bench``."""
+"""``pytest bench`` runs only the speed tests; the other files are modules of ``fastrnn.bench``."""
 
 collect_ignore_glob = ["[!t]*.py"]

@@ -30,7 +30,7 @@ exit:
 
 @functools.cache
 def _region() -> tuple[int, Any] | None:
-    """The address of the compiled region, and what keeps it in memory."""
+    """Return the address of the compiled region, and the object that keeps it in memory."""
     try:
         import llvmlite.binding as llvm
 
@@ -44,7 +44,7 @@ def _region() -> tuple[int, Any] | None:
     llvm.initialize_native_asmprinter()
     address = ctypes.cast(library.GOMP_barrier, ctypes.c_void_p).value
     llvm.add_symbol("GOMP_barrier", address)
-    # Pointers with types in older versions of LLVM, without in newer ones.
+    # Older versions of LLVM have typed pointers, newer ones opaque pointers.
     code = _CODE if llvm.llvm_version_info[0] < 15 else _CODE.replace("i64*", "ptr")
     owner = llvm.create_mcjit_compiler(llvm.parse_assembly(code), engine.target_machine())
     owner.finalize_object()
@@ -52,7 +52,7 @@ def _region() -> tuple[int, Any] | None:
 
 
 def loop(device: torch.device, steps: int) -> Callable[[], None] | None:
-    """Make a call that waits so many times for all threads of torch.
+    """Make a call that synchronises all of torch's threads so many times.
 
     Parameters
     ----------

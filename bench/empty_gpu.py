@@ -1,8 +1,8 @@
-"""An empty exchange on a GPU: the programs of a persistent kernel only hand h around.
+"""An empty exchange on a GPU: the programs of a persistent kernel only exchange h.
 
-As those kernels do it (``kernels/words.py``), on tiles like theirs: 16 rows of 512 units in 32
-programs of 8 warps, in bfloat16. Every warp waits for its part of all columns, and no program
-publishes before all of its warps have theirs.
+It works as in those kernels (``kernels/words.py``), on similar tiles: 16 rows of 512 units in 32
+programs of 8 warps, in bfloat16. Each warp waits for its part of all columns, and no program
+publishes before all of its warps have received theirs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BLOCK_K, _WARPS = 32, 8
 
 @gluon.jit
 def hand_on(row_ptr, new, buffer, columns, publish_offsets, publish_mask, H: gl.constexpr):
-    """Publish a slice of h, wait for those of all others, and return one more than what came."""
+    """Publish a slice of h, wait for those of all others, and return one more than was received."""
     offsets, left = columns
     W: gl.constexpr = offsets.shape[0]
     STRIDE: gl.constexpr = W * offsets.shape[2]
@@ -40,7 +40,7 @@ def hand_on(row_ptr, new, buffer, columns, publish_offsets, publish_mask, H: gl.
         h = chunks[0].to(row_ptr.dtype.element_ty, bitcast=True)
         most = gl.maximum(most, h.to(gl.float32))
         chunks = chunks[1:]
-    # Of each row in a warp's columns, then in all of them, behind one barrier.
+    # The maximum over a warp's columns of each row, then over all of them, after one barrier.
     buffer.store(gl.max(most, 2))
     row = gl.max(buffer.load(gl.SliceLayout(1, sums_layout(W))), 0)
     row = gl.convert_layout(row, gl.SliceLayout(0, TILE), assert_trivial=True)
@@ -49,7 +49,7 @@ def hand_on(row_ptr, new, buffer, columns, publish_offsets, publish_mask, H: gl.
 
 @gluon.jit(do_not_specialize=["steps"])
 def empty_kernel(state_ptr, steps, H: gl.constexpr, BLOCK_K: gl.constexpr):
-    """Hand h around: that of step t is t, in every unit and row."""
+    """Exchange h repeatedly: at step t it is t, for every unit and row."""
     W: gl.constexpr = gl.num_warps()
     dtype: gl.constexpr = state_ptr.dtype.element_ty
     TILE: gl.constexpr = gl.SliceLayout(0, sums_layout(W))
@@ -60,7 +60,7 @@ def empty_kernel(state_ptr, steps, H: gl.constexpr, BLOCK_K: gl.constexpr):
     )
     mask = (unit < H) & (row < TILE_ROWS)
     columns = columns_of(H, TILE_ROWS, H, W, BLOCK_K)
-    # Turn about, so that none is overwritten while others still read it.
+    # Two buffers, used alternately, so that none is overwritten while still being read.
     even = gl.allocate_shared_memory(gl.float32, [W, TILE_ROWS], PLAIN)
     odd = gl.allocate_shared_memory(gl.float32, [W, TILE_ROWS], PLAIN)
     new = gl.zeros([UNITS, TILE_ROWS], dtype, TILE)
@@ -73,7 +73,7 @@ def empty_kernel(state_ptr, steps, H: gl.constexpr, BLOCK_K: gl.constexpr):
 
 
 def loop(device: torch.device, steps: int) -> Callable[[], None] | None:
-    """Make a call that hands h around so many times.
+    """Make a call that exchanges h so many times.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ def loop(device: torch.device, steps: int) -> Callable[[], None] | None:
     Returns
     -------
     callable or None
-        None for a device that has no persistent kernel.
+        None if the device has no persistent kernel.
     """
     facts = devices.gpu(device.index)
     shape = configs.Shape(1, _ROWS, _HIDDEN, 1, 2, "tf32")
@@ -93,7 +93,7 @@ def loop(device: torch.device, steps: int) -> Callable[[], None] | None:
     state = torch.empty(steps, _ROWS, _HIDDEN, dtype=torch.bfloat16, device=device)
 
     def call() -> None:
-        # What a layer does before each launch.
+        # As a layer does before each launch.
         state.view(torch.int16).fill_(MISSING.value)
         with torch.cuda.device_of(state):
             empty_kernel[(_HIDDEN // _UNITS,)](

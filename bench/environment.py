@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from .. import hardware
 from .._version import __version__
 
 
@@ -66,15 +67,15 @@ def environment(device: torch.device, command: str) -> Environment:
     -------
     Environment
     """
-    commit, dirty = _commit()
+    commit, dirty = checkout()
     return Environment(
         fastrnn=__version__,
         torch=torch.__version__,
-        triton=_version("triton"),
+        triton=version("triton"),
         cudnn=str(torch.backends.cudnn.version()) if device.type == "cuda" else "none",
-        driver=_driver() if device.type == "cuda" else "none",
+        driver=driver() if device.type == "cuda" else "none",
         python=platform.python_version(),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else hardware.cpu().name,
         device_type=device.type,
         threads=torch.get_num_threads(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -84,34 +85,53 @@ def environment(device: torch.device, command: str) -> Environment:
     )
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Look up the version of an installed package.
+
+    Parameters
+    ----------
+    package : str
+
+    Returns
+    -------
+    str
+        'none' if it is not installed.
+    """
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "none"
 
 
-def _driver() -> str:
+def driver() -> str:
+    """Ask nvidia-smi for the version of NVIDIA's driver.
+
+    Returns
+    -------
+    str
+        'unknown' if it does not answer.
+    """
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         found = subprocess.run(
-            query, capture_output=True, encoding="utf-8", errors="replace", check=True
+            query, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=10
         ).stdout.split()
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         found = []
     return found[0] if found else "unknown"
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+def checkout() -> tuple[str, bool]:
+    """Look up the commit of fastrnn's checkout.
 
+    Returns
+    -------
+    commit : str
+        Short hash, or 'unknown' if this is not a checkout.
+    dirty : bool
+        Whether it has changes that are not committed.
+    """
 
-def _commit() -> tuple[str, bool]:
     def git(*args: str) -> str:
         done = subprocess.run(
             ["git", *args],

@@ -1,4 +1,4 @@
-"""Whether results are right: how far they are from torch.nn's, and how far they may be."""
+"""Check results: how far they are from torch.nn's, and how far they may be."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .registry import Case
 
 
 class Tolerances(NamedTuple):
-    """How far two correct implementations may be apart, relative to the largest element.
+    """How far two correct implementations may differ, relative to the largest element.
 
     Attributes
     ----------
     recurrent : float
         For the output, states, and the gradients of input and states.
     summed : float
-        For the gradients of weights and biases.
+        For the gradients of weights and biases, which are sums.
     parameters : int
-        How many of the results, the last ones, are of the second kind.
+        How many of the results, counted from the last, are of the second kind.
     """
 
     recurrent: float
@@ -33,15 +33,15 @@ class Tolerances(NamedTuple):
 
 
 def tolerances_of(case: Case, device: torch.device) -> Tolerances:
-    """Derive the tolerances from the dtype and the number of terms that are added up.
+    """Derive the tolerances from the dtype and the number of terms in the sums.
 
-    Rounding errors that add up at random grow with the square root of their number. The
-    recurrence itself forgets (at torch's initial weights its Jacobian has a norm of about
-    0.6), so outputs do not get worse with T, but the gradients of weights are sums over all steps
-    and rows. In float32 and float64 all sums are taken in that dtype. Half precision, and TF32 in
-    cuDNN, multiply rounded numbers but sum up in float32, except that torch's loop over steps adds
-    up weight gradients in half precision. Differences seen on a CPU, over all cells and dtypes, T
-    to 1024 and three layers, are up to 53 % of these.
+    Rounding errors that accumulate at random grow with the square root of their number. The
+    recurrence itself forgets (at torch's initial weights its Jacobian has a norm of about 0.6), so
+    the error of outputs does not grow with T, but the gradients of weights are sums over all steps
+    and rows. In float32 and float64 all sums are in that dtype. Half precision, and TF32 in cuDNN,
+    multiply rounded numbers but accumulate in float32, except that torch's loop over steps
+    accumulates weight gradients in half precision. The differences observed on a CPU, over all
+    cells and dtypes, T up to 1024 and up to three layers, reach 53 % of these tolerances.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def tolerances_of(case: Case, device: torch.device) -> Tolerances:
         device.type == "cuda" and case.dtype == "float32" and devices.float32_precision() == "tf32"
     )
     if is_tf32:
-        eps = torch.finfo(torch.float16).eps  # which has as many bits
+        eps = torch.finfo(torch.float16).eps  # TF32 has as many mantissa bits
     if is_tf32 or case.is_half:
         n_recurrent, n_summed = 0, steps
     base = 2 + 2 * case.num_layers
@@ -72,7 +72,7 @@ def tolerances_of(case: Case, device: torch.device) -> Tolerances:
 def worst_error(
     ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerances: Tolerances
 ) -> tuple[float, float]:
-    """Find the tensor that is furthest from what is allowed.
+    """Find the tensor with the largest error relative to its tolerance.
 
     Parameters
     ----------
@@ -82,8 +82,8 @@ def worst_error(
     Returns
     -------
     error, tolerance : float
-        The largest difference in that tensor, relative to the largest element of theirs, and how
-        large it may be. Infinite if number, shapes or dtypes differ.
+        The largest difference in that tensor, relative to the largest element of theirs, and its
+        tolerance. Infinite if number, shapes or dtypes differ.
     """
     if [(t.shape, t.dtype) for t in ours] != [(t.shape, t.dtype) for t in theirs]:
         return math.inf, tolerances.recurrent
@@ -94,7 +94,7 @@ def worst_error(
         error = (a - b).abs().max().item() / (scale or 1.0)
         is_summed = k >= len(ours) - tolerances.parameters
         tolerance = tolerances.summed if is_summed else tolerances.recurrent
-        # Written so that a NaN is the worst.
+        # Written so that a NaN counts as the worst.
         if not error / tolerance <= worst[0] / worst[1]:
             worst = error, tolerance
         if math.isnan(error):

@@ -1,7 +1,7 @@
-"""What ``on_gpu`` runs in processes of their own: ``python -m fastrnn.bench.gpu_parts NAME``.
+"""Parts that ``on_gpu`` runs in separate processes: ``python -m fastrnn.bench.gpu_parts NAME``.
 
-A part has cases, and a row for each in ``NAME.json``, which is written before and after each case:
-whatever ends the process, the rows are there, and the same command goes on with the next case.
+A part consists of cases. ``NAME.json`` has a row for each and is written before and after each
+case: however the process ends, the rows are kept, and the same command resumes with the next case.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from .registry import Case
 from .results import Results, Row
 
 _SECONDS_PER_CASE = 0.3
-_NAME = 42  # columns of a table for the name of a case
-#: Exit status when the process can use the GPU no more.
+_NAME = 42  # width of the name column
+#: Exit status when the process can no longer use the GPU.
 BROKEN = 3
 
 
 class Rows(NamedTuple):
-    """A part that is made of cases.
+    """A part that consists of cases.
 
     Attributes
     ----------
     cases : sequence
-        Each with a name.
+        Each has a name.
     run : callable
         Takes a case; returns its row, with `status` ('ok' if nothing is wrong) and `reason`.
     limit : float
-        Seconds that a case may take; what takes longer hangs.
+        Seconds that a case may take before it counts as hung.
     """
 
     cases: Sequence[Any]
@@ -56,7 +56,7 @@ class Rows(NamedTuple):
 
 
 def run_cases(part: Rows, name: str, out: Path, seconds: float) -> int:
-    """Run the cases that have no row yet.
+    """Run the cases that do not have a row yet.
 
     Parameters
     ----------
@@ -64,12 +64,12 @@ def run_cases(part: Rows, name: str, out: Path, seconds: float) -> int:
     name : str
     out : Path
     seconds : float
-        After which no case begins.
+        After which no further case begins.
 
     Returns
     -------
     int
-        Exit status: 0, or `BROKEN` if a case left a GPU that does not answer.
+        Exit status: 0, or `BROKEN` if the GPU stopped responding in a case.
     """
     end = time.monotonic() + seconds
     path = out / f"{name}.json"
@@ -82,7 +82,7 @@ def run_cases(part: Rows, name: str, out: Path, seconds: float) -> int:
         faulthandler.dump_traceback_later(part.limit, exit=True, file=2)
         try:
             row |= part.run(case)
-        except Exception as failure:  # of whatever kind: the others must go on
+        except Exception as failure:  # of any kind: the other cases must run
             reason = traceback.format_exception_only(failure)[-1].strip().partition("\n")[0]
             row |= {"status": "failed", "reason": reason, "traceback": traceback.format_exc()}
         finally:
@@ -96,7 +96,7 @@ def run_cases(part: Rows, name: str, out: Path, seconds: float) -> int:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a part, of which there may be none.
+    """Read the rows of a part; an empty list if there are none.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file that is whole at every moment.
+    """Write a file atomically.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _answers() -> bool:
-    """Whether the GPU still takes work of this process; after a fault it does not."""
+    """Return whether the GPU still accepts work from this process; after a fault it does not."""
     try:
         torch.cuda.synchronize()
     except Exception:
@@ -142,7 +142,7 @@ def _time_steps(case: Case) -> dict[str, Any]:
 
 
 def _bench(out: Path, case: Case) -> dict[str, Any]:
-    """Measure a case as the benchmark does; its files, in a folder, have all cases so far."""
+    """Measure a case as the benchmark does, and update its files with all cases so far."""
     device = torch.device("cuda")
     rows = measure.measure(case, device, _SECONDS_PER_CASE, default_providers("full", device.type))
     limits = Limits(device)
@@ -162,7 +162,7 @@ def _bench(out: Path, case: Case) -> dict[str, Any]:
 
 
 def _environment(out: Path) -> Environment:
-    """As `on_gpu` found it."""
+    """Return the environment that `on_gpu` recorded."""
     try:
         found = json.loads((out / "gpu.json").read_text(encoding="utf-8"))["environment"]
     except FileNotFoundError:
@@ -171,7 +171,7 @@ def _environment(out: Path) -> Environment:
 
 
 def _expected(case: Case, device: torch.device) -> dict[str, Any]:
-    """What the planner expected of a case: its path, its kernels and the time of their steps."""
+    """Return what the planner expected for a case: path, kernels and their simulated step times."""
     plan = planner.plan(problem_of(case, device))
     passes = ("forward", "backward") if case.mode == "training" else ("forward",)
     choices = dict(zip(passes, plan.kernels or (), strict=False))
@@ -182,7 +182,7 @@ def _expected(case: Case, device: torch.device) -> dict[str, Any]:
     }
 
 
-#: Of each part, by its name.
+#: The cases of each part, by its name.
 CASES = {"telling": gpu_telling.CASES, "steps": gpu_steps.CASES, "bench": bench_cases()}
 
 
@@ -196,12 +196,12 @@ def _part(name: str, out: Path) -> Rows:
 
 
 def line(name: str, row: dict[str, Any]) -> str:
-    """Make the line, or lines, of a row in the table of a part.
+    """Format a row of a part's table, in one or more lines.
 
     Parameters
     ----------
     name : str
-        Of the part.
+        Name of the part.
     row : dict of str to Any
 
     Returns
@@ -211,7 +211,7 @@ def line(name: str, row: dict[str, Any]) -> str:
     if row["status"] != "ok" and not row.get("rows"):
         return f"{row['name']:{_NAME}}{row['status']}: {row['reason']}"
     if name == "telling":
-        return f"{row['name']:{_NAME}}ok: {row['error']:.2f} of what is allowed, by {row['ran']}"
+        return f"{row['name']:{_NAME}}ok: {row['error']:.2f} of the tolerance, by {row['ran']}"
     if name == "steps":
         loops = ("forward_kernel", "backward_kernel")
         kernels = sum(us for kernel, us in row["kernel_us"].items() if kernel.startswith(loops))
@@ -222,7 +222,7 @@ def line(name: str, row: dict[str, Any]) -> str:
     return "\n".join(_bench_line(row, Row.from_record(record)) for record in row["rows"])
 
 
-#: What is above the lines.
+#: Table headers.
 HEADERS = {
     "telling": f"{'telling':{_NAME}}",
     "steps": f"{'steps: us a step (20th, 80th percentile)':{_NAME}}{'sim.':>6}{'kernel':>7}"
@@ -254,7 +254,7 @@ def _bench_line(expected: dict[str, Any], row: Row) -> str:
 
 _ALL = ("resident", "persistent", "stepwise")
 _NOISE = {"recurrent_dropout": 0.5, "zoneout": 0.3}
-#: What a sanitizer sees: layers, options and schedules.
+#: What runs under a sanitizer: layers, options and schedules.
 SMALL: tuple[tuple[Any, dict[str, Any], tuple[str, ...]], ...] = (
     (nn.LSTM, {}, _ALL),
     (nn.GRU, _NOISE, _ALL),
@@ -299,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("name", choices=(*CASES, "small"))
     parser.add_argument("--out", type=terminal.path, default=Path(), help="folder (default .)")
     parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="after which no case begins"
+        "--seconds", type=float, default=math.inf, help="after which no further case begins"
     )
     args = parser.parse_args(argv)
     if args.name == "small":

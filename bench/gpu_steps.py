@@ -1,4 +1,4 @@
-"""How long a step takes on a GPU, in our kernels and in torch.nn's."""
+"""Time a step on a GPU, in our kernels and in torch.nn's."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .measure import Ready, band, ratio_band, ready, time_pairs
 from .providers import BASELINE, OURS, PROVIDERS, problem_of, torch_algorithm
 from .registry import MODES, Case
 
-_STEPS = 1024  # so many that what is not the loop through time hardly counts
-_SECONDS = 0.25  # for each pair of ours and one of torch.nn's
+_STEPS = 1024  # enough to make everything but the loop through time negligible
+_SECONDS = 0.25  # for each pairing of ours with one of torch.nn's
 
-#: bfloat16, by cell, batch and size; forward, and with backward.
+#: bfloat16, by cell, batch and size; forward, and forward with backward.
 CASES = [
     Case(cell, mode, "bfloat16", _STEPS, batch, hidden, hidden)
     for cell, batch, hidden in (
@@ -39,7 +39,7 @@ CASES = [
 def measure_steps(
     case: Case, device: torch.device, schedule: str = "persistent", seconds: float = _SECONDS
 ) -> dict[str, Any]:
-    """Time a layer of ours beside torch.nn's in the same dtype and in float16, alternately.
+    """Time our layer against torch.nn's in the same dtype and in float16, alternately.
 
     cuDNN keeps recurrent weights on chip in float16 only.
 
@@ -56,9 +56,9 @@ def measure_steps(
     -------
     dict of str to Any
         `status` ('ok' or 'wrong') and `reason`; what `ran`, in which `configs`, and what the
-        planner would take (`planned`); microseconds a step: `expected_us` of the kernels, which is
-        simulated, or None, `kernel_us` of all GPU kernels of ours that took longest, by name, and
-        the bands `ours_us` and, with the `ratio` of the pairs, those `beside`, by dtype.
+        planner would take (`planned`). In microseconds per step: `expected_us`, the simulated time
+        of the kernels, or None; `kernel_us`, by name, of our GPU kernels that took longest; and the
+        bands `ours_us` and, by dtype, torch.nn's in `beside`, with the `ratio` of the pairs.
     """
     from ..kernels import launch
 
@@ -82,7 +82,7 @@ def measure_steps(
         for results in (bounded, mine.results()):
             error, tolerance = worst_error(results, expected, tolerances)
             row |= {"error": error, "tolerance": tolerance}
-            # Written so that a NaN is wrong.
+            # Written so that a NaN counts as wrong.
             if not error <= tolerance:
                 reason = f"error {error:.1e}, allowed {tolerance:.1e}"
                 return {**row, "status": "wrong", "reason": reason}
@@ -106,7 +106,7 @@ def measure_steps(
 
 
 def expected_us(choices: Iterable[Choice]) -> float | None:
-    """Add up the simulated times of a step; None if one was not simulated.
+    """Add up the simulated step times; None if any was not simulated.
 
     Parameters
     ----------
@@ -130,7 +130,7 @@ def _per_step(seconds: Any, steps: int) -> Any:
 
 
 def _kernel_us(layer: Ready, steps: int) -> dict[str, float]:
-    """The GPU's own time for the five kernels that take longest, as torch's profiler saw them."""
+    """Return the GPU time of the five longest-running kernels, from torch's profiler."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     found: dict[str, float] = {}
     try:
@@ -141,13 +141,13 @@ def _kernel_us(layer: Ready, steps: int) -> dict[str, float]:
             if event.device_type == torch.autograd.DeviceType.CUDA:
                 us = event.time_range.elapsed_us()
                 found[event.name] = found.get(event.name, 0.0) + us / steps
-    except (RuntimeError, AttributeError):  # the other times do without it
+    except (RuntimeError, AttributeError):  # the other times do not depend on it
         return {}
     return dict(sorted(found.items(), key=lambda item: -item[1])[:5])
 
 
 def bench_cases() -> list[Case]:
-    """Cases of the benchmark, the most telling first.
+    """List cases of the benchmark, the most informative first.
 
     Returns
     -------

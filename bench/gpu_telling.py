@@ -1,9 +1,9 @@
-"""Whether kernels are right on a GPU: telling cases, most of those whose programs wait for each
-other, then of layers whose step is more than one product.
+"""Check kernels on a GPU with a few informative cases: first and mostly those whose programs wait
+for each other, then layers whose step is more than one product.
 
-Each is a layer, forward and backward, beside the reference path in float64, which is torch's own
-operations. As in the tests, the error of every output and gradient may be twice that of the same
-path in the layer's dtype, and two roundings.
+Each case is a layer, forward and backward, compared with the reference path in float64, which uses
+torch's own operations. As in the tests, the error of every output and gradient may be twice that of
+the same path in the layer's dtype, plus two roundings.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .limits import on_equal_terms
 from .providers import problem_of
 from .registry import Case
 
-#: After so many polls, some 20 ms, a program that waits is taken to wait in vain.
+#: After so many polls, about 20 ms, a waiting program gives up.
 POLLS = 20_000
 
 
@@ -32,8 +32,8 @@ class Telling(NamedTuple):
     """A layer to check; float32 multiplies in TF32.
 
     If `marked`, it has lengths and resets; if `fresh`, also states after a reset, and the states of
-    all steps are outputs. If `recompute`, backward computes the activations again. `zoneout` is
-    drawn alike in every dtype, which torch does not promise of a dropout.
+    all steps are outputs. If `recompute`, backward recomputes the activations. `zoneout` draws the
+    same mask in every dtype, which torch does not guarantee for dropout.
     """
 
     cell: str
@@ -50,7 +50,7 @@ class Telling(NamedTuple):
 
     @property
     def case(self) -> Case:
-        """The same as the benchmark has it, which knows no marks."""
+        """The corresponding case of the benchmark, which has no marks."""
         sizes = self.steps, self.batch, self.hidden_size, self.hidden_size
         return Case(
             *(self.cell, "training", self.dtype, *sizes),
@@ -60,15 +60,15 @@ class Telling(NamedTuple):
 
     @property
     def name(self) -> str:
-        """All of it, in one line."""
+        """All fields in one line."""
         names = ("marked", "fresh", "recompute")
         options = [name for name in names if getattr(self, name)]
         return " ".join((self.cell, self.case.shape, *options))
 
 
-#: The simplest first. Each cell of torch.nn is there in half precision, and one with weights beyond
-#: theirs; each dtype, each option, hidden sizes from 99 to 1024. Other cells, sizes and
-#: combinations are for the tests. A normalised cell has so few steps that roundings do not grow.
+#: The simplest first. Each of torch.nn's cells appears in half precision, and one with additional
+#: weights; so does each dtype and option, with hidden sizes from 99 to 1024. Tests cover the other
+#: cells, sizes and combinations. A normalised cell has so few steps that roundings do not grow.
 CASES = (
     Telling("lstm", "bfloat16", 16, 512),
     Telling("gru", "bfloat16", 16, 512, marked=True),
@@ -88,7 +88,7 @@ CASES = (
 
 
 def choose(problem: Problem, schedule: str) -> tuple[str, planner.Plan]:
-    """Choose a schedule for a problem if its GPU has it, else what the planner takes of ours.
+    """Choose a schedule for a problem if its GPU supports it, else ours that the planner picks.
 
     Parameters
     ----------
@@ -110,25 +110,25 @@ def choose(problem: Problem, schedule: str) -> tuple[str, planner.Plan]:
 
 
 def replaced(schedule: str, path: str, device: torch.device) -> str:
-    """Say why a GPU that should have a schedule ran another path in its place.
+    """Explain why a GPU that should support a schedule ran another path instead.
 
     Parameters
     ----------
     schedule : str
-        What was asked for.
+        The requested schedule.
     path : str
-        What `choose` found.
+        The path that `choose` returned.
     device : torch.device
 
     Returns
     -------
     str
-        Empty if the schedule ran, or on a device for which there are no persistent kernels.
+        Empty if the schedule ran, or if the device has no persistent kernels.
     """
     gpu = devices.gpu(device.index) if device.type == "cuda" else None
     if gpu is None or gpu.target != "cuda" or gpu.capability < 80:
         return ""
-    if schedule == "persistent" and gpu.gap:  # perhaps since it ran
+    if schedule == "persistent" and gpu.gap:  # the gap may have been found only while it ran
         return gpu.gap
     return "" if path == schedule else f"no {schedule} schedule of this on {gpu.name}"
 
@@ -144,8 +144,8 @@ def check(case: Telling, device: torch.device) -> dict[str, Any]:
     Returns
     -------
     dict of str to Any
-        `status` ('ok' or 'wrong') and `reason`; which path `ran`; the `error` in units of what is
-        allowed, and the `tensor` whose it is, the worst.
+        `status` ('ok' or 'wrong') and `reason`; which path `ran`; the `error` relative to the
+        tolerance, and the `tensor` where it is worst.
     """
     from ..kernels import launch
 
@@ -157,7 +157,7 @@ def check(case: Telling, device: torch.device) -> dict[str, Any]:
     exact = _results(case, copy.deepcopy(layer).double(), numbers, "reference")
     with on_equal_terms(device):
         stock = _results(case, layer, numbers, "reference")
-        # A wait in vain ends here. The kernels without such an end are others, so both are run.
+        # A wait without end gives up here. Kernels without the limit are other code, so run both.
         with launch.bounded_spin(POLLS):
             bounded = _results(case, layer, numbers, path)
         first, again = (_results(case, layer, numbers, path) for _ in range(2))
@@ -168,10 +168,10 @@ def check(case: Telling, device: torch.device) -> dict[str, Any]:
     ]
     error, tensor = max(errors, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])
     reason = ""
-    if not error <= 1:  # a NaN is wrong
-        reason = f"{tensor}: {error:.3g} times the error that is allowed"
+    if not error <= 1:  # a NaN counts as wrong
+        reason = f"{tensor}: error {error:.3g} times the tolerance"
     elif changed := [name for name in first if not torch.equal(first[name], again[name])]:
-        reason = f"the same call gave other results: {', '.join(changed)}"
+        reason = f"a repeated call gave different results: {', '.join(changed)}"
     else:
         reason = replaced(case.schedule, path, device)
     return {
@@ -184,7 +184,7 @@ def check(case: Telling, device: torch.device) -> dict[str, Any]:
 
 
 class _Numbers(NamedTuple):
-    """Tensors of a case, on the CPU: x, states and those after a reset, by name; the marks."""
+    """Tensors of a case on the CPU, by name: x, states and those after a reset; and the marks."""
 
     leaves: dict[str, Tensor]
     marks: dict[str, Tensor]
@@ -213,7 +213,7 @@ def _numbers(case: Telling) -> _Numbers:
 def _results(
     case: Telling, layer: torch.nn.Module, numbers: _Numbers, path: str
 ) -> dict[str, Tensor]:
-    """Every output and gradient by a path, on the layer's device and in its dtype."""
+    """Compute all outputs and gradients by a path, on the layer's device and in its dtype."""
     like = next(layer.parameters())
     leaves = {
         name: part.detach().to(like).requires_grad_() for name, part in numbers.leaves.items()
@@ -225,7 +225,7 @@ def _results(
     if case.fresh:
         options |= {"reset_state": _as_state(fresh), "return_states": True}
     generator, dtype = torch.Generator().manual_seed(1), numbers.leaves["x"].dtype
-    torch.manual_seed(0)  # of zoneout
+    torch.manual_seed(0)  # for zoneout
     with forced(path):
         outputs = flat(layer(x, _as_state(first), recompute=case.recompute, **options))
         cotangents = [
@@ -244,9 +244,9 @@ def _as_state(parts: Sequence[Tensor]) -> Any:
 
 
 def _error(ours: Tensor, stock: Tensor, exact: Tensor) -> float:
-    """The error in units of what is allowed.
+    """Return the error in units of the tolerance.
 
-    Where TF32 may be used torch need not do so, and then is more exact than that.
+    Where TF32 is allowed torch may not use it; its own error then is smaller than that of TF32.
     """
     is_tf32 = ours.dtype == torch.float32 and devices.float32_precision() == "tf32"
     eps = 2.0**-10 if is_tf32 else torch.finfo(ours.dtype).eps

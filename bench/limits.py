@@ -1,10 +1,10 @@
-"""What a device can do, measured, as a yardstick for the time of a case.
+"""Measure what a device can do, as a yardstick for the time of a case.
 
-Whatever the implementation, a case needs its products, has to move its inputs, outputs and weights,
-and has to hand h from step to step. `Limits` measures how fast the device multiplies, copies and
-hands over in the same run, and turns that into the time that the slowest of these takes alone. It
-is a yardstick, not a proof: caches may be faster than the copy that stands for them, and fewer
-programs hand over faster than those of the empty exchange.
+Any implementation has to compute the products, move inputs, outputs and weights, and pass h from
+step to step. In the same run as the case, `Limits` measures how fast the device multiplies, copies
+and exchanges data, and derives the time that the slowest of these takes on its own. It is a
+yardstick, not a proof: caches may be faster than the copy that represents them, and fewer programs
+exchange data faster than those of the empty exchange.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from .providers import problem_of
 from .registry import Case
 
 _GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
-# Working sets of these bytes are copied, half of them to the other half: as near to the processor
-# as they may lie in caches.
+# Working sets that are copied, one half to the other: caches keep the data as close to the
+# processor as its size permits.
 _COPY_BYTES = [2**k for k in range(20, 28)]
 _REPEATS = 5
-# In one measurement; on a GPU so many that launching the first does not matter.
+# Per measurement; on a GPU enough to make the first launch negligible.
 _COPIES = {"cpu": 1, "cuda": 20}
 
 
 class Bound(NamedTuple):
-    """The limit of a case in milliseconds, and what it is that takes so long.
+    """The lower limit of a case in milliseconds, and what determines it.
 
     'products', 'memory' (inputs, outputs and weights, once), 'weights' (the recurrent ones, read at
-    every step where they cannot be kept on chip), or 'exchange' (of h, at every step).
+    every step where they do not stay on chip), or 'exchange' (of h, at every step).
     """
 
     ms: float
@@ -42,7 +42,7 @@ class Bound(NamedTuple):
 
 
 class Limits:
-    """The speed of a device, as far as seen.
+    """The speed of a device, from all measurements so far.
 
     Parameters
     ----------
@@ -51,13 +51,13 @@ class Limits:
     Attributes
     ----------
     gemm : dict of str to float
-        Operations a second of a large matrix product, by dtype. On a CPU half precision counts as
-        float32, which not all multiply faster.
+        Operations per second of a large matrix product, by dtype. On a CPU half precision counts as
+        float32, since not every CPU multiplies it faster.
     copy : dict of int to float
-        Bytes read and written a second by a copy, by bytes of both buffers.
+        Bytes read and written per second by a copy, by total bytes of both buffers.
     exchange_us : float, optional
-        Of one step of a loop in which every program (on a CPU thread) waits for all others and
-        does nothing else; None where there is nothing to measure it with.
+        Per step of a loop in which every program (on a CPU, thread) waits for all others and does
+        nothing else; None where it cannot be measured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -67,7 +67,7 @@ class Limits:
         self.exchange_us: float | None = None
 
     def observe(self, case: Case) -> None:
-        """Measure what bounds a case once more; the best that was ever seen counts."""
+        """Measure once more what bounds a case; the best value seen counts."""
         with on_equal_terms(self.device):
             self._observe_gemm(self._dtype(case))
             for size in {self._copy_size(case.min_bytes), self._copy_size(_recurrent_bytes(case))}:
@@ -95,7 +95,7 @@ class Limits:
             "memory": case.min_bytes / self.copy[self._copy_size(case.min_bytes)],
         }
         if recurrent > self._on_chip_bytes(case):
-            # Not in the first step, whose weights are part of 'memory'.
+            # Not at the first step, whose reads are part of 'memory'.
             read = (steps - passes * case.num_layers) * recurrent
             seconds["weights"] = read / self.copy[self._copy_size(recurrent)]
         if self.exchange_us is not None and self._exchanges(case):
@@ -104,7 +104,7 @@ class Limits:
         return Bound(seconds[by] * 1e3, by)
 
     def record(self) -> dict[str, Any]:
-        """What was measured, as files have it."""
+        """Return the measurements as they are stored in files."""
         return {
             "gemm_tflops": {dtype: speed / 1e12 for dtype, speed in self.gemm.items()},
             "copy_gb_s": {str(size): self.copy[size] / 1e9 for size in sorted(self.copy)},
@@ -129,7 +129,7 @@ class Limits:
 
     @staticmethod
     def _copy_size(size: float) -> int:
-        """The working set whose speed stands for one of so many bytes."""
+        """Return the working set whose speed represents one of so many bytes."""
         return next((bytes for bytes in _COPY_BYTES if bytes >= size), _COPY_BYTES[-1])
 
     def _fastest(self, call: Callable[[], Tensor]) -> float:
@@ -138,12 +138,12 @@ class Limits:
         return min(seconds_of(call, repeats, self.device) for _ in range(_REPEATS))
 
     def _on_chip_bytes(self, case: Case) -> int:
-        """Of the weights that need not be read again: a GPU's shared memory, all of it."""
+        """Return the bytes of weights that stay on chip: on a GPU, all of its shared memory."""
         facts = problem_of(case, self.device).gpu
         return 0 if facts is None else facts.processors * facts.shared_memory
 
     def _exchanges(self, case: Case) -> bool:
-        """Whether the state has to cross between processors at each step."""
+        """Return whether the state has to cross between processors at each step."""
         if case.is_step:
             return False
         problem = problem_of(case, self.device)
@@ -157,10 +157,10 @@ class Limits:
 
 @contextlib.contextmanager
 def on_equal_terms(device: torch.device) -> Iterator[None]:
-    """Make a device the current one, and let all multiply float32 as torch's recurrent layers do.
+    """Make a device current, and let all providers multiply float32 like torch's recurrent layers.
 
-    cuDNN has a switch of its own for TF32, on by default where that of matrix products is off: who
-    computes with matrix products would do other work.
+    cuDNN has its own switch for TF32, which is on by default while that of matrix products is off:
+    a provider that uses matrix products would do different work.
 
     Parameters
     ----------
@@ -185,7 +185,7 @@ def _recurrent_bytes(case: Case) -> int:
 
 
 def uses_threads(case: Case) -> bool:
-    """Whether our kernels for a CPU share the steps of a case among threads."""
+    """Return whether our CPU kernels distribute the steps of a case over threads."""
     if torch.get_num_threads() == 1:
         return False
     try:
@@ -198,7 +198,7 @@ def uses_threads(case: Case) -> bool:
 
 
 def exchange_us(device: torch.device) -> float | None:
-    """Measure one step of a loop in which all wait for all and nothing else is done.
+    """Time a step of a loop in which all wait for all and do nothing else.
 
     Parameters
     ----------
@@ -207,12 +207,12 @@ def exchange_us(device: torch.device) -> float | None:
     Returns
     -------
     float or None
-        Microseconds; None where there is nothing to measure it with.
+        Microseconds; None where it cannot be measured.
     """
     if device.type == "cuda":
         try:
             from .empty_gpu import loop
-        except (ImportError, AttributeError):  # a triton without Gluon, or with an early one
+        except (ImportError, AttributeError):  # triton without Gluon, or with an early version
             return None
     else:
         from .empty_cpu import loop
@@ -225,19 +225,19 @@ def exchange_us(device: torch.device) -> float | None:
 
 
 def seconds_of(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    """Time calls as the caller sees them: on CUDA by events around them, so with gaps between.
+    """Time calls as the caller sees them; on CUDA with events around them, so including gaps.
 
     Parameters
     ----------
     call : callable
     repeats : int
     device : torch.device
-        The current one, if it is a GPU.
+        Must be the current device, if it is a GPU.
 
     Returns
     -------
     float
-        Seconds of one of them.
+        Seconds per call.
     """
     if device.type != "cuda":
         start = time.perf_counter()

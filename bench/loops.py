@@ -1,8 +1,8 @@
-"""A layer as a loop of torch's operators: what one writes where torch.nn has no such layer.
+"""A layer as a loop of torch's operators: what one would write where torch.nn has no such layer.
 
-The product with the input is one GEMM for all steps. A step is one product, which adds the input
-part, and what torch has fused operators for; heads, or the members of an ensemble, are a batch of
-such products. Weights lie as these products want them.
+The product with the input is one GEMM for all steps. A step consists of one product, which also
+adds the input part, and torch's fused operators where available; heads, or the members of an
+ensemble, form a batch of such products. Weights are stored in the layout of these products.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .registry import VARIANTS, Case
 State = tuple[Tensor, ...]
 Weights = Mapping[str, Tensor]
 
-# Compiling a graph of so many steps takes some ten seconds forward and half a minute with backward
-# on a CPU.
+# On a CPU, compiling a graph of this many steps takes about ten seconds forward and half a minute
+# with backward.
 _MAX_UNROLLED = 16
 
 
-# One step of each cell, from the input part of its gates and h as the product sees it.
+# One step of each cell, from the input part of its gates and h as the product's operand.
 
 
 def _affine(added: Tensor, h: Tensor, w: Weights) -> Tensor:
@@ -98,7 +98,7 @@ def _slstm(wx: Tensor, h: Tensor, state: State, w: Weights) -> State:
     return torch.sigmoid(o) * c / n, c, n, new_m
 
 
-# How many states a cell has, and its step.
+# The number of states of each cell, and its step.
 _STEPS: dict[str, tuple[int, Callable[..., State]]] = {
     "lstm": (2, _lstm),
     "gru": (1, _gru),
@@ -109,14 +109,14 @@ _STEPS: dict[str, tuple[int, Callable[..., State]]] = {
     "peephole_lstm": (2, _peephole_lstm),
     "slstm": (4, _slstm),
 }
-# Those in which the recurrent part has a bias of its own.
+# Cells whose recurrent part has a separate bias.
 _BIASED = ("gru", "layernorm_gru")
 
 
 def gap(case: Case, device: torch.device) -> str | None:
-    """Say why there is no loop for a case; see ``providers.Provider``."""
+    """Return why there is no loop for a case; see ``providers.Provider``."""
     if case.is_step or case.ragged or case.num_layers > 1:
-        return "one layer, plain but for what torch.nn has not, only"
+        return "one layer, plain except for what torch.nn does not provide, only"
     is_plain = case.cell not in VARIANTS and not case.is_noisy
     if case.parts > 1 and not (is_plain and case.directions == 1 and not case.proj_size):
         return "heads and ensembles of plain layers only"
@@ -124,7 +124,7 @@ def gap(case: Case, device: torch.device) -> str | None:
 
 
 def compiled_gap(case: Case, device: torch.device) -> str | None:
-    """Say why ``torch.compile`` has no loop, or step, to compile; see ``providers.Provider``."""
+    """Return why ``torch.compile`` has no loop or step to compile; see ``providers.Provider``."""
     reason = None if case.is_step else gap(case, device)
     return reason or (_compiler_gap() if device.type == "cpu" else None)
 
@@ -151,7 +151,7 @@ def build(
     baseline : torch.nn.Module
     inputs : sequence of Tensor
     is_compiled : bool, default False
-        Whether the steps are compiled by ``torch.compile``, some at a time: in a graph they are
+        Whether ``torch.compile`` compiles the steps, several at a time, since a graph contains them
         unrolled.
 
     Returns
@@ -169,7 +169,7 @@ def build(
     unrolled = case.steps
     if is_compiled:
         unrolled = max(n for n in range(1, _MAX_UNROLLED + 1) if case.steps % n == 0)
-        # Every case is compiled afresh; after some recompilations dynamo would give up, in silence.
+        # Compile each case from scratch: after some recompilations dynamo silently gives up.
         torch._dynamo.reset()
         walk = torch.compile(walk, dynamic=False, fullgraph=True)
 
@@ -207,7 +207,7 @@ def _walk(
     zones: Sequence[Tensor | float],
     reverse: bool,
 ) -> tuple[Tensor, State]:
-    """Some steps of a direction."""
+    """Run some steps of a direction."""
     outputs = []
     for t in reversed(range(len(wx))) if reverse else range(len(wx)):
         new = step(wx[t], state[0] if drop is None else state[0] * drop, state, w)
@@ -228,9 +228,9 @@ def _zoned(zone: Tensor | float, old: Tensor, new: Tensor) -> Tensor:
 
 
 def _noise(case: Case, x: Tensor, n_states: int) -> tuple[Tensor | None, list[Tensor | float]]:
-    """What is random, of all directions, drawn in the order in which our layers draw it.
+    """Draw all random numbers, for all directions, in the order in which our layers draw them.
 
-    Of zoneout a mask for each state, in inference a share.
+    For zoneout: a mask for each state, or a share in inference.
     """
     directions, batch, is_training = case.directions, case.batch, case.mode == "training"
     drop, zones = None, []
@@ -254,9 +254,9 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
 
 
 def _prepared(case: Case, leaves: Weights, x: Tensor, d: int) -> tuple[dict[str, Tensor], Tensor]:
-    """The weights of a direction, and the input part of its gates, (T, B, G * H).
+    """Return the weights of a direction, and the input part of its gates, (T, B, G * H).
 
-    Of heads and members the latter is (T, parts, B, G * H / parts).
+    For heads and members, the latter is (T, parts, B, G * H / parts).
     """
     suffix = "_l0_reverse" if d else "_l0"
     w = {n.removesuffix(suffix): leaf for n, leaf in leaves.items() if n.endswith(suffix)}
@@ -273,23 +273,23 @@ def _prepared(case: Case, leaves: Weights, x: Tensor, d: int) -> tuple[dict[str,
 
 
 def _initial(case: Case, wx: Tensor) -> State:
-    """The state before the first step, of a product's rows."""
+    """Return the state before the first step, with the rows of a product."""
     n_states, _ = _STEPS[case.kind]
     rows = wx.shape[1:-1]
     h = wx.new_zeros(*rows, case.output_size // case.num_heads)
     others = [wx.new_zeros(*rows, case.hidden_size // case.num_heads) for _ in range(n_states - 1)]
-    if case.kind == "slstm":  # what is empty weighs nothing
+    if case.kind == "slstm":  # an empty memory has weight zero
         others[2].fill_(-torch.inf)
     return (h, *others)
 
 
-# Weights of heads and members, and results, in the layout of the loop and in that of torch.nn.
+# Convert weights of heads and members, and results, between the layouts of the loop and torch.nn.
 
 
 def _own(case: Case, name: str, weight: Tensor) -> Tensor:
-    """A weight for the products: that of h is (parts, U, G * U), others have a part after another.
+    """Convert a weight for the products: that of h to (parts, U, G * U); others part after part.
 
-    That is of heads of U units, and of members of U = H.
+    U is the number of units of a head, or H for members.
     """
     if case.parts == 1:
         return weight
@@ -299,7 +299,7 @@ def _own(case: Case, name: str, weight: Tensor) -> Tensor:
 
 
 def _back(case: Case, name: str, gradient: Tensor) -> Tensor:
-    """The inverse of `_own`."""
+    """Convert a gradient back; the inverse of `_own`."""
     if case.parts == 1:
         return gradient
     if name.startswith("weight_hh"):
@@ -312,7 +312,7 @@ def _back(case: Case, name: str, gradient: Tensor) -> Tensor:
 
 
 def _in_torch_layout(case: Case, part: Tensor) -> Tensor:
-    """A result (·, B, H) from (·, N, B, U), or (M, ·, B, H) from (·, M, B, H)."""
+    """Convert a result (·, N, B, U) to (·, B, H), or (·, M, B, H) to (M, ·, B, H)."""
     if case.num_heads > 1:
         return part.transpose(1, 2).flatten(2)
     return part.transpose(0, 1) if case.members else part

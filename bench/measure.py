@@ -1,8 +1,8 @@
-"""Check and time one case: every provider beside torch.nn's module.
+"""Check and time one case: every provider against torch.nn's module.
 
-All have the same weights and get the same input. What is timed is the very call whose results were
-compared; a provider whose results differ is not timed. Of what torch.nn has not, results are
-compared with those of our differentiable loop, and torch.nn's layer of the same gates is timed.
+All use the same weights and input. What is timed is the very call whose results were compared; a
+provider whose results differ is not timed. Where torch.nn has no such layer, results are compared
+with our differentiable loop, and torch.nn's layer with the same gates is timed.
 """
 
 from __future__ import annotations
@@ -42,32 +42,32 @@ from .results import Band, Results, Row, Times, write_json
 _log = logging.getLogger("fastrnn")
 
 _MIN_PAIRS, _MAX_PAIRS = 7, 200
-# So many where the least number would take longer than this.
+# Reduced to so many pairs where the minimum would take longer than this.
 _FEW_PAIRS, _LONG_SECONDS = 3, 20.0
 # A sample repeats the call for at least this long, so that reading the clock, and on CUDA
-# waiting for the device, are below one percent of it.
+# synchronising with the device, takes less than one percent of it.
 _SAMPLE_SECONDS = {"cpu": 1e-3, "cuda": 2e-3}
 _WARM_UP_SECONDS = 0.02
-# Threads that have nothing to do wait in a loop before they sleep: torch's for 10 ms, onnxruntime's
-# for 40 ms, openvino's for 1 ms. They would take the cores of another library's threads, which made
-# times of either up to ten times longer. So each sample begins when the process is idle: when it
-# took less than a tenth of the time of a pause.
+# Idle threads spin before they sleep: torch's for 10 ms, onnxruntime's for 40 ms, openvino's for
+# 1 ms. They would occupy the cores that another library's threads need, which made the times of
+# either up to ten times longer. Each sample therefore begins when the process is idle: when it used
+# less than a tenth of a pause's time.
 _PAUSE_SECONDS, _MAX_PAUSES = 5e-3, 40
-# Its threads are awake again after a few calls.
+# After that, a few calls wake up the threads of the timed library.
 _WAKE_UP_SECONDS = 5e-3
 
 Call = Callable[[], object]
 
 
 class Ready(NamedTuple):
-    """What is timed, and the results by which it is judged, in torch.nn's layout."""
+    """The call to time, and the results used to check it, in torch.nn's layout."""
 
     call: Callable[[], list[Tensor]]
     in_torch_layout: Callable[[list[Tensor]], list[Tensor]]
     has_threads: bool = False
 
     def results(self) -> list[Tensor]:
-        torch.manual_seed(0)  # of dropout masks
+        torch.manual_seed(0)  # for dropout masks
         return self.in_torch_layout(self.call())
 
 
@@ -81,17 +81,17 @@ def measure(
     case : Case
     device : torch.device
     seconds : float
-        To spend on timing each provider, unless fewer than 7 pairs (or 3 long ones) were measured
-        by then.
+        Time budget for each provider; at least 7 pairs (or 3 long ones) are measured even if that
+        takes longer.
     providers : sequence of str
-        Keys of ``PROVIDERS``, beside torch.nn. Those that cannot run the case are left out, and
-        paths that the planner's own choice, if it is measured, takes anyway.
+        Keys of ``PROVIDERS``, in addition to torch.nn. Left out are those that cannot run the case,
+        and forced paths that the planner's own choice takes anyway, if that is measured too.
 
     Returns
     -------
     list of Row
-        torch.nn's, then one of each provider; without times if the provider's results are wrong
-        or it could not be run.
+        First torch.nn's, then one for each provider; without times if the provider's results are
+        wrong or it could not be run.
     """
     with on_equal_terms(device):
         return _measure(case, device, seconds, providers)
@@ -133,7 +133,7 @@ def _measure(
                 of_replay = expected
                 error, tolerance = worst_error(found, expected, tolerances)
                 row = dataclasses.replace(row, error=error, tolerance=tolerance)
-                # Written so that a NaN is wrong.
+                # Written so that a NaN counts as wrong.
                 if not error <= tolerance:
                     measured.append(dataclasses.replace(row, status="wrong"))
                     continue
@@ -148,7 +148,7 @@ def _measure(
                 row = dataclasses.replace(row, graph=_times(pairs, 0))
                 if base.graph is None:
                     base = dataclasses.replace(base, graph=_times(pairs, 1))
-        except Exception as failure:  # of whatever kind, in code that is not ours too
+        except Exception as failure:  # of any kind, including third-party code
             row = _failed(row, failure)
         measured.append(row)
     if base.times is None:
@@ -173,12 +173,12 @@ def measure_all(
         As for `measure`.
     env : Environment
     path : Path
-        Of a results.json, written after each case, so that what was measured outlives a crash.
+        A results.json, written after each case, so that measurements survive a crash.
 
     Yields
     ------
     Results
-        So far, after each case.
+        All results so far, after each case.
     """
     limits, rows = Limits(device), []
     for case in cases:
@@ -196,25 +196,25 @@ def _planned_row(case: Case, name: str, plan: planner.Plan) -> Row:
 
 
 def _failed(row: Row, failure: Exception) -> Row:
-    # Above all, too little memory: the other cases can still be measured.
+    # Mostly out of memory: the other cases can still be measured.
     lines = str(failure).strip().splitlines() or [type(failure).__name__]
     return Row(row.case, row.provider, row.path, lines[0], "failed")
 
 
 def _times(pairs: Sequence[tuple[float, float]], side: int) -> Times:
-    """Of one side of the pairs; torch.nn's is side 1."""
+    """Summarise one side of the pairs; side 1 is torch.nn's."""
     ratio = Band(1.0, 1.0, 1.0) if side else ratio_band(pairs)
     return Times(band([pair[side] * 1e3 for pair in pairs]), ratio)
 
 
 def with_limits(rows: Sequence[Row], limits: Limits) -> list[Row]:
-    """Say how near to what the device can do the rows came.
+    """Add to each row how close it came to what the device can do.
 
     Parameters
     ----------
     rows : sequence of Row
     limits : Limits
-        That observed every case.
+        Must have observed every case.
 
     Returns
     -------
@@ -230,7 +230,7 @@ def with_limits(rows: Sequence[Row], limits: Limits) -> list[Row]:
 
 
 def ready(case: Case, built: Built) -> Ready:
-    """Make the call of a case's mode: inference, or forward and backward.
+    """Make the call for a case's mode: inference, or forward and backward.
 
     Parameters
     ----------
@@ -252,7 +252,7 @@ def ready(case: Case, built: Built) -> Ready:
     with torch.no_grad():
         outputs = built.run(*built.inputs)
     generator = torch.Generator().manual_seed(1)
-    # Each in the memory layout of its output, which is the provider's own.
+    # Each in the memory layout of its output, which the provider chose.
     cotangents = [
         torch.empty_like(output).copy_(torch.randn(output.shape, generator=generator))
         for output in outputs
@@ -262,9 +262,9 @@ def ready(case: Case, built: Built) -> Ready:
 
     def train() -> list[Tensor]:
         outputs = built.run(*inputs)
-        # Not .backward(): the gradients are new each time, nothing is added up.
+        # Not .backward(): the gradients are new tensors each time, nothing is accumulated.
         gradients = built.gradients(outputs, leaves, cotangents)
-        # Nodes of a graph that lived on would tie a capture to the stream of an earlier call.
+        # A surviving autograd graph would tie a capture to the stream of an earlier call.
         return [*(output.detach() for output in outputs), *gradients]
 
     def in_torch_layout(results: list[Tensor]) -> list[Tensor]:
@@ -285,15 +285,15 @@ def time_pairs(
     seconds : float
         As for `measure`.
     apart : bool, default False
-        Whether the two have threads of their own, so that those of one have to be asleep before the
-        other is timed.
+        Whether the two have separate threads, so that those of one must be asleep before the other
+        is timed.
 
     Returns
     -------
     list of (float, float)
-        Seconds for one call of each. The two of a pair were measured one right after the
-        other, in an order that changes with every pair, so that what else happens on the
-        machine meets both alike.
+        Seconds per call of each. The two measurements of a pair directly follow each other, in an
+        order that alternates between pairs, so that other activity on the machine affects both
+        equally.
     """
     calls = (ours, theirs)
     singles = [_warm_up(call, _WARM_UP_SECONDS, device) for call in calls]
@@ -313,7 +313,7 @@ def time_pairs(
 
 
 def _wait_until_idle() -> None:
-    """Until no thread of this process runs, or a while."""
+    """Wait until no thread of this process runs, or until a time limit."""
     for _ in range(_MAX_PAUSES):
         before = time.process_time()
         time.sleep(_PAUSE_SECONDS)
@@ -322,7 +322,7 @@ def _wait_until_idle() -> None:
 
 
 def _warm_up(call: Call, seconds: float, device: torch.device) -> float:
-    """Call for a while; returns the shortest time of one call."""
+    """Call repeatedly for some time; return the shortest time of one call."""
     best, end = math.inf, time.perf_counter() + seconds
     while best == math.inf or time.perf_counter() < end:
         best = min(best, seconds_of(call, 1, device))
@@ -332,9 +332,9 @@ def _warm_up(call: Call, seconds: float, device: torch.device) -> float:
 def _replay(
     ready: Ready, expected: Sequence[Tensor], tolerances: Tolerances, device: torch.device
 ) -> Call | None:
-    """Capture a call as a CUDA graph, which takes what the call costs in Python out of its time.
+    """Capture a call as a CUDA graph, so that its time excludes the overhead in Python.
 
-    None on a CPU, and where the call cannot be captured or its replay gives other results.
+    None on a CPU, and if the call cannot be captured or its replay gives different results.
     """
     if device.type != "cuda":
         return None
@@ -352,7 +352,7 @@ def _replay(
         error, tolerance = worst_error(ready.in_torch_layout(results), expected, tolerances)
         if not error <= tolerance:
             raise RuntimeError(f"the replay of a graph gave an error of {error:.1e}")
-    except Exception as failure:  # of whatever kind, in code that is not ours too
+    except Exception as failure:  # of any kind, including third-party code
         _log.warning("no graph: %s", str(failure).strip().partition("\n")[0])
         return None
     return graph.replay
@@ -360,7 +360,7 @@ def _replay(
 
 @contextlib.contextmanager
 def _side_stream(device: torch.device) -> Iterator[None]:
-    """A stream of its own, as torch asks for before a capture."""
+    """Switch to a side stream, as torch requires before a capture."""
     current = torch.cuda.current_stream(device)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(current)
@@ -370,15 +370,15 @@ def _side_stream(device: torch.device) -> Iterator[None]:
 
 
 def _peak_mib(call: Call, device: torch.device) -> float | None:
-    """What one call allocates at most, beside weights and inputs; None where nobody counts."""
+    """Return the peak memory of one call, without weights and inputs; None if it is unknown."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free but kept would not be counted
-        Path("/proc/self/clear_refs").write_bytes(b"5")  # the peak begins anew
+        ctypes.CDLL(None).malloc_trim(0)  # reuse of memory that malloc keeps would not be counted
+        Path("/proc/self/clear_refs").write_bytes(b"5")  # resets the peak
     except (AttributeError, OSError):
         return None
     resident = _resident_mib("VmRSS")
@@ -387,13 +387,13 @@ def _peak_mib(call: Call, device: torch.device) -> float | None:
 
 
 def _resident_mib(field: str) -> float:
-    """VmRSS, the resident set, or VmHWM, its peak."""
+    """Read VmRSS, the resident set, or VmHWM, its peak."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition(f"{field}:")[2].split()[0]) / 1024
 
 
 def band(values: Sequence[float]) -> Band:
-    """Median and 20th and 80th percentile.
+    """Return the median and the 20th and 80th percentile.
 
     Examples
     --------
@@ -406,5 +406,5 @@ def band(values: Sequence[float]) -> Band:
 
 
 def ratio_band(pairs: Sequence[tuple[float, float]]) -> Band:
-    """How many times faster the first of each pair is: the band of second / first."""
+    """Return the band of second / first: how many times faster the first of each pair is."""
     return band([theirs / ours for ours, theirs in pairs])

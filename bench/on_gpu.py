@@ -1,15 +1,15 @@
-"""Everything that only a GPU can show, in one program: ``python -m fastrnn.bench.on_gpu``.
+"""Run everything that needs a GPU, in one program: ``python -m fastrnn.bench.on_gpu``.
 
-In order, what is told first if time is short: whether kernels are right, on a few telling cases, of
-those first whose programs wait for each other; how long a step takes, in ours and in torch.nn's;
-the GPU tests; compute-sanitizer's memcheck and racecheck on small layers; the benchmark, most
-telling cases first, until the time is used up. Each part is a process with a limit of its own: what
-hangs or crashes costs one case, or its part, and not the others.
+In order of importance, in case time is short: whether kernels are right, on a few informative
+cases, beginning with those whose programs wait for each other; how long a step takes, in ours and
+in torch.nn's; the GPU tests; compute-sanitizer's memcheck and racecheck on small layers; the
+benchmark, the most informative cases first, until the time is used up. Each part is a process with
+a time limit of its own: a hang or crash costs one case, or its part, but not the others.
 
-It needs torch, triton, pytest and hypothesis, no network and no installation: run it in the root of
-a checkout. The evidence is written before the next part begins: ``gpu.json`` has all of it,
+It needs torch, triton, pytest and hypothesis, but no network and no installation: run it in the
+root of a checkout. The evidence is written before the next part begins: ``gpu.json`` has all of it,
 ``telling.json``, ``steps.json`` and ``bench.json`` the rows of their parts as they come,
-``tests.xml`` is pytest's, ``results.json`` and ``results.csv`` are the benchmark's, of which
+``tests.xml`` is pytest's, ``results.json`` and ``results.csv`` are the benchmark's, from which
 ``fastrnn bench --render`` makes pictures and a page. A table is printed last, and the exit status
 is 1 if a part found something wrong, crashed or ran out of time.
 """
@@ -42,24 +42,25 @@ from .gpu_parts import CASES, HEADERS, line, read_rows, write_json
 
 _ROOT = Path(__file__).resolve().parents[1]
 _GRACE = 10.0  # seconds between asking a program to stop and killing it
-_RESERVE = _GRACE + 5  # seconds that are left at the end, for that and for writing
-_LAST = 15.0  # seconds before the end of a part, in which it begins nothing new
-_TAIL = 200  # lines of a program's output that are kept
-_SHOWN = 11_500  # characters of the table
+_RESERVE = _GRACE + 5  # seconds reserved at the end, for that and for writing files
+_LAST = 15.0  # seconds before the end of a part, during which it starts nothing new
+_TAIL = 200  # lines kept of a program's output
+_SHOWN = 11_500  # maximum characters of the table
 
 
 class Part(NamedTuple):
-    """What is run in a process.
+    """A part, which runs in a process of its own.
 
     Attributes
     ----------
     name : str
     command : tuple of str
-        In which ``{out}`` is the folder and ``{seconds}`` the time until nothing new should begin.
+        ``{out}`` stands for the folder and ``{seconds}`` for the time until which it may start
+        something new.
     share : float
-        Of the time that is left when it begins, what it may take; the last may take all.
+        Share of the remaining time that it may take; the last part may take all.
     is_endless : bool
-        Whether it takes all the time that it is given.
+        Whether it uses all the time available.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Part(NamedTuple):
 
 
 def parts() -> list[Part]:
-    """List the parts in their order.
+    """List the parts in order.
 
     Returns
     -------
@@ -81,10 +82,10 @@ def parts() -> list[Part]:
     pytest += ["-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short"]
     pytest += ["--junitxml={out}/tests.xml"]
     if importlib.util.find_spec("pytest_timeout"):
-        # A hang is a failure with a name. A thread ends it: a wait for the GPU hears no signal.
+        # Turn a hang into a named failure. A thread ends it: no signal interrupts a GPU wait.
         pytest += ["--timeout=60", "--timeout-method=thread"]
     if importlib.util.find_spec("xdist"):
-        # Compilation is most of the time.
+        # Most of the time is compilation.
         pytest += ["-n", str(min(8, os.cpu_count() or 1))]
     sanitizer = "compute-sanitizer", "--error-exitcode", "9", "--tool"
     return [
@@ -99,7 +100,7 @@ def parts() -> list[Part]:
 
 @terminal.printing()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all of it.
+    """Run all parts.
 
     Parameters
     ----------
@@ -117,9 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=terminal.path, help="folder (default bench/results/<device>-<date>)"
     )
-    parser.add_argument("--minutes", type=float, default=13.0, help="for everything (default 13)")
-    parser.add_argument("--commit", help="of the checkout, where git is not there to tell")
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="some parts alone")
+    parser.add_argument("--minutes", type=float, default=13.0, help="time limit (default 13)")
+    parser.add_argument("--commit", help="commit of the checkout, where git cannot tell")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="run only these")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("no CUDA device")
@@ -143,7 +144,7 @@ def _folder(env: Environment) -> str:
 
 
 def run_parts(chosen: Sequence[Part], out: Path, evidence: dict[str, Any], end: float) -> None:
-    """Run parts one after another and add what they found to the evidence, also in ``gpu.json``.
+    """Run parts one after another and add their results to the evidence, also in ``gpu.json``.
 
     Parameters
     ----------
@@ -151,7 +152,7 @@ def run_parts(chosen: Sequence[Part], out: Path, evidence: dict[str, Any], end: 
     out : Path
     evidence : dict of str to Any
     end : float
-        When all must be over, by ``time.monotonic``.
+        Deadline for everything, by ``time.monotonic``.
     """
     evidence |= {"parts": {}, "failed": False}
     write_json(out / "gpu.json", evidence)
@@ -165,7 +166,7 @@ def run_parts(chosen: Sequence[Part], out: Path, evidence: dict[str, Any], end: 
 
 
 def _run_part(part: Part, out: Path, seconds: float) -> dict[str, Any]:
-    """Run a part; once more as long as it crashes and has new rows: it goes on behind them."""
+    """Run a part, and restart it as long as it crashes after new rows: it resumes behind them."""
     start = time.monotonic()
     kept = out / f"{part.name}.json", out / f"{part.name}.xml"
     for path in kept:
@@ -188,11 +189,11 @@ def _run_part(part: Part, out: Path, seconds: float) -> dict[str, Any]:
         if status in (0, "out of time") or len(rows) == before:
             break
     if status and any("Device not supported" in text for text in output):
-        status = "not run"  # a sanitizer, on some virtual machines
+        status = "not run"  # the sanitizer does not support some virtual machines
     rows += _failed_tests(kept[1])
     is_over = status in (0, "not run")
     if part.is_endless and status == "out of time" and len(rows) > 1:
-        is_over, rows = True, rows[:-1]  # the last was cut off
+        is_over, rows = True, rows[:-1]  # the last row was cut off
     wrong = any(row["status"] != "ok" for row in rows)
     return {
         "command": " ".join(part.command[1:]),
@@ -206,11 +207,11 @@ def _run_part(part: Part, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def _run(command: Sequence[str], seconds: float, output: deque[str]) -> int | str:
-    """Run a program and print what it prints; its status, or 'out of time'."""
+    """Run a program, passing its output on; return its status, or 'out of time'."""
     environ = {
         **os.environ, "PYTHONPATH": str(_ROOT), "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"
     }  # fmt: skip
-    # In a group of its own, so that no child goes on using the GPU.
+    # In its own process group, so that no child keeps using the GPU.
     process = subprocess.Popen(
         command, cwd=_ROOT, env=environ, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
@@ -222,7 +223,7 @@ def _run(command: Sequence[str], seconds: float, output: deque[str]) -> int | st
         status = process.wait(seconds)
     except subprocess.TimeoutExpired:
         status = "out of time"
-        # pytest reports what failed so far when it is interrupted.
+        # On an interrupt, pytest reports the failures so far.
         for interruption in (signal.SIGINT, signal.SIGKILL):
             os.killpg(process.pid, interruption)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -239,12 +240,12 @@ def _pass_on(stream: Any, output: deque[str]) -> None:
     with stream:
         for text in stream:
             output.append(text)
-            with contextlib.suppress(OSError):  # nobody reads
+            with contextlib.suppress(OSError):  # the reader is gone
                 print(text, end="", flush=True)
 
 
 def _failed_tests(path: Path) -> list[dict[str, Any]]:
-    """What is not right in a file of pytest, which is not there if pytest was killed."""
+    """Return the failures in pytest's file, which does not exist if pytest was killed."""
     try:
         cases = ElementTree.parse(path).iter("testcase")
     except (OSError, ElementTree.ParseError):
@@ -262,7 +263,7 @@ def _failed_tests(path: Path) -> list[dict[str, Any]]:
 
 
 def table(evidence: dict[str, Any]) -> str:
-    """Make the table that is printed last, short enough for the end of a log.
+    """Format the table that is printed last, short enough for the end of a log.
 
     Parameters
     ----------
@@ -281,7 +282,7 @@ def table(evidence: dict[str, Any]) -> str:
         for row in part["rows"]
         if row["status"] != "ok"
     ]
-    lines += ["", "wrong:", *wrong[:30]] if wrong else ["", "nothing is wrong in what ran"]
+    lines += ["", "wrong:", *wrong[:30]] if wrong else ["", "nothing wrong in the parts that ran"]
     lines += [f"and {len(wrong) - 30} more, in gpu.json"] if len(wrong) > 30 else []
     lines.append("")
     for name, part in found.items():
@@ -303,7 +304,7 @@ def table(evidence: dict[str, Any]) -> str:
 
 
 def _table_of(name: str, found: dict[str, Any]) -> list[str]:
-    """The header and the lines of the rows that have numbers; the others are told as wrong."""
+    """Return the header and the rows that have numbers; the others are listed as wrong."""
     rows = found[name]["rows"] if name in found else []
     lines = [line(name, row) for row in rows if row["status"] == "ok" or row.get("rows")]
     return ["", HEADERS[name], *lines] if lines else []

@@ -1,7 +1,7 @@
-"""Libraries that do the same job, if they are installed.
+"""Third-party libraries with the same layers, where installed.
 
-Each has an order of gates and a layout of its own. The runtimes for trained models take them as
-ONNX's operators, of which the specification is github.com/onnx/onnx/blob/main/docs/Operators.md.
+Each has its own gate order and layout. The runtimes for trained models receive the layers as ONNX
+operators, specified at github.com/onnx/onnx/blob/main/docs/Operators.md.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def plain_gap(
     *,
     has_heads: bool = False,
 ) -> str | None:
-    """Say why a library for plain layers on CUDA cannot run a case.
+    """Return why a library for plain layers on CUDA cannot run a case.
 
     Parameters
     ----------
     package : str
-        That must be installed.
+        The library's package, which must be installed.
     cells, dtypes : sequence of str
-        That it has.
+        Those that the library supports.
     case : Case
     device : torch.device
     has_heads : bool, default False
@@ -44,7 +44,7 @@ def plain_gap(
     Returns
     -------
     str or None
-        A clause, or None if it can.
+        A clause, or None if it can run the case.
     """
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
@@ -160,25 +160,25 @@ def build_haste(case: Case, baseline: torch.nn.Module, inputs: Tensors) -> Built
 
 # Runtimes for trained models, on a CPU.
 
-# Which of torch.nn's gates is which of ONNX's: i, o, f, c and z, r, h.
+# Indices into torch.nn's gates, in the order of ONNX's: i, o, f, c and z, r, h.
 _ONNX_GATES = {"LSTM": [0, 3, 1, 2], "GRU": [1, 0, 2], "RNN": [0]}
 _ONNX_OPSET, _ONNX_IR = 17, 8
 
 
 def runtime_gap(package: str, case: Case, device: torch.device) -> str | None:
-    """Say why a runtime for trained models cannot run a case.
+    """Return why a runtime for trained models cannot run a case.
 
     Parameters
     ----------
     package : str
-        Of the runtime.
+        The runtime's package.
     case : Case
     device : torch.device
 
     Returns
     -------
     str or None
-        A clause, or None if it can.
+        A clause, or None if it can run the case.
     """
     for needed in (package, "onnx"):
         if importlib.util.find_spec(needed) is None:
@@ -195,22 +195,23 @@ def runtime_gap(package: str, case: Case, device: torch.device) -> str | None:
 
 
 def onnx_model(module: torch.nn.RNNBase, steps: int, batch: int, has_state: bool = False) -> bytes:
-    """Write a module of torch.nn as a model in ONNX's format.
+    """Export a torch.nn module as an ONNX model.
 
     Parameters
     ----------
     module : torch.nn.RNNBase
         In float32, with biases and without projections.
     steps, batch : int
-        Of the input.
+        Sizes of the input.
     has_state : bool, default False
-        Whether ``h0`` and, of an LSTM, ``c0`` are inputs too; else the state begins as zeros.
+        Whether ``h0`` and, for an LSTM, ``c0`` are inputs too; otherwise the state starts as zeros.
 
     Returns
     -------
     bytes
-        With the input ``x`` and the outputs ``y``, ``h_n`` and, of an LSTM, ``c_n``, in torch.nn's
-        shapes; but of one direction ``y`` is (T, 1, B, H), as the operator writes it.
+        The model, with input ``x`` and outputs ``y``, ``h_n`` and, for an LSTM, ``c_n``, in
+        torch.nn's shapes; except that with one direction ``y`` is (T, 1, B, H), as the ONNX
+        operator writes it.
     """
     from onnx import helper, numpy_helper
 
@@ -260,7 +261,7 @@ _Node = tuple[str, list[str], list[str], dict[str, Any]]
 def _onnx_nodes(
     module: torch.nn.RNNBase, steps: int, batch: int, has_state: bool
 ) -> Iterator[_Node]:
-    """Operator, inputs, outputs and attributes of each node: layer by layer, in "name.layer"."""
+    """Generate operator, inputs, outputs and attributes of the nodes, named "name.layer"."""
     layers, states, attributes = module.num_layers, _onnx_states(module), _onnx_attributes(module)
 
     def of_layers(name: str) -> list[str]:
@@ -278,7 +279,7 @@ def _onnx_nodes(
         y = "y" if is_y else f"y.{k}"
         yield _onnx_kind(module), inputs, [y, *(f"{name}_n.{k}" for name in states)], attributes
         if not is_y:
-            # From (T, D, B, H) to what the next layer, or the user, takes.
+            # From (T, D, B, H) to the layout that the next layer, or the user, expects.
             x = "y" if is_last else f"x.{k}"
             yield "Transpose", [y], [f"rows.{k}"], {"perm": [0, 2, 1, 3]}
             yield "Constant", [], [f"shape.{k}"], {"value_ints": [steps, batch, -1]}
@@ -301,7 +302,7 @@ def _onnx_attributes(module: torch.nn.RNNBase) -> dict[str, Any]:
 
 
 def _onnx_weights(module: torch.nn.RNNBase, layer: int) -> dict[str, Tensor]:
-    """W, R and B of a layer, the directions stacked and the gates in ONNX's order."""
+    """Return W, R and B of a layer, with stacked directions and the gates in ONNX's order."""
     order = _ONNX_GATES[_onnx_kind(module)]
     found: dict[str, list[Tensor]] = {"W": [], "R": [], "B": []}
     for suffix in ("", "_reverse")[: 1 + module.bidirectional]:
@@ -320,14 +321,14 @@ def _onnx_weights(module: torch.nn.RNNBase, layer: int) -> dict[str, Tensor]:
 def onnxruntime_call(model: bytes, inputs: dict[str, Tensor]) -> tuple[Callable[[], Any], Tensors]:
     """Load a model into onnxruntime.
 
-    Input and output are bound once, which is faster than to hand over and get arrays: 11 instead of
-    16 us for a step of an LSTM of 128.
+    Input and output are bound once, which is faster than passing and returning arrays: 11 instead
+    of 16 us for a step of an LSTM with 128 units.
 
     Parameters
     ----------
     model : bytes
     inputs : dict of str to Tensor
-        Read at each call.
+        Read by each call.
 
     Returns
     -------
@@ -347,7 +348,7 @@ def onnxruntime_call(model: bytes, inputs: dict[str, Tensor]) -> tuple[Callable[
         for name, tensor in tensors.items():
             array = tensor.numpy()
             bind(name, "cpu", 0, array.dtype, array.shape, tensor.data_ptr())
-    # Nothing else keeps what is bound.
+    # The binding itself does not keep the tensors alive.
     kept = inputs, outputs
 
     def call() -> Any:
@@ -364,7 +365,7 @@ def openvino_call(model: bytes, inputs: dict[str, Tensor]) -> tuple[Callable[[],
     ----------
     model : bytes
     inputs : dict of str to Tensor
-        Read at each call.
+        Read by each call.
 
     Returns
     -------
@@ -378,7 +379,7 @@ def openvino_call(model: bytes, inputs: dict[str, Tensor]) -> tuple[Callable[[],
     options = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the CPU multiplies it
+        "INFERENCE_PRECISION_HINT": "f32",  # otherwise bfloat16, on CPUs that support it
     }
     compiled = core.compile_model(core.read_model(model), "CPU", options)
     request = compiled.create_infer_request()
@@ -402,7 +403,7 @@ def _build_runtime(
     y = y.view(case.steps, case.batch, -1)
 
     def run(x: Tensor) -> list[Tensor]:
-        call()  # x is what was bound
+        call()  # x is the tensor that was bound
         return [y, *states]
 
     return Built(run, inputs, [], has_threads=True)

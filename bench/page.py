@@ -1,13 +1,14 @@
-"""Results as one HTML file that needs nothing beside it."""
+"""Results as one self-contained HTML file."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from . import report
+from .plots import Picture
 from .report import Table
 from .results import Results, summarize
 
@@ -22,52 +23,51 @@ _PAGE = """<!doctype html>
 <body>
 <header>
 <h1>fastrnn against torch.nn</h1>
-<p>{device} · {date}</p>
-<p class="totals">{totals}</p>
+<p>{machine} · commit {commit}</p>
 </header>
-<h2>Summary</h2>
-<p>Geometric mean of the ratio torch.nn time / fastrnn time; above 1 fastrnn is faster.</p>
-<div class="cards">{cards}</div>
-{slower}
-{failures}
-<h2>Speed-up</h2>
+<p class="lead">{summary}</p>
+<div class="columns">{conclusions}</div>
 {speedup}
-<h2>Speed-up over T, B and H</h2>
-<p>Where nothing was measured the field is grey.</p>
+{failures}
+<h2>By layer, mode and dtype</h2>
+<p>Geometric mean of the ratio torch.nn time / fastrnn time. Above 1, fastrnn is faster.</p>
+<div class="cards">{cards}</div>
+<h2>Speed-up by size</h2>
 {heatmap}
+{slower}
 <h2>All cases</h2>
-<p>Times are medians. The band of the ratio is its 20th to 80th percentile. A case is
-<b class="slower">slower</b> if the whole band is below 1 or the median is below 0.97, and
-<b class="faster">faster</b> only if the whole band is above 1 and the median above 1.03.</p>
-<p><label>Only lines that contain <input id="filter" placeholder="slower"></label></p>
+<p>Times are medians. The band of a ratio is its 20th to 80th percentile. A case is
+<b class="slower">slower</b> if the whole band is below 1 or the median is below 0.97. It is
+<b class="faster">faster</b> only if the whole band is above 1 and the median is above 1.03.</p>
+<p><label>Filter: <input id="filter" placeholder="lstm training"></label></p>
 {results}
 {others}{prices}
 {published}
-<h2>Time of a step</h2>
+<h2>Time per step</h2>
 {steps}
 <h2>Memory</h2>
 {memory}
-<h2>How this was measured</h2>
+<h2>Method</h2>
 <ul>
-<li>Everybody is called as users would, with the same weights and the same input, the product with
-the input included. <i>forward</i> is inference without autograd, <i>training</i> is forward and
-backward with the gradients of input, state and all parameters.</li>
-<li>Before a case is timed, all its results are compared with torch.nn's in the same dtype, with
-a tolerance that follows from the dtype and the number of sums. A case that differs gets no
-time.</li>
-<li>Each provider is timed in pairs with torch.nn, one right after the other in alternating order,
-after a warm-up. A ratio is taken within each pair. On CUDA the clock is that of the device's
-events, and <i>as graph</i> is the ratio of the same calls replayed as CUDA graphs.</li>
-<li><i>of limit</i>: a yardstick divided by the time, and what it is made of. It is the largest of:
-the products at the speed of a large matrix product; inputs, outputs and weights once at the speed
-of a copy of as many bytes; the recurrent weights once for each step at that speed, where they do
-not stay on chip; and, where the state has to cross between processors, an empty exchange for each
-step. All are measured in the same run. {limits}</li>
-<li><i>MiB</i> is the most that one call allocates, beside weights, inputs and what a provider keeps
+<li>Every provider is called through its public interface, with the same weights and input, and
+including the product with the input. <i>forward</i> is inference without autograd. <i>training</i>
+is forward and backward, with gradients of the input, the state and all parameters.</li>
+<li>Before a case is timed, its results are compared with torch.nn's in the same dtype. The
+tolerance follows from the dtype and the number of summands. A case outside the tolerance is not
+timed.</li>
+<li>Each provider is timed in pairs with torch.nn, in alternating order, after a warm-up. A ratio is
+taken within each pair. On CUDA, times come from device events, and <i>CUDA graph</i> is the ratio
+of the same calls replayed as CUDA graphs.</li>
+<li><i>of limit</i> is a lower bound on the time divided by the time, and what sets the bound. The
+bound is the largest of: the products at the speed of a large matrix product; inputs, outputs and
+weights, each moved once at the speed of a copy of the same size; the recurrent weights, read once
+per step at that speed, where they do not stay on chip; and, where programs exchange the state, an
+empty exchange per step. All of these speeds are measured in the same run. {limits}</li>
+<li><i>MiB</i> is the peak allocation of one call, without weights, inputs and what a provider keeps
 between calls.</li>
-<li><i>path</i> is what the planner chose. On the path <i>torch</i>, fastrnn calls the same
-kernels as torch.nn, so that only the difference in Python remains. <i>torch.nn runs</i> is what
-torch chooses by its own rules.</li>
+<li><i>path</i> is the planner's choice. On the path <i>torch</i>, fastrnn calls the same kernels as
+torch.nn, so only the overhead in Python differs. <i>torch.nn runs</i> is the library that torch
+selects.</li>
 </ul>
 <h2>Environment</h2>
 {environment}
@@ -75,9 +75,11 @@ torch chooses by its own rules.</li>
 <pre>{command}</pre>
 <script>
 document.getElementById("filter").addEventListener("input", event => {{
-  const text = event.target.value.toLowerCase();
-  for (const line of document.querySelectorAll("tbody.filtered tr"))
-    line.hidden = !line.textContent.toLowerCase().includes(text);
+  const words = event.target.value.toLowerCase().split(" ");
+  for (const line of document.querySelectorAll("tbody.filtered tr")) {{
+    const text = Array.from(line.cells, cell => cell.textContent).join(" ").toLowerCase();
+    line.hidden = !words.every(word => text.includes(word));
+  }}
 }});
 </script>
 </body>
@@ -88,24 +90,30 @@ _CSS = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d8dee4;
   --paper: #ffffff; --panel: #f6f8fa; --bad: #b3261e; --bad-bg: #fdecea; --good: #1a7f37; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9aa4ae; --line: #343b43; --paper: #0f1318; --panel: #181e25;
+  :root { --ink: #e6edf3; --soft: #9aa4ae; --line: #30363d; --paper: #0d1117; --panel: #161b22;
     --bad: #ff8a80; --bad-bg: #3b1a1a; --good: #5fd07a; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 1280px; margin: 0 auto; padding: 24px; }
+@media (max-width: 600px) { body { padding: 14px; } p.lead { font-size: 17px; } }
 h1 { margin: 0; font-size: 26px; }
 h2 { margin: 36px 0 8px; font-size: 19px; border-bottom: 1px solid var(--line); }
 header p { margin: 4px 0; color: var(--soft); }
-header p.totals { color: var(--ink); font-weight: 600; }
-img { display: block; margin: 12px auto; background: #fff; zoom: 0.75;
-  border: 1px solid var(--line); border-radius: 6px; }
+p.lead { font-size: 19px; line-height: 1.45; margin: 18px 0 14px; }
+.columns { display: grid; grid-template-columns: 2fr 3fr; gap: 6px 32px; margin-bottom: 20px; }
+@media (max-width: 800px) { .columns { grid-template-columns: 1fr; } }
+.columns h3 { font-size: 15px; margin: 0; }
+.columns ul { margin: 6px 0; padding-left: 20px; }
+.columns li { margin: 4px 0; }
+img { display: block; width: 100%; min-width: 720px; max-width: 1000px; height: auto;
+  margin: 12px 0; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 10px; }
 .card { background: var(--panel); border: 1px solid var(--line); border-radius: 6px;
   padding: 8px 12px; }
 .card b { display: block; font-size: 22px; }
 .card small { color: var(--soft); }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
-th, td { padding: 4px 9px; text-align: left; white-space: nowrap;
+table { border-collapse: collapse; width: 100%; font-size: 13px; }
+th, td { padding: 4px 7px; text-align: left; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 thead th { background: var(--panel); }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
@@ -120,14 +128,14 @@ pre { background: var(--panel); border: 1px solid var(--line); border-radius: 6p
 """
 
 _ALT = {
-    "speedup": "Ratio of torch.nn's to fastrnn's time, by cell, mode and dtype",
-    "heatmap": "Ratio of torch.nn's to fastrnn's time, over T, B and H",
-    "steps": "Microseconds of a step over H, with the limit of the device",
-    "memory": "Peak memory of fastrnn over that of torch.nn",
+    "speedup": "Ratio of torch.nn's time to fastrnn's, a dot for each case, by layer and mode",
+    "heatmap": "Ratio of torch.nn's time to fastrnn's, for each T, B and H",
+    "steps": "Microseconds per step over H, with the limit of the device",
+    "memory": "Peak memory of fastrnn against that of torch.nn",
 }
 
 
-def write_page(path: Path, results: Results, pictures: Mapping[str, Path]) -> None:
+def write_page(path: Path, results: Results, pictures: Mapping[str, Picture]) -> None:
     """Write the report.
 
     Parameters
@@ -135,8 +143,8 @@ def write_page(path: Path, results: Results, pictures: Mapping[str, Path]) -> No
     path : Path
         Of the HTML file to write.
     results : Results
-    pictures : mapping of str to Path
-        Those of ``plots`` by name, which become part of the file.
+    pictures : mapping of str to Picture
+        Those of `plots.draw`, which are embedded in the file.
     """
     env, rows = results.env, results.rows
     commit = f"{env.commit}, with uncommitted changes" if env.dirty else env.commit
@@ -153,18 +161,21 @@ def write_page(path: Path, results: Results, pictures: Mapping[str, Path]) -> No
     }
     table = report.results_table(rows)
     slower = [line for line in table.lines if line.verdict == "slower"]
+    concluded = report.conclusions(results)
     text = _PAGE.format(
         css=_CSS,
-        device=escape(env.device),
-        date=escape(env.date.partition("T")[0]),
-        totals=escape(report.totals(rows)),
+        machine=escape(report.machine(env)),
+        commit=escape(commit),
+        summary=escape(concluded.summary),
+        conclusions=_bullets("Overall", concluded.faster)
+        + _bullets("Where it is slower, and why", concluded.slower),
         cards=_cards(results),
-        slower=_section("Where it is slower", table._replace(lines=slower) if slower else None),
+        slower=_section("Slower cases", table._replace(lines=slower) if slower else None),
         results=_html(table, "filtered"),
         failures=_section("Not timed", report.failures_table(rows)),
-        others=_section("Everybody", report.providers_table(rows)),
-        prices=_section("What it costs", report.prices_table(rows)),
-        published=_section("Published by others", report.published_table(rows)),
+        others=_section("All providers", report.providers_table(rows)),
+        prices=_section("Cost of options", report.prices_table(rows)),
+        published=_section("Published figures", report.published_table(rows)),
         limits=escape(report.limits_line(results)),
         environment=_environment(facts),
         command=escape(env.command),
@@ -173,10 +184,25 @@ def write_page(path: Path, results: Results, pictures: Mapping[str, Path]) -> No
     path.write_text(text, encoding="utf-8")
 
 
-def _picture(path: Path, alt: str) -> str:
-    content = base64.b64encode(path.read_bytes()).decode("ascii")
-    image = f'<img src="data:image/png;base64,{content}" alt="{escape(alt)}">'
-    return f'<div class="wide">{image}</div>'
+def _picture(picture: Picture, alt: str) -> str:
+    light, dark = map(_encoded, picture)
+    dark = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+    image = f'<img src="{light}" alt="{escape(alt)}">'
+    return f'<div class="wide"><picture>{dark}{image}</picture></div>'
+
+
+def _encoded(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+
+
+def _bullets(title: str, sentences: Sequence[str]) -> str:
+    if not sentences:
+        return ""
+    items = ""
+    for sentence in sentences:
+        head, colon, rest = sentence.partition(": ")
+        items += f"<li>{f'<b>{escape(head)}</b>: {escape(rest)}' if colon else escape(head)}</li>"
+    return f"<div><h3>{title}</h3><ul>{items}</ul></div>"
 
 
 def _environment(facts: Mapping[str, object]) -> str:
@@ -187,7 +213,8 @@ def _environment(facts: Mapping[str, object]) -> str:
 def _cards(results: Results) -> str:
     main = report.main_provider(results.rows)
     return "".join(
-        f'<div class="card">{s.cell} · {s.mode} · {s.dtype}<b>{s.mean_ratio:.2f}&times;</b>'
+        f'<div class="card">{report.LABELS[s.cell]} {report.MODE_LABELS[s.mode]} · {s.dtype}'
+        f"<b>{s.mean_ratio:.2f}&times;</b>"
         f"<small>{s.faster} faster, {s.equal} equal, {s.slower} slower</small></div>"
         for s in summarize(results.rows)
         if s.provider == main

@@ -1,8 +1,8 @@
-"""Who is measured: our modules, torch.nn's, and others that do the same job.
+"""The implementations that are measured: our modules, torch.nn's, and third-party libraries.
 
 A provider builds a case from the weights of torch.nn's module and inputs in torch.nn's layout. It
-is called as its users would, in the memory layout that it wants, with the product with the input
-included; what turns its results and gradients into torch.nn's is outside of what is timed.
+is called as its users would call it, in its preferred memory layout and including the product with
+the input; converting its results and gradients to torch.nn's layout is not timed.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Provider(NamedTuple):
     Attributes
     ----------
     gap : callable
-        Takes a case and a device; a clause that says why the case cannot be run, or None.
+        Takes a case and a device; returns a clause that says why the case cannot be run, or None.
     build : callable
         Takes a case, the module of ``built.make_baseline`` and the inputs; returns a `Built`.
     is_for_scale : bool, default False
-        Whether it gives other results.
+        Whether its results differ by design, so that it is timed only for scale.
     """
 
     gap: Callable[[Case, torch.device], str | None]
@@ -54,7 +54,7 @@ def _never(case: Case, device: torch.device) -> None:
 
 
 def _build_torch(case: Case, baseline: torch.nn.Module, inputs: Tensors) -> Built:
-    """Torch.nn's, of what it has not its layer of the same gates, for scale."""
+    """Build torch.nn's layer, or its layer with the same gates, for scale, if it has none."""
     if case.members:
         return _of_members(list(baseline), inputs)  # type: ignore[call-overload]
     if case.is_beyond_torch:
@@ -82,7 +82,7 @@ def _plain_gap(case: Case, device: torch.device) -> str | None:
 
 
 def _build_plain(case: Case, baseline: torch.nn.Module, inputs: Tensors) -> Built:
-    """Our plain layer of the same gates: what an option costs beside it."""
+    """Build our plain layer with the same gates, to show what an option costs."""
     count = max(1, case.members)
     modules = [make_module(nn, case.plain, inputs[0].device) for _ in range(count)]
     if case.members:
@@ -91,7 +91,7 @@ def _build_plain(case: Case, baseline: torch.nn.Module, inputs: Tensors) -> Buil
 
 
 def _of_members(modules: Sequence[torch.nn.Module], inputs: Tensors) -> Built:
-    """A call for each member of an ensemble."""
+    """Call each member of an ensemble separately."""
     parameters = [list(module.parameters()) for module in modules]
 
     def run(x: Tensor) -> list[Tensor]:
@@ -110,7 +110,7 @@ def _stacked(rows: Sequence[Tensors]) -> list[Tensor]:
 
 
 def _of_ensemble(module: torch.nn.Module, weights: dict[str, Tensor], inputs: Tensors) -> Built:
-    """One call, mapped over weights that are stacked."""
+    """Make one call, mapped over stacked weights."""
     weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
 
     def member(weights: dict[str, Tensor], x: Tensor) -> Any:
@@ -137,7 +137,7 @@ def _of_module(case: Case, module: torch.nn.Module, inputs: Tensors) -> Built:
 
 
 def _inside(path: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """A function on a forced path."""
+    """Wrap a function to run on a forced path."""
 
     def of_path(*arguments: Any) -> Any:
         with forced(path):
@@ -203,7 +203,7 @@ def _build_compiled(case: Case, baseline: torch.nn.Module, inputs: Tensors) -> B
     def one_step(x: Tensor, state: list[Tensor], weights: list[Tensor]) -> Any:
         return reference.step(Call(cell, x, state, weights))
 
-    # As of a loop.
+    # As in loops.build.
     torch._dynamo.reset()
     compiled = torch.compile(one_step, dynamic=False, fullgraph=True)
     return Built(lambda x, *state: list(compiled(x, list(state), parameters)), inputs, parameters)
@@ -251,26 +251,26 @@ def _registry() -> dict[str, Provider]:
 BASELINE, OURS = "torch.nn", "fastrnn"
 PLAIN, REFERENCE, LOOP = "fastrnn:plain", "fastrnn:reference", "loop"
 
-#: By name. ``fastrnn`` is what the planner picks, ``fastrnn:PATH`` ours forced to one path or
-#: schedule; ``torch.nn`` is what all are compared with.
+#: By name. ``fastrnn`` is the planner's choice, ``fastrnn:PATH`` ours forced to one path or
+#: schedule; ``torch.nn`` is what all others are compared with.
 PROVIDERS = _registry()
 
 
 def default_providers(suite: str | None, device: str) -> list[str]:
-    """Say who is measured beside torch.nn if nobody else is asked for.
+    """Return the providers that are measured against torch.nn by default.
 
     Parameters
     ----------
     suite : str, optional
-        Of ``registry.SUITES``; None for a grid of the user.
+        Key of ``registry.SUITES``; None for a user-defined grid.
     device : {'cpu', 'cuda'}
 
     Returns
     -------
     list of str
-        'published': everybody; 'runtimes': the planner's choice and the runtimes; 'variants': the
-        planner's choice beside our plain layer, loops and the libraries that have such layers;
-        'full' on a GPU: the planner's choice and each schedule; else the planner's choice.
+        'published': all; 'runtimes': the planner's choice and the runtimes; 'variants': the
+        planner's choice, our plain layer, loops and the libraries that have such layers; 'full' on
+        a GPU: the planner's choice and each schedule; otherwise the planner's choice.
     """
     if suite == "published":
         return [n for n in PROVIDERS if n not in (BASELINE, PLAIN, REFERENCE)]
@@ -283,13 +283,13 @@ def default_providers(suite: str | None, device: str) -> list[str]:
 
 
 def is_repeated(name: str, plan: planner.Plan, case: Case) -> bool:
-    """Whether a forced path is what the planner picks anyway, so that it is measured already.
+    """Return whether a forced path is the planner's choice anyway, and so measured already.
 
     Parameters
     ----------
     name : str
     plan : fastrnn.planner.Plan
-        The planner's own for the case.
+        The planner's choice for the case.
     case : Case
 
     Returns
@@ -300,7 +300,7 @@ def is_repeated(name: str, plan: planner.Plan, case: Case) -> bool:
 
 
 def plan_name(plan: planner.Plan, case: Case) -> str:
-    """Name what runs: the path or, where kernels of a GPU do, their schedules.
+    """Name what runs: the path or, for GPU kernels, their schedules.
 
     Parameters
     ----------
@@ -318,7 +318,7 @@ def plan_name(plan: planner.Plan, case: Case) -> str:
 
 
 def torch_algorithm(case: Case, device: torch.device) -> str:
-    """Name what torch.nn runs: in place of what it has not, a plain layer.
+    """Name what torch.nn runs: a plain layer, where it has no such layer.
 
     Parameters
     ----------
@@ -346,7 +346,7 @@ def torch_algorithm(case: Case, device: torch.device) -> str:
     if torch.version.hip is not None:
         return "MIOpen"
     version = torch.backends.cudnn.version() or 0
-    # Since then torch gives bfloat16 to it.
+    # Since that version torch uses it for bfloat16.
     if not version or (case.dtype == "bfloat16" and version < 91300):
         return "ATen"
     return f"cuDNN {devices.cudnn_algorithm(problem_of(case, device))}"

@@ -1,9 +1,12 @@
-"""Write a table of README.md from results: ``python -m fastrnn.bench.readme``.
+"""Write the tables of README.md and docs/speed.md: ``python -m fastrnn.bench.readme``.
 
-A table stands between two comments, so that a figure in it has a file that it came from. Results
-that were measured beside plain layers make the table of prices, others that of speeds:
+A table stands between two comments, so that every figure in it has a file that it comes from:
 
     python -m fastrnn.bench.readme bench/results/NAME/results.json
+
+What was measured decides which tables are written: fastrnn against torch.nn (``summary`` and
+``speed``), against other runtimes (``runtimes``), or options and variants against the plain layer
+(``prices``).
 """
 
 from __future__ import annotations
@@ -12,32 +15,34 @@ import argparse
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from .._arguments import UsageError
 from . import terminal
-from .providers import LOOP, OURS, PLAIN
+from .providers import BASELINE, LOOP, OURS, PLAIN
 from .registry import MODES, Case
 from .report import quotient, totals
 from .results import Results, Row, by_case, load, of_provider
 
 _ROOT = Path(__file__).resolve().parents[1]
-_BETWEEN = re.compile(r"(<!-- (speed|prices): (\S+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+PAGES = (_ROOT / "README.md", _ROOT / "docs" / "speed.md")
+BLOCK = re.compile(r"(<!-- (\w+): (\w+) -->\n)(.*?)(<!-- /\2 -->)", re.DOTALL)
 _NAMES = {
     "lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "peephole_lstm": "peephole LSTM",
     "slstm": "sLSTM", "layernorm_lstm": "layer-norm LSTM", "layernorm_gru": "layer-norm GRU",
-    "gru_reset_before": "GRU with the reset before the product",
+    "gru_reset_before": "GRU, reset before the product",
 }  # fmt: skip
 _MODES = {"forward": "inference", "training": "training"}
-# Below, a row is about what a call costs, and not its steps.
+_RUNTIMES = ("onnxruntime", "openvino")
+# Shorter sequences measure the overhead of a call rather than its steps.
 _SHORTEST = 16
 _BATCHES = ((1, 1, "B = 1"), (2, 16, "B = 8 to 16"), (17, 2**31, "B from 32"))
 
 
 @terminal.printing()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrite the table of one device.
+    """Rewrite the tables for which a file has the results.
 
     Parameters
     ----------
@@ -50,30 +55,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status.
     """
     parser = argparse.ArgumentParser(prog="python -m fastrnn.bench.readme", description=__doc__)
-    parser.add_argument("results", type=terminal.path, help="a results.json below bench/results")
-    parser.add_argument("--readme", type=terminal.path, default=_ROOT / "README.md")
+    parser.add_argument("results", type=terminal.path, help="a results.json in bench/results")
+    parser.add_argument(
+        "--pages", type=terminal.path, nargs="+", default=PAGES, metavar="FILE",
+        help="Markdown files with tables (default README.md docs/speed.md)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     try:
         found = load(args.results)
     except UsageError as error:
         parser.error(str(error))
-    text = args.readme.read_text(encoding="utf-8")
-    kind, device = kind_of(found), found.env.device_type
-    written = SECTIONS[kind](found, args.results.parent.name)
-    new, count = _BETWEEN.subn(
-        lambda match: (
-            f"{match[1]}{written}{match[4]}" if match.group(2, 3) == (kind, device) else match[0]
-        ),
-        text,
-    )
-    if not count or f"<!-- {kind}: {device} -->" not in text:
-        parser.error(f"{args.readme} has no <!-- {kind}: {device} -->")
-    args.readme.write_text(new, encoding="utf-8")
+    tables = tables_of(found)
+    texts = {page: page.read_text(encoding="utf-8") for page in args.pages}
+    blocks = {match.group(2, 3) for text in texts.values() for match in BLOCK.finditer(text)}
+    device = found.env.device_type
+    if not any((kind, device) in blocks for kind in tables):
+        wanted = " or ".join(f"<!-- {kind}: {device} -->" for kind in tables)
+        parser.error(f"no {wanted} in {', '.join(map(str, args.pages))}")
+
+    def written(block: re.Match[str]) -> str:
+        if block[2] not in tables or block[3] != device:
+            return block[0]
+        return f"{block[1]}{tables[block[2]](found, args.results.parent.name)}{block[5]}"
+
+    for page, text in texts.items():
+        page.write_text(BLOCK.sub(written, text), encoding="utf-8")
     return 0
 
 
-def kind_of(found: Results) -> str:
-    """Tell which table results make: ``'speed'`` or ``'prices'``.
+def tables_of(found: Results) -> dict[str, Callable[[Results, str], str]]:
+    """Name the tables that can be written from results, and the functions that write them.
 
     Parameters
     ----------
@@ -81,28 +92,65 @@ def kind_of(found: Results) -> str:
 
     Returns
     -------
-    str
+    dict of str to function
+        Each takes the results and the name of their folder in bench/results.
     """
-    return "prices" if any(row.provider == PLAIN for row in found.rows) else "speed"
+    providers = {row.provider for row in found.rows}
+    if PLAIN in providers:
+        return {"prices": prices}
+    if providers & {*_RUNTIMES}:
+        return {"runtimes": runtimes}
+    return {"summary": summary, "speed": speed}
 
 
-def section(found: Results, name: str) -> str:
-    """Say in Markdown how fast fastrnn was.
+def summary(found: Results, name: str) -> str:
+    """Compare fastrnn with torch.nn in a few lines of Markdown.
 
     Parameters
     ----------
     found : Results
     name : str
-        Of the folder below bench/results that has them.
+        Of the folder in bench/results that has them.
 
     Returns
     -------
     str
     """
     ours = of_provider(found.rows, OURS)
+    main_dtype = _main_dtype(ours)
+    timed = [row for row in ours if row.times is not None]
+    kinds = dict.fromkeys(_kind(row.case, main_dtype) for row in timed)
+    lines = ["| | inference | training | slower |", "|---|---|---|---|"]
+    for kind in sorted(kinds, key=[*_NAMES.values(), *kinds].index):
+        rows = [row for row in timed if _kind(row.case, main_dtype) == kind]
+        cells = [_spread(row for row in rows if row.case.mode == mode) for mode in MODES]
+        slower = sum(row.verdict == "slower" for row in rows)
+        lines.append(f"| {kind} | {' | '.join(cells)} | {slower or 'none'} of {len(rows)} |")
+    return (
+        f"{_machine(found)}.\nTime of torch.nn / time of fastrnn: geometric mean (worst to best);"
+        f" {main_dtype} unless noted.\n\n"
+        + "\n".join(lines)
+        + f"\n\n{totals(ours)}. Source: "
+        + _origin(found, name)
+    )
+
+
+def speed(found: Results, name: str) -> str:
+    """Compare fastrnn with torch.nn by cell, mode, batch and dtype.
+
+    Parameters
+    ----------
+    found : Results
+    name : str
+        Of the folder in bench/results that has them.
+
+    Returns
+    -------
+    str
+    """
+    ours = of_provider(found.rows, OURS)
+    main_dtype = _main_dtype(ours)
     groups: dict[str, list[Row]] = {}
-    dtypes = [row.case.dtype for row in ours if row.case.is_plain]
-    main_dtype = max(dtypes, key=dtypes.count, default="")
     for row in ours:
         if row.times is not None:
             groups.setdefault(_group(row.case, main_dtype), []).append(row)
@@ -111,7 +159,7 @@ def section(found: Results, name: str) -> str:
         "|---|---|---|---|---|---|",
     ]
     for group, rows in groups.items():
-        ratios = [row.times.ratio.median for row in rows if row.times]
+        ratios = _ratios(rows)
         slower = sum(row.verdict == "slower" for row in rows)
         lines.append(
             f"| {group} | {len(rows)} | {statistics.geometric_mean(ratios):.2f} "
@@ -127,36 +175,60 @@ def section(found: Results, name: str) -> str:
         if values
     )
     return (
-        f"{_machine(found)}; public modules, input as\n"
-        f"wide as hidden, {ranges}; geometric means.\n\n"
+        f"{_machine(found)}. Public modules, input size equal to\nhidden size, {ranges};"
+        " geometric means.\n\n"
         + "\n".join(lines)
-        + f"\n\n{totals(ours)}. All of them, with bands, limits and memory, are in\n"
+        + f"\n\n{totals(ours)}. All cases, with spread, limits and memory: "
         + _origin(found, name)
     )
 
 
-def _machine(found: Results) -> str:
-    env = found.env
-    threads = f", {env.threads} threads" if env.device_type == "cpu" else f", cuDNN {env.cudnn}"
-    return f"{env.device}{threads}, torch {env.torch}, {env.date[:10]}"
-
-
-def _origin(found: Results, name: str) -> str:
-    env = found.env
-    return (
-        f"`bench/results/{name}/`, written by `{env.command}`\nat commit {env.commit}"
-        f"{', with uncommitted changes' if env.dirty else ''}.\n"
-    )
-
-
-def prices(found: Results, name: str) -> str:
-    """Say in Markdown what options and cells cost that torch.nn does not have.
+def runtimes(found: Results, name: str) -> str:
+    """Compare fastrnn with runtimes for trained models.
 
     Parameters
     ----------
     found : Results
     name : str
-        Of the folder below bench/results that has them.
+        Of the folder in bench/results that has them.
+
+    Returns
+    -------
+    str
+    """
+    bands: dict[tuple[str, str], dict[str, float]] = {}
+    for case, providers in by_case(found.rows).items():
+        for other in (BASELINE, *_RUNTIMES):
+            band = quotient(providers.get(OURS), providers.get(other))
+            if band is not None:
+                size = f"T{case.steps} B{case.batch} H{case.hidden_size}"
+                bands.setdefault((other, _NAMES[case.cell]), {})[size] = band.median
+    lines = [
+        "| time of the other / time of fastrnn | mean | worst | at | best | at |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (other, cell), ratios in bands.items():
+        worst, best = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
+        lines.append(
+            f"| {other}, {cell} | {statistics.geometric_mean(ratios.values()):.2f} "
+            f"| {ratios[worst]:.2f} | {worst} | {ratios[best]:.2f} | {best} |"
+        )
+    sizes = max(map(len, bands.values()), default=0)
+    return (
+        f"{_machine(found)}; inference in {_main_dtype(found.rows)},\n"
+        f"{sizes} sizes; geometric means.\n\n" + "\n".join(lines) + "\n\nSource: "
+        + _origin(found, name)
+    )  # fmt: skip
+
+
+def prices(found: Results, name: str) -> str:
+    """Give the cost of options and cells that torch.nn does not have.
+
+    Parameters
+    ----------
+    found : Results
+    name : str
+        Of the folder in bench/results that has them.
 
     Returns
     -------
@@ -168,7 +240,7 @@ def prices(found: Results, name: str) -> str:
     for case, providers in cases.items():
         if (case.steps, case.batch, case.hidden_size) == sizes:
             rows.setdefault(_option(case), {})[case.mode] = providers
-    header = ["price", "a loop", "compiled"]
+    header = ["cost", "loop", "compiled"]
     names = [f"{_MODES[mode]}: {column}" for mode in MODES for column in header]
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for option, by_mode in rows.items():
@@ -182,41 +254,81 @@ def prices(found: Results, name: str) -> str:
             cells += ["-" if band is None else f"{band.median:.2f}" for band in bands]
         lines.append(f"| {option} | {' | '.join(cells)} |")
     return (
-        f"{_machine(found)}; T = {sizes[0]}, B = {sizes[1]}, H = {sizes[2]}. *Price* is the time\n"
-        "of fastrnn / that of its plain layer, of an ensemble that of as many calls; the others\n"
-        "are the time of a loop of torch operators, and of what torch.compile makes of it, / that\n"
-        "of fastrnn.\n\n" + "\n".join(lines) + "\n\nThese and others are in " + _origin(found, name)
+        f"{_machine(found)}; T = {sizes[0]}, B = {sizes[1]}, H = {sizes[2]}.\n"
+        "*Cost*: time of fastrnn / time of its plain layer (of an ensemble: of one call per\n"
+        "member). *Loop*: time of a loop of torch operators / time of fastrnn. *Compiled*: time\n"
+        "of that loop under torch.compile / time of fastrnn.\n\n"
+        + "\n".join(lines)
+        + "\n\nThese cases and more: "
+        + _origin(found, name)
     )
+
+
+def _machine(found: Results) -> str:
+    env = found.env
+    threads = f", {env.threads} threads" if env.device_type == "cpu" else f", cuDNN {env.cudnn}"
+    return f"{env.device}{threads}, torch {env.torch}, {env.date[:10]}"
+
+
+def _origin(found: Results, name: str) -> str:
+    env = found.env
+    return (
+        f"`bench/results/{name}/`,\nwritten by `{env.command}` at commit {env.commit}"
+        f"{', with uncommitted changes' if env.dirty else ''}.\n"
+    )
+
+
+def _main_dtype(rows: Iterable[Row]) -> str:
+    """The dtype of most plain cases."""
+    dtypes = [row.case.dtype for row in rows if row.case.is_plain]
+    return max(dtypes, key=dtypes.count, default="")
+
+
+def _ratios(rows: Iterable[Row]) -> list[float]:
+    return [row.times.ratio.median for row in rows if row.times]
+
+
+def _spread(rows: Iterable[Row]) -> str:
+    ratios = _ratios(rows)
+    if not ratios:
+        return "-"
+    mean = statistics.geometric_mean(ratios)
+    return f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def _option(case: Case) -> str:
     options = {
         "recurrent dropout": case.recurrent_dropout, "zoneout": case.zoneout,
         f"{case.num_heads} heads": case.num_heads > 1, f"ensemble of {case.members}": case.members,
-        "both directions": case.bidirectional, f"projected to {case.proj_size}": case.proj_size,
+        "bidirectional": case.bidirectional, f"projected to {case.proj_size}": case.proj_size,
     }  # fmt: skip
     return ", ".join([_NAMES[case.cell], *(name for name, is_on in options.items() if is_on)])
 
 
-SECTIONS = {"speed": section, "prices": prices}
+def _kind(case: Case, main_dtype: str) -> str:
+    """What distinguishes a case from a plain layer in the main dtype; else its cell."""
+    if case.is_step:
+        return "single steps (cell modules)"
+    if case.ragged:
+        return "packed sequences of different lengths"
+    if case.proj_size:
+        return "LSTM with projections"
+    if case.stack:
+        return "two layers, bidirectional, or both"
+    return _NAMES[case.cell] if case.dtype == main_dtype else case.dtype
 
 
 def _group(case: Case, main_dtype: str) -> str:
-    mode = _MODES[case.mode]
-    if case.is_step:
-        return f"cells, {mode}"
-    if case.ragged:
-        return f"sequences of different lengths, {mode}"
-    if case.proj_size:
-        return f"projected LSTM, {mode}"
-    if case.stack:
-        return f"two layers, two directions or both, {mode}"
+    """A finer division than that of `_kind`."""
+    kind, mode = _kind(case, main_dtype), _MODES[case.mode]
+    if kind not in (_NAMES.get(case.cell), case.dtype):
+        return f"{kind}, {mode}"
+    group = f"{_NAMES[case.cell]} {mode}, {case.dtype}"
     if case.dtype != main_dtype:
-        return f"{_NAMES[case.cell]} {mode}, {case.dtype}"
+        return group
     if case.steps < _SHORTEST:
-        return f"{_NAMES[case.cell]} {mode}, {case.dtype}, T below {_SHORTEST}"
-    batch = next(name for low, high, name in _BATCHES if low <= case.batch <= high)
-    return f"{_NAMES[case.cell]} {mode}, {case.dtype}, {batch}"
+        return f"{group}, T below {_SHORTEST}"
+    return f"{group}, " + next(name for low, high, name in _BATCHES if low <= case.batch <= high)
 
 
 if __name__ == "__main__":

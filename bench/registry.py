@@ -1,4 +1,4 @@
-"""The cases that are measured, and the suites made of them."""
+"""The benchmark's cases, and the suites made of them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure.
+    """A case to measure.
 
     Attributes
     ----------
     cell : str
-        One of ``CELLS``: a layer, of torch.nn or not, or a cell module that runs a single step.
+        One of ``CELLS``: a layer, from torch.nn or not, or a cell module, which runs a single step.
     mode : {'forward', 'training'}
         Inference without autograd, or forward and backward with all gradients.
     dtype : str
@@ -37,11 +37,11 @@ class Case:
     ragged : bool, default False
         Whether the input is a PackedSequence of lengths from T/4 to T.
     proj_size : int, default 0
-        To which an LSTM projects its h; 0 for no projection.
+        Size of an LSTM's projected h; 0 for no projection.
     recurrent_dropout, zoneout : float, default 0.0
     num_heads : int, default 1
     members : int, default 0
-        How many layers of these sizes have the same input, as an ensemble; 0 for one alone.
+        How many layers of these sizes share the input, as an ensemble; 0 for a single layer.
     """
 
     cell: str
@@ -62,14 +62,14 @@ class Case:
 
     @property
     def lengths(self) -> list[int]:
-        """Of the sequences, the longest first."""
+        """Lengths of the sequences, the longest first."""
         shortest = -(-self.steps // 4) if self.ragged else self.steps
         span, last = self.steps - shortest, max(1, self.batch - 1)
         return [self.steps - span * b // last for b in range(self.batch)]
 
     @property
     def name(self) -> str:
-        """The cell, the mode and the shape, in one line."""
+        """The cell, the mode and the shape in one line."""
         return f"{self.cell} {self.mode} {self.shape}"
 
     @property
@@ -79,17 +79,17 @@ class Case:
 
     @property
     def is_noisy(self) -> bool:
-        """Whether there is recurrent dropout or zoneout."""
+        """Whether recurrent dropout or zoneout is used."""
         return bool(self.recurrent_dropout or self.zoneout)
 
     @property
     def is_beyond_torch(self) -> bool:
-        """Whether torch.nn has no module that gives the same results."""
+        """Whether torch.nn has no module with the same results."""
         return self.cell in VARIANTS or self.is_noisy or self.num_heads > 1
 
     @property
     def stock(self) -> Case:
-        """The same case of a layer that torch.nn has, of as many gates."""
+        """The same case with torch.nn's layer that has as many gates."""
         if not self.is_beyond_torch:
             return self
         cell = {3: "gru", 4: "lstm"}[self.gates] if self.cell in VARIANTS else self.cell
@@ -97,12 +97,12 @@ class Case:
 
     @property
     def plain(self) -> Case:
-        """The same case of one direction, without a projection, and as `stock`."""
+        """The case of `stock` with one direction and no projection."""
         return dataclasses.replace(self.stock, bidirectional=False, proj_size=0)
 
     @property
     def parts(self) -> int:
-        """How many products of its own size a step has: heads or members."""
+        """How many separate products a step has: one for each head or member."""
         return max(self.num_heads, self.members)
 
     @property
@@ -112,7 +112,7 @@ class Case:
 
     @property
     def is_half(self) -> bool:
-        """Whether the dtype is one of half precision."""
+        """Whether the dtype is a half-precision one."""
         return self.itemsize == 2
 
     @property
@@ -145,15 +145,15 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Operations in the products alone; in training three times those of inference."""
+        """Operations in the products alone; for training, three times those of inference."""
         passes = 3 if self.mode == "training" else 1
         return 2.0 * passes * sum(self.lengths) * self.weights
 
     @property
     def min_bytes(self) -> float:
-        """Bytes that any implementation moves: input, output and weights, once in each pass.
+        """Bytes that any implementation must move: input, output and weights, once per pass.
 
-        In training forward reads x and the weights and writes y; backward reads all three and dy,
+        In training, forward reads x and the weights and writes y; backward reads all three and dy,
         and writes the gradients of x and of the weights.
         """
         rows = sum(self.lengths)
@@ -170,7 +170,7 @@ class Case:
 
     @property
     def stack(self) -> str:
-        """What is beyond one plain layer: '', '2 layers, bidirectional', 'ragged', '8 heads'..."""
+        """What exceeds one plain layer: '', '2 layers, bidirectional', 'ragged', '8 heads'..."""
         layers = [f"{self.num_layers} layers"] * (self.num_layers > 1)
         others = ["bidirectional"] * self.bidirectional + ["ragged"] * self.ragged
         others += [f"projected to {self.proj_size}"] * (self.proj_size > 0)
@@ -199,12 +199,12 @@ class Case:
 
     @property
     def is_plain(self) -> bool:
-        """Whether T, B and H, with cell, mode and dtype, say it all: a point of a heat map."""
+        """Whether T, B and H, with cell, mode and dtype, define it fully: a point of a heat map."""
         return not self.is_step and not self.stack and self.input_size == self.hidden_size
 
 
-# (T, B, H) from the latency of a single short sequence to what only GEMMs bound. The GPU's
-# shapes start higher: below them everything there is launch latency.
+# (T, B, H), from the latency of a single short sequence to sizes bound by GEMMs alone. The GPU's
+# shapes start higher: anything smaller is dominated by launch latency there.
 _QUICK_SHAPES = {
     "cpu": [(32, 1, 64), (128, 1, 256), (128, 8, 64), (128, 8, 256), (64, 32, 128), (128, 64, 256)],
     "cuda": [
@@ -216,21 +216,21 @@ _QUICK_SHAPES = {
         (128, 128, 1024),
     ],
 }
-# Which of those shapes a cell other than the LSTM is measured at.
+# Indices of the shapes at which each cell is measured.
 _QUICK_PICKS = {"lstm": range(6), "gru": (0, 1, 3, 4), "rnn": (0, 3, 4)}
-# On a CPU without half-precision units torch takes 20 times longer than in float32.
+# Without half-precision units on a CPU, torch takes 20 times longer than in float32.
 _QUICK_HALF_SHAPE = {"cpu": (32, 8, 64), "cuda": (128, 64, 256)}
 _STACK_SHAPE = {"cpu": (64, 8, 128), "cuda": (256, 16, 512)}
 _QUICK_STEPS = [("forward", 1, 128), ("training", 32, 256)]
-# (cell, T) of streams: of one step, what a call costs; of more, what each step adds.
+# (cell, T) of streams: one step shows the overhead of a call, more steps what each adds.
 _QUICK_STREAMS = [("lstm", 1), ("lstm", 16), ("gru", 1), ("rnn", 1)]
 _QUICK_STREAM_HIDDEN = 256
 
 _FULL_STEPS = (16, 64, 256, 1024, 4096)
 _FULL_BATCHES = (1, 8, 16, 32, 64, 128, 256)
 _FULL_HIDDEN = (64, 128, 192, 256, 384, 512, 768, 1024, 1408, 2048)
-# What a call of a case may cost: on a CPU time, operations of an LSTM's inference, some 0.1 s; on a
-# GPU memory, elements of the output, of which training keeps up to ten times as many.
+# Limits for a case: on a CPU for time, in operations of an LSTM's inference, about 0.1 s; on a GPU
+# for memory, in elements of the output, of which training keeps up to ten times as many.
 _FULL_FLOPS = 1e10
 _FULL_OUTPUT = 2**28
 _FULL_DTYPES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -245,10 +245,10 @@ _FULL_CPU_HALF_SHAPES = [(128, 1, 256), (128, 8, 64), (32, 8, 256)]
 _FULL_CPU_DOUBLE_SHAPES = [(16, 1, 256), (128, 1, 256), (128, 8, 64)]
 # (T, B, H, P)
 _FULL_CPU_PROJECTED = [(16, 1, 256, 64), (128, 1, 512, 128), (64, 8, 256, 64), (64, 32, 512, 128)]
-# A stream comes in blocks of few steps.
+# Streams arrive in blocks of a few steps.
 _STREAM_SHAPES = [*product((1, 4, 16), (1,), (128, 256, 512)), (1, 4, 256)]
 _STREAM_HALF_SHAPES = [(1, 1, 256), (16, 1, 256)]
-# Where the paths of a single sequence's LSTM meet, and those of other programs.
+# Where the paths for a single-sequence LSTM cross over, and those of other libraries.
 _SINGLE_STEPS, _SINGLE_HIDDEN = 128, (64, 128, 192, 256, 384, 512, 768, 1024)
 _FULL_RAGGED_SHAPES = {
     "cpu": [(128, 8, 64), (128, 8, 256), (128, 64, 256)],
@@ -259,7 +259,7 @@ _STEP_HIDDEN = (64, 128, 256, 512, 1024)
 
 
 def quick(device: str) -> list[Case]:
-    """Every cell in both modes at a few sizes; some two minutes.
+    """List every cell in both modes at a few sizes; takes about two minutes.
 
     Parameters
     ----------
@@ -295,7 +295,7 @@ def quick(device: str) -> list[Case]:
 
 
 def full(device: str) -> list[Case]:
-    """Every cell in both modes over a grid of sizes and dtypes; hundreds of cases.
+    """List every cell in both modes over a grid of sizes and dtypes; hundreds of cases.
 
     Parameters
     ----------
@@ -310,7 +310,7 @@ def full(device: str) -> list[Case]:
         for (i, steps), (j, batch), (k, hidden) in product(
             enumerate(_FULL_STEPS), enumerate(_FULL_BATCHES), enumerate(_FULL_HIDDEN)
         )
-        # A fifth of the grid: every value of an axis still meets every value of each other axis.
+        # A fifth of the grid: each value of an axis still meets each value of the other axes.
         if (i + 2 * j + 3 * k) % 5 == 0 and _is_affordable(steps, batch, hidden, device)
     ]
     dtypes = _FULL_DTYPES[device]
@@ -335,11 +335,11 @@ def full(device: str) -> list[Case]:
         for cell, mode, batch, hidden in product(STEPS, MODES, _STEP_BATCHES, _STEP_HIDDEN)
         if (batch in (1, 32)) == (hidden in (64, 256, 1024)) and batch * hidden < 2**16
     ]
-    return list(dict.fromkeys(cases))  # some streams are in the grid too
+    return list(dict.fromkeys(cases))  # some streams are also in the grid
 
 
 def _full_cpu() -> list[Case]:
-    """What is measured on a CPU only: streams, single sequences, other dtypes and projections."""
+    """List CPU-only cases: streams, single sequences, other dtypes and projections."""
     shapes = {
         "bfloat16": _FULL_CPU_HALF_SHAPES,
         "float64": _FULL_CPU_DOUBLE_SHAPES,
@@ -374,13 +374,13 @@ def _is_affordable(steps: int, batch: int, hidden: int, device: str) -> bool:
 
 
 class Published(NamedTuple):
-    """A figure that others published.
+    """A published figure of another implementation.
 
     Attributes
     ----------
     case : Case
     who : str
-        Whose implementation.
+        The implementation.
     ms : float
     device : str
     source : str
@@ -399,11 +399,11 @@ _TORCHRL = "torchrl, pull request 3725"
 _FLASHRNN_CASE = Case("lstm", "forward", "float16", 1024, 16, 768, 768)
 _FLASHRNN_TRAINING = dataclasses.replace(_FLASHRNN_CASE, mode="training")
 _GRU_QAT_CASE = Case("gru", "training", "float32", 64, 32, 512, 512)
-# H is not stated there; 256 is that of torchrl's own benchmark.
+# H is not stated there; 256 is the size in torchrl's own benchmark.
 _TORCHRL_CASE = Case("gru", "forward", "float32", 64, 128, 256, 256)
 
-#: What others published about the cases of `published`. FlashRNN's own times are without the
-#: product with the input, which every other time has.
+#: Published figures for cases of `published`. FlashRNN's own times exclude the product with the
+#: input, which all other times include.
 PUBLISHED = (
     Published(_FLASHRNN_CASE, "cuDNN", 2.01, "H100", _FLASHRNN),
     Published(_FLASHRNN_TRAINING, "cuDNN", 5.19, "H100", _FLASHRNN),
@@ -425,12 +425,12 @@ PUBLISHED = (
 
 
 def published(device: str) -> list[Case]:
-    """The sizes at which others published figures, and a few that they use as a yardstick.
+    """List the sizes with published figures, and a few that others use as a yardstick.
 
     Parameters
     ----------
     device : {'cpu', 'cuda'}
-        On a CPU half precision becomes float32, and what would take minutes there is left out.
+        On a CPU half precision becomes float32, and what would take minutes is left out.
 
     Returns
     -------
@@ -439,7 +439,8 @@ def published(device: str) -> list[Case]:
     cases = [figure.case for figure in PUBLISHED]
     for mode in MODES:
         # The default of pytorch/benchmarks/fastrnns; two of torchrl's (a batch of 2048 in its pull
-        # request 4174 and, as large, a long one), and one of a persistent LSTM on AMD's DCU.
+        # request 4174 and a long sequence of the same size), and one of a persistent LSTM on AMD's
+        # DCU.
         cases += [
             _case("lstm", mode, "float32", 100, 64, 512),
             _case("gru", mode, "float32", 64, 128, 256),
@@ -465,7 +466,7 @@ _RUNTIME_SHAPES = [
 
 
 def runtimes(device: str) -> list[Case]:
-    """Inference of single layers, as runtimes for trained models have it, from a step to a batch.
+    """List single-layer inference cases, as run in runtimes for trained models.
 
     Parameters
     ----------
@@ -540,7 +541,7 @@ def select(
         Key of ``SUITES``.
     device : {'cpu', 'cuda'}
     cells, modes, dtypes : sequence of str, optional
-        If given, only the cases of these.
+        If given, only cases with these.
 
     Returns
     -------
@@ -583,10 +584,10 @@ def grid(
     steps, batches, hidden : sequence of int, optional
         By default (128,), (1, 8, 64) and (64, 256).
     inputs : sequence of int, optional
-        By default each hidden size is also that of its input.
+        By default the input size equals the hidden size.
     **stack
-        `num_layers`, `bidirectional` and `ragged` of `Case`, for all; cell modules, which have none
-        of these, are left as they are.
+        `num_layers`, `bidirectional` and `ragged` of `Case`, for all cases; cell modules, which
+        have none of these, are left unchanged.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What a benchmark returns: a row for each case, its files, and what to conclude from rows."""
+"""The results of a benchmark: a row for each case, files, and conclusions from rows."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .environment import Environment
 from .providers import BASELINE, OURS
 from .registry import Case
 
-#: Version of the files' layout: raised when a field changes its meaning or goes away.
+#: Version of the file format: raised when a field changes its meaning or is removed.
 SCHEMA = 3
 
-# A median ratio this far from 1 is called a difference.
+# A median ratio at least this far from 1 counts as a difference.
 _MARGIN = 0.03
 
 
@@ -32,7 +32,7 @@ class Band(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Milliseconds of one call, and torch.nn time / this time of the pairs."""
+    """Milliseconds per call, and torch.nn's time / this time over the pairs."""
 
     ms: Band
     ratio: Band
@@ -40,7 +40,7 @@ class Times(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """What one provider did in one case.
+    """The results of one provider in one case.
 
     Attributes
     ----------
@@ -48,34 +48,33 @@ class Row:
     provider : str
         Key of ``providers.PROVIDERS``.
     path : str
-        What ran: for fastrnn the planner's path or the schedules of its kernels, for torch.nn
-        the library's algorithm, and of which plain layer where it has no other; '' for others.
+        What ran: for fastrnn the planner's path or the schedules of its kernels, for torch.nn the
+        library's algorithm, and for which plain layer where it has no other; '' for others.
     reason : str
-        The planner's, or for what failed the error.
+        The planner's reason or, after a failure, the error.
     status : {'ok', 'wrong', 'failed'}
-        'wrong' if the results differ from what they should be, 'failed' if the case could not be
-        run.
+        'wrong' if the results differ from the expected ones, 'failed' if the case could not be run.
     error, tolerance : float, optional
-        Of the output or gradient that is furthest from what is allowed: its difference from
-        torch.nn's, or where torch.nn has no such layer from that of our differentiable loop,
-        relative to the largest element, and how large that may be. None for torch.nn itself, for
-        what is timed for scale only, and for a failed case.
+        For the output or gradient with the largest error relative to its tolerance: its difference
+        from torch.nn's, or from our differentiable loop's where torch.nn has no such layer,
+        relative to the largest element, and its tolerance. None for torch.nn itself, for what is
+        timed for scale only, and for a failed case.
     first_s : float, optional
-        Seconds until the first results were there, compilation included.
+        Seconds until the first results, including compilation.
     pairs : int
-        How often the provider and torch.nn were timed one after the other.
+        How many times the provider and torch.nn were timed one after the other.
     times : Times, optional
         As users call it; None unless the status is 'ok'. In files a band is three columns, such
         as ``ratio`` (the median), ``ratio_p20`` and ``ratio_p80``.
     graph : Times, optional
-        As a CUDA graph that is replayed; None on a CPU and where it cannot be captured.
+        As a replayed CUDA graph; None on a CPU and where it cannot be captured.
     peak_mib : float, optional
-        Largest memory that one call allocates, beside what the provider keeps between calls; on a
-        CPU by the resident set, on Linux only.
+        Peak memory that one call allocates, apart from what the provider keeps between calls; on a
+        CPU measured by the resident set, on Linux only.
     limit_ms : float, optional
-        What the case takes at least on this device; see ``limits``.
+        The minimum time of the case on this device; see ``limits``.
     bound : str, optional
-        What that limit is made of.
+        What determines that limit.
     """
 
     case: Case
@@ -105,7 +104,7 @@ class Row:
 
     @property
     def share(self) -> float | None:
-        """The limit divided by the time: 1 is as fast as the device can be."""
+        """The limit divided by the time; 1 means as fast as the device can be."""
         if self.times is None or self.limit_ms is None:
             return None
         return self.limit_ms / self.times.ms.median
@@ -114,9 +113,9 @@ class Row:
     def verdict(self) -> str:
         """'faster', 'equal' or 'slower', or the status of a row without times.
 
-        'slower' if the whole band of the ratio, to two digits, is below 1 or the median below
-        0.97; 'faster' only if the whole band is above 1 and the median above 1.03, lest
-        noise counts as a win.
+        'slower' if the whole band of the ratio, to two digits, is below 1 or the median below 0.97;
+        'faster' only if the whole band is above 1 and the median above 1.03, so that noise does not
+        count as a win.
         """
         if self.times is None:
             return self.status
@@ -126,7 +125,7 @@ class Row:
         return "faster" if p20 > 1 and median > 1 + _MARGIN else "equal"
 
     def record(self) -> dict[str, Any]:
-        """The row as flat fields, as files have it."""
+        """Return the row as flat fields, as stored in files."""
         fields = dataclasses.asdict(self)
         for name in _TIMES:
             del fields[name]
@@ -142,7 +141,7 @@ class Row:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Row:
-        """The inverse of `record`; KeyError, TypeError or ValueError if fields do not fit."""
+        """Invert `record`; raises KeyError, TypeError or ValueError if fields do not fit."""
         rest = {**_LATER, **record}
         for name in _DERIVED:
             del rest[name]
@@ -152,22 +151,22 @@ class Row:
         times: dict[str, Any] = {
             name: _times_of(numbers[k * size : (k + 1) * size]) for k, name in enumerate(_TIMES)
         }
-        if rest["path"] == "loop":  # what compiled kernels were called until 2026-11-28
+        if rest["path"] == "loop":  # the name of compiled kernels until 2026-11-28
             rest["path"] = "kernels"
         return cls(case=case, **times, **rest)
 
 
-# What the cases of older files are without.
+# Fields that the cases of older files lack.
 _LATER = {
     "proj_size": 0, "recurrent_dropout": 0.0, "zoneout": 0.0, "num_heads": 1, "members": 0,
 }  # fmt: skip
-# Fields that are several columns, and columns that follow from others.
+# Fields that span several columns, and columns derived from others.
 _TIMES = ("times", "graph")
 _DERIVED = ("step_us", "share")
 
 
 def _band_columns() -> list[tuple[str, str, str, str]]:
-    """Field, part, statistic and column of every number in the `Times` of a row."""
+    """List field, part, statistic and column of every number in the `Times` of a row."""
     columns = []
     for name in _TIMES:
         prefix = "graph_" if name == "graph" else ""
@@ -205,7 +204,7 @@ def write_json(path: Path, results: Results) -> None:
 
 
 def write_csv(path: Path, results: Results) -> None:
-    """Write a table whose rows each carry the environment; for other programs."""
+    """Write a table whose rows each include the environment, for use by other programs."""
     environment = dataclasses.asdict(results.env)
     records = [{**row.record(), **environment} for row in results.rows]
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -228,7 +227,7 @@ def load(path: Path) -> Results:
     Raises
     ------
     UsageError
-        If the file cannot be read or is no results.json of this version.
+        If the file cannot be read or is not a results.json of this version.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -247,7 +246,7 @@ def load(path: Path) -> Results:
 
 
 def by_case(rows: Sequence[Row]) -> dict[Case, dict[str, Row]]:
-    """Group rows: for each case its providers, in the order in which these occur.
+    """Group rows: for each case its providers, in order of appearance.
 
     Parameters
     ----------
@@ -269,7 +268,7 @@ def of_provider(rows: Sequence[Row], provider: str) -> list[Row]:
 
 
 class Change(NamedTuple):
-    """One case of one provider in an old and a new benchmark."""
+    """A case of one provider in an old and a new benchmark."""
 
     case: Case
     provider: str
@@ -281,14 +280,14 @@ class Change(NamedTuple):
 
 
 def compare(old: Sequence[Row], new: Sequence[Row], threshold: float = 0.1) -> list[Change]:
-    """Compare what was timed of ours in both benchmarks.
+    """Compare our times between two benchmarks.
 
     Parameters
     ----------
     old, new : sequence of Row
     threshold : float, default 0.1
-        By how much, relative to the old, a case's ratio may drop. It is the ratio to
-        torch.nn that is judged, because milliseconds change with the machine and its load.
+        By how much, relative to the old, a case's ratio may drop. The criterion is the ratio to
+        torch.nn, because milliseconds change with the machine and its load.
 
     Returns
     -------
@@ -331,12 +330,12 @@ class Summary(NamedTuple):
 
 
 def summarize(rows: Sequence[Row]) -> list[Summary]:
-    """Group rows by provider, cell, mode and dtype, in the order in which these occur.
+    """Group rows by provider, cell, mode and dtype, in order of appearance.
 
     Parameters
     ----------
     rows : sequence of Row
-        Those of torch.nn, whose ratio is 1, are left out.
+        Rows of torch.nn, whose ratio is 1, are left out.
 
     Returns
     -------

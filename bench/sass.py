@@ -1,14 +1,14 @@
-"""The machine code of a compiled kernel: its instructions with their control words, its time loop.
+"""Read the machine code of a compiled kernel: instructions with control words, and the time loop.
 
-nvdisasm, which is in Triton's wheel, prints every instruction of 128 bits with its encoding. The
-high half carries what the compiler knows of timing: for how many cycles the warp stalls after the
-instruction, which scoreboards it sets and which it waits for. The bits are those of CuAssembler's
-``CuControlCode.py``, their meaning is that of Huerta et al., "Dissecting and Modeling the
-Architecture of Modern GPU Cores" (MICRO 2025).
+nvdisasm, which is in Triton's wheel, prints every 128-bit instruction with its encoding. The high
+half contains the compiler's scheduling information: for how many cycles the warp stalls after the
+instruction, which scoreboards it sets and which it waits for. The bit positions are those of
+CuAssembler's ``CuControlCode.py``, their meaning is that of Huerta et al., "Dissecting and Modeling
+the Architecture of Modern GPU Cores" (MICRO 2025).
 
 The *time loop* is the longest range of instructions that ends with a jump back to its start. A
-*poll loop* is an innermost loop in it that loads with ``STRONG`` in the instruction's name, as
-volatile and relaxed loads have it.
+*poll loop* is an innermost loop in it with a load that has ``STRONG`` in its name, as volatile and
+relaxed loads do.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Instruction(NamedTuple):
     stall : int
         Cycles before the warp's next instruction.
     write, read : int
-        The scoreboards that are set until the result is there, and until the operands are read.
+        The scoreboards that are held until the result is there, and until the operands are read.
     wait : tuple of int
         The scoreboards that must be clear.
     line : str
-        File, line and function of the source, as far as the file is there.
+        File, line and function of the source, if the file is there.
     goal : int or None
-        The place in the list that a jump goes to.
+        The index of a jump's target.
     """
 
     address: int
@@ -63,17 +63,17 @@ class Loop(NamedTuple):
     Attributes
     ----------
     code : sequence of Instruction
-        All of the kernel.
+        All instructions of the kernel.
     first, last : int
-        Places of the first instruction and of the jump back.
+        Indices of the first instruction and of the jump back.
     polls : tuple of (int, int)
-        First and last places of the poll loops, in order.
+        First and last indices of the poll loops, in order.
     publish : frozenset of int
-        Places of the stores that hand out data.
+        Indices of the stores that publish data.
     steps : int
-        Time steps in a turn.
+        Time steps per iteration.
     repeats : dict of int to int
-        How often inner loops jump back, by the place of that jump.
+        Trip counts of inner loops' jumps back, by the index of the jump.
     """
 
     code: Sequence[Instruction]
@@ -90,13 +90,13 @@ class Loop(NamedTuple):
 
     @property
     def loads(self) -> list[int]:
-        """Places of the polling loads."""
+        """Indices of the polling loads."""
         return [n for n in self.places if kind(self.code[n].name) == "poll"]
 
 
 @functools.cache
 def tool(name: str) -> Path:
-    """Find a program of NVIDIA's that came with Triton.
+    """Find an NVIDIA tool that ships with Triton.
 
     Parameters
     ----------
@@ -109,14 +109,14 @@ def tool(name: str) -> Path:
     Raises
     ------
     FileNotFoundError
-        If it did not.
+        If it is missing.
     """
     spec = find_spec("triton")
     if spec is None or spec.origin is None:
         raise FileNotFoundError(f"{name} comes with triton, which is not installed")
     path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
     if not path.exists():
-        raise FileNotFoundError(f"triton came without {name}: no {path}")
+        raise FileNotFoundError(f"triton does not include {name}: no {path}")
     return path
 
 
@@ -132,7 +132,7 @@ _GOAL = re.compile(r"(\.L_\w+|0x[0-9a-f]+)\)?$")
 _CONTROL = 41  # the bit of the high half at which the control word starts
 
 
-@functools.lru_cache(maxsize=1)  # of one kernel several things are asked
+@functools.lru_cache(maxsize=1)  # the same kernel is read several times
 def read(cubin: bytes) -> list[Instruction]:
     """Disassemble a cubin of one kernel.
 
@@ -155,9 +155,9 @@ def read(cubin: bytes) -> list[Instruction]:
 
 
 def _parsed(text: str) -> list[Instruction]:
-    """Instructions from what nvdisasm prints, the two halves of each on two lines."""
+    """Parse instructions from nvdisasm's output, which has the halves of each on two lines."""
     rows: list[tuple[re.Match[str], str, str]] = []
-    goals: dict[str, int] = {}  # of labels, and of addresses
+    goals: dict[str, int] = {}  # indices of labels and addresses
     labels: list[str] = []
     line, pending = "", None
     for row in text.splitlines():
@@ -177,9 +177,9 @@ def _parsed(text: str) -> list[Instruction]:
 def _instruction(match: re.Match[str], high: str, line: str, goals: dict[str, int]) -> Instruction:
     predicate, name, operands = (match[2] or "").strip(), match[3], match[4]
     goal = None
-    if name == "BRA.U":  # from sm_100 on: by a predicate of all threads, the first operand
+    if name == "BRA.U":  # since sm_100: with a uniform predicate, the first operand
         predicate = f"@{operands.split(',')[0]}"
-    # For sm_80, ptxas leaves loops by a call that does not come back.
+    # For sm_80, ptxas leaves loops with a call that does not return.
     if name in ("BRA", "BRA.U") or (predicate and name == "CALL.REL.NOINC"):
         target = _GOAL.search(operands)
         goal = goals.get(target[1]) if target else None
@@ -205,7 +205,7 @@ def _place(path: str, line: int) -> str:
 
 @functools.cache
 def _functions(path: str) -> list[tuple[int, str]]:
-    """First lines and names of the functions in a file."""
+    """Return first lines and names of the functions in a file."""
     try:
         rows = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -238,7 +238,7 @@ _KINDS = {head: kind for kind, heads in _HEADS.items() for head in heads.split()
 
 
 def kind(name: str) -> str:
-    """Say what executes an instruction.
+    """Classify an instruction by the unit that executes it.
 
     Parameters
     ----------
@@ -248,7 +248,7 @@ def kind(name: str) -> str:
     Returns
     -------
     str
-        Of the keys of a table, such as 'ldg'; 'poll' for a load that sees what others write, 'udp'
+        A key of the table, such as 'ldg'; 'poll' for a load that sees other programs' stores, 'udp'
         for the uniform datapath, and 'alu' for the rest.
     """
     head = name.split(".")[0]
@@ -258,7 +258,7 @@ def kind(name: str) -> str:
 
 
 def width(name: str) -> int:
-    """Read off an instruction's name how many bytes of a thread it moves.
+    """Return the bytes per thread that an instruction moves, from its name.
 
     Parameters
     ----------
@@ -283,8 +283,8 @@ def back_edges(code: Sequence[Instruction]) -> list[tuple[int, int]]:
     Returns
     -------
     list of (int, int)
-        Places of goal and jump, the longest first. What is behind the end, where rare branches go,
-        is left out.
+        Indices of target and jump, the longest loop first. Code behind the end, where rare branches
+        are placed, is left out.
     """
     exits = (n for n, i in enumerate(code) if i.name == "EXIT" and not i.predicate)
     end = next(exits, len(code))
@@ -295,17 +295,17 @@ def back_edges(code: Sequence[Instruction]) -> list[tuple[int, int]]:
 def time_loop(code: Sequence[Instruction], steps: int | None = None, tiles: int = 1) -> Loop:
     """Find the loop through time.
 
-    Stores that publish are ``STRONG`` ones, as relaxed stores are; without such, those from a
-    function of the source with 'publish' or 'send' in its name; else the first.
+    Publishing stores are ``STRONG`` ones, as relaxed stores are; without any, those from a source
+    function with 'publish' or 'send' in its name; otherwise the first store.
 
     Parameters
     ----------
     code : sequence of Instruction
     steps : int or None
-        Time steps in a turn. By default, how often a store that publishes follows a polling load,
+        Time steps per iteration. By default, how often a publishing store follows a polling load,
         for each tile.
     tiles : int
-        Tiles of the batch that a program takes turns with.
+        Batch tiles that a program alternates between.
 
     Returns
     -------
@@ -314,11 +314,11 @@ def time_loop(code: Sequence[Instruction], steps: int | None = None, tiles: int 
     Raises
     ------
     ValueError
-        If nothing jumps back.
+        If there is no jump back.
     """
     edges = back_edges(code)
     if not edges:
-        raise ValueError("no loop: a kernel without one is taken by straight()")
+        raise ValueError("no loop: use straight() for a kernel without one")
     (first, last), *others = edges
     places = range(first, last + 1)
     loads = [n for n in places if kind(code[n].name) == "poll"]
@@ -347,13 +347,13 @@ def _innermost(edges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 
 
 def straight(code: Sequence[Instruction], trips: int) -> Loop:
-    """Take a kernel without a time loop, which is one step, as a loop from its start to its end.
+    """Treat a kernel without a time loop, which is one step, as a loop over all of its code.
 
     Parameters
     ----------
     code : sequence of Instruction
     trips : int
-        How often its longest loop, over the products, runs.
+        Trip count of its longest loop, over the products.
 
     Returns
     -------
@@ -370,7 +370,7 @@ def straight(code: Sequence[Instruction], trips: int) -> Loop:
 
 
 def _guards(code: Sequence[Instruction], start: int, jump: int) -> list[int]:
-    """Places of jumps to a loop around one that skips it, as it is where trips are not known."""
+    """Find jumps to a loop past one that skips it, which are there if its trip count is unknown."""
     skips = [
         n
         for n, i in enumerate(code[:start])
@@ -384,7 +384,7 @@ def _guards(code: Sequence[Instruction], start: int, jump: int) -> list[int]:
 
 
 def longest_chain(loop: Loop) -> int:
-    """Count the matrix products that each add to the one before.
+    """Count the matrix products that each accumulate onto the previous one.
 
     Parameters
     ----------
@@ -403,7 +403,7 @@ def longest_chain(loop: Loop) -> int:
             depth[registers[0]] = depth.get(registers[-1], 0) + 1
             longest = max(longest, depth[registers[0]])
         elif not name.startswith(("ST", "BRA")) and (result := _register(operands)) is not None:
-            # What something else writes starts anew.
+            # A register written by anything else starts a new chain.
             many = 4 if "128" in name or name.endswith(".4") else 1
             for register in range(result, result + many):
                 depth.pop(register, None)

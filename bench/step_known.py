@@ -1,8 +1,8 @@
-"""The simulator of a step on small loops of which the time is known.
+"""Check the simulator of a step on small loops whose time is known.
 
-``python -m fastrnn.bench.step_known`` compares it with figures that others published, or with what
-the compiler's stall counts say. Most of these return the constants that were put in: they show that
-control words are read and applied as they should be.
+``python -m fastrnn.bench.step_known`` compares it with published figures, or with the compiler's
+stall counts. Most of these return the constants that were put in: they show that control words are
+read and applied correctly.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Benchmark(NamedTuple):
     Attributes
     ----------
     name, body : str
-        The instruction's, in SASS and in PTX.
+        Of the instruction, in SASS and in PTX.
     chains, copies, num_warps : int
-        Independent chains, instructions of each in the loop, warps.
+        Independent chains, instructions of each per iteration, warps.
     h100, a100 : float
-        Cycles of an instruction as published, or as the compiler's stall counts say.
+        Cycles per instruction, as published or according to the compiler's stall counts.
     overhead : float
-        Cycles that a turn of the loop may take longer.
+        Extra cycles that an iteration of the loop may take.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Benchmark(NamedTuple):
     overhead: float = 30
 
     def bounds(self, device: str) -> tuple[float, float]:
-        """Least and most that a simulation may say: 2 % off, and the overhead of the loop."""
+        """Return the bounds for a simulation: 2 % off, plus the overhead of the loop."""
         known: float = getattr(self, device)
         overhead = self.overhead / (self.copies * self.chains)
         return 0.98 * known, 1.02 * known + overhead
@@ -55,7 +55,7 @@ _LDSM = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {a0,a1,a2,a3},[a0];"
 BENCHMARKS = (
     Benchmark("LDS", "ld.shared.u32 a0,[a0];", 1, 16, 1, 24, 24),  # Huerta
     Benchmark("LDSM.x4", _LDSM, 1, 16, 1, 29, 29),  # Sun et al.
-    Benchmark("LDSM.x4", _LDSM, 1, 16, 8, 32, 32),  # 512 of 128 bytes a cycle, of 8 warps
+    Benchmark("LDSM.x4", _LDSM, 1, 16, 8, 32, 32),  # 512 bytes at 128 per cycle, for 8 warps
     Benchmark("LDG.STRONG", "ld.relaxed.gpu.global.u64 q,[q];", 1, 16, 1, 260, 221),  # Study, MT4G
     Benchmark("MUFU", "ex2.approx.ftz.f32 f0,f0;", 1, 16, 1, 20, 20),  # accel-sim
     Benchmark("FFMA", "fma.rn.f32 f0,f0,f1,f1;", 1, 16, 1, 4, 4),  # stalls
@@ -95,7 +95,7 @@ def run_benchmark(benchmark: Benchmark, device: str) -> float:
     Returns
     -------
     float
-        Cycles of an instruction.
+        Cycles per instruction.
     """
     chains = [",".join(f"c{4 * c + n}" for n in range(4)) for c in range(benchmark.chains)]
     bodies = [
@@ -115,7 +115,7 @@ CAPABILITIES = {"h100": 90, "a100": 80}
 
 
 def assemble(ptx: str, device: str) -> bytes:
-    """Make a cubin, by the ptxas that came with Triton.
+    """Assemble a cubin with the ptxas that ships with Triton.
 
     Parameters
     ----------
@@ -144,10 +144,10 @@ def main() -> int:
     Returns
     -------
     int
-        1 if one is not as known, else 0.
+        1 if any is outside its bounds, else 0.
     """
     status = 0
-    print("cycles of an instruction:  simulated, known, and what the loop may add")
+    print("cycles per instruction:  simulated, known, and allowed with loop overhead")
     for device in DEVICES:
         for benchmark in BENCHMARKS:
             cycles = run_benchmark(benchmark, device)

@@ -1,8 +1,8 @@
-"""The table by which configurations are chosen: simulated times of a step, ``kernels/steps.csv``.
+"""Generate the table from which configurations are chosen: ``kernels/steps.csv``.
 
 ``python -m fastrnn.bench.compile_budget --steps`` compiles every candidate of
-`configs.candidates`, over a grid of sizes, for an H100 and an A100, and simulates a step of it. A
-row is a `configs.Simulated`. What spills should be no candidate: it is left out, and printed.
+`configs.candidates`, over a grid of sizes, for an H100 and an A100, and simulates a step. Rows are
+`configs.Simulated`. A candidate that spills should not be one: it is left out, and reported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from . import compiled
 from .compiled import Variant, problem
 
 DEVICES = ("h100", "a100")
-_CELLS = ("lstm", "gru", "rnn_tanh")  # of four gates, three and one
+_CELLS = ("lstm", "gru", "rnn_tanh")  # four gates, three and one
 _RUNS = ("training", "backward")  # forward saves what backward reads
 _KINDS = {
     "half": ("bfloat16", "tf32"),
@@ -29,7 +29,7 @@ _KINDS = {
     "tf32x3": ("float32", "tf32x3"),
     "ieee": ("float32", "ieee"),
 }
-_BATCH = 64  # enough for all blocks of rows
+_BATCH = 64  # enough for all row block sizes
 
 # Hidden sizes.
 _PERSISTENT = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
@@ -41,18 +41,18 @@ N_KEY = len(Simulated._fields) - 2
 
 
 class Result(NamedTuple):
-    """What became of a variant.
+    """The result for a variant.
 
     Attributes
     ----------
     alone, full : float
         Cycles; see `configs.Simulated`.
     spilled : int
-        Bytes of stack of a thread.
+        Bytes of stack per thread.
     seconds : float
-        That it took to compile and to simulate.
+        Time taken to compile and simulate.
     error : str
-        Why it could not be.
+        Why that failed.
     """
 
     alone: float
@@ -63,7 +63,7 @@ class Result(NamedTuple):
 
 
 def key(variant: Variant) -> tuple[int, str, int, str, str, int, int, int]:
-    """The facts by which a variant is found in the table.
+    """Return the facts that identify a variant in the table.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ def simulate(variant: Variant) -> Result:
         kernel = compiled.compile_variant(variant)
         _, spilled = compiled.resources(kernel.asm["cubin"])
         alone, full = (step.cycles for step in compiled.simulated(variant, kernel))
-    except Exception as error:  # of Triton or ptxas: one variant is not to end all others
+    except Exception as error:  # from Triton or ptxas: one variant must not stop the others
         return Result(math.nan, math.nan, 0, time.perf_counter() - start, repr(error)[:300])
     return Result(round(alone), round(full), spilled, time.perf_counter() - start)
 
@@ -148,22 +148,22 @@ def write(
     *,
     only_missing: bool = False,
 ) -> list[Variant]:
-    """Write the table, row by row as they come, and print what was simulated.
+    """Write the table, row by row as results arrive, and print each result.
 
     Parameters
     ----------
     path : pathlib.Path
     devices : sequence of str
-        Rows of others are kept.
+        Devices to simulate; rows of other devices are kept.
     jobs : int
-        Processes.
+        Number of processes.
     only_missing : bool
-        Whether to keep rows that are there.
+        Whether to keep existing rows.
 
     Returns
     -------
     list of Variant
-        What is left out.
+        Variants that are left out.
     """
     planned = {tuple(map(str, key(variant))): variant for variant in plan(devices)}
     kept = compiled.read_table(path, N_KEY)
@@ -195,7 +195,7 @@ def _texts(result: Result) -> list[str]:
 def _results(
     missing: dict[tuple[str, ...], Variant], jobs: int
 ) -> Iterator[tuple[tuple[str, ...], Variant, Result]]:
-    """Names, variants and results; what takes longest first, so that no process ends much later."""
+    """Yield names, variants and results; the slowest first, so that no process finishes late."""
     slowest = sorted(missing.items(), key=lambda item: -item[1].columns)
     results = compiled.in_processes(simulate, [variant for _, variant in slowest], jobs)
     for (name, variant), result in zip(slowest, results, strict=True):

@@ -1,27 +1,28 @@
-"""What a time step of a compiled kernel costs, from its machine code: simulated, not measured.
+"""Estimate the time step of a compiled kernel from its machine code: simulated, not measured.
 
 Nothing here has been measured on a GPU. ``python -m fastrnn.bench.step_time FILE.cubin`` simulates
 one multiprocessor, which issues in order, on real machine code (``sass.py``): warps on four
-sub-cores, one instruction a cycle each; execution pipes with an interval; barriers of all warps;
-the path to memory, which is an address unit of each sub-core, a path that the sub-cores share, and
-the bytes a cycle of shared memory and of L2. The compiler itself knows latencies that are fixed and
-writes them as stall counts, 24 cycles for dependent matrix products. `CONSTANTS` has only what
-varies, and intervals. Not modelled are bank conflicts, the instruction cache, ports of registers,
-hot lines of L2, and clocks below boost; all make it slower.
+sub-cores, each issuing one instruction per cycle; execution pipes with an issue interval; barriers
+across all warps; the memory path, which consists of an address unit per sub-core, a path that the
+sub-cores share, and the bytes per cycle of shared memory and of L2. The compiler itself knows the
+fixed latencies and encodes them as stall counts, 24 cycles for dependent matrix products;
+`CONSTANTS` only has variable latencies, and intervals. Bank conflicts, the instruction cache,
+register file ports, hot lines of L2 and clocks below boost are not modelled; all of these make a
+kernel slower.
 
-The exchange: all programs are taken to be like the one that is simulated, and in step with it. The
-last store of its warps that publishes, and `visible` cycles, is when the data are in L2. A polling
-load sees them if it reaches L2, half its latency after issue, later than that. A poll with a load
-that came too early fails, and costs a whole turn. The result is a mean over shifts of `visible` by
-up to half a turn each way, which stand for skew between programs. Waits for a counter, by atomic
-operations, are passed as if it were there. Of the kernel's branches only poll loops and jumps out
-of them are decided; other conditional branches are not taken.
+The exchange: all programs are assumed to behave like the simulated one, in lockstep with it. Data
+are in L2 `visible` cycles after the last publishing store of the program's warps. A polling load
+sees them if it reaches L2, half its latency after issue, later than that. A poll with a load that
+was too early fails, and costs a whole iteration. The result is a mean over shifts of `visible` by
+up to half an iteration in either direction, which represent skew between programs. Waits for a
+counter, by atomic operations, always succeed at once. Of the conditional branches, only poll loops
+and jumps out of them are evaluated; all others are not taken.
 
-How far to trust it: see `ERROR`. The ratio of two kernels that hand over in the same way is right
-to 10 %, of others to 25 %. ``step_known.py`` compares small loops with what is known of them. The
-test that counts is a whole published kernel, compiled here, with nothing fitted to it: the
-Triton kernel of FlashRNN (a fused LSTM, 4 warps, gates saved) on an H100, 16 rows, 1024 steps. The
-simulator says 0.77 to 1.06 of its measured time, in microseconds a step:
+How far to trust it: see `ERROR`. The ratio of two kernels with the same kind of exchange is right
+to 10 %, of other kernels to 25 %. ``step_known.py`` compares small loops with known figures. The
+decisive test is a complete published kernel, compiled here, with nothing fitted to it: the Triton
+kernel of FlashRNN (a fused LSTM, 4 warps, gates saved) on an H100, 16 rows, 1024 steps. The
+simulated time is 0.77 to 1.06 of the measured one, in microseconds per step:
 
 =====================================================  =====  =====  =====  =====
 size of a head                                             16     32     64    128
@@ -32,10 +33,10 @@ simulated                                               1.88   1.03   1.37   2.5
 simulated / that                                        1.06   0.82   0.77   0.84
 =====================================================  =====  =====  =====  =====
 
-Its odd order, 16 slower than 32, comes out too. No published kernel with an exchange could be
-compiled to compare with. With every constant that varies at its low or high end, the time of
-kernels with an exchange changes by -10 to +40 %; `visible` alone, for which no measurement is
-known, makes up to 33 % of that.
+The unusual order, 16 slower than 32, is reproduced too. No published kernel with an exchange could
+be compiled for comparison. With every variable constant at its low or high end, the time of kernels
+with an exchange changes by -10 to +40 %; `visible` alone, for which no measurement is known,
+accounts for up to 33 % of that.
 """
 
 from __future__ import annotations
@@ -53,30 +54,30 @@ from .. import _arguments
 from . import sass, terminal
 from .sass import Instruction, Loop
 
-#: Expected error of a time: the real one is less by 10 % to more by 40 %.
+#: Expected error of a time: the real one is from 10 % less to 40 % more.
 ERROR = (-0.10, 0.40)
 
 DEVICES = ("h100", "a100")
 
 
 class Constant(NamedTuple):
-    """A number for each device, and where it comes from."""
+    """A number for each device, and its source."""
 
     h100: float
     a100: float
     source: str
 
 
-#: Cycles, unless the source says otherwise. In the sources:
+#: Cycles, unless the source says otherwise. Abbreviations of the sources:
 #:
-#: - *stalls*: read off the stall counts of ptxas 12.8
+#: - *stalls*: read from the stall counts of ptxas 12.8
 #: - *Huerta*: Huerta et al., "Dissecting and Modeling the Architecture of Modern GPU Cores", MICRO
 #:   2025, tables 1 and 2, of an RTX A6000
 #: - *Study*: "CUDA Performance Study, H100 SXM5", on GitHub, at 1.98 GHz
-#: - *MT4G*: sample results of MT4G, H100 HBM3 and A100 PCIe
+#: - *MT4G*: sample results of MT4G, for H100 HBM3 and A100 PCIe
 #: - *GH200*: latencies in markdewing/AI_kernels
 #: - *guide*: the CUDA programming guide
-#: - *memory*: from memory, the paper was not at hand
+#: - *memory*: from memory, without the paper at hand
 CONSTANTS: dict[str, Constant] = {
     "clock_mhz": Constant(1980, 1410, "boost clock, data sheet"),
     "alu": Constant(2, 2, "interval: 16 lanes of a sub-core; stalls pad ISETP and SEL by 2"),
@@ -125,34 +126,34 @@ CONSTANTS: dict[str, Constant] = {
     ),
 }
 
-_SHIFTS = 6  # of `visible`, over a turn of the poll
-_TURNS = 3  # of the loop: the last is taken, when pipes and queues are as they will be
-_PATIENCE = 1000  # turns of a poll
+_SHIFTS = 6  # of `visible`, over an iteration of the poll
+_TURNS = 3  # iterations of the loop: the last one counts, with pipes and queues in steady state
+_PATIENCE = 1000  # iterations of a poll
 _SUB_CORES = 4
-_QUEUE = 20  # cycles of the instructions that may wait before an address unit, five of them
+_QUEUE = 20  # cycles of the instructions that can queue for an address unit, five of them
 
 
 class Step(NamedTuple):
-    """What a time step costs. Counts are those that the simulated warp or program ran through.
+    """The cost of a time step. Counts are what the simulated warp or program executed.
 
     Attributes
     ----------
     cycles, least, most : float
-        Mean, least and most over the shifts.
+        Mean, minimum and maximum over the shifts.
     barriers : float
-        That a warp waits at.
+        Barriers per warp.
     polls : float
-        Decisions of a warp whether what it loaded was there, failed ones too.
+        Decisions of a warp whether its data had arrived, including failed polls.
     chain : int
-        Matrix products that each add to the one before, in a turn of the loop.
+        Matrix products that each accumulate onto the previous one, per iteration of the loop.
     matrix, instructions : float
-        Matrix products, and all instructions, of a warp.
+        Matrix products, and all instructions, per warp.
     l2_bytes : float
-        What polling loads, and asynchronous copies, read for a program.
+        Bytes that polling loads and asynchronous copies read, per program.
     shared_bytes : float
-        What a program moves in shared memory.
+        Bytes that a program moves in shared memory.
     dram_bytes : float
-        What other loads read for a program, taken to come from memory.
+        Bytes that other loads read, per program; assumed to come from DRAM.
     """
 
     cycles: float
@@ -169,13 +170,13 @@ class Step(NamedTuple):
 
 
 class Explained(NamedTuple):
-    """A step, and what is on its critical path.
+    """A step and its critical path.
 
     Attributes
     ----------
     step : Step
     turn : float
-        Cycles of a turn of the poll, from its first load to the decision.
+        Cycles of a poll iteration, from its first load to the decision.
     causes, lines : dict of str to float
         Cycles by cause and by line of the source.
     """
@@ -197,7 +198,7 @@ def simulate(
     tiles: int = 1,
     constants: Mapping[str, float] | None = None,
 ) -> Step:
-    """Estimate what a time step of a kernel takes.
+    """Estimate the time step of a kernel.
 
     Parameters
     ----------
@@ -205,19 +206,19 @@ def simulate(
     device : str
         'h100' or 'a100', for which the kernel must have been compiled.
     num_warps : int
-        Of a program.
+        Warps of a program.
     programs : int
-        How many read from L2 at once.
+        How many programs read from L2 at once.
     trips : int
-        If not 0, the kernel is a step, without a loop through time, and its loop over products
-        runs so many times.
+        If not 0, the kernel is a single step without a loop through time, and its loop over
+        products has this trip count.
     steps : int or None
-        Time steps in a turn of the loop; by default they are counted, see `sass.time_loop`.
+        Time steps per iteration of the loop; counted by default, see `sass.time_loop`.
     tiles : int
-        Tiles of the batch that a program takes turns with: what a poll waits for was published
-        so many exchanges ago.
+        Batch tiles that a program alternates between: a poll waits for what was published that many
+        exchanges ago.
     constants : mapping of str to float, optional
-        In place of those of the device.
+        Replacements for those of the device.
 
     Returns
     -------
@@ -246,7 +247,7 @@ def explain(
     tiles: int = 1,
     constants: Mapping[str, float] | None = None,
 ) -> Explained:
-    """Estimate what a time step takes, and say where it goes; as `simulate`, somewhat slower.
+    """Estimate a time step and break it down; like `simulate`, but somewhat slower.
 
     Parameters
     ----------
@@ -282,14 +283,14 @@ def _constants(device: str, programs: int, others: Mapping[str, float] | None) -
     return found
 
 
-# The code, as the multiprocessor takes it.
+# The code, as the multiprocessor sees it.
 
 
 class _Op(NamedTuple):
-    """What the simulator must know of an instruction.
+    """What the simulator needs to know about an instruction.
 
-    `boards` are those to wait for, of which `left` has how many of the last may be left of one
-    (or of groups of HGMMA, if None); `address`, `shared_path` and `latency` are cycles.
+    `boards` are the scoreboards to wait for; `left` is one of which so many of the latest may still
+    be pending (if None, of groups of HGMMA). `address`, `shared_path` and `latency` are in cycles.
     """
 
     kind: str
@@ -312,7 +313,7 @@ class _Op(NamedTuple):
 _ON_PATH = frozenset(
     ("lds", "sts", "ldg", "ldgsts", "poll", "stg", "atom", "shfl", "redux", "ldc", "s2r")
 )
-_NOT_SHARED = frozenset(("ldc", "s2r"))  # do not take the path that sub-cores share
+_NOT_SHARED = frozenset(("ldc", "s2r"))  # do not use the path that sub-cores share
 _SHORT = frozenset(("shfl", "redux", "ldc", "s2r"))  # need no addresses
 _PIPES = {"alu": "alu", "fma": "fma", "imad": "fma", "xu": "xu", "udp": "udp", "hmma": "hmma"}
 
@@ -347,7 +348,7 @@ def _op(i: Instruction, constants: Mapping[str, float]) -> _Op:
 
 
 def _left(i: Instruction) -> tuple[int | None, int] | None:
-    """Of a DEPBAR.LE, the scoreboard (None: groups of HGMMA), and how many may be under way."""
+    """Parse a DEPBAR.LE: the scoreboard (None: groups of HGMMA), and how many may be pending."""
     if "DEPBAR.LE" not in i.name:
         return None
     match = re.match(r"g?(SB|sb)(\d), 0x(\w+)", i.operands)
@@ -355,19 +356,19 @@ def _left(i: Instruction) -> tuple[int | None, int] | None:
 
 
 def _pipe(i: Instruction, kind: str, constants: Mapping[str, float]) -> tuple[str | None, float]:
-    """The pipe of an instruction, and after how many cycles it takes another."""
+    """Return the pipe of an instruction, and its issue interval in cycles."""
     if kind == "hgmma":
         columns = re.search(r"64x(\d+)x", i.name)
         assert columns
         n = int(columns[1])
-        # The products; or reading B, and 64 x 16 of A unless it is in registers.
+        # The products, or else reading B, and 64 x 16 of A unless it is in registers.
         rows = 64 if re.match(r"R\d+, gdesc", i.operands) else 0
         return "hmma", max(n / 2, (n + rows) * 32 / constants["shared_bytes"])
     return (_PIPES[kind], constants[kind]) if kind in _PIPES else (None, 0)
 
 
 def _access(i: Instruction, kind: str, constants: Mapping[str, float]) -> tuple[float, float, int]:
-    """Cycles of the shared path, latency, and bytes that a warp moves."""
+    """Return cycles on the shared path, latency, and bytes that a warp moves."""
     size = sass.width(i.name)
     if i.name.startswith(("LDSM", "STSM")):
         match = re.search(r"MT?88\.([24])$", i.name)
@@ -375,7 +376,7 @@ def _access(i: Instruction, kind: str, constants: Mapping[str, float]) -> tuple[
         latency = constants["lat_lds"] - 1 + constants["lat_ldsm_more"] * (n - 1)
         return n * 128 / constants["shared_bytes"], latency, n * 128
     if kind in ("lds", "sts"):
-        spilled = 10 if i.name.startswith("LDL") else 0  # a hit in L1 takes so much longer, Huerta
+        spilled = 10 if i.name.startswith("LDL") else 0  # extra latency of an L1 hit, Huerta
         latency = constants["lat_lds"] + (2 if size == 16 else 0) + spilled
         return max(1, 32 * size / constants["shared_bytes"]), latency, max(128, 32 * size)
     if kind in ("poll", "ldg", "ldgsts"):
@@ -387,21 +388,21 @@ def _access(i: Instruction, kind: str, constants: Mapping[str, float]) -> tuple[
 
 
 class _Decision(NamedTuple):
-    """Of a jump in or around a poll loop: whether it is taken when the data are there."""
+    """For a jump in or around a poll loop: whether it is taken when the data have arrived."""
 
     if_there: bool
-    is_block_wide: bool  # or of every warp for itself
+    is_block_wide: bool  # otherwise for each warp separately
 
 
 class _Model:
-    """A loop with what depends on neither time nor warp.
+    """A loop, with everything that depends on neither time nor warp.
 
     Attributes
     ----------
     decisions : dict of int to _Decision
-        By the place of a jump.
+        By the index of the jump.
     polling : set of int
-        Places in poll loops, with first turns that were peeled off.
+        Indices within poll loops, including peeled first iterations.
     """
 
     def __init__(
@@ -419,13 +420,13 @@ class _Model:
         self._mark_polls()
 
     def _decide(self, n: int, goal: int, first: int, last: int) -> None:
-        """Note a jump out of a poll loop or to its start, or forward over just this one."""
+        """Record a jump out of a poll loop or to its start, or forward over just this loop."""
         in_loop = first <= n <= last and (goal > last or goal == first)
         starts = (start for start, _ in self.loop.polls)
         over = first - 64 <= n < first and goal > last
         over = over and not any(last < start < goal for start in starts)
         if in_loop or over:
-            # A poll with a barrier is one of the block; else every warp waits for its own loads.
+            # A poll with a barrier decides for the block; otherwise each warp waits for its loads.
             is_block_wide = any(self.ops[m].kind == "bar" for m in range(first, last + 1))
             self.decisions[n] = _Decision(goal > last, is_block_wide)
 
@@ -441,14 +442,14 @@ class _Model:
                     self.ops[n] = self.ops[n]._replace(latency=self.constants["poll_more"])
 
 
-# Running it.
+# Execution.
 
 
 class _Issued(NamedTuple):
     """An instruction that was issued.
 
-    What held it is `cause`, with the number of that instruction, `source`. `poll` is the exchange
-    and the turn of its poll.
+    `cause` is what delayed it, and `source` the number of the instruction responsible. `poll` is
+    the exchange and the iteration of its poll.
     """
 
     warp: int
@@ -468,7 +469,7 @@ class _Decided(NamedTuple):
 
 
 class _Warp:
-    """Where a warp is."""
+    """The state of a warp."""
 
     __slots__ = (
         *("boards", "copies", "groups", "is_waiting", "left", "next", "number", "place", "turn"),
@@ -478,44 +479,44 @@ class _Warp:
     def __init__(self, number: int, loop: Loop) -> None:
         self.number = number
         self.place = loop.first
-        self.turn = 0  # of the loop
+        self.turn = 0  # iteration of the loop
         self.left = dict(loop.repeats)
-        self.previous: int | None = None  # instruction
-        self.is_waiting = False  # at a barrier, or for ever
+        self.previous: int | None = None  # the previous instruction
+        self.is_waiting = False  # at a barrier, or forever
         self.barriers = 0
-        # When the next instruction may be issued, for what is known without scoreboards, and why;
-        # and with them, if it was computed.
+        # Earliest issue of the next instruction, and its cause, without scoreboards; then including
+        # them, once computed.
         self.ready = 0.0
         self.why: tuple[str, int | None] = ("start", None)
         self.next: tuple[float, str, int | None] | None = None
-        # When what sets a scoreboard is done, and its number; HGMMAs and copies under way.
+        # For each scoreboard, completion times and instructions; HGMMAs and copies in flight.
         self.boards: list[list[tuple[float, int]]] = [[] for _ in range(sass.BOARDS)]
         self.groups: list[tuple[float, int]] = []
         self.copies = 0.0
-        # Exchanges that it published in, turns of the poll since then.
+        # Exchanges in which it published; poll iterations since then.
         self.exchange = self.polls = 0
         self.has_polled = True
 
 
 class _SubCore:
-    """A quarter of a multiprocessor: its warps, the one that issued last first."""
+    """A quarter of a multiprocessor: its warps, the most recent issuer first."""
 
     __slots__ = ("address", "pipes", "wake", "warps")
 
     def __init__(self, warps: list[_Warp]) -> None:
         self.warps = warps
-        self.wake = 0.0  # when something may be issued
+        self.wake = 0.0  # when the next instruction may be issued
         self.address = 0.0  # when the address unit is free
         self.pipes: dict[str, float] = defaultdict(float)
 
 
 class _Exchange:
-    """What warps published, when their polls reached L2, and what they found there."""
+    """What warps published, when their polls reached L2, and what these found."""
 
     def __init__(self, num_warps: int, tiles: int, visible: float) -> None:
         self.num_warps, self.tiles, self.visible = num_warps, tiles, visible
         self.decided: list[_Decided] = []
-        self._reached: dict[tuple[int, ...], float] = {}  # the first load of a turn
+        self._reached: dict[tuple[int, ...], float] = {}  # by the first load of an iteration
         self._published: dict[int, list[tuple[int, float]]] = defaultdict(list)
         self._answers: dict[tuple[int, ...], bool] = {}
 
@@ -531,7 +532,7 @@ class _Exchange:
         self._published[warp.exchange].append((warp.number, time))
 
     def is_there(self, warp: _Warp, is_block_wide: bool, now: float) -> bool:
-        """Whether what a warp, or all, loaded since the last decision was there by then."""
+        """Return whether the data that a warp, or the block, polled for had arrived."""
         poll = warp.exchange, warp.polls
         key = poll if is_block_wide else (*poll, warp.number)
         if key not in self._answers:
@@ -550,13 +551,13 @@ class _Exchange:
 
 
 class _Run:
-    """One run of all warps through some turns of the loop.
+    """One run of all warps through several iterations of the loop.
 
     Attributes
     ----------
     history : list of _Issued
     ends : list of (float, int)
-        After each turn, when the last warp was there, and the number of its jump in the history.
+        For each iteration, when the last warp finished it, and its jump's index in the history.
     """
 
     def __init__(self, model: _Model, visible: float) -> None:
@@ -573,11 +574,11 @@ class _Run:
         self._now = 0.0
         self._arrived: Counter[int] = Counter()
         self._path = 0.0  # when the path that sub-cores share is free
-        self._returns = {False: 0.0, True: 0.0}  # and the way back from L2, and from memory
+        self._returns = {False: 0.0, True: 0.0}  # the same for the paths back from L2 and DRAM
 
     @property
     def cycles(self) -> float:
-        """Of the last turn of the loop."""
+        """Cycles of the last iteration of the loop."""
         return self.ends[-1][0] - self.ends[-2][0]
 
     def go(self) -> _Run:
@@ -597,7 +598,7 @@ class _Run:
         raise RuntimeError("a poll that never ends")
 
     def _visit(self, core: _SubCore) -> float:
-        """Issue one instruction if one can be; when to come again."""
+        """Issue one instruction, if possible; return when to try again."""
         now, soonest = self._now, math.inf
         for warp in core.warps:
             if warp.is_waiting:
@@ -613,13 +614,13 @@ class _Run:
             if cause == "stall" and now > when:
                 cause = "slot"
             self._issue(core, warp, op, cause, source)
-            core.warps.remove(warp)  # the same again while it can, then the one that waited longest
+            core.warps.remove(warp)  # greedy, then oldest: the same warp as long as it can issue
             core.warps.insert(0, warp)
             return now + 1
         return soonest
 
     def _earliest(self, core: _SubCore, warp: _Warp, op: _Op) -> tuple[float, str, int | None]:
-        """When a warp's next instruction may be issued, and what is the last to let it."""
+        """Return when a warp's next instruction may be issued, and what delays it longest."""
         best, (cause, source) = warp.ready, warp.why
         for board in op.boards:
             if warp.boards[board]:
@@ -633,7 +634,7 @@ class _Run:
                 if done > best:
                     best, cause, source = done, "scoreboard", number
         if op.on_path and core.address - _QUEUE > best:
-            return core.address - _QUEUE, "queue", warp.previous  # others may lengthen it
+            return core.address - _QUEUE, "queue", warp.previous  # the queue may still grow
         warp.next = best, cause, source
         return warp.next
 
@@ -663,7 +664,7 @@ class _Run:
             self._jump(warp, number, place)
 
     def _access(self, core: _SubCore, warp: _Warp, op: _Op) -> tuple[float, float]:
-        """Send a request on the path to memory: when it is done, and its operands are read."""
+        """Send a memory request; return when it completes, and when its operands are read."""
         begin = max(self._now, core.address)
         core.address = begin + op.address
         if op.shared_path:
@@ -683,7 +684,7 @@ class _Run:
         return done, begin + op.held
 
     def _arrive(self, warp: _Warp, number: int) -> None:
-        """Wait at a barrier, or release all."""
+        """Wait at a barrier, or release all warps."""
         self._arrived[warp.barriers] += 1
         warp.is_waiting = True
         if self._arrived[warp.barriers] == len(self._warps):
@@ -697,7 +698,7 @@ class _Run:
         warp.barriers += 1
 
     def _jump(self, warp: _Warp, number: int, place: int) -> None:
-        """Go on elsewhere, if a jump is taken."""
+        """Continue at a jump's target, if it is taken."""
         code = self._loop.code[place]
         taken = not code.predicate
         if place == self._loop.last:
@@ -727,7 +728,7 @@ def _after(now: float, pending: list[tuple[float, int]]) -> list[tuple[float, in
 
 
 def _explained(model: _Model, with_path: bool) -> Explained:
-    """The mean over runs, for one time step."""
+    """Average the runs, per time step."""
     turn = _turn(model) if model.loop.polls else 0.0
     cycles: list[float] = []
     counts: Counter[str] = Counter()
@@ -752,7 +753,7 @@ def _explained(model: _Model, with_path: bool) -> Explained:
 
 
 def _turn(model: _Model) -> float:
-    """Cycles from the first load of a warp's last poll to its decision."""
+    """Return the cycles from the first load of a warp's last poll to its decision."""
     run = _Run(model, model.constants["visible"]).go()
     loads: dict[tuple[int, int], float] = {}
     for issued in run.history:
@@ -767,9 +768,9 @@ def _turn(model: _Model) -> float:
 
 
 def _shifted(model: _Model, turn: float) -> Iterator[_Run]:
-    """Runs for shifts, over a turn of the poll, of the time at which data are seen."""
+    """Run with shifts, over an iteration of the poll, of the time at which data become visible."""
     cycles: list[float] = []
-    # The extremes first: if they are the same, the exchange is not what a step waits for.
+    # The extremes first: if they are equal, the exchange does not limit a step.
     for n in (0, *range(_SHIFTS - 1, 0, -1)):
         shift = turn * ((n + 0.5) / _SHIFTS - 0.5)
         run = _Run(model, max(0.0, model.constants["visible"] + shift)).go()
@@ -780,7 +781,7 @@ def _shifted(model: _Model, turn: float) -> Iterator[_Run]:
 
 
 def _counts(model: _Model, run: _Run) -> Counter[str]:
-    """What a warp, or bytes that a program, went through in the last turn of the loop."""
+    """Count instructions of a warp and bytes of the program in the loop's last iteration."""
     counts: Counter[str] = Counter()
     (start, _), (end, _) = run.ends[-2:]
     counts["polls"] = sum(d.warp == 0 and start < d.time <= end for d in run.exchange.decided)
@@ -805,7 +806,7 @@ _MOVED = {
 }
 
 
-# Where a step goes.
+# Attribution of a step's time.
 
 
 _CAUSES = {
@@ -831,11 +832,11 @@ _HELD = {
     "queue": "shared memory",
 }
 _AFTER_HMMA = frozenset(("hmma", "control", "lds", "alu", "imad"))
-_HMMA_CYCLES = 26  # a stall so soon after one is for its result
+_HMMA_CYCLES = 26  # a stall this soon after one waits for its result
 
 
 def _critical_path(model: _Model, run: _Run) -> Iterator[tuple[str, str, float]]:
-    """Walk back from the end of the last turn to its start: cause, line and cycles of each part."""
+    """Walk the critical path back over the last iteration: cause, line and cycles of each part."""
     history = run.history
     failed = {decided.poll for decided in run.exchange.decided if not decided.is_there}
     last_hmma = _last_hmma(model, run)
@@ -867,7 +868,7 @@ def _critical_path(model: _Model, run: _Run) -> Iterator[tuple[str, str, float]]
 
 
 def _last_hmma(model: _Model, run: _Run) -> list[float]:
-    """For each instruction in the history, when its warp last issued a matrix product."""
+    """Return, for each instruction in the history, when its warp last issued a matrix product."""
     recent: dict[int, float] = {}
     found = []
     for issued in run.history:
@@ -883,22 +884,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastrnn.bench.step_time")
     parser.add_argument("files", nargs="*", type=terminal.path, metavar="FILE.cubin")
     parser.add_argument("--device", choices=DEVICES, default="h100")
-    parser.add_argument("--warps", type=_arguments.positive, default=8, help="of a program")
+    parser.add_argument("--warps", type=_arguments.positive, default=8, help="per program")
     parser.add_argument(
-        "--programs", type=_arguments.positive, default=1, help="that read from L2 at once"
+        "--programs", type=_arguments.positive, default=1, help="how many read from L2 at once"
     )
     parser.add_argument(
         "--trips",
         type=_arguments.positive,
         default=0,
-        help="of the loop over products, without a time loop",
+        help="trip count of the loop over products, if there is no time loop",
     )
     parser.add_argument(
-        "--steps", type=_arguments.positive, help="in a turn of the time loop; else counted"
+        "--steps", type=_arguments.positive, help="per iteration of the time loop; default: counted"
     )
-    parser.add_argument("--tiles", type=_arguments.positive, default=1, help="of the batch")
+    parser.add_argument("--tiles", type=_arguments.positive, default=1, help="batch tiles")
     parser.add_argument(
-        "--lines", type=_arguments.positive, default=0, help="of the source, on the critical path"
+        "--lines", type=_arguments.positive, default=0, help="show source lines on critical path"
     )
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="NAME=VALUE", type=_assignment, help="constants"

@@ -1,4 +1,4 @@
-"""What the programs of the command line share: output in any encoding, and paths with ``~``."""
+"""Shared by the command-line programs: output in any encoding, and paths with ``~``."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def printing() -> Iterator[None]:
-    """Let output neither fail for its encoding nor end in a traceback when nobody reads it.
+    """Keep output from failing on its encoding, or with a traceback when its reader is gone.
 
-    Around ``main``, as a context or a decorator. What the encoding of the output does not have is
-    printed as '?'. Where the reader of a pipe is gone, as with ``| head``, the exit status is 1.
+    Use it around ``main``, as a context manager or decorator. Characters that the output's encoding
+    lacks are printed as '?'. If the reader of a pipe is gone, as with ``| head``, the exit status
+    is 1.
     """
     for stream in (sys.stdout, sys.stderr):
-        # What stands in for them may have no encoding, and handlers other than these do not fail.
+        # Replacements for the streams may have no encoding, and other error handlers do not fail.
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
     try:
         try:
             yield
         finally:
-            if sys.stdout is not None:  # as it is with >&-
+            if sys.stdout is not None:  # as with >&-
                 sys.stdout.flush()
     except BrokenPipeError:
         if not isinstance(sys.stdout, io.TextIOWrapper):
             raise
-        # Python flushes once more when it ends, and would complain then.
+        # Python flushes once more at exit, and would report an error then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
 
 
 def path(text: str) -> Path:
-    """Parse a path, which may begin with ``~``: not every shell expands that in ``--out=~/x``.
+    """Parse a path that may begin with ``~``, which not every shell expands in ``--out=~/x``.
 
     Parameters
     ----------
@@ -50,9 +51,9 @@ def path(text: str) -> Path:
     Raises
     ------
     argparse.ArgumentTypeError
-        If there is no such home.
+        If the home directory does not exist.
     """
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise ArgumentTypeError(f"{text!r} is in a home that is not there") from None
+        raise ArgumentTypeError(f"{text!r} is in a home directory that does not exist") from None

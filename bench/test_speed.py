@@ -1,8 +1,8 @@
 """The quick suite for pytest-benchmark: ``pytest bench``.
 
-Each case is a group with fastrnn and torch.nn in it. Results are compared before anything is
-timed. pytest-benchmark times one after the other; ``fastrnn bench`` alternates between them, which
-a noisy machine disturbs less.
+Each case is a group of fastrnn and torch.nn. Results are compared before anything is timed.
+pytest-benchmark times one after the other; ``fastrnn bench`` alternates between them, which is less
+sensitive to noise on the machine.
 """
 
 import pytest

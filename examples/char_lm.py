@@ -1,18 +1,18 @@
-"""Character-level language models on text that every Python brings along.
+"""Character-level language models, trained on text that ships with Python.
 
-Many to many, in step: the network reads "Bonjou" and says "onjour", one character ahead.
+Many to many, in step: the network reads "Bonjou" and predicts "onjour", one character ahead.
 
     e_t = E[x_t]                          embedding of the character
     h_t = LSTM(e_t, h_{t-1})              or GRU, or RNN
     p(x_{t+1}) = softmax(W h_t + b)       linear layer over the vocabulary
 
-It minimises the mean of -log p(x_{t+1}). Perplexity is exp of that: how many characters
-the model still finds equally likely at each step. The text is cut into parallel streams
-and read window by window; the state is carried from window to window but gradients stop
-at its start: truncated backpropagation through time (Williams & Peng 1990). The LSTM is
-that of Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000, the GRU that
-of Cho et al. 2014, the RNN that of Elman 1990; the use of such a network as a generator of
-text follows Graves 2013, arXiv:1308.0850.
+It minimises the mean of -log p(x_{t+1}). Perplexity is the exponential of that: the number of
+characters among which the model is still undecided at each step. The text is cut into parallel
+streams and read window by window; the state carries over from one window to the next, but
+gradients stop at the boundary: truncated backpropagation through time (Williams & Peng 1990). The
+LSTM is that of Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000, the GRU that
+of Cho et al. 2014, the RNN that of Elman 1990; the use of such a network as a generator of text
+follows Graves 2013, arXiv:1308.0850.
 
     python examples/char_lm.py                            all three cells, then some text
     python examples/char_lm.py --cell lstm --layers 2     one of them
@@ -53,7 +53,7 @@ class CharModel(torch.nn.Module):
 
 
 def windows(codes: Tensor, batch: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets, both (steps, batch); column b goes on where it ended before."""
+    """Yield inputs and targets, both (steps, batch); each column continues where it ended."""
     length = (len(codes) - 1) // batch
     inputs = codes[: batch * length].view(batch, length).t()
     targets = codes[1 : batch * length + 1].view(batch, length).t()
@@ -72,7 +72,7 @@ def train(library: Any, cell: str, args: argparse.Namespace) -> Training:
     state: Any = None
     for _ in range(args.updates):
         window = next(ahead, None)
-        if window is None:  # all is read: once more from the beginning
+        if window is None:  # end of the text: start over
             ahead, state = windows(codes[:split], args.batch, args.steps), None
             window = next(ahead)
         logits, state = model(window[0], state)
@@ -100,7 +100,7 @@ def perplexity(model: CharModel, codes: Tensor, args: argparse.Namespace) -> flo
 
 @torch.no_grad()
 def generate(model: CharModel, prompt: Tensor, length: int, temperature: float) -> Tensor:
-    """Draw characters from softmax(logits / temperature), feeding each back as the next input."""
+    """Sample characters from softmax(logits / temperature), feeding each back as input."""
     logits, state = model(prompt.view(-1, 1))
     drawn = [prompt]
     for _ in range(length):

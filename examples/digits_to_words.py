@@ -1,20 +1,20 @@
 """One to many: an image of a number goes in, its name comes out letter by letter.
 
-    e = relu of W_e (pixels) + b, for the left half and the right one
+    e = relu of W_e (pixels) + b, for the left and the right half
     s_0 = (tanh(W_h e), W_c e)                            s: states h and c
-    s_t = LSTM(E[y_{t-1}], s_{t-1})                       y_0 is the mark for the end
+    s_t = LSTM(E[y_{t-1}], s_{t-1})                       y_0 is the end symbol
     p(y_t | y_1 ... y_{t-1}) = softmax(W h_t + b)         a letter, a space or the end
 
-A captioner as that of Vinyals et al. 2015, "Show and tell", arXiv:1411.4555, on a small scale: a
-network for the image hands over to a recurrent one that writes. (Theirs feeds the image in as the
-first word; here it is the first state.) While it learns, each right letter is given ("teacher
-forcing"); in use it reads what it wrote. Taking the best letter each time ("greedy") can miss the
-likeliest name: t begins many, none of which need be it. Beam search (beam.py) follows the five
-best beginnings. Among so few names both mostly find the same, but it has other readings as well.
+A small captioner in the style of Vinyals et al. 2015, "Show and tell", arXiv:1411.4555: an image
+network feeds a recurrent network that writes. (Theirs takes the image as the first word; here it is
+the initial state.) In training, each step is given the correct previous letter ("teacher forcing");
+in use, the letter it wrote. Taking the best letter each time ("greedy") can miss the likeliest
+name: t, with which many begin, can be the likeliest letter without starting that name. Beam search
+(beam.py) follows the five best prefixes. With so few names both mostly agree, but it has more.
 
-Two handwritten digits side by side, under noise, make a number; below ten the left half is empty.
-They are real, from the UCI repository as scikit-learn brings them along. Those of the last third,
-by other writers, are for the test.
+Two handwritten digits side by side, with noise, form a number; below ten the left half is empty.
+The digits are real, from the UCI repository as included in scikit-learn. The last third, by other
+writers, is held out for the test.
 
     python examples/digits_to_words.py --plot
 """
@@ -35,26 +35,26 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad, relu
 from torch.nn.utils.rnn import pad_sequence
 
-KNOWN, HELD_OUT = slice(1157), slice(1157, None)  # images: there begins the block of a writer
-NUMBERS, WIDTH = 1000, 5  # in the test; of the beam
+KNOWN, HELD_OUT = slice(1157), slice(1157, None)  # images: a new writer begins there
+NUMBERS, WIDTH = 1000, 5  # test numbers; beam width
 ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
 ONES = f"{ONES} fifteen sixteen seventeen eighteen nineteen".split()
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 NAMES = ONES + [f"{ten} {one}".strip() for ten in TENS for one in ["", *ONES[1:10]]]
-LETTERS = [".", *sorted(set("".join(NAMES)))]  # "." is the end, code 0
+LETTERS = [".", *sorted(set("".join(NAMES)))]  # "." is the end symbol, code 0
 CODES = [torch.tensor([LETTERS.index(letter) for letter in name + "."]) for name in NAMES]
 CODED = pad_sequence(CODES, padding_value=-1)  # (letters, 100), -1 after the end
 
 
 @cache
 def digits() -> tuple[Tensor, Tensor]:
-    """Images (N, 8, 8), pixels from 0 to 1, and which digits they are."""
+    """Return images (N, 8, 8), with pixels from 0 to 1, and their digits."""
     pixels, values = load_digits(return_X_y=True)
     return torch.tensor(pixels / 16).float().view(-1, 8, 8), torch.tensor(values)
 
 
 def pictures(part: slice, numbers: Tensor, noise: float) -> Tensor:
-    """Images (B, 8, 16) of numbers from 0 to 99, each digit any of its images in this part."""
+    """Make images (B, 8, 16) of numbers from 0 to 99 from random images of this part's digits."""
     images, values = (x[part] for x in digits())
     two = torch.stack([numbers // 10, numbers % 10], 1).view(-1, 1)
     which = torch.multinomial((two == values).float(), 1)
@@ -82,7 +82,7 @@ class Captioner(torch.nn.Module):
         return self.linear(output), state
 
     def write(self, images: Tensor, width: int) -> list[list[tuple[str, float]]]:
-        """The names found for each image, the best first, and their probabilities."""
+        """Return the names found for each image, the best first, with their probabilities."""
         first = torch.zeros(len(images), dtype=torch.long, device=images.device)
         found = beam_search(self, self.look(images), first, 0, width, longest=20)
         return [[("".join(LETTERS[i] for i in y), math.exp(p)) for y, p in one] for one in found]
@@ -105,7 +105,7 @@ def train(library: Any, cell: str, args: argparse.Namespace) -> Training:
     images = pictures(HELD_OUT, numbers, args.noise)
     greedy, beam = (model.write(images.to(args.device), width) for width in (1, WIDTH))
     found = list(zip([NAMES[i] for i in numbers], greedy, beam, strict=True))
-    # For the picture: first images, one whose likeliest name greedy search misses, the least clear.
+    # For the picture: the first images, one whose best name greedy search misses, the least clear.
     unclear = min(range(NUMBERS), key=lambda i: beam[i][0][1])
     astray = [i for i, (_, a, b) in enumerate(found) if a[0][0] != b[0][0]]
     return {
@@ -121,7 +121,7 @@ def train(library: Any, cell: str, args: argparse.Namespace) -> Training:
 
 
 def draw(runs: Runs) -> Figure:
-    """What greedy search writes for some images, and what the beam finds for two unclear ones."""
+    """Draw what greedy search writes for some images, and the beam's names for two unclear ones."""
     examples = runs["lstm"]["fastrnn"]["examples"]
     figure, axes = new_figure(3, 4, width=12, height=6.4)
     for one, shown in zip([*axes[:2].flat, *axes[2, ::2]], examples, strict=True):

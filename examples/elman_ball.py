@@ -1,18 +1,18 @@
-"""Where is the ball next? An Elman network watches it bounce through a box.
+"""Where will the ball be next? An Elman network watches it bounce around a box.
 
-Many to many, in step: after every position it sees, the network says the next one.
+Many to many, in step: after each position that it sees, the network predicts the next one.
 
     h_t = phi(W_x x_t + W_h h_{t-1} + b)      x_t: the position seen at step t
-    o_t = W_o h_t + b_o                       the guess of x_{t+1} is x_t + o_t
+    o_t = W_o h_t + b_o                       x_{t+1} is predicted as x_t + o_t
 
-This is the simple recurrent network of Elman 1990, "Finding structure in time". phi is relu,
-which suits a path that is straight until a wall breaks it; with the more usual tanh it learns
-more slowly. The loss is the distance from the true position at every step of every track.
-Tracks of different lengths, packed, teach it to guess from any history up to --longest.
+This is the simple recurrent network of Elman 1990, "Finding structure in time". phi is relu, which
+suits a path that is straight between bounces; with the more usual tanh it learns more slowly. The
+loss is the distance from the true position at every step of every track. Tracks of different
+lengths, packed, train it to predict from any history of up to --longest positions.
 
-The tracks are computed by formula: a ball with a place, a velocity, a spin that turns it and a
-gravity that pulls it down, all drawn at random, in a box from -1 to 1. Only places are shown.
-The guess to beat goes on with the last velocity, 2 x_t - x_{t-1}: it knows no bends and no walls.
+The tracks are simulated: a ball with a random position, velocity, gravity, and spin that bends its
+path, in a box from -1 to 1. The network sees positions only. The baseline extrapolates the last
+velocity, 2 x_t - x_{t-1}, which ignores bends and walls.
 
     python examples/elman_ball.py --plot
     python examples/elman_ball.py --phi tanh
@@ -33,14 +33,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 TRACKS, HELD_OUT = 4096, 1000
-# In the picture: tracks, when and how long the network goes on alone, errors that get a cross.
+# In the picture: tracks, start and length of the free run, errors that are marked with a cross.
 SHOWN, START, ALONE, FAR = 3, 12, 6, 0.08
 DRAWN = ("true", "own", "last", "alone")
 WHERE = ("everywhere", "near walls", "elsewhere")
 
 
 def roll(count: int, steps: int) -> tuple[Tensor, Tensor]:
-    """Positions, (steps, count, 2), and whether a wall is hit on the way to the next."""
+    """Return positions, (steps, count, 2), and whether a wall is hit on the way to the next."""
     place = torch.rand(count, 2) * 1.8 - 0.9
     angle, speed = torch.rand(count) * math.tau, torch.rand(count) * 0.12 + 0.08
     velocity = torch.stack([angle.cos(), angle.sin()], 1) * speed[:, None]
@@ -59,7 +59,7 @@ def roll(count: int, steps: int) -> tuple[Tensor, Tensor]:
 
 
 class Elman(torch.nn.Module):
-    """Recurrent layer, linear layer; the recurrent one comes from `library`."""
+    """Recurrent layer and linear layer; the recurrent one comes from `library`."""
 
     def __init__(self, library: Any, phi: str, hidden: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Elman(torch.nn.Module):
         self.linear = torch.nn.Linear(hidden, 2)
 
     def forward(self, places: Any, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The guesses, those of packed places in the order in which these are packed."""
+        """Return the predictions; for packed positions in packed order."""
         output, state = self.recurrent(places, state)
         if isinstance(places, PackedSequence):
             places, output = places.data, output.data
@@ -91,9 +91,9 @@ def train(library: Any, phi: str, args: argparse.Namespace) -> Training:
 
 @torch.no_grad()
 def evaluate(model: Elman, places: Tensor, hits: Tensor) -> dict[str, Any]:
-    """Mean distances from the true positions, of histories of two and more; tracks to be drawn."""
+    """Return mean distances from the true positions, for histories from two on, and some tracks."""
     own, last = model(places[:-1])[0], 2 * places[1:-1] - places[:-2]
-    near = hits[1:-1] | hits[:-2]  # a bounce spoils the velocity of the step after it, too
+    near = hits[1:-1] | hits[:-2]  # a bounce also spoils the velocity of the following step
     figures: dict[str, Any] = {}
     for who, guess in {"network": own[1:], "last velocity": last}.items():
         distance = (guess - places[2:]).norm(dim=2)
@@ -111,7 +111,7 @@ def evaluate(model: Elman, places: Tensor, hits: Tensor) -> dict[str, Any]:
 
 
 def draw(runs: Runs) -> Figure:
-    """Three of the tracks held out, and the distances over how many positions were seen."""
+    """Draw three held-out tracks, and the error over the number of positions seen."""
     (figures,) = (of["fastrnn"] for of in runs.values())
     figure, (tracks, distances) = new_figure(2, SHOWN, width=11, height=7.4, height_ratios=(4, 3))
     for k, axes in enumerate(tracks):
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     options.add_argument("--phi", choices=("relu", "tanh"), default="relu")
     args = options.parse_args(argv)
-    # The kinks of relu, and of a distance at 0, let rounding differences grow.
+    # The kinks of relu, and of a distance at 0, amplify rounding differences.
     return run(__file__, args, train, [args.phi], draw, loose=0.1)
 
 

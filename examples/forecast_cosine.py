@@ -5,11 +5,11 @@ Many to one: the layer reads a window of 500 points and its last state gives the
     h_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh      200 linear units, h_0 = 0
     x_{501} is predicted as w . h_500 + b
 
-This is the network of Elman 1990 with the identity in place of tanh. A cosine sampled at
-distance d obeys x_{t+1} = 2 cos(d) x_t - x_{t-1}, so a linear recurrence is all it takes.
+This is the network of Elman 1990 with the identity instead of tanh. A cosine sampled at a spacing
+of d obeys x_{t+1} = 2 cos(d) x_t - x_{t-1}, so a linear recurrence is sufficient.
 
-fastrnn.RNN has nonlinearity="identity", torch.nn.RNN has not: beside it ``--stock`` trains
-a loop of torch operations.
+fastrnn.RNN supports nonlinearity="identity", torch.nn.RNN does not: with ``--stock`` a loop of
+torch operations is trained instead.
 
     python examples/forecast_cosine.py --plot
     python examples/forecast_cosine.py --stock
@@ -34,17 +34,17 @@ HELD_OUT = 500  # windows at the end, for validation
 
 
 class LoopRNN(torch.nn.RNN):
-    """A linear recurrent layer from torch alone; parameters and their initial values as RNN's."""
+    """A linear recurrent layer in plain torch, with RNN's parameters and their initial values."""
 
     def forward(self, x: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
         h = x.new_zeros(x.shape[0], self.hidden_size)
         for from_input in linear(x, self.weight_ih_l0, self.bias_ih_l0).unbind(1):
             h = from_input + linear(h, self.weight_hh_l0, self.bias_hh_l0)
-        return None, h.unsqueeze(0)  # the example needs no other output than the last
+        return None, h.unsqueeze(0)  # the example only needs the last output
 
 
 class Forecaster(torch.nn.Module):
-    """Recurrent layer, then a linear layer on its last state."""
+    """Recurrent layer and a linear layer on its last state."""
 
     def __init__(self, library: Any, hidden: int) -> None:
         super().__init__()
@@ -60,11 +60,11 @@ class Forecaster(torch.nn.Module):
 
 
 def train(library: Any, variant: str, args: argparse.Namespace) -> Training:
-    # A linear recurrence multiplies by W_hh at every step: with an eigenvalue beyond 1 the
-    # state grows like its 500th power. torch's initial values put the largest near 0.58, and
-    # at this learning rate training moves it to about 0.95, not across 1. From an orthogonal
-    # W_hh, where all lie at 1, the first steps of Adam cross it and the loss becomes infinite.
-    # Clipping keeps the large gradients of the first batches out of Adam's averages.
+    # A linear recurrence multiplies by W_hh at every step: with an eigenvalue beyond 1 the state
+    # grows like its 500th power. torch's initial values put the largest near 0.58, and at this
+    # learning rate training moves it to about 0.95, without crossing 1. With an orthogonal initial
+    # W_hh, whose eigenvalues all lie at 1, Adam's first steps cross it and the loss becomes
+    # infinite. Clipping keeps the large gradients of the first batches out of Adam's averages.
     windows = SERIES.to(args.device).unfold(0, args.window + 1, 1)
     x, y = windows[:, :-1].unsqueeze(2), windows[:, -1:]
     model = Forecaster(library, args.hidden).to(args.device)
@@ -82,7 +82,7 @@ def train(library: Any, variant: str, args: argparse.Namespace) -> Training:
 
 
 def draw(runs: Runs) -> Figure:
-    """The series, the validation part at closer range, and the error there."""
+    """Draw the series, a close-up of the validation part, and the error there."""
     time, series = TIME.numpy(), SERIES.numpy()
     held_time, truth = time[-HELD_OUT:], series[-HELD_OUT:]
     predicted = torch.tensor(runs["linear"]["fastrnn"]["predicted"]).numpy()
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         lr=1e-3,
         clip=1.0,
     )
-    # In float32 a state of 200 units predicts to about 1e-5; 1e-7 is the square of 3e-4.
+    # In float32 a state of 200 units predicts to about 1e-5; the floor, 1e-7, is 3e-4 squared.
     return run(__file__, options.parse_args(argv), train, ["linear"], draw, floor=1e-7)
 
 

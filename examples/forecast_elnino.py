@@ -1,19 +1,19 @@
-"""Forecast the sea off Peru a year ahead: El Nino, from the temperatures of the months before.
+"""Forecast the sea temperature off Peru a year ahead: El Nino, from the previous months.
 
 Many to many: after every month the network forecasts the next twelve at once.
 
     h_t = GRU(x_t, h_{t-1})                   x_t: temperature of month t, standardised
     (x_{t+1}, ..., x_{t+12}) ~ W h_t + b      trained on the squared error of all twelve
 
-All steps at once by one model is the "MIMO" strategy of Ben Taieb et al. 2012, arXiv:1108.3259.
-The series is real: sea surface temperature at the coast of Peru in degrees Celsius, every month
-from 1950 to 2010, as statsmodels brings it along. The last fifteen years are held out: from
-every month of them a forecast is made with what was known until then. It has to beat
+Forecasting all steps at once with one model is the "MIMO" strategy of Ben Taieb et al. 2012,
+arXiv:1108.3259. The series is real: sea surface temperature at the coast of Peru in degrees
+Celsius, monthly from 1950 to 2010, as included in statsmodels. The last fifteen years are held out:
+a forecast is made from each of their months, using only the data up to it. It has to beat
 
-    seasonal naive      the same month of the year before
-    calendar mean       the mean of that month in the years of training
+    seasonal naive      the same month of the previous year
+    calendar mean       the mean of that month over the training years
     fading anomaly      the calendar mean plus r^k (x_t - its calendar mean), k months ahead, with
-                        the r that is best in the years of training: what remains of El Nino
+                        the r that is best over the training years: what remains of El Nino
 
     python examples/forecast_elnino.py --plot
 """
@@ -41,12 +41,12 @@ def temperatures() -> Tensor:
 
 
 def following(series: Tensor) -> Tensor:
-    """Row t: the AHEAD values after series[t]."""
+    """Return in row t the AHEAD values after series[t]."""
     return series[1:].unfold(0, AHEAD, 1)
 
 
 class Forecaster(torch.nn.Module):
-    """A recurrent layer and a linear one, AHEAD forecasts at every step."""
+    """A recurrent layer and a linear one, with AHEAD forecasts at every step."""
 
     def __init__(self, library: Any, cell: str, hidden: int) -> None:
         super().__init__()
@@ -68,15 +68,15 @@ def train(library: Any, cell: str, args: argparse.Namespace) -> Training:
     for _ in range(args.updates):
         chosen = windows[torch.randint(len(windows), (args.batch,))].t()
         x = chosen[: args.window]
-        # Noise, or the network learns the few years of training by heart.
+        # Without noise the network would memorise the few training years.
         forecast = model(x + args.noise * torch.randn(x.shape).to(x.device))
-        # In its first year the network does not know yet where it is.
+        # During the first year the network has too little history.
         loss = mse_loss(forecast[AHEAD:], following(chosen)[AHEAD:])
         yield update(loss, optimizer, args.clip)
         schedule.step()
     with torch.no_grad():
         forecast = model((series - mean).unsqueeze(1) / spread).squeeze(1) * spread + mean
-    made = slice(len(known) - 1, -AHEAD)  # forecasts of held-out months only
+    made = slice(len(known) - 1, -AHEAD)  # only forecasts of held-out months
     months = {
         "error": forecast[made],
         "seasonal naive": torch.cat([series[:AHEAD], series]).unfold(0, AHEAD, 1)[1:][made],
@@ -91,7 +91,7 @@ def train(library: Any, cell: str, args: argparse.Namespace) -> Training:
 
 
 def of_the_calendar(series: Tensor, known: int) -> dict[str, Tensor]:
-    """Forecasts by the mean of each month, and with the anomaly that is there fading away."""
+    """Forecast by the mean of each month, and with the current anomaly fading away."""
     mean = series[:known].view(-1, 12).mean(0).repeat(len(series) // 12 + 2)
     calendar = following(mean)[: len(series)]
     anomaly = (series - mean[: len(series)]).unsqueeze(1)
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     args = options.parse_args(argv)
     if args.window <= AHEAD:
         options.error(f"--window must be more than {AHEAD}, got {args.window}")
-    # Rounding: an RNN of torch.nn, begun with weights 2e-8 off, is 1.4e-2 from itself, too.
+    # Rounding: torch.nn's own RNN, started with weights 2e-8 off, also differs by 1.4e-2.
     return run(__file__, args, train, list(COLOURS), draw, loose=5e-2)
 
 

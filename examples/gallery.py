@@ -1,16 +1,16 @@
-"""Run the examples beside torch.nn and show what came out: ``make gallery``.
+"""Run the examples against torch.nn and present the results: ``make gallery``.
 
-README.md of this folder says, in each section, which example it shows and which of its figures:
+Each section of README.md in this folder names the example it shows and the figures to tabulate:
 
     <!-- results: char_lm perplexity -->
     <!-- /results -->
 
-Between the two go the picture and a table, both from the files that the example wrote and that are
-kept in gallery/. Several figures: FIGURE | FIGURE.
+The picture and a table go between the two, both from the files that the example wrote and that are
+kept in gallery/. Several figures are separated by bars: FIGURE | FIGURE.
 
     python examples/gallery.py                    all of them, about twenty minutes on two cores
     python examples/gallery.py char_lm melody     only these
-    python examples/gallery.py --no-run           only write the page again
+    python examples/gallery.py --no-run           only rewrite the page
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def table(*rows: list[str]) -> str:
 
 
 def how_fast(runs: dict[str, Any]) -> str:
-    """Times of an update with torch.nn by those with fastrnn, from the least to the largest."""
+    """Return the update times of torch.nn over those of fastrnn, from smallest to largest."""
     ratios = sorted(of["torch.nn"]["step"] / of["fastrnn"]["step"] for of in runs.values())
     return " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (ratios[0], ratios[-1])))
 
 
 def section(name: str, figures: list[str]) -> str:
-    """Picture, figures and times of one example."""
+    """Format picture, figures and times of one example."""
     record = load(name)
     rows = [["", *figures, "update, fastrnn", "update, torch.nn", "ratio", "same losses"]]
     for variant, of in record["runs"].items():
@@ -61,7 +61,7 @@ def section(name: str, figures: list[str]) -> str:
 
 
 def summary(page: str) -> str:
-    """One row for each example: how long it trains, and how much longer with torch.nn."""
+    """Format one row per example: training time with fastrnn and torch.nn, ratio, agreement."""
     rows = [["example", "training, fastrnn", "training, torch.nn", "update: torch.nn / fastrnn"]]
     rows[0].append("same losses")
     machines = {}
@@ -86,7 +86,7 @@ def summary(page: str) -> str:
 
 
 def written(page: str) -> str:
-    """The page with its tables as the kept results have them."""
+    """Return the page with tables from the kept results."""
     page = RESULTS.sub(lambda m: f"{m[1]}{section(m[2], m[3].split(' | '))}{m[4]}", page)
     return SUMMARY.sub(lambda m: f"{m[1]}{summary(page)}{m[2]}", page)
 
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{name}", flush=True)
         for old in OUT.glob(f"{name}.*"):
             old.unlink()
-        # All go to a folder that git ignores first: each records whether anything has changed.
+        # Results go to an ignored folder first, since each records whether the checkout is dirty.
         command = [sys.executable, f"examples/{name}.py", "--stock", "--plot"]
         command += ["--out", str(OUT.relative_to(FOLDER.parent))]
         if subprocess.run(command, cwd=FOLDER.parent).returncode:

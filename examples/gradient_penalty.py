@@ -1,20 +1,20 @@
 """Train a Wasserstein GAN on sine waves, with a gradient penalty: second derivatives of a GRU.
 
-A critic f reads a sequence and gives it a number; a generator turns noise into sequences:
+A critic f maps a sequence to a number; a generator turns noise into sequences:
 
     critic:     minimise  E[f(G(z))] - E[f(x)] + 10 E[(|grad f(m)| - 1)^2]
     generator:  minimise  -E[f(G(z))]
 
 with m at a random point between a real and a generated sequence (Gulrajani et al. 2017,
-arXiv:1704.00028, algorithm 1 with its penalty, betas and updates of the critic). The penalty is
-made of a gradient, so its own gradient passes through the backward pass of the critic. cuDNN has no
-second derivatives of a recurrent layer; torch.nn has without it, and --stock compares the losses of
-the first updates.
+arXiv:1704.00028, algorithm 1 with its penalty, betas and number of critic updates). The penalty
+contains a gradient, so its own gradient passes through the backward pass of the critic. cuDNN has
+no second derivatives of a recurrent layer; torch.nn has them without cuDNN, and --stock compares
+the losses of the first updates.
 
-The sequences to imitate are sine waves of random phase and a period of 8 to 16 steps. Both networks
-are a recurrent layer and a linear one; f is the mean over all steps. The mean |grad f| should come
-near 1. E[f(x)] - E[f(G(z))], the estimate of the Wasserstein distance, grows while the critic
-learns to tell the two apart, and falls when the generator has caught up.
+The real sequences are sine waves of random phase with a period of 8 to 16 steps. Both networks
+consist of a recurrent layer and a linear one; f is the mean over all steps. The mean |grad f|
+should approach 1. E[f(x)] - E[f(G(z))], the estimate of the Wasserstein distance, grows while the
+critic learns to distinguish the two, and falls as the generator catches up.
 
     python examples/gradient_penalty.py
     python examples/gradient_penalty.py --stock --cell lstm
@@ -35,7 +35,7 @@ NOISE, PENALTY, CRITIC_STEPS = 4, 10.0, 5
 
 
 class Sequences(torch.nn.Module):
-    """A recurrent layer from `library` and a linear one, from sequence to sequence."""
+    """A recurrent layer from `library` and a linear one; maps sequences to sequences."""
 
     def __init__(self, library: Any, cell: str, width: int, hidden: int) -> None:
         super().__init__()
@@ -47,19 +47,19 @@ class Sequences(torch.nn.Module):
 
 
 def sines(args: argparse.Namespace) -> Tensor:
-    """Real sequences, (T, B, 1)."""
+    """Make real sequences, (T, B, 1)."""
     phase, frequency = torch.rand(2, args.batch, 1, device=args.device) * 2 * math.pi
     time = torch.arange(args.steps, device=args.device).view(-1, 1, 1)
     return torch.sin(phase + time * (frequency + 2 * math.pi) / 16)
 
 
 def noise(args: argparse.Namespace) -> Tensor:
-    """The same at all steps, so that what is drawn can be the phase, and so on."""
+    """Draw noise that is the same at all steps, so that it can determine the phase, for example."""
     return torch.randn(1, args.batch, NOISE, device=args.device).expand(args.steps, -1, -1)
 
 
 def gradient_norm(critic: Sequences, real: Tensor, fake: Tensor) -> Tensor:
-    """|grad f| at a random point between each pair; can be differentiated again."""
+    """Return |grad f| at a random point between each pair; differentiable."""
     share = torch.rand_like(real[:1, :, :1])
     between = torch.lerp(fake, real, share).requires_grad_()
     with torch.backends.cudnn.flags(enabled=False):
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     options.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="gru")
     args = options.parse_args(argv)
-    # Two networks that react to each other: differences of rounding soon grow large.
+    # Two networks that react to each other: rounding differences quickly grow large.
     return run(__file__, args, train, [args.cell], draw, first=10, floor=1.0, loose=math.inf)
 
 

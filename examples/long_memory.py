@@ -1,24 +1,24 @@
 """Long memory: how far back do an RNN, a GRU and an LSTM remember?
 
-Many to one: numbers u_t and marks m_t go in; the sum of the marked numbers is asked for.
+Many to one: numbers u_t and marks m_t go in; the target is the sum of the marked numbers.
 
     h_t = tanh(W_x [u_t, m_t] + W_h h_{t-1} + b)     or GRU, or LSTM
-    o = w h_T + v                                    to be y = m_1 u_1 + ... + m_T u_T
+    o = w h_T + v                                    should be y = m_1 u_1 + ... + m_T u_T
 
     recall     u_t uniform in [-1, 1], the first one is marked
-    adding     u_t uniform in [-1, 1], one of the first half and one of the second half are marked
-    counting   u_t = 1, every step is marked with a probability that differs from sequence to
-               sequence; where it is 1 this is the running sum 1 + 1 + 1 + ...
+    adding     u_t uniform in [-1, 1], one in the first half and one in the second half are marked
+    counting   u_t = 1, each step is marked with a probability that varies between sequences; where
+               it is 1 this is the running sum 1 + 1 + 1 + ...
 
 Delayed recall is the simplest task that needs memory: Bengio, Simard & Frasconi 1994, "Learning
 long-term dependencies with gradient descent is difficult". The adding problem is that of Hochreiter
 & Schmidhuber 1997, "Long short-term memory". Counters in recurrent networks: Weiss, Goldberg &
-Yahav 2018, arXiv:1805.04908. The LSTM's forget gates begin with a bias near 2 (Gers et al. 2000,
-"Learning to forget"): it starts out remembering.
+Yahav 2018, arXiv:1805.04908. The LSTM's forget gates start with a bias near 2 (Gers et al. 2000,
+"Learning to forget"), so that it remembers from the start.
 
-The data are made by formula, as the tasks are. Training sequences have at most --steps steps, fewer
-in the first half of training. Errors are mean squares, divided by those of the best guess that does
-not look at the numbers, at lengths up to twice that: 1 is no better than that guess.
+The data are generated, as the tasks are synthetic. Training sequences have at most --steps steps,
+fewer in the first half of training. Errors are mean squares, relative to those of the best guess
+that ignores the numbers, at lengths up to twice that: 1 is no better than that guess.
 
     python examples/long_memory.py --plot
 """
@@ -37,12 +37,12 @@ from torch.nn.functional import mse_loss
 
 TASKS = ("recall", "adding", "counting")
 VARIANTS = [f"{task}, {cell}" for task in TASKS for cell in COLOURS]
-TENTHS = (1, 2, 4, 6, 8, 10, 12, 15, 20)  # of --steps: the lengths that are tested
-SCALE = 10  # a sum of a hundred ones is out of reach of a layer that has just been made
+TENTHS = (1, 2, 4, 6, 8, 10, 12, 15, 20)  # test lengths, in tenths of --steps
+SCALE = 10  # a sum of a hundred ones is out of reach of a newly initialised layer
 
 
 def drawn(task: str, steps: int, batch: int) -> Tensor:
-    """Numbers and marks, (T, B, 2)."""
+    """Draw numbers and marks, (T, B, 2)."""
     numbers, marks = torch.rand(steps, batch) * 2 - 1, torch.zeros(steps, batch)
     if task == "counting":
         numbers, marks = torch.ones(steps, batch), torch.rand(steps, batch) < torch.rand(batch)
@@ -65,7 +65,7 @@ class Memory(torch.nn.Module):
             remember(self.recurrent, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The answer after each step, (T, B)."""
+        """Return the answer after each step, (T, B)."""
         return self.scale * self.linear(self.recurrent(x)[0]).squeeze(2)
 
 
@@ -93,7 +93,7 @@ def train(library: Any, variant: str, args: argparse.Namespace) -> Training:
 
 
 def draw(runs: Runs) -> Figure:
-    """Errors over length for each task; what follows from 1 + 1 + 1 + ..."""
+    """Plot errors over length for each task, and the answers to 1 + 1 + 1 + ..."""
     figure, axes = new_figure(2, 2, width=11, height=6.4)
     for task, one in zip(TASKS, axes.flat, strict=False):
         for cell, colour in COLOURS.items():
@@ -116,7 +116,7 @@ def draw(runs: Runs) -> Figure:
 
 def main(argv: list[str] | None = None) -> int:
     options = trainer(__doc__, updates=600, hidden=64, batch=32, steps=100, lr=5e-3, clip=1.0)
-    # Rounding decides at which update a network finds out, so only the beginnings are compared.
+    # Rounding decides at which update a network succeeds, so only the beginnings are compared.
     args = options.parse_args(argv)
     if args.steps < 10:
         options.error(f"--steps must be at least 10, got {args.steps}")

@@ -1,20 +1,20 @@
 """Train an LSTM through 100,000 steps, with the memory of a thousand.
 
-Backward needs the gates of every step. With recompute=k the forward pass keeps the state before
-each chunk of k steps, and the output; backward runs the chunks again, from the last to the first,
-each forward and backward (Chen et al. 2016, arXiv:1604.06174; Gruslys et al. 2016,
+Backward needs the gates of every step. With recompute=k the forward pass only keeps the output and
+the state before each chunk of k steps; backward processes the chunks from the last to the first,
+each forward and then backward (Chen et al. 2016, arXiv:1604.06174; Gruslys et al. 2016,
 arXiv:1606.03401). The gradient is the same, not truncated; the price is a second forward pass.
 
-The task: x_t is noise, and the target its average with a memory of m steps,
+The task: x_t is noise, and the target its running average with a memory of m steps,
 
-    y_t = (1 - 1/m) y_{t-1} + x_t / m       scaled to a variance of 1
+    y_t = (1 - 1/m) y_{t-1} + x_t / m       scaled to unit variance
 
-so that the state has to be kept for m steps and more. The biases of the gates are drawn so that
-the units forget after 1 to 2 m steps (Tallec and Ollivier 2018, arXiv:1804.11188); with torch's
-initial values they do after a few.
+so that the state has to last for m steps and more. The gate biases are initialised so that the
+units forget after 1 to 2 m steps (Tallec and Ollivier 2018, arXiv:1804.11188); with torch's initial
+values they forget after a few.
 
-First one training step is measured, each way in a process of its own: its time, and by how much
-it raised the largest resident memory (on Linux). Then the model is trained with --chunk.
+First, one training step is measured for each variant, in a separate process: its time, and by how
+much it raises the peak resident memory (on Linux). Then the model is trained with --chunk.
 
     python examples/long_sequence.py
 """
@@ -57,7 +57,7 @@ class Averager(torch.nn.Module):
 
 
 def make_batch(steps: int, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Noise and its averages, both (T, B, 1), by a layer that has one linear unit."""
+    """Make noise and its averages, both (T, B, 1), with a layer of one linear unit."""
     x = torch.randn(steps, args.batch, 1)
     average = fastrnn.RNN(1, 1, bias=False, nonlinearity="identity")
     with torch.no_grad():
@@ -68,27 +68,27 @@ def make_batch(steps: int, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
 
 
 def options_of(way: str) -> dict[str, Any]:
-    """Keyword arguments of a call: none, recompute=True or recompute=1000."""
+    """Return the keyword arguments of a call: none, recompute=True or recompute=1000."""
     return {} if way in ("torch.nn", "plain") else {"recompute": json.loads(way.lower())}
 
 
 def peak(device: str) -> float:
-    """Most memory so far, in MiB: of the GPU, or resident memory of this process."""
+    """Return the peak memory so far, in MiB: of the GPU, or resident memory of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
-    # Not getrusage's: that of a new process begins with that of the one that started it.
+    # Not from getrusage, whose peak a new process inherits from its parent.
     status = Path("/proc/self/status").read_text("utf-8")
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
 
 
 def measure(way: str, args: argparse.Namespace) -> dict[str, float]:
-    """Time and memory of one training step."""
+    """Measure time and memory of one training step."""
     model = Averager(torch.nn if way == "torch.nn" else fastrnn, args).to(args.device)
 
     def step(x: Tensor, y: Tensor) -> None:
         mse_loss(model(x, **options_of(way)), y).backward()
 
-    step(*make_batch(100, args))  # loads what is loaded once
+    step(*make_batch(100, args))  # triggers one-time initialisation
     batch = make_batch(args.steps, args)
     before, start = peak(args.device), now(args.device)
     step(*batch)

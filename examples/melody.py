@@ -1,14 +1,14 @@
 """One to many: a folk-like melody from a start note, written as MIDI.
 
-    h_t = LSTM(E[x_t], h_{t-1})           x_t is a note, pitch and duration together; or GRU, RNN
-    p(x_{t+1}) = softmax(W h_t + b)       over all notes that occur, and the end; h_t with dropout
+    h_t = LSTM(E[x_t], h_{t-1})           x_t is a note: pitch and duration; or GRU, RNN
+    p(x_{t+1}) = softmax(W h_t + b)       over all notes that occur, and the end; dropout on h_t
 
-It learns from real songs, each right note given ("teacher forcing"); in use x_{t+1} is drawn from
+In training each step is given the correct note ("teacher forcing"); in use x_{t+1} is sampled from
 softmax((W h_t + b) / temperature) and fed back. After Eck & Schmidhuber 2002 ("Finding temporal
 structure in music") and, for folk songs in ABC notation, Sturm et al. 2016, arXiv:1604.08723.
 Data: "Deutscher Liederhort" (Erk & Boehme), Essen folksong collection, for non-commercial use, as
-music21 brings it along; songs in major, moved to C. No variant of a held-out song is trained on.
-Perplexity stands beside that of two counts, of single notes and of pairs, each plus one.
+included in music21; songs in major, transposed to C. No variant of a held-out song is in training.
+Perplexity is compared with unigram and bigram counts, with add-one smoothing.
 
     python examples/melody.py --plot     melody.mid and a picture in examples/out
 """
@@ -32,14 +32,14 @@ Song = list[tuple[int, float]]  # MIDI pitch (60 is middle C, 0 a rest), duratio
 ABC = re.compile(r"^N: *([A-Z]\d+).*?^L: *1/(\d+).*?^K: *(\S+)(.*?)(?=^X:|\Z)", re.M | re.S)
 NOTE = re.compile(r"([_=^]?)([A-Ga-gz])([,']*)(\d*)")  # _B,2: a low B flat, two units long
 SEMITONES = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11, "Z": 0}
-END = 0  # the codes of the notes follow
+END = 0  # code of the end; those of the notes follow
 
 
 def read(unit: str, key: str, tune: str) -> Song:
-    """The notes, the last keynote as middle C; none of a song in minor or ending elsewhere."""
-    fifths = "FCGDAEB".index(key[0]) - 1 - 7 * key.endswith("b")  # of the keynote, above C
+    """Return the notes, with the final tonic as middle C; none if in minor or ending elsewhere."""
+    fifths = "FCGDAEB".index(key[0]) - 1 - 7 * key.endswith("b")  # from C to the tonic
     song = []
-    for bar in tune.split("|"):  # an accidental holds for its bar
+    for bar in tune.split("|"):  # accidentals last for a bar
         altered = {x: (i < fifths) - (i >= 7 + fifths) for i, x in enumerate("FCGDAEB")} | {"Z": 0}
         for accidental, name, marks, times in NOTE.findall(bar):
             letter, octave = name.upper(), name.islower() + marks.count("'") - marks.count(",")
@@ -53,7 +53,7 @@ def read(unit: str, key: str, tune: str) -> Song:
 
 
 def songs() -> list[list[Song]]:
-    """Songs of at most 64 notes and without ties; E0001, E0001A, ... are variants, in one list."""
+    """List songs of up to 64 notes without ties; variants E0001, E0001A, ... share a list."""
     found: dict[str, list[Song]] = {}
     files = sorted(in_package("music21", "corpus/essenFolksong").glob("erk?0.abc"))
     for number, *abc in ABC.findall("".join(file.read_text("utf-8") for file in files)):
@@ -107,7 +107,7 @@ def train(library: Any, cell: str, args: argparse.Namespace) -> Training:
 
 @torch.no_grad()
 def compose(model: Composer, note: int, args: argparse.Namespace) -> list[int]:
-    """Draw note after note, feeding each back as the next input, until the end is drawn."""
+    """Sample note after note, feeding each back as the next input, until the end is drawn."""
     drawn, state = [], None
     while note != END and len(drawn) < 150:
         drawn.append(note)

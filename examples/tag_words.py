@@ -1,21 +1,21 @@
-"""Tag every word of a conversation with its part of speech, from what was said before it or all.
+"""Tag every word of a conversation with its part of speech, from the words so far or from all.
 
-Many to many, in step: one tag for each word.
+Many to many, in step: one tag per word.
 
     x_t = [E_w[word_t], sum over its characters of E_c[character]]
     h_t = LSTM(x_t, h_{t-1})                        unidirectional: words 1 ... t
     g_t = LSTM'(x_t, g_{t+1})                       bidirectional: words t ... T as well
     p(tag of word t) = softmax(W [h_t, g_t] + b)
 
-A word that is not of the training data has its characters only; so that the network learns to
-rely on them, it is not shown every fourth word in training. Bidirectional layers are due to
-Schuster & Paliwal 1997, their use for part-of-speech tags to Wang et al. 2015, arXiv:1510.06168,
-and to Plank et al. 2016, arXiv:1604.05529, who put characters beside words as well. Both models
-have the same width.
+An unknown word is represented by its characters only; to make the network rely on them, a quarter
+of the words is hidden in training. Bidirectional layers are due to Schuster & Paliwal 1997, their
+use for part-of-speech tagging to Wang et al. 2015, arXiv:1510.06168, and to Plank et al. 2016,
+arXiv:1604.05529, who also combine words with characters. Both models have the same width.
 
-Data: the Hong Kong Cantonese Corpus (Luke & Wong 2015, CC BY), as the package pycantonese brings it
-along: talk of the 1990s, 16,000 utterances, tagged by hand; six of 58 recordings are held out. The
-baseline gives each word the tag that it mostly had, and an unknown word the commonest tag.
+Data: the Hong Kong Cantonese Corpus (Luke & Wong 2015, CC BY), as included in the package
+pycantonese: conversations of the 1990s, 16,000 utterances, tagged by hand; six of 58 recordings are
+held out. The baseline gives each word its most frequent tag, and an unknown word the most frequent
+tag overall.
 
     python examples/tag_words.py --plot
 """
@@ -36,10 +36,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
 
-Word = tuple[str, str]  # and its tag
+Word = tuple[str, str]  # word, tag
 COLOUR = {"usual tag": "tab:grey", "unidirectional": "tab:cyan", "bidirectional": "tab:blue"}
 UTTERANCE = re.compile(r"^\*\w+:\t(.*)\n%mor:\t(.*)", re.M)
-LETTERS, HIDDEN = 5, 0.25  # characters of a word that count; share of words hidden in training
+LETTERS, HIDDEN = 5, 0.25  # characters used per word; share of words hidden in training
 NAMES = {"v": "verb", "r": "pronoun", "d": "adverb", "y": "final particle", "n": "noun"}
 NAMES |= {"c": "conjunction", "u": "auxiliary", "a": "adjective", "q": "classifier"}
 NAMES |= {"e": "interjection", "m": "numeral", "vu": "modal verb"}
@@ -47,7 +47,7 @@ NAMES |= {"e": "interjection", "m": "numeral", "vu": "modal verb"}
 
 @cache
 def utterances() -> tuple[list[list[Word]], list[list[Word]]]:
-    """Those for training, and those held out; without punctuation."""
+    """Return the training and the held-out utterances, without punctuation."""
     recordings = []
     for file in sorted(in_package("pycantonese", "data/hkcancor").glob("*.cha")):
         found = []
@@ -56,19 +56,19 @@ def utterances() -> tuple[list[list[Word]], list[list[Word]]]:
             said = [(word, tag.split("|")[0]) for word, tag in pairs if "|" in tag]
             found += [said] if said else []
         recordings.append(found)
-    held_out = recordings[7::10]  # friends at home and radio; no recording in parts is cut in two
+    held_out = recordings[7::10]  # friends at home and radio; splits no multi-part recording
     return tuple([*chain(*x)] for x in ([r for r in recordings if r not in held_out], held_out))
 
 
 class Tagger(torch.nn.Module):
-    """Words and their characters in, scores of the tags out."""
+    """Map words and their characters to scores of the tags."""
 
     def __init__(
         self, library: Any, both: bool, known: int, spelling: Tensor, tags: int, width: int
     ) -> None:
         super().__init__()
-        self.known = known  # words; all beyond share one code
-        self.register_buffer("spelling", spelling)  # of each word, 0 where there is no letter
+        self.known = known  # words; all others share one code
+        self.register_buffer("spelling", spelling)  # characters of each word, padded with 0
         self.word = torch.nn.Embedding(known + 1, width // 2)
         self.letter = torch.nn.Embedding(int(spelling.max()) + 1, width // 2, padding_idx=0)
         self.recurrent = library.LSTM(width, width // (1 + both), bidirectional=both)
@@ -84,7 +84,7 @@ class Tagger(torch.nn.Module):
 
 def train(library: Any, variant: str, args: argparse.Namespace) -> Training:
     said, held_out = utterances()
-    had: dict[str, Counter[str]] = defaultdict(Counter)  # the tags of a word and how often
+    had: dict[str, Counter[str]] = defaultdict(Counter)  # tag counts of each word
     for word, tag in chain(*said):
         had[word][tag] += 1
     words = list(dict.fromkeys([*had, *(word for word, _ in chain(*held_out))]))
@@ -142,7 +142,7 @@ def draw(runs: Runs) -> Figure:
 
 def main(argv: list[str] | None = None) -> int:
     options = trainer(__doc__, updates=1000, hidden=128, batch=32, lr=1e-2, clip=1.0)
-    utterances()  # kept, so that no library's time includes it
+    utterances()  # cached, so that no library's time includes it
     return run(__file__, options.parse_args(argv), train, list(COLOUR)[1:], draw)
 
 

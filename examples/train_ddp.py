@@ -1,13 +1,13 @@
 """Train on several processes, with DistributedDataParallel or with sharded parameters (FSDP2).
 
-Every process has its own sequences; gradients are averaged over the processes after backward.
-DDP (Li et al. 2020, arXiv:2006.15704) keeps all parameters in each of them. With --fsdp each keeps
-a part of every parameter and gathers the rest for the time of a forward or backward of a layer
-(Zhao et al. 2023, arXiv:2304.11277; torch.distributed.fsdp.fully_shard). fastrnn's layers read
-their parameters at each call, so that neither needs anything else than with torch.nn.
+Every process has its own sequences; gradients are averaged over the processes after backward. DDP
+(Li et al. 2020, arXiv:2006.15704) keeps all parameters in each process. With --fsdp each process
+keeps a shard of every parameter and gathers the rest for a layer's forward or backward (Zhao et al.
+2023, arXiv:2304.11277; torch.distributed.fsdp.fully_shard). fastrnn's layers read their parameters
+at each call, so both work exactly as with torch.nn.
 
 The task: x_t is a number from 0 to 1, and y_t is the mean of all numbers since the last reset. The
-sequences of a batch have different lengths, which are told to the layers, as are the resets:
+sequences of a batch have different lengths, which are passed to the layers, as are the resets:
 
     h_t = LSTM(x_t, 0 if t is a reset else h_{t-1}),   y_t is predicted as w . h_t + b
 
@@ -46,7 +46,7 @@ class RunningMean(torch.nn.Module):
 
 
 def make_batch(args: argparse.Namespace, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Numbers (T, B, 1), lengths (B,), resets (T, B), targets (T, B) that are NaN where none is."""
+    """Return numbers (T, B, 1), lengths (B,), resets (T, B), targets (T, B), NaN where none is."""
     x = torch.rand(args.steps, args.batch)
     lengths = torch.randint(args.steps // 2, args.steps + 1, (args.batch,))
     reset = torch.rand_like(x) < 4 / args.steps
@@ -63,7 +63,7 @@ def distribute(model: RunningMean, fsdp: bool, device: str) -> torch.nn.Module:
     if not fsdp:
         return DistributedDataParallel(model)
     mesh = init_device_mesh(device.partition(":")[0], (dist.get_world_size(),))
-    fully_shard(model.recurrent, mesh=mesh)  # gathered, and let go of again, on its own
+    fully_shard(model.recurrent, mesh=mesh)  # gathered and freed separately
     return fully_shard(model, mesh=mesh)
 
 
@@ -109,8 +109,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     train(args, device)
-    # gloo's threads must be idle, and the model be gone: the last owner of the group waits for
-    # them while it holds Python's lock, which they want too (torch 2.13).
+    # gloo's threads must be idle and the model freed: the last owner of the group waits for the
+    # threads while it holds the GIL, which they need too (torch 2.13).
     dist.barrier()
     dist.destroy_process_group()
     return 0

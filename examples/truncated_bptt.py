@@ -1,16 +1,16 @@
 """Truncated backpropagation through time: how far back must gradients reach, and what does it cost?
 
 Full BPTT (Werbos 1990) differentiates through all T steps of a sequence and keeps all of them in
-memory until then. Truncated BPTT (Williams & Peng 1990) reads windows of k steps; the state goes on
-from window to window, but gradients stop between them:
+memory until then. Truncated BPTT (Williams & Peng 1990) reads windows of k steps; the state carries
+over from one window to the next, but gradients stop between them:
 
     h_t = GRU(x_t, h_{t-1})           dh_t/dh_{t-1} taken as 0 where t is a multiple of k
     loss = -mean of log p(letter)     at each question, p = softmax(W h_t + b)
 
-Many to many: a letter passes, and 10 to 40 steps later a question mark asks which one it was; then
-comes the next letter. With k = 5 no gradient ever leads from a question to its letter. With k = 20
-some do, the nearest; what it learns of them holds for those farther away, too. Memory is what
-autograd keeps of a window for its backward pass. `bptt=k` gives the same gradients by one call.
+Many to many: a letter appears, and 10 to 40 steps later a question mark asks which one it was; then
+the next letter follows. With k = 5 no gradient ever leads from a question to its letter. With
+k = 20 the nearest ones do; what it learns from these also holds at larger distances. Memory is what
+autograd keeps of a window for backward. `bptt=k` gives the same gradients in a single call.
 
     python examples/truncated_bptt.py --plot
 """
@@ -35,7 +35,7 @@ VARIANTS = {"k = 5": 5, "k = 20": 20, "k = 50": 50, "full": None}
 
 
 def questions(steps: int, batch: int) -> tuple[Tensor, Tensor]:
-    """Letters, questions and blanks, (T, B, LETTERS + 1); answers, UNASKED where there is none."""
+    """Make letters, questions and blanks, (T, B, LETTERS + 1); answers, else UNASKED."""
     apart = torch.randint(NEAREST, FARTHEST + 1, (steps // NEAREST, batch))
     asked = (apart + 1).cumsum(0) - 1
     shown = asked - apart
@@ -61,7 +61,7 @@ class Answerer(torch.nn.Module):
 
 
 def gradients(model: Answerer, x: Tensor, answers: Tensor, k: int | None, **options: Any) -> Tensor:
-    """Add the gradients of the mean over all questions, window by window; returns that mean."""
+    """Accumulate gradients of the mean over all questions, window by window; return that mean."""
     total, state, asked = x.new_zeros(()), None, (answers != UNASKED).sum()
     for window, of in zip(x.split(k or len(x)), answers.split(k or len(x)), strict=True):
         logits, state = model(window, state, **options)
@@ -73,7 +73,7 @@ def gradients(model: Answerer, x: Tensor, answers: Tensor, k: int | None, **opti
 
 
 def kept(model: Answerer, window: Tensor) -> int:
-    """Bytes that autograd keeps of a window, those of the parameters not counted."""
+    """Count the bytes that autograd keeps for a window, without those of the parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found = {}
 
@@ -82,12 +82,12 @@ def kept(model: Answerer, window: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
-        _graph = model(window)  # held until the bytes are counted, or memory would be used again
+        _graph = model(window)  # kept until the bytes are counted, or memory would be reused
     return sum(size for address, size in found.items() if address not in parameters)
 
 
 def both_ways(model: Answerer, x: Tensor, answers: Tensor, k: int | None) -> dict[str, float]:
-    """Times of the gradients by windows and by one call, which are the same gradients."""
+    """Time the gradients by windows and by one call, which are the same gradients."""
     found, ways = [], (partial(gradients, k=k), partial(gradients, k=None, bptt=k))
     for way in ways:
         model.zero_grad()
@@ -139,7 +139,7 @@ def draw(runs: Runs) -> Figure:
 
 def main(argv: list[str] | None = None) -> int:
     options = trainer(__doc__, updates=250, hidden=64, batch=32, steps=200, lr=5e-3, clip=1.0)
-    # When a network finds out how to remember hangs on rounding: only the beginning is compared.
+    # Rounding decides when a network learns to remember: only the beginning is compared.
     args = options.parse_args(argv)
     if args.steps < FARTHEST:
         options.error(f"--steps must be at least {FARTHEST}, got {args.steps}")

@@ -1,26 +1,26 @@
 """Do gradients reach the first step? An RNN, a GRU and an LSTM must recall what they read there.
 
-Many to one: a sequence of random symbols goes in, at its end the network says which the first was.
+Many to one: a sequence of random symbols goes in; at the end the network names the first symbol.
 
     h_t = tanh(W_x x_t + W_h h_{t-1} + b)     or GRU, or LSTM; x_t: a symbol, one-hot
     p(first symbol) = softmax(W_o h_T + b_o)
 
-The loss, -log p, is at the last step only, so all that a network learns about the first comes
+The loss, -log p, is at the last step only, so everything a network learns about the first comes
 through the chain rule, a product of one Jacobian matrix for each step in between:
 
     dL/dh_t = dL/dh_T J_T J_{T-1} ... J_{t+1}     J_k = dh_k/dh_{k-1}; RNN: diag(1 - h_k^2) W_h
 
 As T - t grows it vanishes or explodes: Hochreiter 1991, "Untersuchungen zu dynamischen neuronalen
 Netzen"; Bengio, Simard & Frasconi 1994, "Learning long-term dependencies with gradient descent is
-difficult". fastrnn.diagnose measures that before and after training. Gates can learn to keep a
-state as it is, a factor near 1 a step; the LSTM's forget gates begin with a bias near 1
-(Jozefowicz, Zaremba & Sutskever 2015). "rnn x 3" is an RNN whose W_h begins three times as large
-as usual. Its gradients explode; the remedy is to cut them to a norm of --clip, as do Pascanu,
-Mikolov & Bengio 2013, arXiv:1211.5063. Once it can recall, its gradients vanish in turn: what is
-held so firmly that later symbols cannot move it is not moved by small changes, either.
+difficult". fastrnn.diagnose measures it before and after training. Gates can learn to preserve a
+state, with a factor near 1 per step; the LSTM's forget gates start with a bias near 1 (Jozefowicz,
+Zaremba & Sutskever 2015). "rnn x 3" is an RNN whose W_h starts three times as large as usual. Its
+gradients explode; the remedy is clipping them to a norm of --clip (Pascanu, Mikolov & Bengio 2013,
+arXiv:1211.5063). Once it can recall, its gradients vanish instead: a state that is held so firmly
+that later symbols cannot change it does not respond to small changes either.
 
 Training sequences have any length up to --steps, so that a network can learn from short ones what
-it must keep for longer. Accuracy and gradients are those of new sequences of full length.
+to preserve in longer ones. Accuracy and gradients are those of new sequences of full length.
 
     python examples/vanishing_gradients.py --plot
 """
@@ -44,7 +44,7 @@ SCALED, UNCLIPPED = "rnn x 3", "rnn x 3 unclipped"
 
 
 class Recall(torch.nn.Module):
-    """Recurrent layer, linear layer; the recurrent one comes from `library`."""
+    """Recurrent layer and linear layer; the recurrent one comes from `library`."""
 
     def __init__(self, library: Any, variant: str, args: argparse.Namespace) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Recall(torch.nn.Module):
         if variant in (SCALED, UNCLIPPED):
             with torch.no_grad():
                 self.recurrent.weight_hh_l0 *= 3
-            self.double()  # what makes gradients explode makes rounding explode as well
+            self.double()  # exploding gradients also amplify rounding errors
 
     def encoded(self, sequences: Tensor) -> Tensor:
         return one_hot(sequences, self.linear.out_features).to(self.linear.weight.dtype)
@@ -66,7 +66,7 @@ class Recall(torch.nn.Module):
 
 
 def gradients(model: Recall, sequences: Tensor) -> dict[str, list[float]]:
-    """The norm of dL/dh_t for each step, by that of the last one; of the LSTM dL/dc_t, too."""
+    """Return the norm of dL/dh_t for each step, relative to the last; for the LSTM also dL/dc_t."""
 
     def loss(output: Tensor, _: Any) -> Tensor:
         return cross_entropy(model.linear(output[-1]), sequences[0], reduction="sum")
@@ -103,7 +103,7 @@ def train(library: Any, variant: str, args: argparse.Namespace) -> Training:
 
 
 def draw(runs: Runs) -> Figure:
-    """Gradients over time of four networks, and the loss curves."""
+    """Plot gradients over time for four networks, and the loss curves."""
     figure, axes = new_figure(2, 3, width=11, height=6.4)
     colours = {**COLOURS, SCALED: "tab:red", UNCLIPPED: "0.6"}
     for (variant, colour), one in zip(colours.items(), axes.flat[:4], strict=False):
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         clip=1.0,
     )
     args, variants = options.parse_args(argv), [*COLOURS, SCALED, UNCLIPPED]
-    # Rounding decides at which update a network finds out, so only the beginnings are compared.
+    # Rounding decides at which update a network succeeds, so only the beginnings are compared.
     return run(__file__, args, train, variants, draw, first=10, loose=math.inf)
 
 

@@ -1,4 +1,4 @@
-"""Recurrent layers for PyTorch, in place of ``torch.nn.LSTM``, ``GRU``, ``RNN`` and their cells."""
+"""Drop-in replacements for PyTorch's ``LSTM``, ``GRU``, ``RNN`` and their cells, and variants."""
 
 from . import convert, functional, nn
 from ._version import __version__

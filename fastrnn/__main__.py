@@ -1,10 +1,11 @@
-"""The command line: ``fastrnn bench``, ``verify``, ``plan``, ``tune`` and ``warmup``."""
+"""The command line: ``fastrnn info``, ``bench``, ``verify``, ``plan``, ``tune``, ``warmup``."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import itertools
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +23,18 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="as JSON, with every field")
+
+
+def _info(args: argparse.Namespace) -> int:
+    from .info import as_json, info
+
+    found = info()
+    print(json.dumps(as_json(found), indent=2) if args.json else found)
+    return 0
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -264,6 +277,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 _COMMANDS: dict[str, tuple[str, Any, Any]] = {
+    "info": ("show what fastrnn finds on this machine, for bug reports", _add_info, _info),
     "bench": ("time our modules beside torch.nn's", _add_bench, _bench),
     "verify": ("check our modules against float64 and torch.nn", _add_verify, _verify),
     "warmup": ("compile the kernels for this CPU ahead of their first use", _add_warmup, _warmup),

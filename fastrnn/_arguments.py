@@ -1,4 +1,4 @@
-"""Parsers of command-line values; each refuses a bad one in a line that names it."""
+"""Parsers for command-line values; each rejects a bad value with a one-line message."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 
 class UsageError(ValueError):
-    """Arguments that do not go together, or a file or package that is not there."""
+    """Incompatible arguments, or a missing file or package."""
 
 
 def require(extra: str, *packages: str) -> None:
-    """Raise UsageError if a package is missing that an extra would bring."""
+    """Raise UsageError if a package that an extra installs is missing."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise UsageError(f"fastrnn {extra} needs {package}: install fastrnn[{extra}]")
@@ -29,7 +29,7 @@ _ALIASES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "f
 
 
 def dtype(text: str) -> torch.dtype:
-    """Parse torch's name of a floating dtype, or fp16, bf16, fp32, fp64."""
+    """Parse torch's name of a floating-point dtype, or fp16, bf16, fp32, fp64."""
     name = _ALIASES.get(text, text)
     if name not in DTYPES:
         accepted = ", ".join((*DTYPES, *_ALIASES))
@@ -38,7 +38,7 @@ def dtype(text: str) -> torch.dtype:
 
 
 def device(text: str) -> torch.device:
-    """Parse a device that is there: cpu, cuda or cuda:N."""
+    """Parse an available device: cpu, cuda or cuda:N."""
     try:
         parsed = torch.device(text)
     except RuntimeError:
@@ -53,15 +53,15 @@ def device(text: str) -> torch.device:
 
 
 def positive(text: str) -> int:
-    """Parse an integer from 1 on."""
+    """Parse a positive integer."""
     if not text.isdecimal() or int(text) == 0:
         raise ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
 def natural(text: str) -> int:
-    """Parse an integer from 0 on."""
-    # isdecimal also refuses signs and spaces, which int() takes.
+    """Parse a non-negative integer."""
+    # Unlike int(), isdecimal rejects signs and spaces.
     if not text.isdecimal():
         raise ArgumentTypeError(f"{text!r} is not an integer from 0 on")
     return int(text)

@@ -1,4 +1,4 @@
-"""Adding to modules of torch that importing fastrnn must not import, for the time they take."""
+"""Extend torch modules that are too slow to import along with fastrnn."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from types import ModuleType
 
 
 def when_imported(name: str, add: Callable[[ModuleType], None]) -> None:
-    """Call ``add(module)`` when a module has been imported; at once if it was.
+    """Call ``add(module)`` once a module has been imported, immediately if it already was.
 
     Parameters
     ----------
     name : str
-        Its full name.
+        Full name of the module.
     add : callable
     """
     if name in sys.modules:
-        # Not from there, where it is incomplete while another thread imports it.
+        # Not read from sys.modules, where it is incomplete while another thread imports it.
         add(importlib.import_module(name))
     else:
         sys.meta_path.insert(0, _Finder(name, add))
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module as Python does, and calls a function after it has run, each time."""
+    """Finds one module as Python does, and calls a function each time it has been executed."""
 
     def __init__(self, name: str, add: Callable[[ModuleType], None]) -> None:
         self.name, self.add = name, add

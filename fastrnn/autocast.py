@@ -1,4 +1,4 @@
-"""What an enclosing ``torch.autocast`` region asks for, as torch.nn would have it."""
+"""The dtypes of a call inside a ``torch.autocast`` region, which match torch.nn's."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .context import autocasts, is_ragged, is_traced, untraced
 
 
 class Dtypes(NamedTuple):
-    """The dtype to compute in and of the states beyond h, and that of the output and h."""
+    """The dtype of the computation and of the states other than h, and that of h and the output."""
 
     compute: torch.dtype
     of_h: torch.dtype
 
 
 def dtypes(call: Call, *, is_step: bool = False) -> Dtypes | None:
-    """Say in which dtypes a call is computed, None outside of autocast.
+    """Return the dtypes of a call, or None outside autocast.
 
-    On CUDA both are the autocast dtype. On the CPU torch.nn autocasts the GEMMs only, so that LSTM
-    and GRU keep the wider dtype of their state, an Elman network does not, and a projected h, being
-    the result of a GEMM, does not either. A whole LSTM is one operation of oneDNN, if this CPU has
-    it in the autocast dtype.
+    On CUDA both are the autocast dtype. On the CPU torch.nn autocasts only the GEMMs, so LSTM and
+    GRU keep the wider dtype for their state. An Elman network does not, nor does a projected h,
+    which is the result of a GEMM. If the CPU supports the autocast dtype, oneDNN runs a whole LSTM
+    as one operation in that dtype.
     """
     if not torch._C._is_any_autocast_enabled():
         return None
@@ -50,7 +50,7 @@ def dtypes(call: Call, *, is_step: bool = False) -> Dtypes | None:
 
 
 def to(call: Call, dtype: torch.dtype) -> Call:
-    """Make the call in another dtype."""
+    """Convert a call to another dtype."""
     state, weights, fresh, noise = (
         [part if part.dtype == torch.bool else part.to(dtype) for part in parts]
         for parts in (call.state, call.weights, call.flow.fresh, call.flow.noise)
@@ -65,7 +65,7 @@ def is_one_operation(low: torch.dtype, dtype: torch.dtype) -> bool:
     return _try_one_operation(low, dtype, *settings)
 
 
-# For compilers; by torch.compiler.assume_constant_result it would import all of Dynamo.
+# For compilers; torch.compiler.assume_constant_result would import all of Dynamo.
 is_one_operation._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -74,7 +74,7 @@ is_one_operation._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _try_one_operation(
     low: torch.dtype, dtype: torch.dtype, is_enabled: bool, is_recorded: bool
 ) -> bool:
-    """Try it: it depends on the CPU, and on the settings that a result is remembered for."""
+    """Find out by a trial run; the answer depends on the CPU and on the arguments."""
     with _python_dispatch._disable_current_modes(), torch.autocast("cpu", low):
         like: Any = {"device": "cpu"}
         x, state = torch.zeros(1, 1, 1, dtype=dtype, **like), torch.zeros(1, 1, 1, **like)

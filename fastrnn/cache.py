@@ -15,6 +15,7 @@ begin with.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -22,6 +23,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 _log = logging.getLogger("fastrnn")
 
@@ -38,14 +40,24 @@ def cache_folder() -> Path:
     OSError
         If the user has no home.
     """
-    own = os.environ.get("FASTRNN_CACHE_DIR")
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    source = folder_source()
     try:
-        if own:
-            return Path(own).expanduser()
-        return (shared if shared.is_absolute() else Path.home() / ".cache") / "fastrnn"
+        if source == "home":
+            return Path.home() / ".cache" / "fastrnn"
+        folder = Path(os.environ[source])
+        return folder.expanduser() if source == _OWN else folder / "fastrnn"
     except RuntimeError as error:
         raise OSError(str(error)) from error
+
+
+_OWN, _SHARED = "FASTRNN_CACHE_DIR", "XDG_CACHE_HOME"
+
+
+def folder_source() -> str:
+    """Name what decides where `cache_folder` is: a variable of the environment, or 'home'."""
+    if os.environ.get(_OWN):
+        return _OWN
+    return _SHARED if Path(os.environ.get(_SHARED, "")).is_absolute() else "home"
 
 
 def read(path: Path) -> bytes | None:
@@ -57,6 +69,51 @@ def read(path: Path) -> bytes | None:
     except OSError as error:
         _warn(f"not loaded from the cache: {error}")
         return None
+
+
+def read_gap(folder: Path, name: str = "") -> str | None:
+    """Say why `read` refuses all files of a folder, or the one of a name; None if it does not.
+
+    A folder that does not exist yet is judged by those above it.
+    """
+    if not hasattr(os, "geteuid"):
+        return None
+    try:
+        if name:
+            with _opened_file(folder / name):
+                return None
+        if os.path.lexists(folder):
+            with _opened_folder(folder):
+                return None
+        _require_safe_above(_existing(folder))
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def write_gap(folder: Path) -> str | None:
+    """Say why `write` cannot write to a folder, which it would create; None if it can.
+
+    Nothing is written to find out, so a full disk goes unnoticed.
+    """
+    try:
+        place = _existing(folder)
+        if not place.is_dir():
+            return f"{place} is not a directory"
+        if os.access(place, os.W_OK | os.X_OK):
+            return None
+        is_read_only = hasattr(os, "statvfs") and os.statvfs(place).f_flag & os.ST_RDONLY
+    except OSError as error:
+        return str(error)
+    return f"{place} is {'on a read-only file system' if is_read_only else 'not writable'}"
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    place = path.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place
 
 
 def write(path: Path, data: bytes) -> None:
@@ -86,20 +143,40 @@ def _make(folder: Path) -> None:
 
 
 def _read_own(path: Path) -> bytes:
-    # What was checked is what is read: by descriptors, whatever the names mean meanwhile.
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    with _opened_file(path) as file:
+        return file.read()
+
+
+# What was checked is what is read: by descriptors, whatever the names mean meanwhile.
+
+
+@contextlib.contextmanager
+def _opened_folder(path: Path) -> Iterator[int]:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        for place in _on_the_way(path.parent.absolute()):
-            _require_safe(place, os.lstat(place), is_above=True)
-        _require_safe(path.parent, os.fstat(folder))
-        with open(path.name, "rb", opener=functools.partial(_open_in, folder)) as file:
-            status = os.fstat(file.fileno())
-            _require_safe(path, status)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(f"{path} is no regular file")
-            return file.read()
+        _require_safe_above(path.absolute())
+        _require_safe(path, os.fstat(folder))
+        yield folder
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def _opened_file(path: Path) -> Iterator[BinaryIO]:
+    with (
+        _opened_folder(path.parent) as folder,
+        open(path.name, "rb", opener=functools.partial(_open_in, folder)) as file,
+    ):
+        status = os.fstat(file.fileno())
+        _require_safe(path, status)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{path} is no regular file")
+        yield file
+
+
+def _require_safe_above(path: Path) -> None:
+    for place in _on_the_way(path):
+        _require_safe(place, os.lstat(place), is_above=True)
 
 
 def _open_in(folder: int, name: str, flags: int) -> int:

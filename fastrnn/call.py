@@ -1,10 +1,10 @@
-"""A call of recurrent layers as one record, and what comes of it.
+"""The record of a call of recurrent layers, and the records of its results and gradients.
 
-Made and checked once (``checks.py``), it goes down to the kernels as it is: the planner, every
-path, gradients and transforms take it. A layer of a stack, or a head of a layer, is a call of its
-own.
+A `Call` is created and checked once (``checks.py``) and passed down to the kernels unchanged: the
+planner, every path, gradients and transforms take it. Each layer of a stack, and each head of a
+layer, is also described by a `Call`.
 
-Shapes used in the whole package:
+Shapes used throughout the package:
 
     T  time steps           B  batch            N  rows: T * B, or sum(lengths) if packed
     I  input features       H  hidden units     P  size of h: H, or proj_size for a projected LSTM
@@ -29,7 +29,7 @@ _NO_OPTIONS = Options()
 
 
 class Weights(NamedTuple):
-    """The weights of one direction of one layer; what a layer does not have is None."""
+    """The weights of one direction of one layer, None for those it does not have."""
 
     w_ih: Tensor
     w_hh: Tensor
@@ -40,10 +40,10 @@ class Weights(NamedTuple):
 
     @classmethod
     def unpack(cls, flat: Sequence[Tensor], n_extras: int = 0) -> Weights:
-        """Name a flat list: ih, hh[, b_ih, b_hh][, hr], as in ``torch.nn.RNNBase``, then extras.
+        """Unpack a list: ih, hh[, b_ih, b_hh][, hr], as in ``torch.nn.RNNBase``, then extras.
 
-        The four possible lengths of the first part are all different, so nothing else is needed:
-        2 plain, 3 projection, 4 bias, 5 bias and projection.
+        The length of the first part determines what it contains: 2 plain, 3 projection, 4 biases,
+        5 biases and projection.
         """
         count = len(flat) - n_extras
         w_ih, w_hh, *rest = flat[:count]
@@ -52,21 +52,21 @@ class Weights(NamedTuple):
         return cls(w_ih, w_hh, b_ih, b_hh, w_hr, tuple(flat[count:]))
 
     def blocks(self) -> tuple[Tensor, ...]:
-        """The extra weights in blocks of H elements, as a cell's functions take them."""
+        """Split the extra weights into blocks of H elements, as a cell's functions take them."""
         hidden = self.w_hh.shape[1] if self.w_hr is None else self.w_hr.shape[1]
         return tuple(block for extra in self.extras for block in extra.split(hidden))
 
 
 class Known:
-    """What is remembered of calls of the same sizes and numbers.
+    """What is cached for calls with the same sizes and numeric arguments.
 
     Attributes
     ----------
     num_layers : int
     paths : dict
-        Those that the planner chose, by what else it depends on.
+        Paths that the planner chose, keyed by everything else the choice depends on.
     steps : dict
-        What runs single steps with gradients, likewise.
+        Functions that run single steps with gradients, keyed in the same way.
     """
 
     __slots__ = ("num_layers", "paths", "steps")
@@ -78,31 +78,31 @@ class Known:
 
 
 class Call(NamedTuple):
-    """A call of one layer or of several.
+    """A call of one or several layers.
 
     Attributes
     ----------
     cell : Cell
     x : Tensor of shape (T, B, I), or (N, I) with `batch_sizes`
-        Of a single step, (B, I).
-    state : sequence of Tensor of shape (L * D, B, P) and, of the other states, (L * D, B, H)
-        Initial state, zeros if empty; of a single step, (B, P) and (B, H).
+        (B, I) for a single step.
+    state : sequence of Tensor of shape (L * D, B, P) and, for the other states, (L * D, B, H)
+        Initial state, zeros if empty; (B, P) and (B, H) for a single step.
     weights : sequence of Tensor
-        Of all layers and in them of all directions one after another, each in the order of
-        ``torch.nn.RNNBase``, then the cell's extra weights. With heads, w_hh is
-        (G * H, H / heads). Those of the members of an ensemble have one more dimension in front;
-        then the batch consists of that of each member, one after another.
+        For each direction of each layer, the weights in the order of ``torch.nn.RNNBase``, then
+        the cell's extra weights. With heads, w_hh is (G * H, H / heads). In an ensemble the weights
+        have a leading dimension of members, and the batch is the concatenation of the members'
+        batches.
     batch_sizes : int64 Tensor of shape (T,) on the CPU, optional
-        Rows alive at each step, never increasing, as in ``PackedSequence``; only with a plain
+        Number of rows at each step, non-increasing, as in ``PackedSequence``; only with a plain
         `flow`.
     bidirectional : bool
     flow : Flow
-        With `fresh` and `noise` of all layers one after another.
+        Its `fresh` and `noise` cover all layers, one after another.
     num_layers : int
     options : Options
-        What surrounds the layers.
+        The options that are applied around the layers.
     known : Known, optional
-        Of a call that ``checks.py`` made, unless a compiler or torch.jit traces it.
+        Set on calls that ``checks.py`` made, unless a compiler or torch.jit traces them.
     """
 
     cell: Cell
@@ -134,12 +134,12 @@ class Call(NamedTuple):
     @property
     @untraced
     def num_heads(self) -> int:
-        """How many blocks the recurrent weights have on their diagonal."""
+        """The number of diagonal blocks of the recurrent weights."""
         return 1 if self.is_projected else max(1, self.hidden_size // self.weights[1].shape[-1])
 
     @property
     def members(self) -> int:
-        """How many members an ensemble has; 0 if the call is not one of an ensemble."""
+        """The number of members of the ensemble; 0 if the call is not one of an ensemble."""
         return self.weights[0].shape[0] if self.weights[0].dim() == 3 else 0
 
     @property
@@ -152,13 +152,13 @@ class Call(NamedTuple):
         """B."""
         if self.batch_sizes is None:
             return self.x.shape[1]
-        # A number would be recorded by torch.jit.
+        # torch.jit would record a number as a constant.
         first: Any = self.batch_sizes[0]
         return first if is_traced() else int(first)
 
     @property
     def n_weights(self) -> int:
-        """How many weights a direction of a layer has."""
+        """The number of weights of one direction of a layer."""
         return len(self.weights) // (self.num_layers * (2 if self.bidirectional else 1))
 
     @property
@@ -178,10 +178,10 @@ class Call(NamedTuple):
         return [(count, batch, self.size_h)] + [of_others] * (len(self.cell.states) - 1)
 
     def initial(self) -> list[Tensor]:
-        """The state before the first step, also where none was given; not to be written to."""
+        """The state before the first step, zeros if none was given; not to be written to."""
         if self.state:
             return list(self.state)
-        # Without `shapes`: its properties take longer than the zeros.
+        # Not by `shapes`, whose properties take longer than creating the zeros.
         count, batch = self.num_layers * (2 if self.bidirectional else 1), self.batch
         h = other = self.x.new_zeros(count, batch, self.size_h)
         n_others = len(self.cell.states) - 1
@@ -207,11 +207,11 @@ class Call(NamedTuple):
         state, weights = [s[of_k] for s in self.state], self.weights[k * count : (k + 1) * count]
         return self._replace(x=x, state=state, weights=weights, flow=flow, num_layers=1)
 
-    # As one list of tensors, for what keeps such lists: autograd and torch.func.
+    # As one list of tensors, as autograd and torch.func keep them.
 
     @property
     def counts(self) -> tuple[int, int, int, int]:
-        """How many tensors `flat` has of state, weights, fresh states and noise."""
+        """The numbers of state, weight, fresh-state and noise tensors in `flat`."""
         return len(self.state), len(self.weights), len(self.flow.fresh), len(self.flow.noise)
 
     def flat(self) -> list[Tensor | None]:
@@ -220,14 +220,14 @@ class Call(NamedTuple):
         return [self.x, marks, self.batch_sizes, *self.state, *self.weights, *fresh, *noise]
 
     def with_flat(self, flat: Sequence[Any]) -> Call:
-        """Make the same call of other tensors, in the order of `flat`."""
+        """Make the same call with other tensors, in the order of `flat`."""
         x, marks, batch_sizes, *rest = flat
         state, weights, fresh, noise = split(rest, self.counts)
         flow = Flow(marks, fresh, noise)
         return self._replace(x=x, state=state, weights=weights, batch_sizes=batch_sizes, flow=flow)
 
     def without_tensors(self) -> Call:
-        """Make the same call of nothing, to be filled in by `with_flat`."""
+        """Make the same call without tensors, to be filled in by `with_flat`."""
         nothing: Any = None
         state, weights, fresh, noise = ([nothing] * count for count in self.counts)
         flow = Flow(None, fresh, noise)
@@ -235,13 +235,13 @@ class Call(NamedTuple):
 
 
 def split(flat: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
-    """Cut a list into parts.
+    """Split a list into parts.
 
     Parameters
     ----------
     flat : sequence
     counts : sequence of int
-        How many elements each part has; what is left over is left out.
+        Number of elements of each part; remaining elements are dropped.
 
     Returns
     -------
@@ -252,16 +252,16 @@ def split(flat: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
 
 
 class Result(NamedTuple):
-    """What a layer gives.
+    """The results of a layer.
 
     Attributes
     ----------
     y : Tensor of shape (T, B, D * P), or (N, D * P)
-    final : list of Tensor of shape (D, B, P) and, of the other states, (D, B, H)
+    final : list of Tensor of shape (D, B, P) and, for the other states, (D, B, H)
         State after the last step of every row.
     traces : list of Tensor of shape (T, B, D * H), or (N, D * H)
         The states other than h after every step; empty if the cell has none, or if they were not
-        asked for.
+        requested.
     """
 
     y: Tensor
@@ -270,7 +270,7 @@ class Result(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """Gradients of what a layer gives.
+    """Gradients with respect to the results of a layer.
 
     Attributes
     ----------
@@ -287,14 +287,14 @@ class Cotangents(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """Which gradients are asked for, beside those of states.
+    """The gradients that are requested, besides those of states.
 
     Attributes
     ----------
     x, weights : bool
     groups : int
-        If positive, the batch consists of so many parts, one after another, each of which has its
-        own gradients of the weights.
+        If positive, the batch is the concatenation of this many parts, each with its own weight
+        gradients.
     """
 
     x: bool = True
@@ -303,17 +303,17 @@ class Asked(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of what a layer takes.
+    """Gradients with respect to the arguments of a layer.
 
     Attributes
     ----------
-    dx : Tensor shaped as x, or None if it was not asked for
+    dx : Tensor shaped as x, or None if it was not requested
     d_state : list of Tensor
-        Of the initial state, whether it was given or not.
+        Gradients of the initial state, whether it was given or not.
     d_fresh : list of Tensor
-        Of the states after a reset, if they were given.
+        Gradients of the states after a reset, if they were given.
     d_weights : list of Tensor
-        Empty if they were not asked for; of groups, of shape (groups, ...).
+        Empty if they were not requested; of shape (groups, ...) with groups.
     """
 
     dx: Tensor | None

@@ -9,8 +9,8 @@ from typing import Any
 from . import nn, paths, variant_cells, variants
 from .cells import CELLS
 
-#: Names for ``--cells``, those of the registry and for a step with ``_cell``: the class, and what
-#: its constructor needs to be told.
+#: Maps the names for ``--cells``, which are those of the registry, with ``_cell`` for a step, to
+#: the class and the arguments of its constructor.
 MODULES: dict[str, tuple[type[Any], dict[str, str]]] = {
     "lstm": (nn.LSTM, {}),
     "gru": (nn.GRU, {}),
@@ -42,10 +42,10 @@ _PROJECTED = ("lstm", "layernorm_lstm", "peephole_lstm", "slstm")
 
 @dataclass(frozen=True)
 class Case:
-    """One random configuration; `seed` draws its weights, inputs and dropout masks.
+    """One random configuration; `seed` determines its weights, inputs and dropout masks.
 
-    With `members` it is an ensemble of so many, ``torch.func.vmap`` over their weights, and with
-    `own_inputs` over their inputs and states too.
+    With `members` it is an ensemble of that size, run by ``torch.func.vmap`` over the weights, and
+    with `own_inputs` over inputs and states too.
     """
 
     cell: str
@@ -83,7 +83,7 @@ class Case:
 
     @property
     def is_stock(self) -> bool:
-        """Whether torch.nn can do the same."""
+        """Whether torch.nn supports the case."""
         return self.cell.removesuffix("_cell") in paths.ATEN_LAYERS and not (
             self.lengths or self.reset or self.bptt or self.return_states or self.is_regularised
             or self.num_heads > 1 or self.members
@@ -123,8 +123,8 @@ def draw_case(cell: str, seed: int, index: int) -> Case:
     """
     rng = random.Random(f"{cell}/{seed}/{index}")
     flip = lambda p=0.5: rng.random() < p  # noqa: E731
-    # Of the gates of one unit alone the deviation may be next to nothing, and what is divided by it
-    # mostly error, in every implementation.
+    # Over the gates of a single unit the deviation may be close to 0, and dividing by it amplifies
+    # the error of every implementation.
     fewest = 2 if cell.startswith("layernorm") else 1
     hidden = rng.choice([size for size in _SIZES if size >= fewest])
     layers = rng.choice((1, 1, 2, 3))
@@ -168,11 +168,11 @@ def draw_case(cell: str, seed: int, index: int) -> Case:
     if cell not in _PROJECTED:
         case = replace(case, proj_size=0)
     if is_step or flip(0.3):
-        # Also many cases that torch.nn can do, to be compared with it.
+        # Include many cases that torch.nn supports, for comparison.
         changes = dict(_PLAIN)
         changes["members"] = case.members if is_step else 0
     else:
-        changes["steps"] = min(case.steps, 13)  # the plain loop takes its time
+        changes["steps"] = min(case.steps, 13)  # the reference loop is slow
         if case.return_states == "gates" and CELLS[cell].activations is None:
             changes["return_states"] = True
         if isinstance(case.zoneout, tuple):
@@ -181,7 +181,7 @@ def draw_case(cell: str, seed: int, index: int) -> Case:
         changes["num_heads"] = 1
     case = replace(case, **changes)
     if case.members:
-        # What is packed is not mapped; in which order dropout between layers draws is not said.
+        # vmap cannot map packed input, and does not define the order of dropout between layers.
         case = replace(case, dropout=0.0, own_inputs=case.own_inputs and not case.packed)
     return case
 

@@ -1,7 +1,7 @@
-"""Checks of arguments, with torch's texts where torch has one.
+"""Argument checks, with torch's messages where torch has one.
 
-`checked` makes the record of a call of layers, `checked_step` that of a step. What depends on
-shapes and numbers alone is remembered: a layer is called with the same ones again and again.
+`checked` makes the record of a call of layers, `checked_step` that of a step. Checks that depend
+only on shapes and numbers are cached, because a layer is usually called with the same ones again.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def checked(
     cell: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequence[Tensor],
     options: Options,
 ) -> Call:  # fmt: skip
-    """Make the record of a call, or raise as ``fastrnn.functional.lstm`` says.
+    """Make the record of a call, or raise what ``fastrnn.functional.lstm`` documents.
 
-    It is time first, with the states after a reset in its flow. Arguments are those of
-    ``fastrnn.functional.sequence``.
+    The arguments are those of ``fastrnn.functional.sequence``. The record is time-major, with the
+    states after a reset in its flow.
     """
     of_cell, weights, state = CELLS[cell], list(weights), () if hx is None else list(hx)
     num_layers, known = _checked(_numbers, _layers_of, of_cell, input, hx, weights, options)
@@ -45,10 +45,10 @@ def checked(
 
 
 def checked_step(cell: str, x: Tensor, hx: Sequence[Tensor] | None, weights: Sequence[Any]) -> Call:
-    """Make the record of a single step, or raise as ``fastrnn.functional.lstm_cell`` says.
+    """Make the record of a single step, or raise what ``fastrnn.functional.lstm_cell`` documents.
 
-    `weights` are (w_ih, w_hh, b_ih, b_hh), of which both biases may be None, and the cell's extra
-    weights. Input and state of the record need not have the sizes of the weights: see `is_step`.
+    `weights` are (w_ih, w_hh, b_ih, b_hh), where both biases may be None, then the cell's extra
+    weights. Whether input and state fit the weights is not checked here: see `is_step`.
     """
     of_cell, (w_ih, w_hh, b_ih, b_hh, *extras) = CELLS[cell], weights
     if (b_ih is None) != (b_hh is None):
@@ -63,7 +63,7 @@ def checked_step(cell: str, x: Tensor, hx: Sequence[Tensor] | None, weights: Seq
 
 @untraced
 def is_step(call: Call) -> bool:
-    """Tell whether input and states of a step have the sizes of its weights."""
+    """Tell whether the input and states of a step fit its weights."""
     w_ih, w_hh = call.weights[:2]
     sizes = (call.x.shape[0], w_hh.shape[-1], w_ih.shape[-1])
     return all((*part.shape, call.x.shape[1]) == sizes for part in call.state)
@@ -71,7 +71,7 @@ def is_step(call: Call) -> bool:
 
 @untraced
 def check_step(call: Call) -> None:
-    """Raise RuntimeError, in ATen's words, unless a step `is_step`."""
+    """Raise RuntimeError with ATen's message unless `is_step`."""
     if is_step(call):
         return
     (batch, inputs), (w_ih, w_hh) = call.x.shape, call.weights[:2]
@@ -95,7 +95,7 @@ def check_step(call: Call) -> None:
 def _checked(
     numbers: Callable[..., Any], layers_of: Callable[..., int], *arguments: Any
 ) -> tuple[int, Known | None]:
-    """The layers of a call, whose sizes and other numbers are checked unless they are known."""
+    """Check sizes and other numbers, unless cached; return the number of layers and the cache."""
     if torch.compiler.is_compiling() or is_traced():
         return _layers_unseen(numbers, layers_of, arguments), None
     found = numbers(*arguments)
@@ -113,7 +113,7 @@ def _layers_unseen(numbers: Any, layers_of: Any, arguments: Any) -> int:
 
 @functools.lru_cache(maxsize=1024, typed=True)
 def remembered(layers_of: Callable[..., int], *numbers: Any) -> Known:
-    """Check numbers; those of the last 1024 calls are not checked again."""
+    """Check numbers, and cache the last 1024 sets of them."""
     return Known(layers_of(*numbers))
 
 
@@ -149,7 +149,7 @@ def _layers_of_step(cell: Cell, shape: Sequence[int], weights: Sequence[Sequence
 def _layers_of(
     cell: Cell, shapes: Any, batch_first: Any, bidirectional: Any, dropout: Any, *options: Any
 ) -> int:
-    """Shapes are those of input, states and weights, and of a packed batch T and B."""
+    """Check a call; `shapes` are those of input, states and weights, and (T, B) if packed."""
     shape, states, weights, packed = shapes
     return_states, bptt, recompute, recurrent_dropout, zoneout, num_heads = options
     num_layers, size_h = _layers_of_weights(cell, weights, bidirectional, num_heads)
@@ -167,7 +167,7 @@ def _layers_of(
         hidden = weights[0][0] // cell.n_gates
         expected = (num_layers * (2 if bidirectional else 1), batch, hidden if k else size_h)
         if torch.compiler.is_compiling() and len(state) == 3:
-            # The batch of a packed sequence is known only when the graph runs, and checked then.
+            # The batch size of a packed sequence is known, and checked, only when the graph runs.
             torch._check(state[1] == batch)
         if state != expected:
             which = f"hidden[{k}]" if len(states) > 1 else "hidden"
@@ -184,14 +184,14 @@ def _layers_of(
     if return_states not in (False, True, "gates"):
         raise ValueError(f"return_states must be False, True or 'gates', got {return_states!r}")
     if return_states == "gates" and cell.activations is None:
-        raise ValueError(f"return_states='gates' is for cells that have some, not for {cell.name}")
+        raise ValueError(f"return_states='gates' is not supported for the cell {cell.name}")
     return num_layers
 
 
 def _layers_of_weights(
     cell: Cell, shapes: Sequence[Sequence[int]], bidirectional: bool, num_heads: int
 ) -> tuple[int, int]:
-    """Raise unless weights make whole layers; returns how many, and the size of h."""
+    """Return the number of layers and the size of h, or raise if layers are incomplete."""
     directions, name = 2 if bidirectional else 1, cell.name
     if [len(shape) for shape in shapes[:2]] != [2, 2]:
         raise ValueError(
@@ -225,7 +225,7 @@ def _layers_of_weights(
 
 
 def heads(num_heads: int, hidden_size: int, proj_size: int = 0) -> int:
-    """Return the hidden units of a head, or raise a ValueError if the heads do not make a layer."""
+    """Return the hidden units per head, or raise a ValueError if the heads do not fit the layer."""
     if not isinstance(num_heads, int) or num_heads < 1 or hidden_size % num_heads:
         raise ValueError(
             f"num_heads must be a divisor of hidden_size, which is {hidden_size}, got {num_heads!r}"
@@ -236,14 +236,14 @@ def heads(num_heads: int, hidden_size: int, proj_size: int = 0) -> int:
 
 
 def probability(name: str, value: float) -> float:
-    """Return a probability, or raise a ValueError that names the argument."""
+    """Return `value`, or raise a ValueError that names the argument if it is not a probability."""
     if not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value!r}")
     return value
 
 
 def zoneout_rates(cell: Cell, zoneout: float | Sequence[float]) -> float | Sequence[float]:
-    """Return a zoneout, or raise a ValueError unless it is a probability or one for each state."""
+    """Return `zoneout`, or raise a ValueError if it is neither a probability nor one per state."""
     if not isinstance(zoneout, (tuple, list)):
         return probability("zoneout", zoneout)  # type: ignore[arg-type]
     if len(zoneout) != cell.n_states:
@@ -270,12 +270,12 @@ def _check_flow(call: Call) -> None:
         if reset.shape != shape:
             raise ValueError(f"reset must be of shape {shape}, got {tuple(reset.shape)}")
         if reset.device != call.x.device:
-            raise ValueError(f"reset must be on {call.x.device} like input, is on {reset.device}")
+            raise ValueError(f"reset must be on {call.x.device} like input, got {reset.device}")
 
 
 def _check_steps(name: str, value: Any, others: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be {others}a number of steps from 1 on, got {value!r}")
+        raise ValueError(f"{name} must be {others}a positive number of steps, got {value!r}")
 
 
 def _check_lengths(call: Call, lengths: Tensor) -> None:
@@ -288,7 +288,7 @@ def _check_lengths(call: Call, lengths: Tensor) -> None:
     if lengths.shape != (batch,):
         raise ValueError(f"lengths must be of shape {(batch,)}, got {tuple(lengths.shape)}")
     if lengths.device != device and not lengths.is_cpu:
-        raise ValueError(f"lengths must be on {device} like input, is on {lengths.device}")
+        raise ValueError(f"lengths must be on {device} like input, got {lengths.device}")
     if can_look(lengths) and batch:
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > steps:
@@ -332,14 +332,14 @@ def _check_batch_sizes(input: Tensor, options: Options) -> tuple[int, int]:
     shrinking, rows = all(a >= b for a, b in itertools.pairwise(sizes)), input.shape[0]
     if sizes and (not shrinking or sizes[-1] < 1 or sum(sizes) != rows):
         raise ValueError(
-            f"batch_sizes must be positive, must not grow and must add up to the {rows} rows "
+            f"batch_sizes must be positive, non-increasing and add up to the {rows} rows "
             f"of the input, got {sizes if len(sizes) <= 8 else [*sizes[:8], '...']}"
         )
     return len(sizes), sizes[0] if sizes else 0
 
 
 def _check_count(name: str, cell: Cell, state: Sequence[Tensor]) -> None:
-    # Of cells with one state the caller does not choose how many there are.
+    # Cells with one state never fail this check: their callers wrap the state in a list.
     if len(state) != (count := cell.n_states):
         raise RuntimeError(f"{name} expects {'two' if count == 2 else count} hidden states")
 

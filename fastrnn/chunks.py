@@ -1,4 +1,4 @@
-"""A layer in chunks of steps, so that backward needs no more memory than one of them takes."""
+"""Run a layer in chunks of steps, so that backward needs the memory of one chunk only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .flow import Flow
 
 
 def layer(of_chunk: Callable[[Call], Result], steps: int, call: Call) -> Result:
-    """Run a layer, not packed, by a call of `of_chunk` for each direction and every few `steps`."""
+    """Run an unpacked layer, calling `of_chunk` for each direction and each chunk of `steps`."""
     x, flow, count = call.x, call.flow, call.n_weights
     sequences, finals = [], []
     initial = call.initial()
@@ -35,7 +35,7 @@ def layer(of_chunk: Callable[[Call], Result], steps: int, call: Call) -> Result:
                 of_direction._replace(x=walk.take(x, of_t), state=state, flow=flow_t)
             )
             outputs.append((y, *traces))
-        # To walk twice is to stand where one began.
+        # Reordering twice restores the original order.
         whole = slice(0, x.shape[0])
         sequences.append([walk.take(torch.cat(p), whole) for p in zip(*outputs, strict=True)])
         finals.append(state)
@@ -44,7 +44,7 @@ def layer(of_chunk: Callable[[Call], Result], steps: int, call: Call) -> Result:
 
 
 class _Walk:
-    """The steps of every row in the order of a direction, those that it does not have last."""
+    """The order in which a direction visits the steps of each row, with padding last."""
 
     def __init__(self, steps: int, reverse: bool, marks: Tensor | None) -> None:
         self.steps, self.reverse, self.order = steps, reverse, None
@@ -54,7 +54,7 @@ class _Walk:
             self.order = torch.where(held, time, steps - held.sum(0) - 1 - time)
 
     def take(self, part: Tensor, of_t: slice) -> Tensor:
-        """Some steps, in the order of the walk, of what is (T, B, ...) in the order of time."""
+        """Take a slice of steps, in the order of the direction, from a tensor (T, B, ...)."""
         if not self.reverse:
             return part[of_t]
         if self.order is None:

@@ -1,8 +1,8 @@
 """Let ``torch.compile`` trace our sequence modules.
 
-Dynamo breaks the graph at every instance of ``torch.nn.RNN``, ``LSTM`` and ``GRU``, and
-ours are instances of these, because programs test for it. `allow_compile` takes ours out
-of that rule and leaves torch's own modules under it.
+Dynamo breaks the graph at every instance of ``torch.nn.RNN``, ``LSTM`` and ``GRU``. Our modules
+are instances of these classes, because user code tests for them. `allow_compile` exempts our
+modules from the rule and leaves it in force for torch's.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from .nn import GRU, LSTM, RNN
 
 
 def _trace_forward(action: _eval_frame._FrameAction) -> None:
-    """Set what Dynamo does when it meets the frame of our forward outside of a graph.
+    """Set what Dynamo does with the frame of our forward outside a graph.
 
-    The three classes share that forward.
+    The three classes share one forward.
     """
     strategy = _eval_frame._FrameExecStrategy(action, action)
     _eval_frame.set_code_exec_strategy(LSTM.forward.__code__, strategy)
 
 
-# Dynamo never looks into torch's files. Into ours it would, after it broke the graph at the
-# module, and would compile piece by piece what is one call of torch's kernels.
+# Dynamo skips torch's files. After a graph break at one of our modules it would trace into ours,
+# and compile in pieces what would otherwise be a single call.
 _trace_forward(_eval_frame._FrameAction.SKIP)
 
 
 def allow_compile() -> None:
-    """Trace our RNN, LSTM and GRU into ``torch.compile`` graphs, as one operator a layer.
+    """Trace fastrnn's RNN, LSTM and GRU into ``torch.compile`` graphs, as one operator per layer.
 
-    Call it once, before compiling. Without it ``torch.compile`` still gives right results:
-    it breaks the graph at the module, as it does for torch.nn's, and runs it as if it were
-    not compiled, so that only ``fullgraph=True`` fails. Cells need nothing. Stock modules
-    are compiled as before.
+    Call it once, before compiling. Without it, ``torch.compile`` still computes correct results:
+    it breaks the graph at the module, as it does for torch.nn's, and runs the module eagerly, so
+    only ``fullgraph=True`` fails. Cells do not need it. torch.nn's modules are compiled as before.
 
-    Every option of a layer is compiled with it, for any T and B in one graph, but ``recompute`` of
-    a number of steps: its chunks are unrolled, so that each T has a graph of its own. A length out
-    of range is no error there, but makes the row NaN, as on a GPU. ``torch.func`` transforms in
-    what is compiled are compiled too. ``torch.export`` needs no opt-in.
+    All options of a layer are compiled, and one graph serves any T and B, with one exception: a
+    number for ``recompute`` unrolls the chunks, so each T needs its own graph. In a compiled graph
+    a length out of range does not raise an error but sets that sequence's results to NaN, as on a
+    GPU. ``torch.func`` transforms inside the compiled function are compiled too. ``torch.export``
+    needs no opt-in.
 
-    Dynamo has no public setting for this but ``torch._dynamo.config.allow_rnn``, which
-    changes torch.nn's modules too; so this wraps the one method in which Dynamo asks.
+    Dynamo's only public setting for this, ``torch._dynamo.config.allow_rnn``, also affects
+    torch.nn's modules, so this function wraps the one Dynamo method that reads the setting.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What of torch surrounds a call: autograd, transforms, tracers, autocast, kinds of tensors."""
+"""The torch context of a call: autograd, transforms, tracers, autocast, types of tensors."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def is_traced() -> bool:
-    """Whether torch.jit records what is called; a constant to compilers."""
+    """Whether torch.jit is tracing; a constant to compilers."""
     return torch._C._get_tracing_state() is not None
 
 
 def untraced(function: Function) -> Function:
-    """Let a function run unseen by torch.jit's tracer, which warns of sizes that decide."""
+    """Hide a function from torch.jit's tracer, which warns about control flow on sizes."""
 
     @functools.wraps(function)
     def call(*args, **kwargs):
@@ -42,14 +42,14 @@ def untraced(function: Function) -> Function:
 
 
 def autocasts(device: str) -> bool:
-    """Whether an autocast region is active that our operators follow."""
+    """Whether an autocast region is active that applies to our operators."""
     return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether nothing but autograd wants to know of an operation on these.
+    """Whether nothing but autograd intercepts operations on these tensors.
 
-    Operators are for what looks at them: compilers, modes, subclasses of Tensor, transforms.
+    Otherwise the operators must be used: for compilers, modes, subclasses of Tensor, transforms.
     """
     return (
         not torch.compiler.is_compiling()
@@ -64,9 +64,9 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 
 def is_watched() -> bool:
-    """Whether something looks at what is called that a `guard` does not see: Python's affair.
+    """Whether something that a `guard` does not detect intercepts Python calls.
 
-    A compiler, torch.jit's tracer, which records that sizes are asked for, a ``TorchFunctionMode``,
+    That is a compiler, torch.jit's tracer, which records reads of sizes, a ``TorchFunctionMode``,
     or forward-mode AD.
     """
     return (
@@ -78,12 +78,13 @@ def is_watched() -> bool:
 
 
 def guard(tensors: Sequence[Tensor], n_free: int) -> Callable[..., bool]:
-    """Make a check whether a call of other tensors is as good as one of these, now.
+    """Make a check of whether a call on other tensors is equivalent to one on these, now.
 
-    It compares all but values that an operation on them depends on: kinds and whether a gradient is
-    recorded, dtypes, devices, layouts, sizes, strides but those of the first `n_free`, and what the
-    dispatcher would do for modes, transforms, tracers and autocast. It is that of torch.compile,
-    and takes less than asking a single tensor for so much. A tensor that is there twice fails.
+    Apart from values, it compares everything that an operation on the tensors depends on: types,
+    whether gradients are recorded, dtypes, devices, layouts, sizes, strides except those of the
+    first `n_free`, and the dispatcher's state for modes, transforms, tracers and autocast. This is
+    torch.compile's guard, which is faster than reading these properties of a single tensor. It
+    rejects duplicate tensors.
     """
     sizes = [list(part.shape) for part in tensors]
     strides: list[list[Any]] = [list(part.stride()) for part in tensors]
@@ -93,10 +94,9 @@ def guard(tensors: Sequence[Tensor], n_free: int) -> Callable[..., bool]:
 
 
 def are_known(*tensors: Tensor | None) -> bool:
-    """Whether our operators take these for what they are.
+    """Whether our operators treat these tensors correctly.
 
-    What a subclass of Tensor that overrides operations makes of ours, it does not say; of torch's
-    own it does.
+    A subclass of Tensor that overrides operations need not support ours, as it does torch's.
     """
     classes = set(map(type, tensors))
     return classes <= _ORDINARY or all(map(_is_known, classes - _ORDINARY))
@@ -119,14 +119,14 @@ def transformed() -> bool:
 
 
 def transform() -> str | None:
-    """Name what `transformed` found, for the planner."""
+    """Name the active transform for the planner, None if there is none."""
     if forward_ad._current_level >= 0:
         return "forward"
     return "func" if torch._C._are_functorch_transforms_active() else None
 
 
 def forward_mode() -> bool:
-    """Whether forward-mode AD is active, by ``torch.func`` or without."""
+    """Whether forward-mode AD is active, with or without ``torch.func``."""
     return forward_ad._current_level >= 0
 
 
@@ -136,7 +136,7 @@ def differentiated(*tensors: Tensor | None) -> bool:
 
 
 def can_look(tensor: Tensor) -> bool:
-    """Tell whether the values of a tensor may decide something, now and without waiting."""
+    """Tell whether control flow may depend on the values of a tensor, without a device sync."""
     is_recorded = torch.compiler.is_compiling() or is_traced() or transformed()
     return tensor.is_cpu and not is_recorded
 
@@ -144,7 +144,7 @@ def can_look(tensor: Tensor) -> bool:
 def is_ragged(batch_sizes: Tensor | None) -> bool:
     """Tell whether the sequences of a packed batch differ in length.
 
-    False also while a compiler traces, which must not ask for values.
+    False while a compiler or torch.jit traces, because values must not be read then.
     """
     if batch_sizes is None or torch.compiler.is_compiling() or is_traced():
         return False

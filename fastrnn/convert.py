@@ -1,14 +1,15 @@
-"""Weights of Keras, haste and FlashRNN in our modules, and back.
+"""Convert weights between our modules and Keras, haste and FlashRNN.
 
-The modules may be ours or torch.nn's. Weights go into the parameters that are there, and come out
-as copies. Arguments such as dropout rates, and activations other than the usual ones, are not in
-the weights.
+The modules may be fastrnn's or torch.nn's. Weights are loaded into the existing parameters, and
+extracted as copies. Settings that are not weights, such as dropout rates and non-default
+activations, are not converted.
 
-An array is a tensor, or whatever numpy reads as real numbers of any type, such as a list of lists.
-A weight with a parametrization, as those of ``torch.nn.utils.parametrizations``, is assigned
-through it; if the parametrization cannot represent the values, as `spectral_norm` cannot most, it
-is an error. So is a weight that a hook computes, as with ``torch.nn.utils.prune``: load before.
-After an error all parameters are what they were.
+An array is a tensor, or anything that numpy reads as real numbers, such as a list of lists.
+
+A weight with a parametrization, such as those in ``torch.nn.utils.parametrizations``, is assigned
+through it; it is an error if the parametrization cannot represent the values, as is the case for
+`spectral_norm` and most values. A weight that a hook computes, as with ``torch.nn.utils.prune``,
+cannot be loaded: load the weights first. An error leaves all parameters unchanged.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from torch.nn.utils import parametrize
 
 __all__ = ["from_flashrnn", "from_haste", "from_keras", "to_flashrnn", "to_haste", "to_keras"]
 
-# Which of our gates each of theirs is, by the mode of the module. All of these are their own
-# inverses.
+# For each of their gates the index of ours, by the mode of the module. Each of these permutations
+# is its own inverse.
 _RNNS = {"RNN_TANH": [0], "RNN_RELU": [0], "RNN_IDENTITY": [0]}
 _GRU = [1, 0, 2]  # z, r, n
 _KERAS = {"LSTM": [0, 1, 2, 3], "GRU": _GRU, "GRU_RESET_BEFORE": _GRU, **_RNNS}
@@ -42,15 +43,15 @@ def from_keras(module: RNNBase, weights: Sequence[Sequence[Any]]) -> None:
     module : LSTM, GRU, ResetBeforeGRU or RNN
         For Keras' LSTM, GRU with and without ``reset_after``, and SimpleRNN.
     weights : sequence of sequence of array
-        For each layer, what its ``get_weights()`` gives: ``kernel`` (I, G * H),
+        For each layer the result of its ``get_weights()``: ``kernel`` (I, G * H),
         ``recurrent_kernel`` (H, G * H) and, if there is a bias, ``bias`` (G * H,) or, for a GRU
-        with ``reset_after``, (2, 3H). Of a ``Bidirectional`` layer that is the forward layer, then
-        the backward one.
+        with ``reset_after``, (2, 3H). For a ``Bidirectional`` layer these are the arrays of the
+        forward layer followed by those of the backward layer.
 
     Raises
     ------
     TypeError
-        If Keras has no such layer, or something is no array of real numbers.
+        If Keras has no such layer, or a value is not an array of real numbers.
     ValueError
         If the number or shapes of the arrays do not fit the module, or a weight of the module
         cannot be loaded.
@@ -94,7 +95,7 @@ def from_keras(module: RNNBase, weights: Sequence[Sequence[Any]]) -> None:
 
 
 def to_keras(module: RNNBase) -> list[list[Any]]:
-    """Make the weights of Keras layers out of a module's.
+    """Convert the weights of a module to those of Keras layers.
 
     Parameters
     ----------
@@ -103,13 +104,13 @@ def to_keras(module: RNNBase) -> list[list[Any]]:
     Returns
     -------
     list of list of numpy.ndarray
-        For each layer, what its ``set_weights()`` takes; see `from_keras`. Of a bfloat16 module
-        they are float32, which is exact, because numpy has no bfloat16.
+        For each layer the argument of its ``set_weights()``; see `from_keras`. The arrays of a
+        bfloat16 module are float32, which is exact, because numpy has no bfloat16.
 
     Raises
     ------
     TypeError, ValueError
-        If Keras has no such layer, or a weight has no values.
+        If Keras has no such layer, or a weight is None or on the meta device.
 
     Examples
     --------
@@ -138,21 +139,22 @@ def to_keras(module: RNNBase) -> list[list[Any]]:
 
 
 def from_haste(module: RNNBase, state_dict: Mapping[str, Any]) -> None:
-    """Load the weights of a layer of haste_pytorch into a module.
+    """Load the weights of a haste_pytorch layer into a module.
 
     Parameters
     ----------
     module : LSTM, GRU, LayerNormLSTM or LayerNormGRU
-        Of one layer and direction, with biases, as haste's are.
+        With one layer, one direction and biases, like haste's layers.
     state_dict : mapping of str to array
-        Of the layer of the same name: ``kernel`` (I, G * H), ``recurrent_kernel`` (H, G * H) and
-        ``bias`` (G * H,); for a GRU also ``recurrent_bias`` (3H,); with layer normalisation also
-        ``gamma`` (2, G * H), and for an LSTM ``gamma_h`` and ``beta_h`` (H,).
+        The state dict of haste's layer of the same name: ``kernel`` (I, G * H),
+        ``recurrent_kernel`` (H, G * H) and ``bias`` (G * H,); for a GRU also ``recurrent_bias``
+        (3H,); with layer normalisation also ``gamma`` (2, G * H), and for an LSTM ``gamma_h`` and
+        ``beta_h`` (H,).
 
     Raises
     ------
     TypeError
-        If haste has no such layer, or something is no array of real numbers.
+        If haste has no such layer, or a value is not an array of real numbers.
     ValueError
         If names or shapes do not fit the module, or a weight of the module cannot be loaded.
 
@@ -186,22 +188,22 @@ def from_haste(module: RNNBase, state_dict: Mapping[str, Any]) -> None:
 
 
 def to_haste(module: RNNBase) -> dict[str, Tensor]:
-    """Make the weights of a layer of haste_pytorch out of a module's.
+    """Convert the weights of a module to those of a haste_pytorch layer.
 
     Parameters
     ----------
     module : LSTM, GRU, LayerNormLSTM or LayerNormGRU
-        Of one layer and direction, with biases.
+        With one layer, one direction and biases.
 
     Returns
     -------
     dict of str to Tensor
-        What ``load_state_dict`` of haste's layer of the same name takes; see `from_haste`.
+        The argument of ``load_state_dict`` of haste's layer of the same name; see `from_haste`.
 
     Raises
     ------
     TypeError, ValueError
-        If haste has no such layer, or a weight has no values.
+        If haste has no such layer, or a weight is None or on the meta device.
 
     Examples
     --------
@@ -239,26 +241,27 @@ def _haste_names(module: Any) -> set[str]:
 
 
 def from_flashrnn(module: RNNBase, r: Any, b: Any, weight_ih: Any = None) -> None:
-    """Load the parameters that FlashRNN takes into a module.
+    """Load FlashRNN's parameters into a module.
 
     Parameters
     ----------
     module : LSTM, GRU, RNN or SLSTM
-        Of one layer and direction, with biases, and ``num_heads`` for FlashRNN's N heads: of the
-        functions 'lstm', 'gru', 'elman' and 'slstm'.
+        For FlashRNN's functions 'lstm', 'gru', 'elman' and 'slstm'; with one layer, one direction,
+        biases, and ``num_heads`` equal to FlashRNN's number N of heads.
     r : array of shape (G, N, H / N, H / N)
-        R: for each gate and head a matrix of (unit, unit before). FlashRNN's gates of a GRU are
-        n, r, z here.
+        The recurrent weights R, for each gate and head a matrix (unit, previous unit). FlashRNN
+        orders the gates of a GRU n, r, z here.
     b : array of shape (G, N, H / N), or (4, N, H / N) for a GRU
-        The bias; of a GRU that of n's recurrent part, of r and z, and of n's input part.
+        The bias; for a GRU those of the recurrent part of n, of r, of z, and of the input part
+        of n.
     weight_ih : array of shape (G * H, I), optional
-        What makes ``Wx``, which FlashRNN leaves to the caller, by ``linear(x, weight_ih)`` and
-        ``view(B, T, G, N, H / N)``. If not given, that of the module stays.
+        The weight from which the caller of FlashRNN computes ``Wx``, by ``linear(x, weight_ih)``
+        and ``view(B, T, G, N, H / N)``. If None, the module keeps its own.
 
     Raises
     ------
     TypeError
-        If FlashRNN has no such function, or something is no array of real numbers.
+        If FlashRNN has no such function, or a value is not an array of real numbers.
     ValueError
         If the shapes do not fit the module, or a weight of the module cannot be loaded.
 
@@ -289,24 +292,24 @@ def from_flashrnn(module: RNNBase, r: Any, b: Any, weight_ih: Any = None) -> Non
 
 
 def to_flashrnn(module: RNNBase) -> tuple[Tensor, Tensor]:
-    """Make the parameters that FlashRNN takes out of a module's.
+    """Convert the weights of a module to FlashRNN's parameters.
 
     Parameters
     ----------
     module : LSTM, GRU, RNN or SLSTM
-        Of one layer and direction, with biases.
+        With one layer, one direction and biases.
 
     Returns
     -------
     r : Tensor
     b : Tensor
-        See `from_flashrnn`; ``weight_ih`` is the module's. Where FlashRNN has one bias, it is the
-        sum of ours.
+        See `from_flashrnn`. Where FlashRNN has one bias, it is the sum of the module's two. The
+        input weight is the module's ``weight_ih``, unchanged.
 
     Raises
     ------
     TypeError, ValueError
-        If FlashRNN has no such function, or a weight has no values.
+        If FlashRNN has no such function, or a weight is None or on the meta device.
 
     Examples
     --------
@@ -330,15 +333,15 @@ def to_flashrnn(module: RNNBase) -> tuple[Tensor, Tensor]:
 
 
 def _tensor(name: str, value: Any) -> Tensor:
-    """A given array; if it is no tensor, in float64, which is exact for all that is narrower."""
+    """Read an array; if it is not a tensor, as float64, which is exact for narrower types."""
     if isinstance(value, Tensor):
         if value.is_complex():
             raise TypeError(f"{name} must be of real numbers, got {value.dtype}")
         return _present(name, value).detach()
-    import numpy  # here, because fastrnn and torch do without it
+    import numpy  # here, because fastrnn and torch do not require it
 
     try:
-        # Copied to what torch can read: writable, of this machine's byte order, without gaps.
+        # A copy that torch can read: writable, in native byte order, contiguous.
         array = numpy.asarray(value).astype(numpy.float64, order="C", casting="same_kind")
     except (RuntimeError, TypeError, ValueError) as error:
         raise TypeError(
@@ -356,7 +359,7 @@ def _present(name: str, value: Tensor | None) -> Tensor:
 
 
 def _transposed(value: Tensor) -> Tensor:
-    """A matrix transposed; the shape of anything else is refused later."""
+    """Transpose a matrix; `_expect` rejects the shape of anything else later."""
     return value.t() if value.dim() == 2 else value
 
 
@@ -368,13 +371,13 @@ def _mode(module: RNNBase, library: str, accepted: Iterable[str]) -> str:
 
 
 def _shape_of_heads(module: RNNBase) -> tuple[int, int, int]:
-    """Gates, heads, and hidden units of a head."""
+    """The numbers of gates, of heads, and of hidden units per head."""
     heads = getattr(module, "num_heads", 1)
     return _FLASHRNN[module.mode], heads, module.hidden_size // heads
 
 
 def _refuse(module: RNNBase, library: str, **accepted: Any) -> None:
-    """Raise for a module with something that a library does not have."""
+    """Raise if a module has a setting that a library does not support."""
     for name, value in accepted.items():
         if (found := getattr(module, name, value)) != value:
             raise ValueError(f"{name} must be {value} for {library}, got {found}")
@@ -394,24 +397,24 @@ def _expect(name: str, value: Tensor, shape: Iterable[int]) -> None:
 
 
 def _rows(name: str, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Take apart what has a row for the input and one for the recurrent part."""
+    """Split a tensor into its two rows, for the input part and the recurrent part."""
     if value.dim() != 2 or value.shape[0] != 2:
         raise ValueError(f"{name} must have two rows, got shape {tuple(value.shape)}")
     return value[0], value[1]
 
 
 def _in_order(value: Tensor, order: list[int], hidden: int) -> Tensor:
-    """Reorder blocks of H rows, in what has one for each gate; anything else stays as it is."""
+    """Permute the blocks of H rows of a tensor with one for each gate; return others unchanged."""
     if value.dim() == 0 or value.shape[0] != len(order) * hidden:
         return value
     return value.unflatten(0, (len(order), hidden))[order].flatten(0, 1)
 
 
 def _values(module: RNNBase, suffix: str, order: list[int]) -> dict[str, Tensor]:
-    """Copies of the parameters of a direction, by their names without suffix."""
+    """Copy the parameters of a direction, keyed by their names without suffix."""
     names = next(names for names in module._all_weights if names[0] == f"weight_ih{suffix}")
     for hook in module._forward_pre_hooks.values():
-        # torch.nn.utils.weight_norm and prune compute a weight anew before each call.
+        # torch.nn.utils.weight_norm and prune recompute a weight before each call.
         if getattr(hook, "name", getattr(hook, "_tensor_name", None)) in names:
             hook(module, ())
     return {
@@ -427,7 +430,7 @@ def _values(module: RNNBase, suffix: str, order: list[int]) -> dict[str, Tensor]
 def _ours(
     module: RNNBase, suffix: str, values: Mapping[str, Tensor], order: list[int]
 ) -> dict[str, Tensor]:
-    """The values of a direction with our names and order of gates."""
+    """The values of a direction, with our names and gate order."""
     return {
         name + suffix: _in_order(value, order, module.hidden_size) for name, value in values.items()
     }
@@ -435,16 +438,17 @@ def _ours(
 
 @torch.no_grad()
 def _load(module: RNNBase, values: Mapping[str, Tensor]) -> None:
-    """Put values into the parameters, none of them if one does not fit."""
+    """Copy values into the parameters, or raise before changing any if one does not fit."""
     todo = []
     for name, value in values.items():
         is_parametrized = parametrize.is_parametrized(module, name)
         own: Any = module.get_submodule(f"parametrizations.{name}") if is_parametrized else None
-        # Tried on a copy: some change with each call.
+        # Tried on a copy: some parametrizations change their state with each call.
         trial = copy.deepcopy(own)
         current = _present(name, trial() if is_parametrized else getattr(module, name))
         _expect(f"{name}, after conversion,", value, current.shape)
-        # Converted before anything is changed: that may fail, and a value be part of the module.
+        # Converted before anything is changed, because conversion may fail, and because a value
+        # may share memory with the module.
         value = torch.empty_like(current, memory_format=torch.contiguous_format).copy_(value)
         if is_parametrized:
             _try(name, trial, value)
@@ -465,11 +469,11 @@ def _try(name: str, parametrizations: Any, value: Tensor) -> None:
     try:
         parametrizations.right_inverse(value.clone())
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{name} has a parametrization that takes no values: {error}") from error
-    # Rounding was at most 6 units, with orthogonal, and half a unit of a half precision.
+        raise ValueError(f"{name} has a parametrization without an inverse: {error}") from error
+    # Observed rounding: at most 6 eps, with orthogonal, or half an eps in half precision.
     wide = torch.promote_types(value.dtype, torch.float32)
     allowed = 16 * torch.finfo(wide).eps + torch.finfo(value.dtype).eps
     given, found = value.to(wide), parametrizations().to(wide)
-    if not (found - given).norm() <= allowed * given.norm():  # nor if it is not a number
+    if not (found - given).norm() <= allowed * given.norm():  # also false for NaN
         kinds = ", ".join(type(part).__name__.lstrip("_") for part in parametrizations)
-        raise ValueError(f"{name} must be values that its parametrization can have: {kinds}")
+        raise ValueError(f"{name} must have values that its parametrization can represent: {kinds}")

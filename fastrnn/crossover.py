@@ -1,4 +1,4 @@
-"""Whether our path or torch's is faster on a CPU: from what was measured, else from a model."""
+"""Whether our path or torch's is faster on a CPU, by measurements or else by a model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def choose(problem: Problem) -> Decision:
     """Choose between torch's path and ours for a plain layer or a cell on a CPU, and say why."""
     path, here = ours(problem), hardware.cpu()
     if not tuned.has_sizes(problem):
-        reason = "one operator for all sizes, which a tracer leaves open"
+        reason = "the tracer leaves the sizes open: one operator serves all"
         return Decision("torch" if problem.is_step else path, reason)
     ratio, source = expected_ratio(problem, path, here), tuned.MODEL
-    # Steps are measured one by one.
+    # Only single, unchained steps are measured.
     factor = (
         None if problem.chained else tuned.factor(here, tuned.point_of(problem), path, _expected)
     )
@@ -37,29 +37,30 @@ def _expected(machine: Machine, point: tuned.Point, path: str) -> float:
 
 
 def ours(problem: Problem) -> str:
-    """Name the path of ours for a problem: kernels, or where there are none the operators."""
+    """Name our path for a problem: the kernels, or the operators where there are none."""
     return "operators" if cpu.kernel_gap(problem.dtype) else "kernels"
 
 
-# The model: what a call takes is a sum over what it has to do, in units that follow from the CPU.
-# The factors are those that fit the tables best; of each side they are the same for all CPUs.
+# The model: the time of a call is a sum over the parts of its work, in units derived from the CPU.
+# The factors were fitted to the tables; for each implementation they are the same on all CPUs.
 
 
 class Cost(NamedTuple):
-    """How long an implementation takes over the parts of a call.
+    """The cost factors of an implementation.
 
     Attributes
     ----------
     call : float
-        Microseconds, at 3 GHz, of what is done once.
+        Fixed cost of a call, in microseconds at 3 GHz.
     step : float
-        The same for each step, for each gate and once more.
+        Fixed cost of a step, in microseconds at 3 GHz, times the number of gates plus one.
     elements : float
-        Cycles for a vector of the gates of a step.
+        Cycles per vector of gate elements in a step.
     products : float
-        Times the multiplications at full speed or, if that is longer, reading the weights.
+        Factor of the time of the multiplications at peak speed or, if longer, of reading the
+        weights.
     weights : float
-        Times reading all weights once.
+        Factor of the time of reading all weights once.
     """
 
     call: float
@@ -69,16 +70,17 @@ class Cost(NamedTuple):
     weights: float
 
 
-# In inference and in training. What is packed or in half precision takes the longer way each time.
+# In inference and in training. Calls that are packed or in half precision take "the longer way".
 _COSTS = {
     "kernels": (Cost(18, 0.19, 85, 1.1, 0.08), Cost(570, 0.76, 360, 2.9, 7.2)),
     "kernels, the longer way": (Cost(200, 0.28, 35, 1.8, 1.0), Cost(860, 1.5, 230, 4.7, 7.3)),
-    # One by one as fast as ATen's or slower: 0.87 to 1.07 times as fast, of RNN 0.55 to 0.87.
+    # Unchained, 0.87 to 1.07 times as fast as ATen's, and for RNN 0.55 to 0.87 times.
     "kernels, a step": (Cost(18, 0.19, 85, 1.1, 0.08), Cost(195, 7, 600, 5.5, 4.5)),
-    # Eight of them, (B, H) = (1, 32) (4, 128) (64, 128) (1, 512) (16, 512) (64, 512): LSTM 1.17,
-    # 1.26, 0.91, 2.7, 1.8, 1.2 times as fast as ATen's, GRU 1.0, 1.0, 0.85, 1.8, 1.5, 1.1, RNN
-    # 0.65, 0.71, 0.68, 1.3, 1.2, 1.0; by one thread of a Xeon of 2.8 GHz with AVX-512. A call is
-    # given 105 us more than it takes, for loops of two steps: LSTM of (1, 32) 0.77, (4, 128) 0.85.
+    # Chains of eight steps, (B, H) = (1, 32) (4, 128) (64, 128) (1, 512) (16, 512) (64, 512): LSTM
+    # 1.17, 1.26, 0.91, 2.7, 1.8, 1.2 times as fast as ATen's, GRU 1.0, 1.0, 0.85, 1.8, 1.5, 1.1,
+    # RNN 0.65, 0.71, 0.68, 1.3, 1.2, 1.0, on one thread of a 2.8 GHz Xeon with AVX-512. The cost of
+    # a call is 105 us above the measured one, to cover chains of two steps, which are slower: LSTM
+    # of (1, 32) 0.77, (4, 128) 0.85.
     "kernels, chained steps": (Cost(18, 0.19, 85, 1.1, 0.08), Cost(270, 6, 700, 5.5, 1.0)),
     "operators": (Cost(140, 4.4, 260, 1.7, 0.9), Cost(600, 11, 950, 2.9, 3.4)),
     "oneDNN": (Cost(94, 0.42, 98, 1.2, 4.7), Cost(380, 1.1, 118, 5, 25)),
@@ -87,14 +89,14 @@ _COSTS = {
 }
 
 _CYCLES_PER_US = 3000
-_FLOPS_PER_LANE = 4  # two units that multiply and add
-_BYTES_PER_CYCLE = 10, 3.3  # of a thread from the last cache, of all from memory
-_MIN_FLOPS = 30_000  # of a step, below which one thread does all
-_EMULATED = 8  # times as long multiplies, through float32, a CPU without instructions for it
+_FLOPS_PER_LANE = 4  # two FMA units
+_BYTES_PER_CYCLE = 10, 3.3  # per thread from the last-level cache, for all threads from memory
+_MIN_FLOPS = 30_000  # per step, below which a single thread is used
+_EMULATED = 8  # slowdown of torch's products on a CPU without instructions for the dtype
 
 
 def expected_ratio(problem: Problem, path: str, on: Machine) -> float:
-    """Say how many times as long as ours torch.nn takes by the model."""
+    """Return the ratio of torch.nn's time to ours by the model."""
     times = [
         _us(problem, _COSTS[name][problem.training], on, is_native)
         for name, is_native in (
@@ -117,7 +119,7 @@ def _ours_in_full(problem: Problem, path: str) -> str:
 
 
 def torchs(problem: Problem) -> str:
-    """Name what torch runs on a CPU."""
+    """Name the implementation that torch runs on a CPU."""
     if problem.is_step:
         return "ATen's cell"
     is_fused = (
@@ -158,7 +160,7 @@ def _us(problem: Problem, cost: Cost, on: Machine, is_native: bool) -> float:
 
 
 def _reading_us(size: int, on: Machine, threads: int, level: int = 2) -> float:
-    """Microseconds for reading so many bytes, unless a cache of a level keeps them."""
+    """Microseconds for reading `size` bytes, or 0 if a cache up to `level` holds them."""
     if level and size <= threads * max(on.caches[:level], default=size):
         return 0.0
     per_thread, of_memory = _BYTES_PER_CYCLE

@@ -200,6 +200,27 @@ def schedules(problem: Problem) -> list[str]:
     ]
 
 
+def schedule_gaps(problem: Problem) -> dict[str, str | None]:
+    """Say for each schedule why no LSTM runs by it, whatever its sizes; None where one does.
+
+    `problem` says on which GPU, in which dtype and precision; `kernel_gap` must have found none.
+    """
+    assert problem.gpu is not None
+    # The smallest is the first to fit into one program, the other is shared by several.
+    small, large = (
+        problem._replace(cell="lstm", batch=8, hidden_size=hidden) for hidden in (16, 512)
+    )
+    ways = (small, large, small._replace(projected=True))
+    found = {name for each in ways for name in schedules(each)}
+    gap = configs.persistent_gap(_shape(large), problem.gpu)
+    if is_staged(small):
+        gap = f"a step in {str(problem.dtype).removeprefix('torch.')} takes several launches"
+    return {
+        name: None if name in found else gap or "the weights do not fit on chip"
+        for name in configs.SCHEDULES
+    }
+
+
 def _best(problem: Problem) -> tuned.Measured | None:
     """The fastest schedule by measurement; None if nothing like this was measured."""
     if problem.gpu is None or not tuned.has_sizes(problem):

@@ -1,7 +1,7 @@
-"""What goes wrong inside of recurrent layers: gradients over time, saturation, recurrent weights.
+"""Diagnose recurrent layers: gradients over time, saturation, recurrent weights.
 
-``diagnose`` runs a module through ``reference.py`` and asks autograd for the gradient of every
-state of every step: exact, and slow.
+``diagnose`` runs a module through ``reference.py`` and has autograd compute the gradient of every
+state at every step, which is exact but slow.
 """
 
 from __future__ import annotations
@@ -22,32 +22,35 @@ from .nn import REPLACEMENTS, _Layers, plain_class
 from .options import States
 from .reference import State
 
-#: Gradients vanish if those of the first step are smaller than those of the last by this factor,
+#: Gradients vanish if the ratio of the first step's norm to the last step's is below this.
 VANISHING = 1e-3
-#: and explode if they are larger by this one.
+#: Gradients explode if that ratio is above this.
 EXPLODING = 1e3
-#: Sigmoids are saturated below and above these; a tanh is below -0.95 and above 0.95.
+#: A sigmoid is saturated below LOW and above HIGH, a tanh below -HIGH and above HIGH.
 LOW, HIGH = 0.05, 0.95
-#: Share of an activation's values from which the verdict calls it saturated.
+#: Fraction of saturated values above which the verdict calls an activation saturated.
 SATURATED = 0.5
 
 _TANH = ("g", "n", "tanh(c)")
 
 
 class Trajectory(NamedTuple):
-    """A state of a direction over time, as root mean squares over the rows that have a step.
+    """A state of a direction over time.
+
+    Norms are taken over the units, and averaged as root mean squares over the sequences that
+    have the step.
 
     Attributes
     ----------
     norm : Tensor of shape (T,)
-        Of the state, over its units.
+        Norm of the state.
     gradient : Tensor of shape (T,)
-        The norm of dL/dh_t (dL/dc_t): the total derivative, through all later steps and layers.
+        Norm of dL/dh_t (dL/dc_t), the total derivative through all later steps and layers.
     first, last : float
-        That norm at the first and the last step of every row, in the order in which the direction
-        runs.
+        Norm of the gradient at the first and the last step of each sequence, in the order in which
+        the direction runs.
     distance : float
-        Steps between these two, on average.
+        Average number of steps between the first and the last.
     """
 
     norm: Tensor
@@ -63,18 +66,18 @@ class Trajectory(NamedTuple):
 
     @property
     def per_step(self) -> float:
-        """By what a step towards the first multiplies the gradient norm, on average."""
+        """The average factor by which the gradient norm changes per step, going backward."""
         return self.ratio ** (1 / self.distance) if self.distance else math.nan
 
 
 class Activation(NamedTuple):
-    """How much of an activation is saturated: shares of its values.
+    """The fractions of an activation's values that are saturated.
 
     Attributes
     ----------
     low, high : float
-        Below 0.05 and above 0.95; of a tanh, below -0.95 and above 0.95; of a relu `low` is the
-        share of zeros, and `high` 0.
+        Fraction of values below 0.05 and above 0.95; of a tanh, below -0.95 and above 0.95. For a
+        relu, `low` is the fraction of zeros, and `high` is 0.
     """
 
     low: float
@@ -82,7 +85,9 @@ class Activation(NamedTuple):
 
 
 class Spectrum(NamedTuple):
-    """The recurrent weights of a gate, times those of the projection; with heads, the largest.
+    """The spectrum of a gate's recurrent weights, multiplied by the projection's if there is one.
+
+    With heads, the values are the largest over all heads.
 
     Attributes
     ----------
@@ -98,21 +103,21 @@ class Spectrum(NamedTuple):
 
 @dataclass(frozen=True)
 class Direction:
-    """A direction of a layer.
+    """The findings for one direction of one layer.
 
     Attributes
     ----------
     name : str
-        As the names of its parameters end: ``l0``, ``l0_reverse``.
+        Suffix of its parameter names: ``l0``, ``l0_reverse``.
     states : dict of str to Trajectory
-        'h', and 'c' and others that the cell has.
+        Keyed by 'h', 'c' and any other states of the cell.
     activations : dict of str to Activation
-        Of the gates i, f, g, o or r, z, n, and 'tanh(c)', which the output gate of an LSTM
-        multiplies; 'h' of an Elman network. Empty for cells that do not show theirs.
+        Keyed by the gates (i, f, g, o or r, z, n) and, for an LSTM, 'tanh(c)', the factor of the
+        output gate; by 'h' for an Elman network. Empty for cells that do not expose their gates.
     weights : dict of str to Spectrum
-        Of the same gates; 'h' of an Elman network.
+        Keyed by the same gates; by 'h' for an Elman network.
     verdict : str
-        What is wrong, in words.
+        A summary in words.
     """
 
     name: str
@@ -124,15 +129,16 @@ class Direction:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` found; ``print`` shows it as tables.
+    """The findings of `diagnose`; ``print`` shows them as tables.
 
     Attributes
     ----------
     module : str
-        Name of the class.
+        Name of the module's class.
     loss : float
+        Value of L.
     directions : tuple of Direction
-        Of all layers, in the order of ``h_n``.
+        The directions of all layers, in the order of ``h_n``.
     """
 
     module: str
@@ -171,12 +177,12 @@ class Diagnosis:
         )
 
     def plot(self, path: Any = None) -> Any:
-        """Draw gradient norms over time, and saturation.
+        """Plot gradient norms over time, and saturation.
 
         Parameters
         ----------
         path : str or path-like, optional
-            Of a picture to write.
+            File to save the figure to.
 
         Returns
         -------
@@ -209,21 +215,21 @@ def diagnose(
     bptt: int | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
 ) -> Diagnosis:
-    """Look into every layer and direction of a sequence module, on one batch.
+    """Examine every layer and direction of a sequence module on one batch.
 
     Parameters
     ----------
     module : torch.nn.Module
-        A layer of this package, or a torch.nn.LSTM, GRU or RNN. In training mode it draws its
-        dropout as in any call. Its parameters get no gradients.
+        A layer of this package, or a torch.nn.LSTM, GRU or RNN. In training mode dropout is
+        active, as in any call. No gradients are accumulated into its parameters.
     input, hx, lengths, reset, reset_state, bptt
         As for the module.
     loss : callable, optional
-        ``loss(output, hx)`` gets what the module returns, and returns L, a tensor of one element.
-        By default L is the sum of the squares of the last layer's final states h_n, which each
-        direction reaches at the last step of every row, so that the gradients of the steps before
-        show how well the layers carry a gradient through time. A loss of all outputs hides that:
-        there, every step has a gradient of its own.
+        ``loss(output, hx)`` is called with the results of the module and returns L, a tensor of
+        one element. By default L is the sum of squares of the last layer's final states h_n, which
+        depends on earlier steps only through the recurrence, so the gradients at those steps show
+        how well the layers carry a gradient through time. A loss on all outputs would hide that,
+        because it adds a direct gradient at every step.
 
     Returns
     -------
@@ -232,17 +238,18 @@ def diagnose(
     Raises
     ------
     TypeError
-        If the module is of another class.
+        If `module` is of another class.
     ValueError
-        If L is not one number that depends on the module's results; and what the module raises.
+        If L is not a single number that depends on the module's results, or if the module raises
+        one for its arguments.
 
     Notes
     -----
-    Gradients vanish and explode as the products of the Jacobians of many steps do (Bengio, Simard
-    & Frasconi 1994; Pascanu, Mikolov & Bengio 2013, arXiv:1211.5063). For them to vanish it is
-    enough that the recurrent weights of a linear network have a spectral radius below 1, or those
-    of a network of tanh units a largest singular value below 1. Everything is computed in the dtype
-    of the module; what underflows there is 0 here.
+    Gradients vanish or explode as products of the Jacobians of many steps do (Bengio, Simard
+    & Frasconi 1994; Pascanu, Mikolov & Bengio 2013, arXiv:1211.5063). They are certain to vanish if
+    the recurrent weights have a spectral radius below 1 in a linear network, or a largest singular
+    value below 1 in a network of tanh units. Everything is computed in the dtype of the module;
+    gradients that underflow in it are reported as 0.
 
     Examples
     --------
@@ -261,7 +268,7 @@ def diagnose(
     is_packed = isinstance(input, PackedSequence)
     data = input.data if is_packed else input
     if not data.requires_grad:
-        # So that every state has a gradient, whatever is frozen.
+        # Every state gets a gradient, even if parameters are frozen.
         data = data.detach().requires_grad_()
     input = input._replace(data=data) if is_packed else data
     record: list[State] = []
@@ -316,7 +323,7 @@ def _squares(module: Any, hidden: Any) -> Tensor:
 
 
 class _Run:
-    """One run of a module: what it left, and what is made of it."""
+    """The records of one run of a module, and the findings derived from them."""
 
     def __init__(
         self,
@@ -329,7 +336,7 @@ class _Run:
     ) -> None:
         self.module, self.record, self.gradients = module, record, gradients
         self.cell, self.directions = module._cell, 2 if module.bidirectional else 1
-        # (T, L * D, B, ·), also of an unbatched input
+        # (T, L * D, B, ·), for unbatched input as well
         gates = states.gates
         self.gates = gates if gates is None or gates.dim() == 4 else gates.unsqueeze(2)
         steps, batch = states.h.shape[0], 1 if states.h.dim() == 3 else states.h.shape[2]
@@ -340,11 +347,11 @@ class _Run:
         self.lengths = torch.full((batch,), steps, device="cpu")
         if lengths is not None:
             self.lengths = torch.as_tensor(lengths, device="cpu").detach().reshape(-1)
-        #: Which rows have which steps.
+        #: Whether a sequence has a step, (T, B).
         self.there = torch.arange(steps, device="cpu")[:, None] < self.lengths
 
     def direction(self, n: int) -> Direction:
-        """All about one direction of a layer, the n-th in the order of ``h_n``."""
+        """Collect the findings for the n-th direction, in the order of ``h_n``."""
         layer, d = divmod(n, self.directions)
         name = f"l{layer}{'_reverse' if d else ''}"
         names = [field for field in States._fields if field != "gates"]
@@ -354,7 +361,7 @@ class _Run:
         return Direction(name, states, activations, weights, verdict)
 
     def _series(self, record: list[State], n: int, k: int) -> Tensor:
-        """A state or its gradient, (T, B, width) in the order of time and of the input's rows."""
+        """A state or its gradient, (T, B, width), in the order of time and of the input's batch."""
         heads, steps = self.module.num_heads, len(self.there)
         layer, d = divmod(n, self.directions)
         parts = []
@@ -365,7 +372,7 @@ class _Run:
         series = series.flip(0) if d else series
         if self.order is not None:
             series = series.index_select(1, self.order)
-        # In a dtype in which squares do not underflow.
+        # float64, so that squares do not underflow.
         return series.cpu().double().masked_fill(~self.there[..., None], 0.0)
 
     def _trajectory(self, n: int, k: int) -> Trajectory:
@@ -405,7 +412,7 @@ class _Run:
 
     def _weights(self, name: str) -> dict[str, Spectrum]:
         module, cell = self.module, CELLS[self.cell]
-        # Those of this run: computing parametrizations again might not be harmless.
+        # The weights of this run: recomputing parametrizations may have side effects.
         flat = dict(zip(module._flat_weights_names, module._flat_weights, strict=True))
         w_hh = flat[f"weight_hh_{name}"].detach().cpu().double()
         w_hr = flat.get(f"weight_hr_{name}")
@@ -423,7 +430,7 @@ class _Run:
 
 
 def _rms(norms: Tensor, counts: Any) -> Tensor:
-    """Root mean square over the last dimension, of so many rows that are not zeros."""
+    """Root mean square over the last dimension, of which `counts` elements are not padding."""
     mean = norms.square().sum(-1) / torch.as_tensor(counts, device=norms.device).clamp(min=1)
     return mean.sqrt()
 
@@ -455,7 +462,7 @@ def _verdict(h: Trajectory, activations: dict[str, Activation]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Text in columns, names to the left, numbers to the right, a dash for NaN."""
+    """Format a table: names left-aligned, numbers right-aligned, a dash for NaN."""
     texts = [[_text(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *texts, strict=True)]
     return [
@@ -472,7 +479,7 @@ def _text(value: Any) -> str:
     return "-" if text in ("nan", "nan%") else text
 
 
-# Blue and orange are told apart with any colour vision.
+# Blue and orange are distinguishable with any colour vision.
 _BLUE, _ORANGE, _INK = "#2563ab", "#d9730d", "#3c4043"
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -489,7 +496,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def _draw(diagnosis: Diagnosis) -> Any:
-    """Gradients at the left, a panel for each state; saturation at the right, if there is any."""
+    """Draw gradients on the left, one panel per state, and saturation, if known, on the right."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -508,7 +515,7 @@ def _draw(diagnosis: Diagnosis) -> Any:
         for one in directions:
             gradient = one.states[state].gradient
             axes.plot(
-                # Nothing where the gradient is 0, which a logarithm has not.
+                # A gap where the gradient is 0: the axis is logarithmic.
                 torch.where(gradient > 0, gradient, math.nan).tolist(),
                 color=colormaps["viridis"](0.8 * _layer(one.name) / max(1, last_layer)),
                 ls="--" if one.name.endswith("reverse") else "-",
@@ -530,7 +537,7 @@ def _draw(diagnosis: Diagnosis) -> Any:
 
 
 def _draw_saturation(axes: Any, bars: Sequence[tuple[str, Activation | None]]) -> None:
-    """A bar to each side for every activation, under the name of its direction."""
+    """Draw a bar to each side for every activation, under the name of its direction."""
     for y, (_, activation) in enumerate(bars):
         if activation is None:
             continue

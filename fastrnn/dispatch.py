@@ -1,4 +1,4 @@
-"""The operators as functions of records: by a backend at once, where nobody looks at operators."""
+"""The operators as functions of records, calling a backend directly if nothing intercepts them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .context import is_plain
 
 
 def backend(x: Tensor) -> Any:
-    """What runs layers on a device: the CPU's, which has a loop of torch operators, on most."""
+    """The backend for a device; the CPU's loop of torch operators serves all others too."""
     return gpu if x.is_cuda else cpu
 
 
 def arguments(call: Call) -> tuple[Any, ...]:
-    """The operators' arguments of a record."""
+    """The operators' arguments for a record."""
     marks, fresh, noise = call.flow
     tensors = (call.x, list(call.state), list(call.weights), call.batch_sizes)
     return call.cell.name, *tensors, call.bidirectional, marks, list(fresh), list(noise)

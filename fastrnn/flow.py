@@ -1,7 +1,7 @@
-"""How the state flows from step to step, where that is not simply from each to the next.
+"""How the state flows between steps, if not simply from each step to the next.
 
-Lengths, resets and truncated backpropagation through time become one small tensor of marks, one
-for each direction, step and row, which every path reads.
+Lengths, resets and truncated backpropagation through time are encoded in one small tensor, with a
+mark for each direction, step and row, which every path reads.
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-#: Bits of a mark. HOLD: the row has no such step; its state stays and the output is 0. FRESH: the
-#: state is replaced before the step. CUT: no gradient passes from this step to the state before it.
-#: START: the row's first step in the order of the walk.
+#: Bits of a mark. HOLD: the row does not have this step; its state is kept and the output is 0.
+#: FRESH: the state is replaced before the step. CUT: no gradient flows from this step to the state
+#: before it. START: the row's first step in the order of the direction.
 HOLD, FRESH, CUT, START = 1, 2, 4, 8
 
 
 class Flow(NamedTuple):
-    """What a layer is told beyond input, state and weights.
+    """The arguments of a layer besides input, state and weights.
 
     Attributes
     ----------
     marks : uint8 Tensor of shape (D, T, B), optional
     fresh : sequence of Tensor of shape (D, B, P) and (D, B, H)
-        The state after a reset; zeros if empty.
+        State after a reset; zeros if empty.
     noise : sequence of Tensor
-        Empty, or the factors of h in the recurrent product, (D, B, P); then for every state which
-        units keep their old value, bool (D, T, B, P) and (D, T, B, H), or the share of it that all
-        keep, (1,). Each may be of shape (0,), for none.
+        Empty, or first the dropout factors of h in the recurrent product, (D, B, P), then the
+        zoneout of each state: a bool mask of the units that keep their previous value,
+        (D, T, B, P) and (D, T, B, H), or the fraction of it that all units keep, (1,). A tensor of
+        shape (0,) stands for none.
     """
 
     marks: Tensor | None = None
@@ -37,7 +38,7 @@ class Flow(NamedTuple):
     noise: Sequence[Tensor] = ()
 
     def some(self, which: slice) -> Flow:
-        """Make the flow of some of the directions, with the same marks.
+        """Make the flow of a slice of the directions, with the same marks.
 
         Parameters
         ----------
@@ -48,7 +49,7 @@ class Flow(NamedTuple):
         Flow
         """
         fresh = [part[which] for part in self.fresh]
-        # Of one dimension it is alike in all.
+        # A tensor of one dimension is shared by all directions.
         noise = [part if part.dim() == 1 else part[which] for part in self.noise]
         return Flow(self.marks, fresh, noise)
 
@@ -57,7 +58,7 @@ PLAIN = Flow()
 
 
 def is_given(noise: Tensor) -> bool:
-    """Tell a part of the noise from that which stands for none.
+    """Tell whether a noise tensor is more than a placeholder for none.
 
     Parameters
     ----------
@@ -86,12 +87,11 @@ def make_marks(
     steps, batch, directions : int
     device : torch.device
     lengths : integer Tensor of shape (B,), optional
-        Steps of each row, from 0 to T.
+        Number of steps of each row, from 0 to T.
     reset : bool Tensor of shape (T, B), optional
-        Whether a new sequence begins at a step. What lies before it and what lies behind know
-        nothing of each other, in both directions.
+        Whether a new sequence starts at a step. Nothing crosses this boundary, in either direction.
     bptt : int, optional
-        Steps after which gradients stop, counted from the first step, in both directions.
+        Steps after which gradients are cut, counted from the first step, in both directions.
 
     Returns
     -------
@@ -110,8 +110,8 @@ def make_marks(
         held = time >= lengths
         marks = marks.masked_fill(held, 0)
         last = time == lengths - 1
-    # A boundary before a step is, seen from the other direction, one behind the step before.
-    # (Not by concatenation, for which torch.export would want to know whether T is 2.)
+    # The reverse direction crosses the boundary before step t when it enters step t - 1.
+    # (Not by concatenation, for which torch.export would specialise on whether T is 2.)
     behind = marks.roll(-1, 0).masked_fill(time == steps - 1, 0)
     both = [marks | (time == 0).to(torch.uint8) * START, behind | last.to(torch.uint8) * START]
     if lengths is not None:
@@ -120,11 +120,11 @@ def make_marks(
 
 
 def without_unasked(marks: Tensor, given: Any, bit: int) -> tuple[Tensor, Tensor]:
-    """Find the steps that no gradient comes to, and mark them for backward.
+    """Find the steps that no gradient reaches, and mark them for backward.
 
-    Nothing after a reset depends on what was before. If that is not a number, gradients of what
-    comes after must be numbers all the same; but 0 times NaN is NaN, so that backward has to leave
-    out what it is not asked for.
+    Nothing after a reset depends on what came before. Even if values before it are NaN, the
+    gradients of later steps must be finite; but 0 times NaN is NaN, so backward has to skip the
+    steps that no gradient reaches.
 
     Parameters
     ----------
@@ -132,13 +132,13 @@ def without_unasked(marks: Tensor, given: Any, bit: int) -> tuple[Tensor, Tensor
     given : fastrnn.call.Cotangents
         Gradients of the output, the final states, and the states of all steps.
     bit : int
-        What such a step is marked with, in place of FRESH and CUT.
+        The bit that marks such a step, in place of FRESH and CUT.
 
     Returns
     -------
     marks : uint8 Tensor of shape (D, T, B)
     unasked : bool Tensor of shape (D, T, B)
-        Those steps; not those that a row does not have.
+        Those steps, without those past the end of a row.
     """
     dy, d_final, d_traces = given
     directions = marks.shape[0]
@@ -150,7 +150,7 @@ def without_unasked(marks: Tensor, given: Any, bit: int) -> tuple[Tensor, Tensor
         at_end = at_end | (part != 0).any(-1)
     unasked = []
     for d in range(directions):
-        # In the order in which backward meets the steps; it leaves a sequence after a fresh one.
+        # In the order in which backward visits the steps; a fresh step ends a sequence.
         is_asked, is_fresh = (part[d] if d else part[d].flip(0) for part in (asked & ~held, fresh))
         count = is_asked.cumsum(0) + at_end[d]
         before = torch.cat([torch.zeros_like(count[:1]), count[:-1]])

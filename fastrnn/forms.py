@@ -1,4 +1,4 @@
-"""The forms in which a module of layers is called: packed, unbatched, recorded by torch.fx."""
+"""The forms of a module call: repeated, packed, unbatched, recorded by torch.fx."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from . import checks, context, cpu, paths, planner
 from . import functional as F
 from .options import Options, States
 
-# Of a module, what the way of a call depends on: entries of its dict, because attributes of modules
-# take longer.
+# The attributes of a module that determine how a call is executed. They are read from its dict,
+# because attribute lookup on modules is slower.
 _NAMES = (
     "mode", "batch_first", "bidirectional", "num_layers", "input_size", "hidden_size", "proj_size",
     "dropout", "training",
@@ -25,16 +25,16 @@ _NAMES = (
 _NUMBERS = operator.itemgetter(*_NAMES)
 _ORDINARY = {Tensor, torch.nn.Parameter}
 
-# What runs the calls in inference that pass a guard, by what a guard does not see; of steps also,
-# as a key of nothing, the numbers of those that no kernel runs.
+# Functions that run inference calls that pass a guard, keyed by what the guard does not check. For
+# steps, the numbers of those that no kernel runs are also keys, with an empty entry.
 _prepared: dict[Any, tuple[tuple[Callable[..., bool], paths.Prepared | None], ...]] = {}
 _MOST_KEYS, _MOST_GUARDS = 1024, 4
 
 
 def run_prepared(module: Any, input: Any, hx: Any) -> Any:
-    """Run a call in inference that is like one before; None if it has a longer way.
+    """Run an inference call that is like an earlier one; None if it needs the full path.
 
-    Nothing is taken for granted: what decides the way of a call is in its key or seen by the guard.
+    Everything that determines how a call is executed is part of its key or checked by the guard.
     """
     kind, parameters, state = type(hx), module._parameters, hx
     if type(input) is not Tensor:
@@ -45,7 +45,7 @@ def run_prepared(module: Any, input: Any, hx: Any) -> Any:
         state = ()
     elif kind is not tuple and kind is not list:
         return None
-    # One tensor as all states, such as zeros, counts once.
+    # The same tensor passed for all states, such as zeros, counts once.
     is_same = len(state) > 1 and all(part is state[0] for part in state)
     tensors = (input, *(state[:1] if is_same else state), *parameters.values())
     if not set(map(type, tensors)) <= _ORDINARY:
@@ -57,7 +57,7 @@ def run_prepared(module: Any, input: Any, hx: Any) -> Any:
     cls: Any = type(module)
     if _has_properties(cls):
         return None
-    # What is computed with; they differ where somebody has put others there.
+    # These are used in the computation; they differ from the parameters if something replaced them.
     weights = module._flat_weights
     if len(weights) != len(parameters) or not all(map(operator.is_, parameters.values(), weights)):
         return None
@@ -69,7 +69,7 @@ def run_prepared(module: Any, input: Any, hx: Any) -> Any:
             cpu.target(),
         )  # fmt: skip
         known = _known(key, tensors)
-    except (KeyError, TypeError):  # a number that is elsewhere, or that has no hash
+    except (KeyError, TypeError):  # a number that is not in the dict, or is not hashable
         return None
     run = _prepare(key, module, tensors, hx) if known is None else known[1]
     if run is None:
@@ -79,7 +79,7 @@ def run_prepared(module: Any, input: Any, hx: Any) -> Any:
 
 
 def _known(key: Any, tensors: Any) -> Any:
-    """What is remembered of a call like one of these tensors: a guard and what runs it."""
+    """Look up a call on tensors like these: its guard and the function that runs it."""
     for entry in _prepared.get(key, ()):
         if entry[0](*tensors):
             return entry
@@ -88,17 +88,17 @@ def _known(key: Any, tensors: Any) -> Any:
 
 @functools.cache
 def _has_properties(cls: Any) -> bool:
-    """Whether a class computes a number that its modules' dicts may have too."""
+    """Whether a class overrides an attribute in the modules' dicts with a property."""
     return any(hasattr(getattr(cls, name, None), "__set__") for name in _NAMES)
 
 
 def _is_drawn(module: Any) -> bool:
-    """Whether a call in training draws anything at random."""
+    """Whether a call in training draws random numbers."""
     return bool(module.recurrent_dropout or module.zoneout or module.weight_dropout)
 
 
 def _prepare(key: Any, module: Any, tensors: Any, hx: Any) -> paths.Prepared | None:
-    """Check a call and plan it; remember what runs the next ones like it."""
+    """Check and plan a call; cache the function that runs others like it."""
     if not module._is_ordinary(tensors[0], hx):
         return None
     options = Options(
@@ -114,8 +114,8 @@ def _prepare(key: Any, module: Any, tensors: Any, hx: Any) -> paths.Prepared | N
 def _remember(
     key: Any, tensors: Any, n_given: int, run: paths.Prepared | None
 ) -> paths.Prepared | None:
-    """Keep what runs calls like one of these tensors, of which so many are input and state."""
-    if len(set(map(id, tensors))) == len(tensors):  # no guard lets others pass
+    """Cache the function for calls on tensors like these; the first `n_given` are not weights."""
+    if len(set(map(id, tensors))) == len(tensors):  # guards reject duplicates
         others = _prepared.get(key, ())[1 - _MOST_GUARDS :]
         _store(key, (*others, (context.guard(tensors, n_given), run)))
     return run
@@ -128,13 +128,13 @@ def _store(key: Any, value: Any) -> None:
 
 
 def step_prepared(module: Any, input: Any, hx: Any) -> Any:
-    """`run_prepared` of a cell module, with gradients too; None, and soon, without kernels."""
+    """`run_prepared` for a cell module, with gradients too; a quick None if no kernel runs it."""
     if type(input) is not Tensor or context.is_watched():
         return None
     kind, parameters, forced = type(hx), module._parameters, planner.forced
     given: tuple[Any, ...] = () if hx is None else hx if kind is tuple else (hx,)
     weights = [part for part in parameters.values() if part is not None]
-    # One tensor as all states, such as zeros, counts once.
+    # The same tensor passed for all states, such as zeros, counts once.
     is_same = len(given) > 1 and all(part is given[0] for part in given)
     tensors = (input, *(given[:1] if is_same else given), *weights)
     if not _ORDINARY.issuperset(map(type, tensors)):
@@ -142,7 +142,7 @@ def step_prepared(module: Any, input: Any, hx: Any) -> Any:
     differentiated = context.differentiated
     is_chained = differentiated(*given)
     if torch.is_grad_enabled() and not is_chained and forced.path is None and module._aten:
-        return None  # with gradients a step alone is torch's, see ``crossover``
+        return None  # torch runs a single step with gradients, see ``crossover``
     numbers = (
         module._title, module.__dict__.get("nonlinearity"), input.shape, input.dtype,
         module.hidden_size, torch.get_num_threads(), forced.path, forced.schedule, cpu.target(),
@@ -160,7 +160,7 @@ def step_prepared(module: Any, input: Any, hx: Any) -> Any:
 
 
 def _prepare_step(key: Any, module: Any, tensors: Any, hx: Any) -> paths.Prepared | None:
-    """`_prepare` of a step; what does not fit is refused elsewhere."""
+    """`_prepare` for a step; the full path raises the errors."""
     input, parameters = tensors[0], module._parameters
     if input.dim() != 2:
         return None
@@ -189,7 +189,7 @@ def run_packed(module: Any, packed: PackedSequence, hx: Any, options: Options) -
         hx = module.permute_hidden(hx, sorted_indices)
 
     def sort(part: Any, dims: int) -> Any:
-        # What has another batch is refused later, in words.
+        # A wrong batch size raises an error later.
         fits = isinstance(part, Tensor) and part.dim() == dims
         fits = fits and part.shape[1] == int(batch_sizes[0])
         if sorted_indices is None or not fits:
@@ -215,7 +215,7 @@ def run_packed(module: Any, packed: PackedSequence, hx: Any, options: Options) -
 
 
 def with_batch(options: Options, batch_dim: int) -> Options:
-    """The options of an unbatched call with a batch of one."""
+    """Add a batch dimension of one to the options of an unbatched call."""
     lengths, reset, state = options.lengths, options.reset, options.reset_state
     if lengths is not None and not isinstance(lengths, Tensor):
         lengths = torch.tensor([lengths], device="cpu")
@@ -236,7 +236,7 @@ def map_states(function: Callable[[Tensor], Tensor], states: States) -> States:
 def run_checked(module: Any, input: Tensor, hx: Any, options: Options) -> Any:
     """`run` after torch.nn's own checks."""
     if torch.compiler.is_compiling():
-        # What is stored on the module would leak out of the graph.
+        # Tensors stored on the module would leak out of the graph.
         weights = [getattr(module, name) for name in module._flat_weights_names]
         return run(module, weights, input, hx, options)
     module._update_flat_weights()
@@ -264,7 +264,7 @@ def run(module: Any, weights: list[Tensor], input: Tensor, hx: Any, options: Opt
 
 
 def states_in(hx: Any) -> Sequence[Any]:
-    """The states that were given, as a sequence."""
+    """The given states, as a sequence."""
     return () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
 
 
@@ -279,7 +279,7 @@ def check_state_dims(module: Any, hx: Any, batched: bool) -> None:
     if not module._is_paired:
         name = type(module).__name__
         raise TypeError(f"hx of {name} must be a tensor, got {type(hx).__name__}")
-    # An LSTM's tuple of one is an IndexError, as in torch.nn, which looks at the first two.
+    # A tuple of one for an LSTM raises an IndexError, as in torch.nn, which reads the first two.
     count = module._definition.n_states
     found = [part.dim() for part in (hx[0], hx[1], *hx[2:count])]
     if any(count != dims for count in found):
@@ -296,7 +296,7 @@ def map_state(function: Callable[[Tensor], Tensor], hx: Any) -> Any:
 
 
 def is_leaf(module: torch.nn.Module, input: Any) -> bool:
-    """Whether torch.fx traces a model that the module is part of."""
+    """Whether torch.fx is tracing a model that contains the module."""
     return isinstance(input, Proxy) and getattr(input.tracer, "root", None) is not module
 
 

@@ -1,8 +1,8 @@
-"""Stateless recurrent layers and cells: weights in, results out.
+"""Stateless recurrent layers and cells: weights are arguments.
 
-The modules of ``fastrnn.nn`` keep parameters and call these functions. Arguments are
-checked here before our own paths run; torch's own kernels check dtypes and devices
-themselves. The texts of the errors are torch's where torch has one.
+The modules in ``fastrnn.nn`` hold parameters and call these functions. Arguments are checked
+here before our own paths run; torch's kernels check dtypes and devices themselves. Error
+messages are torch's where torch has one for the case.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ def sequence(
         Key of ``fastrnn.cells.CELLS``.
     input : Tensor
     hx : sequence of Tensor, or None
-        The initial state, a tensor of shape (L * D, B, ·) for each that the cell has.
+        Initial state, zeros if None: for each of the cell's states a tensor of shape
+        (L * D, B, P) or (L * D, B, H).
     weights : sequence of Tensor
-        As for `lstm`, with the cell's extra weights last in each direction.
+        As for `lstm`, with the cell's extra weights at the end of each direction.
     options : Options
 
     Returns
@@ -58,7 +59,7 @@ def sequence(
     final : sequence of Tensor
         Shaped as `hx`.
     states : States
-        Only if asked for.
+        Only if ``options.return_states``.
 
     Raises
     ------
@@ -81,7 +82,7 @@ def step(
     hx : sequence of Tensor of shape (B, H), or None
         Each state before the step, zeros if None.
     weights : sequence of Tensor
-        As for `lstm_cell`, in its order, None for a bias that there is not; then the cell's extra
+        In the order of `lstm_cell`, with None for a missing bias, followed by the cell's extra
         weights.
 
     Returns
@@ -122,64 +123,67 @@ def lstm(
     Parameters
     ----------
     input : Tensor of shape (T, B, I), (B, T, I) or (N, I)
-        Time first, unless `batch_first`; N rows of a packed sequence with `batch_sizes`.
+        (T, B, I), or (B, T, I) if `batch_first`; (N, I), the data of a packed sequence, if
+        `batch_sizes` is given.
     hx : (h_0, c_0) of shapes (L * D, B, P) and (L * D, B, H), or None
-        Initial state, zeros if None; L layers, D directions.
+        Initial state, zeros if None. L is the number of layers and D of directions; P is H, or the
+        projected size.
     weights : sequence of Tensor
-        For each layer, and in it for each direction: ``weight_ih`` (4H, I) and
-        ``weight_hh`` (4H, P), then, if there are biases, ``bias_ih`` and ``bias_hh``
-        (4H,), then, if h is projected, ``weight_hr`` (P, H). Gates are in the order
-        i, f, g, o. This is the order of ``torch.nn.LSTM``'s parameters; the number of
-        layers follows from the length.
+        In the order of the parameters of ``torch.nn.LSTM``, for each direction of each layer:
+        ``weight_ih`` (4H, I) and ``weight_hh`` (4H, P), then the optional biases ``bias_ih`` and
+        ``bias_hh`` (4H,), then, if h is projected, ``weight_hr`` (P, H). Gates are in the order
+        i, f, g, o. The number of layers follows from the length of the sequence.
     batch_first : bool, default False
-        Whether `input` and `output` are (B, T, features); not with `batch_sizes`.
+        Whether `input` and `output` are (B, T, features). Not with `batch_sizes`.
     bidirectional : bool, default False
+        Whether each layer runs in both directions: D = 2 instead of 1.
     dropout : float, default 0.0
-        Probability to zero an element of the output of each layer but the last; only
-        when `training`. Drawn from torch's generator, as torch.nn draws it.
+        Probability of zeroing an element of the output of each layer but the last, if `training`.
+        The masks are drawn from torch's generator, as in torch.nn.
     training : bool, default False
+        Whether dropout, recurrent dropout and zoneout are in training mode.
     batch_sizes : int64 Tensor of shape (T,) on the CPU, optional
-        Rows at each step, never increasing, as in ``PackedSequence``.
+        Number of sequences at each step, non-increasing, as in ``PackedSequence``.
     lengths : integer Tensor of shape (B,), optional
-        Steps of each row, from 0 to T, in any order, on the device of `input`. Beyond them the
-        output is 0, the final state is that after a row's last step (the initial one if it has
-        none), and the reverse direction begins at each row's own end. Nothing waits for the
-        device; so on a GPU a length out of range is not an error, but makes the row NaN.
+        Number of steps of each sequence, from 0 to T, in any order, on the device of `input` or on
+        the CPU. Past its last step the output of a sequence is 0. Its final state is the one after
+        its last step, or the initial state if it has no steps, and the reverse direction starts at
+        its last step. Lengths on a GPU are not copied to the host, so one that is out of range
+        does not raise an error: it sets the results of that sequence to NaN.
     reset : bool Tensor of shape (T, B), or (B, T) if `batch_first`, optional
-        Whether a new sequence begins with x_t: the state is reset before x_t is consumed. Neither
-        values nor gradients pass from the steps before to those from t on; nor, in the reverse
-        direction, from those to the steps before.
+        True where a new sequence starts at x_t: the state is reset before x_t is consumed. Neither
+        values nor gradients cross the boundary between t - 1 and t, in either direction.
     reset_state : (h, c) of shapes (L * D, B, P) and (L * D, B, H), optional
-        The state after a reset, zeros if None; B may be 1, for a state that all rows share, such
+        State after a reset, zeros if None. B may be 1 for a state that all sequences share, such
         as a learned one.
     return_states : bool or 'gates', default False
-        Whether to return the states of all steps too, or also the gates; gradients pass through
-        all of them.
+        Whether to return the states of all steps as well, or states and gates. All of them are
+        differentiable.
     bptt : int, optional
-        Truncated backpropagation through time: gradients stop after every `bptt` steps, counted
-        from the first, states go on. In both directions.
+        Truncated backpropagation through time: states carry over, but gradients are cut after
+        every `bptt` steps, counted from the first step, in both directions.
     recompute : bool or int, default False
-        Whether to keep less memory between forward and backward. True keeps, on a GPU of each
-        layer its output and cell states, without the gates, on a CPU the output; backward computes
-        the rest again, on a GPU with one more product over all steps, on a CPU with another
-        forward. A number does this in chunks of so many steps, so that backward too needs no more
-        than what one chunk takes.
+        Whether to store less between forward and backward. With True, each layer keeps its output
+        and, on a GPU, its cell states, but no gates; backward recomputes the rest, on a GPU with
+        one more product over all steps, on a CPU with another forward pass. A number does this in
+        chunks of that many steps, so that backward also needs memory for one chunk only.
     recurrent_dropout : float, default 0.0
-        Probability to zero an element of h in the recurrent product, when `training`; one mask for
-        all steps of a sequence (Gal and Ghahramani 2016, arXiv:1512.05287), drawn from torch's
-        generator.
+        Probability of zeroing an element of h in the recurrent product, if `training`, with one
+        mask for all steps of a sequence (Gal and Ghahramani 2016, arXiv:1512.05287), drawn from
+        torch's generator.
     zoneout : float or (float, float), default 0.0
-        Probability that an element of h (and of c, for an LSTM) keeps its old value at a step
-        (Krueger et al. 2017, arXiv:1606.01305); when not `training` the mean of both.
+        Probability that an element of h (and of c, for an LSTM) keeps its previous value at a step
+        (Krueger et al. 2017, arXiv:1606.01305). If not `training`, the expected value is used.
     num_heads : int, default 1
-        If more, the recurrent weights are block-diagonal: the units fall into so many heads, and
-        ``weight_hh``, then of shape (4H, H / num_heads), connects those of the same head.
+        Number of heads. With more than one the recurrent weights are block-diagonal: the units are
+        split into this many heads, and ``weight_hh``, of shape (4H, H / num_heads), connects only
+        units of the same head.
 
     Returns
     -------
     output : Tensor of shape (T, B, D * P), (B, T, D * P) or (N, D * P)
     (h_n, c_n) : tuple of Tensor, shaped as `hx`
-        State after each row's last step; fresh tensors that may be written to.
+        State after the last step of each sequence, in new tensors that may be written to.
     states : States
         Only if `return_states`.
 
@@ -188,13 +192,13 @@ def lstm(
     TypeError
         If a weight is not a tensor.
     ValueError
-        If a weight, or an option, does not fit the others.
+        If the weights or the options are inconsistent.
     RuntimeError
-        If `input` or `hx` does not fit the weights, in shape, dtype or device, or T is 0.
+        If the shape, dtype or device of `input` or `hx` does not fit the weights, or T is 0.
 
     Notes
     -----
-    See ``fastrnn.cells.lstm`` for the formula and its source.
+    For the formula and its source see ``fastrnn.cells.lstm``.
 
     Examples
     --------
@@ -262,7 +266,7 @@ def gru(
 
     Notes
     -----
-    See ``fastrnn.cells.gru`` for the formula and its source.
+    For the formula and its source see ``fastrnn.cells.gru``.
 
     Examples
     --------
@@ -304,7 +308,7 @@ def rnn(
     zoneout: float = 0.0,
     num_heads: int = 1,
 ) -> Any:
-    """Run an Elman network, h' = phi(W_ih x + b_ih + W_hh h + b_hh), over a batch of sequences.
+    """Run an Elman network over a batch of sequences: ``h' = phi(W_ih x + b_ih + W_hh h + b_hh)``.
 
     Parameters
     ----------
@@ -315,7 +319,7 @@ def rnn(
     weights : sequence of Tensor
         As for `lstm`, with H rows and no ``weight_hr``.
     nonlinearity : {'tanh', 'relu', 'identity'}, default 'tanh'
-        phi; 'identity' gives a linear network, which torch does not have.
+        phi; 'identity' makes the network linear, which torch does not support.
     batch_first, bidirectional, dropout, training, batch_sizes, lengths, reset, reset_state
         As for `lstm`; `reset_state` is one tensor.
     return_states, bptt, recompute, recurrent_dropout, zoneout, num_heads
@@ -382,9 +386,9 @@ def lstm_cell(
     TypeError
         If a weight is not a tensor.
     ValueError
-        If only one bias is given, or the weights do not make a cell.
+        If only one bias is given, or the shapes of the weights are inconsistent.
     RuntimeError
-        If the input or the state does not fit them, or dtypes or devices differ.
+        If `input` or `hx` does not fit the weights, or dtypes or devices differ.
 
     Examples
     --------
@@ -457,6 +461,7 @@ def rnn_cell(
     b_ih, b_hh : Tensor of shape (H,), optional
         Both or neither.
     nonlinearity : {'tanh', 'relu', 'identity'}, default 'tanh'
+        As for `rnn`.
 
     Returns
     -------

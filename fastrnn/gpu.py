@@ -1,10 +1,11 @@
 """Layers on a GPU: GEMMs over all steps around the Triton kernels that walk through time.
 
-The same functions as in ``fastrnn.cpu``, which also runs here what has no kernel: packed sequences.
-Layers whose step is more than a product are in ``gpu_staged.py``. Directions, heads and members of
-an ensemble are groups (``stacked.py``), all of them in one launch. The input projection is GEMMs
-before the kernel; the gradients of weights and input are GEMMs and reductions over the gate
-gradients that the backward kernel wrote. Nothing here waits for the device.
+The functions are those of ``fastrnn.cpu``, which also runs, on the GPU, packed sequences, for which
+there is no kernel. Layers whose step needs more than one product are in ``gpu_staged.py``.
+Directions, heads and members of an ensemble are groups (``stacked.py``), which share one launch.
+GEMMs before the kernel compute the input projection; GEMMs and reductions over the gate gradients
+that the backward kernel wrote compute the gradients of weights and input. Nothing here
+synchronises with the device.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
 
 
 def has_kernels(call: Call) -> bool:
-    """Tell whether the kernels run a layer on a GPU, from what a compiler knows of it too."""
+    """Tell whether the kernels run a layer on a GPU; a compiler may call this on fake tensors."""
     return _problem(call) is not None
 
 
 def _problem(call: Call) -> Problem | None:
-    """What the planner must know of a call; None if there are no kernels for it."""
+    """Describe a call for the planner; None if there are no kernels for it."""
     if call.batch_sizes is not None:
         return None
     problem = planner.problem_of(call)
@@ -43,8 +44,9 @@ def _problem(call: Call) -> Problem | None:
 
 
 def _launched(run: str, call: Call, problem: Problem, *args: Any, **options: Any) -> Any:
-    """Run `launch.forward` or `launch.backward` as is planned, and if this Triton does not compile
-    that, as is planned then.
+    """Run `launch.forward` or `launch.backward` as planned.
+
+    If this Triton cannot compile the kernel, note that and plan again.
     """
     from .kernels import launch
 
@@ -59,7 +61,7 @@ def _launched(run: str, call: Call, problem: Problem, *args: Any, **options: Any
 
 
 def _configs(problem: Problem) -> list[Config]:
-    """How the forward and the backward kernels are launched."""
+    """The launch configurations of the forward and the backward kernel."""
     choices = devices.choose_kernels(problem, planner.forced.schedule)
     return [choice.config for choice in choices]
 
@@ -67,10 +69,10 @@ def _configs(problem: Problem) -> list[Config]:
 def forward(call: Call, save: int, traced: bool) -> tuple[Result, list[Tensor]]:
     """Run a layer; see ``cpu.forward``.
 
-    What is saved, unless `save` is ``cpu.NOTHING``, are the states other than h of all steps, in
-    float32, and if it is ``cpu.ALL`` the activations; of groups, see `fake_saved`. With zoneout it
-    is the input part of the gates in place of these: the states after a step are not what the cell
-    made, which backward computes again.
+    Unless `save` is ``cpu.NOTHING``, the states other than h of all steps are saved, in float32,
+    and with ``cpu.ALL`` also the activations; for the shapes see `fake_saved`. With zoneout, the
+    input part of the gates is saved in place of the activations: the states after a step then
+    differ from those that the cell computed, which backward recomputes.
     """
     problem = _problem(call)
     if problem is None:
@@ -109,7 +111,7 @@ def forward(call: Call, save: int, traced: bool) -> tuple[Result, list[Tensor]]:
 
 
 def _clear_held(rows: Tensor, marks: Tensor) -> None:
-    """Put zeros at the steps that a row does not have: the kernels hold the state there."""
+    """Zero the steps that a row does not have, where the kernels write the held state."""
     groups, steps, batch = marks.shape
     held = ((marks & HOLD) != 0).permute(1, 2, 0).unsqueeze(-1)
     by_group = rows.view(steps, batch, groups, rows.shape[-1] // groups)
@@ -202,7 +204,7 @@ def backward(call: Call, given: Cotangents, saved: Sequence[Tensor], asked: Aske
 
 
 def _states_made(walked: Walked, operands: Operands, parts: Sequence[Tensor]) -> list[Tensor]:
-    """The states that the cell made at all steps, (groups, T, b, u), before zoneout."""
+    """The states that the cell computed at all steps, (groups, T, b, u), before zoneout."""
     if not operands.zones:
         return [walked.groups.by_group(part) for part in walked.states]
     cell = walked.cell
@@ -214,15 +216,15 @@ def _states_made(walked: Walked, operands: Operands, parts: Sequence[Tensor]) ->
 
 
 def _d_fresh_rh(d_rh: Tensor, marks: Tensor | None) -> Tensor:
-    """The gradient of the fresh h's product, (groups, b, G * u), from that of every step."""
+    """The gradient of the product of the fresh h, (groups, b, G * u), from those of all steps."""
     assert marks is not None
     is_fresh = ((marks & FRESH) != 0).unsqueeze(-1)
-    # Not a product with the marks, which a NaN of another step would pass.
+    # Not by a product with the marks, which would propagate NaN from other steps.
     return torch.where(is_fresh, d_rh, 0.0).sum(1, dtype=torch.float32).to(d_rh.dtype)
 
 
 def _operands(call: Call, groups: Groups, marks: Tensor | None) -> Operands:
-    """What the kernels need beside the input projection, but for the product of the fresh h."""
+    """The operands of the kernels besides the input projection, without the fresh h's product."""
     from .kernels.launch import Operands
 
     by_direction, cell = call.by_direction(), call.cell
@@ -244,7 +246,7 @@ def _operands(call: Call, groups: Groups, marks: Tensor | None) -> Operands:
 
 
 def _zone(groups: Groups, part: Tensor) -> Tensor | None:
-    """What a state keeps by zoneout, as the kernels take it."""
+    """Zoneout of a state in the form that the kernels take."""
     if not is_given(part):
         return None
     return part if part.dim() == 1 else groups.mask(part).view(torch.uint8)
@@ -265,9 +267,9 @@ _switching = threading.Lock()
 
 @contextlib.contextmanager
 def _products(problem: Problem) -> Iterator[None]:
-    """Let torch's own products of float32 be as exact as the kernels'.
+    """Give torch's float32 products the same precision as the kernels'.
 
-    torch has one switch for the whole process, so it is turned only where it must be.
+    Torch's setting is process-wide, so it is changed only if necessary.
     """
     matmul = torch.backends.cuda.matmul
     wanted = {"tf32": ("tf32",)}.get(problem.precision, ("ieee", "none"))

@@ -1,7 +1,8 @@
-"""Layers on a GPU whose step is more than a product: normalised, with a late product or projection.
+"""GPU layers whose step needs more than one product: normalised, with late product or projection.
 
-As in ``gpu.py``, products of all steps are GEMMs around the kernels, and every tensor is first cut
-into groups. In the kernels' tensors the dimension of groups is the first; W is what a state has.
+As in ``gpu.py``, GEMMs around the kernels compute the products over all steps, and every tensor is
+first split into groups. Groups are the first dimension of the kernels' tensors, of size N; W is the
+width of a state.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def _weights(call: Call, groups: Groups) -> Weights:
-    """The weights of all groups, (N, ...); the extra ones are one tensor of all blocks."""
+    """The weights of all groups, (N, ...), with all extra weights in one tensor."""
     by_direction, cell = call.by_direction(), call.cell
 
     def of(name: str, blocks: int = cell.n_gates) -> Tensor | None:
@@ -63,7 +64,7 @@ def _operands(call: Call, groups: Groups, w: Weights) -> Operands:
 
 
 def _zone(zone: Tensor, groups: Groups) -> Tensor | None:
-    """What a state keeps by zoneout, as the kernels take it."""
+    """Zoneout of a state in the form that the kernels take."""
     if not is_given(zone):
         return None
     return zone if zone.dim() == 1 else groups.mask(zone).view(torch.uint8)
@@ -80,7 +81,7 @@ def _sequence(groups: Groups, part: Tensor) -> Tensor:
 
 
 def _normalised(rows: Tensor, gain: Tensor | None, bias: Tensor | None) -> Sequence[Tensor]:
-    """Rows (R, G * u) normalised; their means, and the reciprocals of their deviations."""
+    """Normalise rows (R, G * u); return them with their means and reciprocal deviations."""
     return torch.native_layer_norm(rows, rows.shape[1:], gain, bias, EPSILON)
 
 
@@ -103,8 +104,8 @@ def forward(
 ) -> tuple[Result, list[Tensor]]:
     """Run a layer; see ``cpu.forward``.
 
-    What is saved, if `save` is ``cpu.ALL``, is a ``Past`` of all groups; else nothing, and backward
-    begins with another forward.
+    With `save` ``cpu.ALL``, a ``Past`` of all groups is saved; otherwise nothing, and backward
+    starts with another forward.
     """
     from .kernels import launch_staged
 
@@ -183,21 +184,21 @@ def backward(
 
 
 class _Rows(NamedTuple):
-    """How the rows of all steps of a group, (T, B, W), become gradients of weights.
+    """Reductions of the rows of all steps of a group, (T, B, W), to gradients of weights.
 
     Attributes
     ----------
     parts : int
-        Of the batch, one after another, each of which has gradients of its own.
+        Number of consecutive parts of the batch, each with its own gradients.
     dead : bool Tensor of shape (T, B, 1), optional
-        Rows that count for nothing, whatever they hold.
+        Rows to ignore, whatever they hold.
     """
 
     parts: int
     dead: Tensor | None
 
     def alive(self, rows: Tensor) -> Tensor:
-        """Put zeros where nothing counts."""
+        """Zero the dead rows."""
         return rows if self.dead is None else rows.masked_fill(self.dead, 0.0)
 
     def split(self, rows: Tensor) -> Tensor:
@@ -226,7 +227,7 @@ def _of_one(
 ) -> list[Tensor]:
     """Add the gradient of the input of a group, and return those of its weights, (parts, ...).
 
-    `of_x` is the input, without dead rows, and its gradient, in and out, (T, B, I).
+    `of_x` is the input, with dead rows zeroed, and its gradient, updated in place, (T, B, I).
     """
     x, dx = of_x
     width, hidden = w.w_hh.shape[0], operands.hidden
@@ -274,7 +275,7 @@ def _of_one(
 def _joined(
     call: Call, groups: Groups, asked: Asked, of_groups: Sequence[Sequence[Tensor]]
 ) -> list[Tensor]:
-    """The gradients of all weights from those of every group, in the order of the call's."""
+    """Join the gradients of the weights of all groups, in the order of the call's weights."""
     cell = call.cell
     blocks = [cell.n_gates] * (call.n_weights - len(cell.extras) - call.is_projected)
     blocks += [1] * call.is_projected + [extra.blocks for extra in cell.extras]

@@ -1,4 +1,4 @@
-"""Derivatives of ``reference.layer`` and of functions of rows, for what has no others."""
+"""Derivatives of ``reference.layer`` and of row-wise functions, where there are no others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .flow import HOLD, without_unasked
 
 
 def first(call: Call, given: Cotangents) -> Gradients:
-    """Compute the gradients of a layer, all of them; None where nothing depends on an input."""
+    """Compute all gradients of a layer, None for an input that no result depends on."""
     keep_graph = torch.is_grad_enabled()
     with _recording():
         call = _with_leaves(call, keep_graph)
@@ -30,16 +30,17 @@ def first(call: Call, given: Cotangents) -> Gradients:
 def second(
     call: Call, given: Cotangents, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Compute the gradients of what `first` computes.
+    """Compute the gradients of the results of `first`.
 
     Parameters
     ----------
     call, given
         As for `first`.
     cotangents : sequence of Tensor or None
-        Of dx, d_state, d_fresh and d_weights, one after another.
+        Those of dx, d_state, d_fresh and d_weights, concatenated.
     wanted : sequence of bool
-        For dy, d_final, d_traces, x, state, fresh and weights, one after another.
+        Whether the gradient is needed, for dy, d_final, d_traces, x, state, fresh and weights,
+        concatenated.
 
     Returns
     -------
@@ -71,13 +72,15 @@ def second(
 def by_rows(
     function: Callable[..., Tensor], rows: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> Tensor:
-    """Call a function of rows whose backward leaves out those that it is not asked for.
+    """Call a row-wise function whose backward leaves out rows without a gradient.
+
+    Where the gradient of a row of the result is 0, NaN in the row does not reach the gradients.
 
     Parameters
     ----------
     function : callable
-        ``function(*rows, *weights) -> Tensor``, every row of which depends on the same one of each
-        of `rows`; if that is not a number, gradients are numbers where its own is 0.
+        ``function(*rows, *weights) -> Tensor``; each row of the result depends on the
+        corresponding row of each of `rows` only.
     rows : sequence of Tensor of shape (..., ·)
     weights : sequence of Tensor
 
@@ -102,7 +105,7 @@ class _ByRows(torch.autograd.Function):
             leaves = _aliases(ctx.saved_tensors, keep_graph)
             rows = leaves[: ctx.count]
             if not torch._C._functorch.is_legacy_batchedtensor(d_result):
-                # No row that is a number: its gradient's derivative by d_result is not 0.
+                # Finite rows are kept: the derivative of their gradients by d_result is not 0.
                 unasked = (d_result == 0).all(-1, keepdim=True)
                 rows = [
                     part.masked_fill(unasked & ~part.isfinite().all(-1, keepdim=True), 0.0)
@@ -114,7 +117,7 @@ class _ByRows(torch.autograd.Function):
 
 @contextlib.contextmanager
 def _recording() -> Iterator[None]:
-    """Let autograd record, also inside of an operator, where torch has taken it out."""
+    """Let autograd record even inside an operator, where torch excludes it."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in _AUTOGRAD_KEYS:
         excluded = excluded.remove(key)
@@ -137,7 +140,7 @@ _AUTOGRAD_KEYS = tuple(
 
 
 def _aliases(tensors: Sequence[Tensor], keep_graph: bool) -> list[Tensor]:
-    """One leaf for each use of a tensor: weights may be tied, every use has a gradient."""
+    """Make a leaf for each use of a tensor, because tied weights need a gradient per use."""
     return [
         t.view_as(t) if keep_graph and t.requires_grad else t.detach().requires_grad_()
         for t in tensors
@@ -145,7 +148,7 @@ def _aliases(tensors: Sequence[Tensor], keep_graph: bool) -> list[Tensor]:
 
 
 def _with_leaves(call: Call, keep_graph: bool) -> Call:
-    """A call whose tensors are leaves of a graph of their own."""
+    """Make a call whose tensors are leaves of a new graph."""
     groups = ([call.x], call.state, call.weights, call.flow.fresh)
     (x,), state, weights, fresh = (_aliases(tensors, keep_graph) for tensors in groups)
     return call._replace(x=x, state=state, weights=weights, flow=call.flow._replace(fresh=fresh))
@@ -167,7 +170,7 @@ def _grad(
     cotangents: Sequence[Tensor],
     keep_graph: bool,
 ) -> Sequence[Tensor | None]:
-    """``torch.autograd.grad`` that gives None where an output does not depend on an input."""
+    """``torch.autograd.grad`` that returns None where no output depends on an input."""
     pairs = [
         (output, cotangent)
         for output, cotangent in zip(outputs, cotangents, strict=True)

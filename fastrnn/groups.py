@@ -1,8 +1,8 @@
-"""Layers that are several: of heads, and of the members of an ensemble.
+"""Layers made of independent parts: heads, and members of an ensemble.
 
-Unit u of head k sees, in the recurrent product, the units of head k only, so a layer of heads is as
-many small layers over the same input. The members of an ensemble have nothing in common but their
-sizes. Here the tensors of a layer are cut into those of its parts, and results are put together.
+The recurrent product connects only units of the same head, so a layer with heads is a set of
+smaller layers over the same input. The members of an ensemble share only their sizes. This module
+splits the tensors of a layer into those of its parts, and joins the results.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from .flow import Flow
 
 
 def columns(part: Tensor, head: int, num_heads: int) -> Tensor:
-    """Cut the units of a head out of (..., H).
+    """Take the units of a head from (..., H).
 
-    A tensor of one dimension, which is noise for all units alike, is left as it is.
+    A tensor of one dimension, which is noise common to all units, is returned unchanged.
     """
     return part if part.dim() == 1 else part.chunk(num_heads, dim=-1)[head]
 
 
 def gates(part: Tensor, blocks: int, head: int, num_heads: int) -> Tensor:
-    """Cut the units of a head out of (..., blocks * H)."""
+    """Take the units of a head from (..., blocks * H)."""
     return part.unflatten(-1, (blocks, num_heads, -1))[..., head, :].flatten(-2)
 
 
 def rows(cell: Cell, weights: Sequence[Tensor], head: int, num_heads: int) -> list[Tensor]:
-    """Cut the rows of a head out of weights (blocks * H, ...), of which ``weight_ih`` is first."""
+    """Take the rows of a head from weights (blocks * H, ...), of which ``weight_ih`` is first."""
     units = weights[0].shape[0] // cell.n_gates // num_heads
     return [
         weight.unflatten(0, (-1, num_heads, units))[:, head].flatten(0, 1) for weight in weights
@@ -40,9 +40,9 @@ def rows(cell: Cell, weights: Sequence[Tensor], head: int, num_heads: int) -> li
 
 
 def join(parts: Sequence[Tensor], blocks: int) -> Tensor:
-    """Put the results of all heads, (..., blocks * H / num_heads), together.
+    """Join the results of all heads, (..., blocks * H / num_heads).
 
-    The units of a head are there `blocks` times side by side: for each direction, or each gate.
+    Each result holds `blocks` blocks of a head's units: one per direction, or one per gate.
     """
     if len(parts) == 1:
         return parts[0]
@@ -61,7 +61,7 @@ def of_head(call: Call, head: int) -> Call:
 
 
 def heads(of_one: Callable[[Call], Result], call: Call) -> Result:
-    """Run a layer of heads, a call for each."""
+    """Run a layer with heads, by one call per head."""
     results = [of_one(of_head(call, k)) for k in range(call.num_heads)]
     ys, finals, traces = zip(*results, strict=True)
     return Result(
@@ -91,19 +91,19 @@ def part_of_batch(call: Call, part: int, parts: int) -> Call:
 
 
 def piece(tensor: Tensor | None, part: int, parts: int, dim: int = 1) -> Tensor | None:
-    """Cut a part out of a tensor whose dimension `dim` is the batch, if it has that dimension."""
+    """Take a part of the batch, dimension `dim`, from a tensor, if it has that dimension."""
     if tensor is None or tensor.dim() <= dim:
         return tensor
     return tensor.unflatten(dim, (parts, -1)).select(dim, part)
 
 
 def members(of_one: Callable[[Call], Result], call: Call) -> Result:
-    """Run an ensemble, a call for each member."""
+    """Run an ensemble, by one call per member."""
     return joined([of_one(of_member(call, m)) for m in range(call.members)])
 
 
 def joined(results: Sequence[Result]) -> Result:
-    """The result of a batch, from those of its parts."""
+    """Join the results of the parts of a batch."""
     y, final, traces = zip(*results, strict=True)
     return Result(
         torch.cat(y, dim=1),

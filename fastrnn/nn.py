@@ -1,8 +1,8 @@
 """Drop-in modules: ``RNN``, ``LSTM``, ``GRU`` and their cells.
 
-They are torch.nn's classes with another ``forward``: constructor, parameters,
-initialisation, attributes, ``repr``, serialisation and the checks of the input are
-inherited. Nothing here is numeric.
+They subclass torch.nn's classes and replace ``forward``; constructor, parameters,
+initialisation, attributes, ``repr``, serialisation and input checks are inherited.
+No arithmetic happens here.
 """
 
 from __future__ import annotations
@@ -23,42 +23,43 @@ from . import functional as F
 from .cells import CELLS, Cell
 from .options import Options
 
-#: What sequence modules have beyond torch.nn's, and the values that mean nothing.
+#: Attributes that torch.nn's sequence modules lack, and the values that disable them.
 _PLAIN = {"recurrent_dropout": 0.0, "zoneout": 0.0, "weight_dropout": 0.0, "num_heads": 1}
 
-#: What a call has beyond torch.nn's; None and False mean nothing.
+#: Arguments of a call that torch.nn lacks; None and False disable them.
 _BEYOND_TORCH = ("lengths", "reset", "reset_state", "return_states", "bptt", "recompute")
 
 #: Cells by the ``mode`` of a module.
 _OF_MODE = {name.upper(): cell for name, cell in CELLS.items()}
 
-#: Marks, on the instance, what ``replace`` turned into ours.
+#: Attribute that marks an instance whose class ``replace`` changed to ours.
 REPLACED = "_fastrnn_replaced"
 
 
 class _Convertible:
-    """To and from the torch.nn class of the same name."""
+    """Conversion to and from the torch.nn class of the same name."""
 
     _stock: type[torch.nn.Module]
 
     @classmethod
     def from_torch(cls, module: torch.nn.Module) -> Any:
-        """Make a module of this class out of torch.nn's, sharing its parameters.
+        """Make a module of this class from a torch.nn module, sharing its parameters.
 
         Parameters
         ----------
         module : torch.nn.Module
-            An instance of exactly the torch.nn class of this name; may be parametrized.
+            An instance of the torch.nn class of the same name, not of a subclass; may be
+            parametrized.
 
         Returns
         -------
         Module
-            With the same parameters (not copies), hooks and training flag.
+            A new module with the same parameters (not copies), hooks and training flag.
 
         Raises
         ------
         TypeError
-            If `module` is of another class, or has a ``forward`` of its own.
+            If `module` is of another class, or its ``forward`` is overridden on the instance.
         """
         if plain_class(module) is not cls._stock:
             raise TypeError(
@@ -68,21 +69,21 @@ class _Convertible:
         return _as_class(module, cls)
 
     def to_torch(self) -> Any:
-        """Make a torch.nn module out of this one, sharing its parameters.
+        """Make a torch.nn module from this one, sharing its parameters.
 
         Returns
         -------
         torch.nn.Module
-            The torch.nn class of this name, with the same parameters (not copies),
-            hooks and training flag; for ONNX export, quantisation or TorchScript.
+            An instance of the torch.nn class of the same name, with the same parameters (not
+            copies), hooks and training flag; for ONNX export, quantisation or TorchScript.
 
         Raises
         ------
         ValueError
-            If torch has no such layer (``nonlinearity='identity'``, heads, and the kinds of dropout
-            that are not torch's).
+            If torch.nn has no equivalent layer: ``nonlinearity='identity'``, ``num_heads`` above 1,
+            recurrent dropout, zoneout or weight dropout.
         TypeError
-            If the module has a ``forward`` of its own.
+            If the module's ``forward`` is overridden on the instance.
         """
         if getattr(self, "nonlinearity", None) == "identity":
             raise ValueError(f"torch.nn.{self._stock.__name__} has no nonlinearity 'identity'")
@@ -93,7 +94,7 @@ class _Convertible:
 
 
 def _as_class(module: Any, cls: Any) -> Any:
-    """A shallow copy of a module under another class, with containers of its own."""
+    """Copy a module shallowly, with its own containers, and give the copy another class."""
     if "forward" in vars(module):
         raise TypeError("the forward of the module is overridden on the instance")
     cls = class_like(module, cls)
@@ -109,7 +110,7 @@ def _as_class(module: Any, cls: Any) -> Any:
 
 
 def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
-    """Look through the class that parametrizations put before a module's own.
+    """Return a module's class, without the subclass that parametrizations insert.
 
     Parameters
     ----------
@@ -124,7 +125,7 @@ def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
 
 
 def class_like(module: torch.nn.Module, cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """Make the class to give a module in place of its plain one.
+    """Make the class that replaces a module's plain class.
 
     Parameters
     ----------
@@ -135,8 +136,8 @@ def class_like(module: torch.nn.Module, cls: type[torch.nn.Module]) -> type[torc
     Returns
     -------
     type
-        `cls`, or for a parametrized module a class derived from it, with the properties
-        that compute the parametrized weights.
+        `cls`, or, for a parametrized module, a subclass of it with the properties that
+        compute the parametrized weights.
     """
     if not parametrize.is_parametrized(module):
         return cls
@@ -172,7 +173,7 @@ class _Layers(_torch.RNNBase):
         if weight_dropout:
             self.weight_dropout = checks.probability("weight_dropout", weight_dropout)
 
-    # On the class, so that modules of torch.nn that became ours have them.
+    # On the class, so that torch.nn modules whose class became ours have them.
     recurrent_dropout: float = 0.0
     zoneout: float | Sequence[float] = 0.0
     weight_dropout: float = 0.0
@@ -187,13 +188,13 @@ class _Layers(_torch.RNNBase):
         return _OF_MODE[self.mode]
 
     def extra_repr(self) -> str:
-        """What torch.nn shows, and what it does not have."""
+        """Return what torch.nn shows, and the attributes that torch.nn lacks."""
         values = {name: getattr(self, name) for name in _PLAIN}
         shown = [f"{name}={value}" for name, value in values.items() if value != _PLAIN[name]]
         return ", ".join([super().extra_repr(), *shown])
 
     def flatten_parameters(self) -> None:
-        """Do what torch.nn does, where the weights are those that cuDNN has."""
+        """Do what torch.nn does, if the weights have the layout that cuDNN expects."""
         if self.num_heads == 1:
             super().flatten_parameters()
 
@@ -209,42 +210,45 @@ class _Layers(_torch.RNNBase):
         bptt: int | None = None,
         recompute: bool | int = False,
     ) -> Any:
-        """Run the layers over a batch of sequences; what torch.nn has is as there.
+        """Run the layers over a batch of sequences.
+
+        `input`, `hx` and the results are as in torch.nn; the keyword arguments are described in
+        full in ``fastrnn.functional.lstm``.
 
         Parameters
         ----------
         input : Tensor of shape (T, B, I), (B, T, I) if batch_first, (T, I), or PackedSequence
-        hx : Tensor of shape (L * D, B, H), or a tuple of such (LSTM h and c), optional
-            Initial state; without the B dimension for an unbatched input.
+        hx : Tensor of shape (L * D, B, H), or a tuple of such tensors (LSTM: h and c), optional
+            Initial state, zeros if None; without the B dimension for unbatched input.
         lengths : integer Tensor of shape (B,), optional
-            Steps of each row, from 0 to T, in any order, on the device of `input`; a number for an
-            unbatched input. See ``fastrnn.functional.lstm`` for this and what follows.
+            Number of steps of each sequence, from 0 to T, in any order, on the device of `input`;
+            a number for unbatched input.
         reset : bool Tensor of shape (T, B), (B, T) if batch_first, (T,) or PackedSequence, optional
-            Whether a new sequence begins with x_t: the state is reset before x_t is consumed.
+            True where a new sequence starts at x_t: the state is reset before x_t is consumed.
         reset_state : as `hx`, optional
-            The state after a reset, zeros if None; its B may be 1.
+            State after a reset, zeros if None; its B may be 1.
         return_states : bool or 'gates', default False
-            Whether to return the states of all steps too, or also the gates. Of a PackedSequence
-            they are padded, with its sequences in their original order.
+            Whether to return the states of all steps as well, or states and gates. For a
+            PackedSequence they are padded, with the sequences in their original order.
         bptt : int, optional
-            Steps after which gradients stop.
+            Number of steps after which gradients are truncated.
         recompute : bool or int, default False
-            Whether to keep less memory between forward and backward; a number does so in chunks of
-            so many steps.
+            Whether to store less between forward and backward and recompute the rest; a number
+            does so in chunks of that many steps.
 
         Returns
         -------
         output : Tensor or PackedSequence
-            Hidden state of the last layer at every step, both directions side by side.
+            Hidden state of the last layer at every step, both directions concatenated.
         hx : Tensor, or a tuple of Tensor
-            State of every layer after each sequence's last step.
+            State of every layer after the last step of each sequence.
         states : fastrnn.functional.States
             Only if `return_states`.
 
         Raises
         ------
         ValueError, RuntimeError
-            If the arguments do not fit the module or each other; texts as in torch.nn.
+            If the arguments do not fit the module or each other, with torch.nn's messages.
         """
         if lengths is reset is reset_state is bptt is None and return_states is recompute is False:
             result = forms.run_prepared(self, input, hx)
@@ -285,19 +289,19 @@ class _Layers(_torch.RNNBase):
 
     @property
     def _is_stock(self) -> bool:
-        """Whether the module does nothing that torch.nn's would not."""
+        """Whether torch.nn's module computes the same."""
         noise = self.recurrent_dropout or self.zoneout or self.weight_dropout
         return not noise and self.num_heads == 1
 
     def _is_ordinary(self, input: Any, hx: Any) -> bool:
-        """Whether torch.nn's checks would find nothing but what ours find, in the same words."""
+        """Whether our checks find everything torch.nn's would, with the same messages."""
         if torch.compiler.is_compiling() or torch._C._is_tracing():
             return False
         if type(input) is not Tensor or input.dim() != 3 or input.layout != torch.strided:
             return False
         if input.shape[2] != self.input_size:
             return False
-        # Read once: computing parametrizations twice a call would not be harmless.
+        # Read once: computing parametrizations twice in a call may have side effects.
         parameters, weights, dtype = self._parameters.values(), self._flat_weights, input.dtype
         if len(parameters) != len(weights) or not all(map(operator.is_, parameters, weights)):
             return False
@@ -320,10 +324,10 @@ class _Layers(_torch.RNNBase):
         return not torch._C._is_any_autocast_enabled()
 
     def _is_for_torch(self, input: Any, hx: Any) -> bool:
-        """Whether torch.nn is to run a call, whatever the planner says.
+        """Whether torch.nn must run a call, whatever the planner says.
 
-        With weights that our operators do not know; and to refuse, in its words, what it has no
-        layer for: input and state of other kinds, a weight that is None.
+        It runs weights that our operators cannot handle, and raises its own errors for what it
+        does not support: other types of input and state, a weight that is None.
         """
         if not self._is_stock or torch.compiler.is_compiling():
             return False
@@ -339,22 +343,22 @@ class _Layers(_torch.RNNBase):
             if self.mode != "RNN_IDENTITY" and any(
                 part.dtype != x.dtype for part in forms.states_in(hx)
             ):
-                return True  # torch promotes some and refuses the others
+                return True  # torch promotes some and rejects the others
         if self.mode == "RNN_IDENTITY":
             return False
         weights = self._parameters.values()
         if any(weight is None for weight in weights):
             return True
         if len(self._all_weights) != self.num_layers * (2 if self.bidirectional else 1):
-            return True  # it computes with what the attributes say
+            return True  # torch goes by the attributes
         if not context.are_known(*weights) and planner.forced.path is None:
             return True
         return is_packed and any(part.dim() != 3 for part in forms.states_in(hx))
 
     def _check_before_torch(self, input: Any, hx: Any) -> None:
-        """Check what torch.nn does not: what an LSTM gets with packed sequences of equal lengths.
+        """Check the sizes that torch.nn does not: those of an LSTM on packed, equal-length input.
 
-        oneDNN would read and write beyond the memory of what is too small.
+        oneDNN would read and write out of bounds if a tensor were too small.
         """
         if self.mode != "LSTM" or not isinstance(input, PackedSequence) or context.is_traced():
             return
@@ -369,55 +373,57 @@ class _Layers(_torch.RNNBase):
                 self.check_hidden_size(part, size, f"Expected {text}, got {{}}")
 
     def _is_state(self, hx: Any) -> bool:
-        """Whether an argument is of the kind of the state: a tensor, or as many as there are."""
+        """Whether an argument has the type of the state: a tensor, or a sequence of tensors."""
         if not self._is_paired:
             return isinstance(hx, Tensor)
         return isinstance(hx, (tuple, list)) and all(isinstance(part, Tensor) for part in hx)
 
     @property
     def _is_paired(self) -> bool:
-        """Whether the state is more than h."""
+        """Whether the state has parts other than h."""
         return len(self._definition.states) > 1
 
 
 class LSTM(_Convertible, _Layers, torch.nn.LSTM):
-    """Long short-term memory layers, in place of ``torch.nn.LSTM``.
+    """Long short-term memory layers, a drop-in replacement for ``torch.nn.LSTM``.
 
     Parameters
     ----------
     input_size, hidden_size : int
         I and H.
     num_layers : int, default 1
+        L.
     bias : bool, default True
-        Whether there are ``bias_ih`` and ``bias_hh``.
+        Whether the layers have ``bias_ih`` and ``bias_hh``.
     batch_first : bool, default False
         Whether input and output are (B, T, features) instead of (T, B, features).
     dropout : float, default 0.0
-        Probability to zero an output of every layer but the last, in training.
+        Probability of zeroing an element of the output of every layer but the last, in training.
     bidirectional : bool, default False
+        Whether each layer runs in both directions: D = 2 instead of 1.
     proj_size : int, default 0
         If positive, h is projected to this size: P = proj_size instead of H.
     device, dtype : optional
-        Of the parameters.
+        Device and dtype of the parameters.
     recurrent_dropout, zoneout : optional
         See ``fastrnn.functional.lstm``.
     weight_dropout : float, default 0.0
-        Probability to zero an element of ``weight_hh`` in a call, in training (Merity et al. 2018,
-        arXiv:1708.02182).
+        Probability of zeroing an element of ``weight_hh``, drawn once per call, in training
+        (Merity et al. 2018, arXiv:1708.02182).
     num_heads : int, default 1
-        Block-diagonal recurrence: the hidden units are so many heads of consecutive ones, which do
-        not see each other in the recurrent product. ``weight_hh`` has the shape
-        (4H, H / num_heads); not with `proj_size`.
+        Block-diagonal recurrence: the hidden units are split into this many heads of consecutive
+        units, and the recurrent product connects only units of the same head. ``weight_hh`` has
+        the shape (4H, H / num_heads). Not with `proj_size`.
 
     Raises
     ------
     TypeError, ValueError
-        For the values that torch.nn.LSTM refuses, with its texts.
+        For the values that torch.nn.LSTM rejects, with its messages.
 
     Notes
     -----
-    Attributes, parameter names, initial values and `repr` are those of torch.nn.LSTM,
-    of which this is a subclass. ``fastrnn.cells.lstm`` has the formula.
+    A subclass of torch.nn.LSTM with its attributes, parameter names, initial values and ``repr``.
+    For the formula see ``fastrnn.cells.lstm``.
 
     Examples
     --------
@@ -432,7 +438,7 @@ class LSTM(_Convertible, _Layers, torch.nn.LSTM):
 
 
 class GRU(_Convertible, _Layers, torch.nn.GRU):
-    """Gated recurrent unit layers, in place of ``torch.nn.GRU``.
+    """Gated recurrent unit layers, a drop-in replacement for ``torch.nn.GRU``.
 
     Parameters
     ----------
@@ -444,11 +450,11 @@ class GRU(_Convertible, _Layers, torch.nn.GRU):
     Raises
     ------
     TypeError, ValueError
-        For the values that torch.nn.GRU refuses, with its texts.
+        For the values that torch.nn.GRU rejects, with its messages.
 
     Notes
     -----
-    A subclass of torch.nn.GRU; ``fastrnn.cells.gru`` has the formula.
+    A subclass of torch.nn.GRU. For the formula see ``fastrnn.cells.gru``.
 
     Examples
     --------
@@ -463,14 +469,14 @@ class GRU(_Convertible, _Layers, torch.nn.GRU):
 
 
 class RNN(_Convertible, _Layers, torch.nn.RNN):
-    """Elman layers, in place of ``torch.nn.RNN``.
+    """Elman layers, a drop-in replacement for ``torch.nn.RNN``.
 
     Parameters
     ----------
     input_size, hidden_size, num_layers : int
         As for `LSTM`.
     nonlinearity : {'tanh', 'relu', 'identity'}, default 'tanh'
-        'identity', a linear network, is beyond torch.nn.RNN.
+        phi; 'identity' makes the network linear, which torch.nn.RNN does not support.
     bias, batch_first, dropout, bidirectional, device, dtype
         As for `LSTM`.
     recurrent_dropout, zoneout, weight_dropout, num_heads
@@ -479,11 +485,11 @@ class RNN(_Convertible, _Layers, torch.nn.RNN):
     Raises
     ------
     TypeError, ValueError
-        For the values that torch.nn.RNN refuses, with its texts.
+        For the values that torch.nn.RNN rejects, with its messages.
 
     Notes
     -----
-    A subclass of torch.nn.RNN: h_t = phi(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
+    A subclass of torch.nn.RNN: ``h_t = phi(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)``.
 
     Examples
     --------
@@ -503,7 +509,7 @@ class RNN(_Convertible, _Layers, torch.nn.RNN):
             self.nonlinearity, self.mode = "identity", "RNN_IDENTITY"
 
     def flatten_parameters(self) -> None:
-        """Do what torch.nn.RNN does, where cuDNN has the activation."""
+        """Do what torch.nn.RNN does, if cuDNN supports the activation."""
         if self.mode != "RNN_IDENTITY":
             super().flatten_parameters()
 
@@ -511,7 +517,7 @@ class RNN(_Convertible, _Layers, torch.nn.RNN):
 def _without_identity(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
-    """Arguments that torch's constructor takes, and whether they asked for 'identity'.
+    """Return arguments for torch's constructor, and whether they asked for 'identity'.
 
     ``nonlinearity`` is the fourth argument of RNN and of RNNCell.
     """
@@ -526,13 +532,13 @@ class _Cell(_torch.RNNCellBase):
     """The forward of all cell modules."""
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        """Run one step; arguments and results as in torch.nn.
+        """Run one step, with arguments and results as in torch.nn.
 
         Parameters
         ----------
         input : Tensor of shape (B, I) or (I,)
-        hx : Tensor of shape (B, H) or (H,), or a tuple of such (LSTMCell h and c), optional
-            State before the step, zeros if not given.
+        hx : Tensor of shape (B, H) or (H,), or a tuple of such tensors, optional
+            State before the step, zeros if None; of an LSTMCell the tuple (h, c).
 
         Returns
         -------
@@ -542,7 +548,7 @@ class _Cell(_torch.RNNCellBase):
         Raises
         ------
         ValueError, RuntimeError
-            If the arguments do not fit the module or each other; texts as in torch.nn.
+            If the arguments do not fit the module or each other, with torch.nn's messages.
         """
         new = forms.step_prepared(self, input, hx)
         if new is not None:
@@ -587,7 +593,7 @@ class _Cell(_torch.RNNCellBase):
         return tuple(new) if paired else new[0]
 
     def _of_other_kinds(self, input: Any, hx: Any) -> Any:
-        """Do what torch.nn does with an input and a state of other kinds; mostly, refuse them."""
+        """Do what torch.nn does for input and state of other types: in most cases, raise."""
         return super().forward(input, hx)
 
     def _zeros(self, input: Tensor) -> Any:
@@ -596,10 +602,10 @@ class _Cell(_torch.RNNCellBase):
         return zeros if self._n_states == 1 else (zeros,) * self._n_states
 
     def _is_ordinary(self, input: Any, hx: Any) -> bool:
-        """Whether a kernel may be called without ado: a batch, a state, plain weights.
+        """Whether a kernel can be called directly: batched input, a state, plain weights.
 
-        Such a step is torch's, whatever the planner would look at, unless another path is forced
-        or, in inference, the kernels are for it.
+        Torch runs such a step without asking the planner, unless a path is forced or, in
+        inference, our kernels run it.
         """
         state = hx if self._n_states > 1 and type(hx) is tuple else (hx,)
         return (
@@ -611,23 +617,24 @@ class _Cell(_torch.RNNCellBase):
             and not context.transformed()
         )
 
-    _title: str  # the name of the class in texts
+    _title: str  # the name of the class in messages
     _cell_name: Any  # key of ``fastrnn.cells.CELLS``
-    _aten: Any = None  # torch's function of one step, None for what torch has not
+    _aten: Any = None  # torch's function for one step, None if it has none
     _n_states: Any = 1
     _weight_names: Any = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class LSTMCell(_Convertible, _Cell, torch.nn.LSTMCell):
-    """One step of an LSTM, in place of ``torch.nn.LSTMCell``.
+    """One step of an LSTM, a drop-in replacement for ``torch.nn.LSTMCell``.
 
     Parameters
     ----------
     input_size, hidden_size : int
         I and H.
     bias : bool, default True
+        Whether the cell has ``bias_ih`` and ``bias_hh``.
     device, dtype : optional
-        Of the parameters.
+        Device and dtype of the parameters.
 
     Examples
     --------
@@ -643,7 +650,7 @@ class LSTMCell(_Convertible, _Cell, torch.nn.LSTMCell):
 
 
 class GRUCell(_Convertible, _Cell, torch.nn.GRUCell):
-    """One step of a GRU, in place of ``torch.nn.GRUCell``.
+    """One step of a GRU, a drop-in replacement for ``torch.nn.GRUCell``.
 
     Parameters
     ----------
@@ -663,18 +670,17 @@ class GRUCell(_Convertible, _Cell, torch.nn.GRUCell):
 
 
 class RNNCell(_Convertible, _Cell, torch.nn.RNNCell):
-    """One step of an Elman network, in place of ``torch.nn.RNNCell``.
+    """One step of an Elman network, a drop-in replacement for ``torch.nn.RNNCell``.
 
     Parameters
     ----------
-    input_size, hidden_size : int
-        I and H.
-    bias : bool, default True
+    input_size, hidden_size, bias
+        As for `LSTMCell`.
     nonlinearity : {'tanh', 'relu', 'identity'}, default 'tanh'
-        'identity' is beyond torch.nn.RNNCell. As there, any other value is refused at
-        the first call.
+        torch.nn.RNNCell does not support 'identity'. As in torch.nn, any other value raises an
+        error at the first call.
     device, dtype : optional
-        Of the parameters.
+        As for `LSTMCell`.
 
     Examples
     --------
@@ -697,7 +703,7 @@ class RNNCell(_Convertible, _Cell, torch.nn.RNNCell):
         return paths.ATEN_STEPS.get(f"rnn_{self.nonlinearity}")
 
 
-#: Our class for each of torch.nn's.
+#: Our class for each torch.nn class.
 REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     cls._stock: cls for cls in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
 }

@@ -1,12 +1,12 @@
-"""The operators, as torch sees them: schema, fake kernel, autograd, autocast.
+"""The registration of the operators with torch: schemas, fake kernels, autograd, vmap, autocast.
 
 ``fastrnn::layer`` runs one layer over a whole sequence, which may be a single step, in one or both
-directions. ``fastrnn::layer_backward`` is an operator too, so that compilers see an opaque call,
-and so that it can itself be differentiated. Second derivatives are those of ``reference.py``. What
-``torch.func`` transforms see is in ``transforms.py``.
+directions. ``fastrnn::layer_backward`` is an operator too, so that it is opaque to compilers and
+can itself be differentiated. Second derivatives are those of ``reference.py``. Support for
+``torch.func`` transforms is in ``transforms.py``.
 
-A backend registers kernels for these two names; nothing else in the package knows
-torch's dispatcher. Only here is a call a list of arguments, as a schema has it.
+Backends register kernels for these two names; nothing else in the package uses torch's
+dispatcher. Only here is a call a flat list of arguments, as the schemas require.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .cells import CELLS
 from .context import differentiated, forward_mode, is_plain, is_traced, transform
 from .flow import Flow
 
-# `save`: what to return for backward, `cpu.NOTHING`, `cpu.STATES` or `cpu.ALL`. `state` may be
+# `save` is what to return for backward: `cpu.NOTHING`, `cpu.STATES` or `cpu.ALL`. `state` may be
 # empty, meaning zeros, unless `batch_sizes` is given. `marks`, `fresh` and `noise` are those of a
-# Flow. Gradients that were not asked for are empty tensors or lists; `d_traces` may be empty. With
-# `groups`, the batch consists of so many parts, and each has its own weight gradients.
+# Flow. Gradients that were not requested are empty tensors or lists; `d_traces` may be empty. With
+# `groups`, the batch consists of this many parts, each with its own weight gradients.
 # Lists that may be empty are optional because AOTInductor's loader passes None for an empty list.
 _LAYER = (
     "Tensor x, Tensor[]? state, Tensor[] weights, Tensor? batch_sizes, bool bidirectional,"
@@ -46,24 +46,24 @@ for _name, _schema in _SCHEMAS.items():
 
 
 def _call(cell, x, state, weights, batch_sizes, bidirectional, marks, fresh, noise) -> Call:
-    """The record of arguments."""
+    """Make the record of a list of arguments."""
     flow = Flow(marks, fresh or [], noise or [])
     return Call(CELLS[cell], x, state or [], weights, batch_sizes, bidirectional, flow)
 
 
 def _resolved(call: Call) -> Call:
-    """The call without negative views in lists that may be missing, which torch leaves there."""
+    """Resolve negative views in the optional lists of a call, which torch does not do."""
     marks, *others = call.flow
     state, fresh, noise = ([t.resolve_neg() for t in part] for part in (call.state, *others))
     return call._replace(state=state, flow=Flow(marks, fresh, noise))
 
 
-# Kernels. The CPU backend has a loop of torch operators, so it serves every device but those for
-# which gpu.py has Triton kernels.
+# Kernels. The CPU backend contains a loop of torch operators, so it serves every device except
+# those for which gpu.py has Triton kernels.
 
 
 def _implement(backend: Any, key: str) -> None:
-    """Register a backend's functions as the operators."""
+    """Register a backend's functions as implementations of the operators."""
 
     def layer(*arguments):
         *of_call, save, traced = arguments
@@ -108,7 +108,7 @@ def _layer_backward_fake(
     cell, dy, d_final, d_traces, x, state, weights, batch_sizes, bidirectional, marks, fresh, noise,
     saved, needs_x, needs_weights, groups,
 ):  # fmt: skip
-    of_one = weights[0].dim() - 2  # dimensions of members
+    of_one = weights[0].dim() - 2  # 1 if there is a dimension of members
     shapes = [(groups, *w.shape[of_one:]) if groups else w.shape for w in weights]
     d_weights = [x.new_empty(shape) for shape in shapes]
     return (
@@ -119,7 +119,7 @@ def _layer_backward_fake(
     )
 
 
-# Autograd. A context keeps tensors as one list, and the call without them.
+# Autograd. A context stores the tensors of a call as one list, and the call without them.
 
 
 def _keep(ctx: Any, call: Call, *groups: Sequence[Tensor | None]) -> None:
@@ -129,7 +129,7 @@ def _keep(ctx: Any, call: Call, *groups: Sequence[Tensor | None]) -> None:
 
 
 def _kept(ctx: Any) -> Iterator[Any]:
-    """The call, and the groups."""
+    """Restore the call and the groups that `_keep` stored."""
     tensors, *groups = split(ctx.saved_tensors, ctx.sizes)
     return iter((ctx.call.with_flat(tensors), *groups))
 
@@ -142,9 +142,9 @@ def _or_zeros(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Te
 
 
 def _gradients(call: Call, given: Cotangents, saved: Sequence[Tensor], asked: Asked) -> Any:
-    """Call ``layer_backward``; None for what was not asked for."""
+    """Call ``layer_backward``; gradients that were not requested are None."""
     cotangents = (given.dy, *given.d_final, *given.d_traces)
-    # Not the vmap of torch.func, but the older one behind autograd's is_grads_batched.
+    # Not torch.func's vmap, but the legacy one behind autograd's is_grads_batched.
     batched = torch._C._functorch.is_legacy_batchedtensor
     if forward_mode() or any(batched(t) for t in cotangents if t is not None):
         return gradients.first(call, given)
@@ -160,7 +160,7 @@ def _gradients(call: Call, given: Cotangents, saved: Sequence[Tensor], asked: As
 
 
 def _with_output(y: Tensor, saved: Sequence[Tensor]) -> Sequence[Tensor]:
-    """What backward needs: on a GPU the output too, of which the CPU keeps a copy of its own."""
+    """Add the output to what is saved on a GPU; the CPU saves its own copy."""
     return (y, *saved) if y.is_cuda else saved
 
 
@@ -194,11 +194,11 @@ def _layer_autograd(ctx, dy, d_final, d_traces, _d_saved):
 
 
 class _Layer(torch.autograd.Function):
-    """``fastrnn::layer`` as autograd has it without torch.library.
+    """``fastrnn::layer`` as an autograd function, without torch.library.
 
-    That takes its time, and leaves work to the garbage collector: what it flattens lists of tensors
-    with is a function that refers to itself, a new one in each pass. The tensors of the call come
-    once more as a list, for autograd to see.
+    torch.library is slow, and creates garbage: to flatten lists of tensors it defines a new
+    recursive function in each pass. The tensors of the call are also passed as a flat list, so that
+    autograd sees them.
     """
 
     @staticmethod
@@ -220,8 +220,8 @@ class _Layer(torch.autograd.Function):
         return None, None, None, *d_flat
 
 
-# The derivative of backward. What forward saved is an input there as well, but it is a function of
-# x, state and weights, through which the whole derivative is taken.
+# The derivative of backward. What forward saved is an input of backward too, but it is a function
+# of x, state and weights, and the whole derivative is taken through these.
 
 
 def _keep_given(ctx: Any, call: Call, given: Cotangents) -> None:
@@ -229,7 +229,7 @@ def _keep_given(ctx: Any, call: Call, given: Cotangents) -> None:
 
 
 def _second_gradients(ctx, found, wanted):
-    """Differentiate the gradients: run the reference twice through torch's own autograd."""
+    """Differentiate the gradients by double backward through the reference."""
     call, (dy,), d_final, d_traces = _kept(ctx)
     dx, d_state, d_fresh, d_weights = found
     cotangents = [dx, *d_state, *d_fresh, *(d_weights or [None] * len(call.weights))]
@@ -238,7 +238,7 @@ def _second_gradients(ctx, found, wanted):
 
 def _backward_setup(ctx, inputs, output):
     cell, dy, d_final, d_traces, *arguments, saved, _, _, groups = inputs
-    assert not groups, "only for torch.func, which takes another way"
+    assert not groups, "only for torch.func, which does not come here"
     ctx.n_saved = len(saved)
     _keep_given(ctx, _call(cell, *arguments), Cotangents(dy, d_final, d_traces))
 
@@ -258,9 +258,9 @@ def _backward_autograd(ctx, *found):
 
 
 class _LayerBackward(torch.autograd.Function):
-    """``fastrnn::layer_backward`` without torch.library, as `_Layer`.
+    """``fastrnn::layer_backward`` as an autograd function, without torch.library, like `_Layer`.
 
-    Tensors are the cotangents and those of the call; what was saved has no gradient.
+    The tensors are the cotangents and those of the call; saved tensors have no gradient.
     """
 
     @staticmethod
@@ -272,8 +272,8 @@ class _LayerBackward(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             dx, *groups = dispatch.by_operator(call, given, saved, asked)
         ctx.counts, ctx.n_found = counts, [len(group) for group in groups]
-        # Autograd forbids to overwrite a view that comes of an operator with other results.
-        assert dx is not None  # of the operator
+        # Autograd forbids in-place changes of views from operators with several results.
+        assert dx is not None  # the operator returns an empty tensor instead
         return dx.detach(), *(part for group in groups for part in group)
 
     @staticmethod
@@ -311,7 +311,7 @@ torch.library.register_autograd(
 )
 
 
-# vmap, over any of the tensors: one call for each element.
+# vmap over any of the tensors: one call per element.
 
 
 def _by_elements(op: Any, info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
@@ -338,11 +338,11 @@ for _name in _SCHEMAS:
     torch.library.register_vmap(f"fastrnn::{_name}", partial(_by_elements, _op))
 
 
-# What looks at operators beyond the dispatcher.
+# Registrations outside the dispatcher.
 
 
 def _register_fallbacks(lowering: Any) -> None:
-    """Tell inductor to call the operators, also where it may not find that out by itself."""
+    """Make inductor call the operators, even where it does not add fallbacks by itself."""
     for name in _SCHEMAS:
         lowering.make_fallback(getattr(torch.ops.fastrnn, name).default, warn=False)
 
@@ -364,7 +364,7 @@ def _layer_in_autocast(*arguments):
 
 
 def _backward_in_autocast(cell, dy, d_final, d_traces, x, *rest):
-    """Backward computes in the dtypes that the forward left, whatever region it is called in."""
+    """Run backward in the dtypes that the forward used, whatever autocast region is active."""
     with torch.autocast(x.device.type, enabled=False):
         return torch.ops.fastrnn.layer_backward(cell, dy, d_final, d_traces, x, *rest)
 
@@ -378,18 +378,18 @@ for _key in ("AutocastCPU", "AutocastCUDA"):
 
 
 def layer(call: Call, *, recompute: bool = False, traced: bool = False) -> Result:
-    """``reference.layer`` through the operator.
+    """Run ``reference.layer`` by the operator.
 
-    With `recompute` less is kept between forward and backward: on a GPU h and c only, on a CPU
-    nothing. Traces are returned only if it is `traced`.
+    With `recompute`, less is saved for backward: on a GPU only h and c, on a CPU nothing. Traces
+    are returned only if `traced`.
     """
     save, tensors = cpu.STATES if recompute else cpu.ALL, call.tensors
     if transform() == "func" and not torch.compiler.is_compiling():
-        # Who will be asked for gradients is not known here, but whether anybody can be.
+        # Whether gradients will be requested is not known here, only whether they can be.
         save = save if torch.is_grad_enabled() else cpu.NOTHING
         below = partial(layer, recompute=recompute, traced=traced)
         return transforms.layer(call, save, traced, below)
-    # What torch.jit traces is mostly for inference; with gradients, backward begins with a forward.
+    # torch.jit traces are mostly for inference; in training, backward starts with a forward.
     if not differentiated(*tensors) or is_traced():
         save = cpu.NOTHING
     if save == cpu.NOTHING or not is_plain(*tensors):
@@ -400,13 +400,13 @@ def layer(call: Call, *, recompute: bool = False, traced: bool = False) -> Resul
 
 
 def cell_step(call: Call) -> Sequence[Tensor]:
-    """``reference.step`` as a layer of one step; autocast is the caller's affair."""
-    # No views: callers detach a state in place.
+    """Run ``reference.step`` as a layer of one step; the caller handles autocast."""
+    # No views, because callers detach states in place.
     return [part.squeeze(0).clone() for part in layer(_of_one_step(call)).final]
 
 
 def cell_step_backward(call: Call, d_state: Sequence[Tensor | None], asked: Asked) -> Gradients:
-    """The gradients of `cell_step`, as a layer has them: for all that may want to know of it."""
+    """Compute the gradients of `cell_step` by the layer's operators, which torch can intercept."""
     of_final = [part.unsqueeze(0) for part in _or_zeros(d_state, call.state)]
     found = _gradients(_of_one_step(call), Cotangents(None, of_final), [], asked)
     dx = found.dx if found.dx is None else found.dx.squeeze(0)

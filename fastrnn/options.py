@@ -1,4 +1,4 @@
-"""What `lstm`, `gru` and `rnn` can be told, and what they return beyond torch.nn."""
+"""The options of `lstm`, `gru` and `rnn`, and the result that torch.nn does not return."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from torch import Tensor
 
 
 class States(NamedTuple):
-    """Every state of every layer, as ``return_states`` asks for.
+    """Every state of every layer, returned on request by ``return_states``.
 
     Attributes
     ----------
     h : Tensor of shape (T, L * D, B, P)
-        ``h[t]`` is what ``h_n`` would be after step t (for the reverse direction, of a sequence
-        that begins at t); zeros at steps that a row does not have.
+        ``h[t]`` is what ``h_n`` would be if the sequences ended after step t or, for the reverse
+        direction, started at step t. It is zero past the end of a sequence.
     c : Tensor of shape (T, L * D, B, H), or None
-        The same of the cell state, for an LSTM.
+        The cell state, likewise, for an LSTM.
     gates : Tensor of shape (T, L * D, B, G * H), or None
-        With ``return_states='gates'``, the activations: i, f, g, o of an LSTM, r, z, n of a GRU.
+        With ``return_states='gates'``, the gate activations: i, f, g, o of an LSTM, r, z, n of a
+        GRU.
     n, m : Tensor of shape (T, L * D, B, H), or None
-        As `c`, of an sLSTM.
+        The other states of an sLSTM.
     """
 
     h: Tensor
@@ -32,7 +33,7 @@ class States(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The keyword arguments of `lstm`, `gru` and `rnn`, which describes them."""
+    """The keyword arguments of `lstm`, `gru` and `rnn`, documented there."""
 
     batch_first: bool = False
     bidirectional: bool = False
@@ -50,7 +51,7 @@ class Options(NamedTuple):
     num_heads: int = 1
 
     def zones(self, n_states: int) -> list[float]:
-        """The zoneout of every state; a number is for h and, if that is all the rest, for c."""
+        """The zoneout of every state; a single number applies to h and, in an LSTM, to c."""
         if isinstance(self.zoneout, Sequence):
             return list(self.zoneout)
         count = n_states if n_states <= 2 else 1
@@ -65,6 +66,6 @@ class Options(NamedTuple):
 
     @property
     def is_marked(self) -> bool:
-        """Whether there are lengths, resets, truncated gradients, or all states are asked for."""
+        """Whether there are lengths, resets, truncated gradients or requests for all states."""
         is_plain = self.lengths is self.reset is self.bptt is None
         return not is_plain or bool(self.return_states)

@@ -1,13 +1,12 @@
-"""What a layer computes, said once more: the oracle of ``fastrnn verify``.
+"""An independent implementation of the layers: the oracle of ``fastrnn verify``.
 
-It takes nothing from the rest of the package, so that a mistake there is not one here. A layer is
-formulas for one step, and a walk over the steps of every row in the order in which its direction
-meets them. Heads are layers side by side. What is random is drawn by the caller.
+It uses nothing from the rest of the package, so that it does not share its mistakes. A layer
+consists of formulas for one step, and a walk over the steps of every row in the order of its
+direction. Heads are computed as separate layers. Random numbers are drawn by the caller.
 
-Everything is differentiable, and every tensor has one more dimension in front, of K draws: inputs
-and weights that differ a little, all of which one walk computes. In shapes, as in ``reference.py``,
-T are steps, B rows, I input features, H units, P the size of h, G gates, L layers and D directions;
-N are heads, and U = H / N their units.
+Everything is differentiable. Every tensor has a leading dimension of K draws: slightly different
+inputs and weights, which are computed together. In shapes, T, B, I, H, P, G, L and D are those of
+``call.py``; N is the number of heads, and U = H / N that of their units.
 """
 
 from __future__ import annotations
@@ -22,27 +21,27 @@ from torch.nn.functional import logsigmoid
 
 State = tuple[Tensor, ...]
 Extras = Mapping[str, Tensor]
-#: The recurrent part of all gates, a function of h: of r * h for one of the cells.
+#: The recurrent part of all gates as a function of h, or of r * h for one of the cells.
 Recur = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Walk:
-    """How all layers walk over their steps; tensors without the dimension of draws.
+    """How all layers walk over their steps; its tensors have no dimension of draws.
 
     Attributes
     ----------
     lengths : int64 Tensor of shape (B,)
     reset : bool Tensor of shape (T, B)
-        Whether a sequence begins with this step.
+        Whether a sequence starts at the step.
     bptt : int or None
-        Steps after which gradients stop.
+        Steps after which gradients are cut.
     drop : Tensor of shape (L * D, B, P), or None
-        The factors of h in the recurrent product.
+        Factors of h in the recurrent product.
     zones : sequence of (Tensor of shape (L * D, T, B, ·), or None)
-        The share of its old value that each state keeps.
+        Fraction of its previous value that each state keeps.
     dropout : sequence of Tensor of shape (T, B, D * P)
-        The factors of the output of every layer but the last; empty for none.
+        Factors of the output of every layer but the last; empty for none.
     """
 
     lengths: Tensor
@@ -55,7 +54,7 @@ class Walk:
 
 @dataclass(frozen=True)
 class Results:
-    """What `layers` computes; K draws of each.
+    """The results of `layers`, K draws of each.
 
     Attributes
     ----------
@@ -71,7 +70,7 @@ class Results:
     gates: Tensor | None
 
 
-# One step of each cell: the new states, and the activations of its gates if they are shown. `wx` is
+# One step of each cell: returns the new states, and the activations of its gates or None. `wx` is
 # the input part of the gates, with its bias.
 
 
@@ -111,7 +110,7 @@ def _slstm(wx: Tensor, recur: Recur, h: Tensor, state: State, extras: Extras) ->
     _, c, n, m = state
     kept = logsigmoid(f) + m
     new_m = torch.where(n == 0, i, torch.maximum(i, kept))
-    # Above 0 only where n = 0, and c too unless zoneout keeps the one and not the other.
+    # Above 0 only where n = 0; c is 0 there too, unless zoneout keeps only one of the two.
     old, new = (kept - new_m).clamp(max=80.0).exp(), (i - new_m).exp()
     c, n = old * c + new * z.tanh(), old * n + new
     return (o.sigmoid() * c / n, c, n, new_m), None
@@ -121,7 +120,7 @@ def _elman(phi: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     return lambda wx, recur, h, state, extras: ((phi(wx + recur(h)),), None)
 
 
-# How many gates a cell has, and its step.
+# The number of gates of a cell, and its step.
 _CELLS: dict[str, tuple[int, Callable[..., Any]]] = {
     "lstm": (4, _lstm),
     "gru": (3, _gru),
@@ -160,9 +159,9 @@ def layers(
     num_heads : int
     x : Tensor of shape (K, T, B, I)
     state, fresh : sequence of Tensor of shape (K, L * D, B, ·)
-        Before the first step, and after a reset.
+        States before the first step, and after a reset.
     weights : sequence of sequence of mapping of str to Tensor
-        For every layer and direction, by their names without suffix, each with K in front.
+        For every layer and direction, keyed by names without suffix; each has the dimension K.
     walk : Walk
     """
     found: list[tuple[Any, ...]] = []
@@ -195,20 +194,20 @@ def _direction(
     n: int,
     reverse: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
-    """States of all steps (K, T, B, ·), final states (K, B, ·), gates (K, T, B, G * H).
+    """Compute states of all steps (K, T, B, ·), final states (K, B, ·), gates (K, T, B, G * H).
 
-    From the states before the first step, and those after a reset.
+    `given` holds the states before the first step, and those after a reset.
     """
     state, fresh = given
     n_gates, step = _CELLS[cell]
     steps, heads = x.shape[1], num_heads
 
-    # The steps of every row in the order of the walk, those that it does not have at the end.
+    # The steps of every row in the order of the walk, with padding at the end.
     time = torch.arange(steps, device=x.device)[:, None]
     there = time < walk.lengths
     order = torch.where(there & reverse, walk.lengths - 1 - time, time)
     marks = [walk.reset, there & (time > 0) & (time % (walk.bptt or steps) == 0)]
-    if reverse:  # what begins with a step ends, seen from the other end, with the step before
+    if reverse:  # a boundary before step t is crossed on entering step t - 1
         marks = [
             torch.cat([part[1:], torch.zeros_like(part[:1])]) & (time < walk.lengths - 1)
             for part in marks
@@ -217,7 +216,7 @@ def _direction(
     held = None if there.all() else ~there
 
     def in_order(part: Tensor) -> Tensor:
-        """Of (T, B, ·), with any dimensions before; the other way too, if called again."""
+        """Reorder the steps of (..., T, B, ·); applied twice, it restores the original order."""
         return part.gather(-3, order[..., None].expand(part.shape))
 
     def by_head(part: Tensor) -> Tensor:
@@ -225,7 +224,7 @@ def _direction(
         return part.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
     def rows(part: Tensor) -> Tensor:
-        """(K, N, blocks * U, ...) from (K, blocks * H, ...), some blocks of H rows."""
+        """(K, N, blocks * U, ...) from (K, blocks * H, ...)."""
         blocks = part.unflatten(1, (-1, heads, w["weight_ih"].shape[1] // n_gates // heads))
         return blocks.transpose(1, 2).flatten(2, 3)
 
@@ -233,13 +232,13 @@ def _direction(
     extras = {name: rows(part)[:, :, None] for name, part in w.items() if part.dim() == 2}
 
     def product(part: Tensor, kind: str) -> Tensor:
-        """W part + b, for (..., ·) behind (K, N), perhaps normalised."""
+        """W part + b, for a part of shape (K, N, ..., ·), normalised if there is a gain."""
         found = part @ matrices[f"weight_{kind}"].transpose(-2, -1)
         if f"gain_{kind}" in extras:
             found = _normalised(found) * extras[f"gain_{kind}"]
         return found + extras[f"bias_{kind}"] if f"bias_{kind}" in extras else found
 
-    # (K, N, T, B, G * U): the rows of all steps are one dimension of the product.
+    # (K, N, T, B, G * U); the product is over the rows of all steps.
     wx = product(in_order(x).flatten(1, 2)[:, None], "ih").unflatten(2, (steps, -1))
     s = tuple(by_head(part) for part in state)
     anew = tuple(by_head(part) for part in fresh)
@@ -284,6 +283,6 @@ def _direction(
 
 
 def _where(condition: Tensor, parts: Sequence[Tensor], others: Sequence[Tensor]) -> State:
-    """For every state, the rows of one or of the other."""
+    """Select rows of `parts` where the condition holds, else of `others`, for every state."""
     chosen = zip(parts, others, strict=True)
     return tuple(torch.where(condition[:, None], part, other) for part, other in chosen)

@@ -1,4 +1,4 @@
-"""Swap recurrent modules inside existing models, to ours and back."""
+"""Swap the recurrent modules of existing models to ours and back."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .nn import _PLAIN, REPLACED, REPLACEMENTS, _Convertible, _Layers, class_lik
 _STOCK = {ours: stock for stock, ours in REPLACEMENTS.items()}
 
 Selector = str | type[torch.nn.Module]
-# The class that a module gets, or why it is kept; None if it is not recurrent.
+# The class to give a module, or the reason to keep its own; None if it is not recurrent.
 _Choice = type[torch.nn.Module] | str | None
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `replace`, `restore` or `to_torch` did.
+    """The modules that `replace`, `restore` or `to_torch` changed and kept.
 
     Attributes
     ----------
     swapped : dict of str to str
-        Qualified name of each module whose class was changed, and from what to what.
+        Maps the qualified name of each module whose class was changed to its old and new class.
     kept : dict of str to str
-        Qualified name of each recurrent module that was left alone, and why.
+        Maps the qualified name of each recurrent module that was not changed to the reason.
 
     Examples
     --------
@@ -55,20 +55,20 @@ def replace(
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
 ) -> Report:
-    """Turn every torch.nn recurrent module inside a model into ours, in place.
+    """Swap every torch.nn recurrent module of a model to fastrnn's, in place.
 
-    Only the class of each module changes: parameters and buffers are the same objects,
+    Only the class of each module changes. Parameters and buffers remain the same objects,
     so optimizers stay valid; hooks, the training flag, parametrizations and everything
-    else on the instance stay.
+    else on the instance are kept.
 
     Parameters
     ----------
     model : torch.nn.Module
         May itself be a recurrent module.
     include, exclude : str, type, or iterable of these, optional
-        Which modules: patterns of qualified names as in `fnmatch` ('encoder.*'), or
-        torch.nn classes. By default all are included and none excluded. A module that the
-        model holds under several names is selected by any of them.
+        Modules to swap and modules to keep, as patterns of qualified names as in `fnmatch`
+        ('encoder.*') or as torch.nn classes. By default all are included and none excluded.
+        If the model holds a module under several names, any of them selects it.
 
     Returns
     -------
@@ -77,7 +77,7 @@ def replace(
     Raises
     ------
     TypeError
-        If `model` is not a module, or a selector neither a string nor a class.
+        If `model` is not a module, or a selector is neither a string nor a class.
 
     Examples
     --------
@@ -93,9 +93,9 @@ def replace(
 
 
 def restore(model: torch.nn.Module) -> Report:
-    """Undo `replace`: give every module that it swapped its torch.nn class back.
+    """Undo `replace`: give every swapped module its torch.nn class back.
 
-    Modules that were built as ours are not touched; `to_torch` takes those too.
+    Modules that were created as fastrnn's are kept; `to_torch` converts those too.
 
     Parameters
     ----------
@@ -123,38 +123,39 @@ def to_torch(
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
 ) -> Report:
-    """Turn every module of ours inside a model into torch.nn's of the same name, in place.
+    """Swap every fastrnn module of a model to the torch.nn class of the same name, in place.
 
-    For tools that look for torch's own classes, such as Opacus, quantisation, TorchScript and
-    ONNX. Only the class of each module changes, as in `replace`, so optimizers stay valid.
-    `replace` makes them ours again, and with them whatever else is recurrent and torch.nn's.
-    The method ``to_torch`` of a module makes a second module instead.
+    Use it for tools that look for torch.nn's own classes, such as Opacus, quantisation, TorchScript
+    and ONNX. Only the class of each module changes, as in `replace`, so optimizers stay valid.
+    `replace` swaps the modules back, along with any other torch.nn recurrent modules of the model.
+    To create a second module instead, use the module's method ``to_torch``.
 
     Parameters
     ----------
     model : torch.nn.Module
         May itself be a recurrent module.
     include, exclude : str, type, or iterable of these, optional
-        Which modules, as for `replace`; classes are ours or torch.nn's.
+        Modules to swap and modules to keep, as for `replace`; classes may be fastrnn's or
+        torch.nn's.
 
     Returns
     -------
     Report
-        What torch.nn does not have is kept: an option such as zoneout, a cell such as that of
-        `LayerNormLSTM`.
+        Modules without an equivalent in torch.nn are kept: those with an option such as zoneout,
+        or with a cell such as that of `LayerNormLSTM`.
 
     Raises
     ------
     TypeError
-        If `model` is not a module, or a selector neither a string nor a class.
+        If `model` is not a module, or a selector is neither a string nor a class.
 
     Notes
     -----
-    Recurrent and weight dropout do nothing in evaluation: to convert a trained module that has
-    them, set its attributes ``recurrent_dropout`` and ``weight_dropout`` to 0 before.
+    Recurrent and weight dropout have no effect in evaluation mode. To convert a trained module
+    that uses them, first set its attributes ``recurrent_dropout`` and ``weight_dropout`` to 0.
 
-    A model that calls its layers with arguments that torch.nn does not have, such as ``lengths``,
-    gets a TypeError from them afterwards.
+    After the swap, calling a layer with an argument that torch.nn does not support, such as
+    ``lengths``, raises a TypeError.
 
     Examples
     --------
@@ -170,13 +171,13 @@ def to_torch(
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-    """Bind torch.nn's six recurrent names to our classes inside a ``with`` block.
+    """Bind torch.nn's six recurrent class names to fastrnn's classes inside a ``with`` block.
 
-    For code that builds its own ``nn.LSTM``: the names change in ``torch.nn``,
+    Use it for code that creates its own ``nn.LSTM``. The names are rebound in ``torch.nn``,
     ``torch.nn.modules`` and ``torch.nn.modules.rnn``, for all threads, until the last open
-    block ends. Names that other modules imported earlier (``from torch.nn import LSTM``)
-    keep their meaning. Inside the block ``isinstance(m, nn.LSTM)`` is false for a stock
-    module built before, and pickle, which looks a class up by its name, refuses such a module.
+    block ends. Names that other modules have already imported (``from torch.nn import LSTM``)
+    are not rebound. Inside the block, ``isinstance(m, nn.LSTM)`` is false for a torch.nn module
+    created before it, and pickle, which looks up classes by name, cannot pickle such a module.
 
     Examples
     --------
@@ -203,7 +204,7 @@ def patched() -> Iterator[None]:
                 setattr(*_before.pop())
 
 
-# Blocks of different threads may overlap: the first to open binds, the last to end restores.
+# Blocks of different threads may overlap: the first to open binds, the last to close restores.
 _patching = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
@@ -221,7 +222,7 @@ def _swap(
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
 ) -> Report:
-    """Give the modules inside a model the classes that are chosen for them."""
+    """Give each module of a model the class that `choose` returns for it."""
     included, excluded = _selectors("include", include), _selectors("exclude", exclude)
     report = Report()
     for module, names in _modules(model).items():
@@ -250,7 +251,7 @@ def _shown(cls: type[torch.nn.Module]) -> str:
 
 
 def _our_class(module: torch.nn.Module) -> _Choice:
-    """Choose for `replace`."""
+    """Choose a module's class for `replace`."""
     if isinstance(module, _Convertible):
         return None
     if not isinstance(module, tuple(REPLACEMENTS)):
@@ -260,7 +261,7 @@ def _our_class(module: torch.nn.Module) -> _Choice:
 
 
 def _torch_class(module: torch.nn.Module) -> _Choice:
-    """Choose for `to_torch`."""
+    """Choose a module's class for `to_torch`."""
     if not isinstance(module, _Convertible):
         return f"torch.nn has no {type(module).__name__}" if isinstance(module, _Layers) else None
     if why := _unlike(module, _STOCK):
@@ -273,7 +274,7 @@ def _torch_class(module: torch.nn.Module) -> _Choice:
 
 
 def _class_before(module: torch.nn.Module) -> _Choice:
-    """Choose for `restore`."""
+    """Choose a module's class for `restore`."""
     chosen = _torch_class(module)
     if chosen is None:
         return None
@@ -285,14 +286,14 @@ def _class_before(module: torch.nn.Module) -> _Choice:
 
 
 def _unlike(module: torch.nn.Module, classes: Iterable[type[torch.nn.Module]]) -> str | None:
-    """Why a module need not compute what the one of these classes that it derives from does."""
+    """Say why a module may not compute what its base class among these does."""
     if plain_class(module) not in classes:
-        return f"{type(module).__name__} is a subclass that may compute otherwise"
+        return f"{type(module).__name__} is a subclass that may compute something else"
     return "its forward is overridden on the instance" if "forward" in vars(module) else None
 
 
 def _modules(model: Any) -> dict[torch.nn.Module, list[str]]:
-    """Every module inside a model, with all the names that it has there."""
+    """Every module of a model, with all its qualified names."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     names: dict[torch.nn.Module, list[str]] = {}

@@ -1,4 +1,4 @@
-"""From a checked call to layers: its path, asked for once, and what surrounds the layers."""
+"""Run a checked call: choose its path once, and do what surrounds the layers."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ ATEN_STEPS: dict[str, Callable[..., Any]] = {
 }
 
 
-#: Takes input, states and weights, and returns output and final states.
+#: A function from input, states and weights to output and final states.
 Prepared = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]]
 
 
 def run(call: Call) -> tuple[Any, ...]:
     """Plan and run all layers of a call that ``checks.checked`` made.
 
-    Returns the output, the final state and, if they were asked for, the states of all steps.
+    Returns the output, the final state and, if requested, the states of all steps.
     """
     options = call.options
     if options.reset is not None:
@@ -46,8 +46,8 @@ def run(call: Call) -> tuple[Any, ...]:
     dtypes = autocast.dtypes(call)
     path = planner.path_of(call, None if dtypes is None else dtypes.compute)
     if options.recompute and path not in planner.OURS and differentiated(*call.tensors):
-        path = "operators"  # the others keep everything
-    # cuDNN is best left with autocast, which casts all weights into one piece of memory.
+        path = "operators"  # the other paths cannot recompute
+    # cuDNN is left to autocast, which casts all weights into one contiguous buffer.
     if dtypes is None or (path == "torch" and call.x.is_cuda):
         return _on_path(path, call)
     with torch.autocast(call.x.device.type, enabled=False):
@@ -57,10 +57,10 @@ def run(call: Call) -> tuple[Any, ...]:
 
 
 def prepared(call: Call, *, is_step: bool = False) -> Prepared | None:
-    """Make what runs calls like this one without a record; None if nothing does.
+    """Make a function that runs calls like this one without a record, or None if there is none.
 
-    That is in inference, or a step with gradients; for the path of this call, and for tensors that
-    a ``context.guard`` of its own lets pass.
+    It is for inference, or for a step with gradients. It runs the path of this call, on tensors
+    that pass a ``context.guard`` made for this call.
     """
     if not is_plain(*call.tensors) or reference.is_watched():
         return None
@@ -74,13 +74,13 @@ def prepared(call: Call, *, is_step: bool = False) -> Prepared | None:
     checks.check_alike(call)
     if is_step and differentiated(*call.tensors):
         return stepping.prepared(call)
-    if call.options.is_noisy:  # which is not drawn in inference
+    if call.options.is_noisy:  # in inference the noise is constant
         call = call._replace(flow=call.flow._replace(noise=_noise(call)))
     return cpu.prepared(call, is_step=is_step)
 
 
 def _prepared_by_torch(call: Call) -> Prepared:
-    """`_by_torch` for other tensors."""
+    """Make a function that runs `_by_torch` on other tensors."""
     cell, options, others = call.cell, call.options, call[5:]
 
     def run(
@@ -94,10 +94,10 @@ def _prepared_by_torch(call: Call) -> Prepared:
 
 
 def _begun(call: Call) -> Call:
-    """The call with a reset before its only step, as of a policy that acts, in the initial state.
+    """Apply the reset of a call of a single step, such as that of an acting policy, to its state.
 
-    That T is 1 is asked last, and of calls with resets only: torch.export takes it for a limit on
-    T; and not of those that torch.jit records, which would keep it.
+    Whether T is 1 is checked last, and only for calls with resets, because torch.export turns the
+    check into a constraint on T; it is not checked while torch.jit traces, which would record it.
     """
     options, fresh = call.options, call.flow.fresh
     is_whole = not call.bidirectional and options.lengths is None and call.batch_sizes is None
@@ -126,7 +126,7 @@ def _on_path(path: str, call: Call) -> tuple[Any, ...]:
     if is_marked:
         call = _with_flow(call)
     elif call.batch_sizes is not None and not call.state:
-        call = call._replace(state=call.initial())  # B is not known from the input of an operator
+        call = call._replace(state=call.initial())  # an operator cannot tell B from packed input
     inputs, results, final = reference.stack(call, _layer_on(path, options))
     output = results[-1].y
     if options.batch_first:
@@ -137,7 +137,7 @@ def _on_path(path: str, call: Call) -> tuple[Any, ...]:
 
 
 def _by_torch(call: Call) -> tuple[Tensor, Sequence[Tensor]]:
-    """All layers by torch's own functions, which check the arguments themselves."""
+    """Run all layers by torch's functions, which check the arguments themselves."""
     options, name = call.options, call.cell.name
     state = call.state or call.initial()
     hx = state if name == "lstm" else state[0]
@@ -165,10 +165,11 @@ def _layer_on(path: str, options: Any) -> Callable[[Call], Result]:
 
 
 def _by_reference_with_resets(call: Call) -> Result:
-    """``reference.layer``, with gradients also where what lies before a reset is not a number.
+    """``reference.layer``, with finite gradients even if values before a reset are NaN.
 
-    Autograd would multiply it by 0. The operator's backward leaves out what nothing depends on, but
-    begins with another forward, so it is for this case only, and for where nobody may look.
+    Autograd would multiply them by 0. The operator's backward leaves out the steps that no result
+    depends on, but starts with another forward, so it is used only in this case, and where the
+    values cannot be inspected.
     """
     x = call.x
     is_seen = is_plain(x, *call.weights) and not reference.is_watched() and x.is_floating_point()
@@ -184,9 +185,9 @@ def _by_reference_with_resets(call: Call) -> Result:
 
 
 def _with_flow(call: Call) -> Call:
-    """The call with its marks and its noise, which is drawn now.
+    """Add the marks and the noise, which is drawn now, to a call.
 
-    The initial state is not a number in rows whose length is out of range.
+    The initial state is set to NaN in rows whose length is out of range.
     """
     options, x, state = call.options, call.x, call.state
     lengths, reset = options.lengths, options.reset
@@ -195,7 +196,7 @@ def _with_flow(call: Call) -> Call:
     if lengths is not None:
         lengths = lengths.to(x.device, non_blocking=True)
         if not can_look(lengths):
-            # Nobody waits for the device, or the compiler, to complain: the row becomes NaN.
+            # Raising an error would need a host sync: set the row to NaN.
             wrong = (lengths < 0) | (lengths > call.steps)
             lengths = torch.where(wrong, call.steps, lengths)
             reset = None if reset is None else reset & ~wrong
@@ -209,7 +210,7 @@ def _with_flow(call: Call) -> Call:
 def _noise(call: Call) -> list[Tensor]:
     """Draw the noise of a flow."""
     x, options, shapes = call.x, call.options, call.shapes()
-    like: dict[str, Any] = {"dtype": x.dtype, "device": x.device}  # not `x`, which may be mapped
+    like: dict[str, Any] = {"dtype": x.dtype, "device": x.device}  # not of `x`: vmap may batch it
     p, none = options.recurrent_dropout if options.training else 0.0, torch.empty(0, **like)
     noise = [torch.dropout(torch.ones(shapes[0], **like), p, True) if p else none]
     for zone, (count, batch, width) in zip(options.zones(len(shapes)), shapes, strict=True):
@@ -221,12 +222,12 @@ def _noise(call: Call) -> list[Tensor]:
 
 
 def _mask(shape: tuple[int, ...], p: float, device: torch.device) -> Tensor:
-    """True with a probability, known to 2^-32, for each element of a shape.
+    """Draw a mask whose elements are True with probability `p`, rounded to a multiple of 2^-32.
 
-    Twice as fast on a CPU as torch.bernoulli, which draws 64 bits for each.
+    On a CPU this takes half the time of torch.bernoulli, which draws 64 bits per element.
     """
     count, least = math.prod(shape), -(2**31)
-    # One more than there is room for: of 0 elements a view is refused.
+    # One more than needed, because a tensor of 0 elements cannot be viewed.
     bits = torch.randint(-(2**63), 2**63 - 1, (count // 2 + 1,), device=device).view(torch.int32)
     below = bits[:count] <= least - 1 + max(1, round(p * 2**32)) if p < 1 else bits[:count] >= least
     return below.view(shape)
@@ -246,7 +247,7 @@ def _padded(path: str, call: Call) -> tuple[Any, ...]:
 
 
 def run_step(call: Call) -> Sequence[Tensor]:
-    """Plan and run one step, to the new states, of a call that ``checks.checked_step`` made.
+    """Plan and run one step of a call that ``checks.checked_step`` made; return the new states.
 
     Raises RuntimeError if input or state do not fit the weights.
     """
@@ -268,7 +269,7 @@ def run_step(call: Call) -> Sequence[Tensor]:
 
 
 def _aten_step(call: Call) -> Sequence[Tensor]:
-    """One step by ATen, which checks the arguments itself and knows autocast."""
+    """Run one step by ATen, which checks the arguments and handles autocast itself."""
     step = ATEN_STEPS[call.cell.name]
     if call.cell.name == "lstm":
         return step(call.x, call.state, *call.weights)

@@ -1,19 +1,16 @@
-"""Which path runs a call, and why.
+"""Choose the path that runs a call, and give the reason.
 
-``plan`` looks at a problem and returns a `Plan`; nothing is compiled or allocated.
-``fastrnn plan`` prints it. The paths:
+``plan`` maps a `Problem` to a `Plan` without compiling or allocating anything; ``fastrnn plan``
+prints the result. The paths are:
 
-``torch``
-    torch's own kernels: oneDNN and ATen on a CPU, cuDNN on an NVIDIA GPU.
-``kernels``
-    our own, forward and backward: compiled for the CPU (``fastrnn.cpu``), or on a GPU the Triton
-    kernels, by one of four schedules (``resident``, ``persistent``, ``stepwise`` and ``staged``,
-    see ``fastrnn.kernels``).
-``operators``
-    where there are none: our loop of torch operators (``fastrnn.cpu``), for every device and dtype.
-``reference``
-    the differentiable loop of ``reference.py``: for forward-mode AD and complex numbers, and
-    whenever asked for.
+- ``torch``: torch's kernels, that is oneDNN and ATen on a CPU, cuDNN on an NVIDIA GPU.
+- ``kernels``: our kernels, forward and backward. On a CPU they are compiled by ``fastrnn.cpu``; on
+  a GPU they are Triton kernels with one of four schedules, ``resident``, ``persistent``,
+  ``stepwise`` and ``staged`` (see ``fastrnn.kernels``).
+- ``operators``: our loop of torch operators (``fastrnn.cpu``), for every device and dtype, where
+  there is no kernel.
+- ``reference``: the differentiable loop in ``reference.py``, for forward-mode AD, complex numbers,
+  and on request.
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ from .context import are_known, differentiated, is_plain, is_ragged, is_traced, 
 from .kernels.configs import SCHEDULES, Choice
 from .problem import Decision, Problem
 
-#: Ours, of which the planner takes the one that there is.
+#: Our paths; the planner uses the operators where there are no kernels.
 OURS = ("kernels", "operators")
 PATHS = ("torch", *OURS, "reference")
 
@@ -42,10 +39,11 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Plan(NamedTuple):
-    """The chosen path, the reason in one sentence, and how the kernels of a GPU would run.
+    """The chosen path, the reason in one sentence, and the configuration of the GPU kernels.
 
-    `kernels` are the choices for forward and backward; None where no kernel can run the problem,
-    whatever the path. `source` is that of the ``Decision`` between torch's path and ours.
+    `kernels` holds the configurations for forward and backward, whatever the path, or is None if
+    no GPU kernel can run the problem. `source` is that of the ``Decision`` between torch's path
+    and ours.
     """
 
     path: str
@@ -59,7 +57,7 @@ class _Forced(threading.local):
     schedule: str | None = None
 
 
-#: What an enclosing `use_path` asks for.
+#: The path that an enclosing `use_path` forces.
 forced = _Forced()
 
 
@@ -70,19 +68,25 @@ def use_path(path: str | None) -> Iterator[None]:
     Parameters
     ----------
     path : str or None
-        'torch', 'kernels', 'operators' or 'reference'; or 'resident', 'persistent', 'stepwise' or
-        'staged', which are 'kernels' with that schedule on a GPU. None restores the planner's own
-        choice. What a path does not have, it cannot be made to run: in place of 'torch' the planner
-        chooses another, 'kernels' are 'operators' where there are none, and on a GPU the other way
-        round where there are some; under a ``torch.func`` transform, as far as our operators have
-        no rule for it, and in complex numbers, both are 'reference'. What ``torch.compile`` traces
-        does not ask, nor does what autograd runs in threads of its own, which is backward on a GPU
-        unless ``torch.autograd.set_multithreading_enabled(False)``.
+        'torch', 'kernels', 'operators' or 'reference'; or one of 'resident', 'persistent',
+        'stepwise' and 'staged', which mean 'kernels' with that schedule on a GPU. None restores
+        the planner's own choice.
 
     Raises
     ------
     ValueError
-        If `path` is none of these.
+        If `path` is not one of these.
+
+    Notes
+    -----
+    A call that the path cannot run is run by another. If torch has no kernel, the planner ignores
+    'torch' and chooses a path itself. 'kernels' falls back to 'operators' where there is no kernel;
+    on a GPU, 'operators' uses the kernels where there are some. In forward-mode AD and for complex
+    numbers, 'kernels' and 'operators' fall back to 'reference'.
+
+    The setting does not apply to what ``torch.compile`` traces, nor to what autograd runs in its
+    own threads, as it does in backward on a GPU unless
+    ``torch.autograd.set_multithreading_enabled(False)`` is set.
 
     Examples
     --------
@@ -116,10 +120,12 @@ def plan(problem: Problem) -> Plan:
     Parameters
     ----------
     problem : Problem
+        Description of the call.
 
     Returns
     -------
     Plan
+        The path and the reason for it; a path that an enclosing `use_path` forces is respected.
 
     Examples
     --------
@@ -134,7 +140,7 @@ def plan(problem: Problem) -> Plan:
 
 
 def problem_of(call: Call, dtype: torch.dtype | None = None, *, is_step: bool = False) -> Problem:
-    """Describe a call, or a single step, that is computed in a dtype, by default its input's."""
+    """Describe a call, or a single step, computed in `dtype`, by default that of its input."""
     x, options, hidden, num_heads = call.x, call.options, call.hidden_size, call.num_heads
     gpu, precision = devices.facts(x)
     return Problem(
@@ -162,7 +168,7 @@ def problem_of(call: Call, dtype: torch.dtype | None = None, *, is_step: bool = 
 
 
 def path_of(call: Call, dtype: torch.dtype | None = None, *, is_step: bool = False) -> str:
-    """Choose the path of a call, as `problem_of` describes it."""
+    """Choose the path for the problem that `problem_of` describes."""
     x, options, tensors, known = call.x, call.options, call.tensors, call.known
     if known is None:
         assert torch.compiler.is_compiling() or is_traced(), "only of calls that were checked"
@@ -171,7 +177,7 @@ def path_of(call: Call, dtype: torch.dtype | None = None, *, is_step: bool = Fal
     if asked is None and not are_known(*tensors) and _has_stock(call):
         return "torch"
     packed = call.batch_sizes is not None and is_ragged(call.batch_sizes)
-    # All that a problem depends on beyond what is known: making one takes longer than this.
+    # Everything a problem depends on that `known` does not cover; making a problem is slower.
     key = (
         asked, forced.schedule, x.dtype, dtype, differentiated(*tensors), transform(), packed,
         is_step and _is_chained(call),
@@ -185,7 +191,7 @@ def path_of(call: Call, dtype: torch.dtype | None = None, *, is_step: bool = Fal
 
 
 def _is_chained(call: Call) -> bool:
-    """Whether a step's state has a gradient, and nothing else keeps it from the short way."""
+    """Whether a step's state has a gradient, and nothing rules out the fast path for steps."""
     is_chained = differentiated(*call.state) and is_plain(*call.tensors)
     return is_chained and all(weight.is_contiguous() for weight in call.weights)
 
@@ -198,7 +204,7 @@ def _has_stock(call: Call) -> bool:
 
 
 def _recorded_path(call: Call, dtype: torch.dtype, is_step: bool) -> str:
-    """The path of a call that a compiler or torch.jit traces, without asking for its sizes."""
+    """The path of a call that a compiler or torch.jit traces, without reading its sizes."""
     if not torch.compiler.is_compiling():
         # A loop over T would be recorded for one T only; an operator is not.
         return "torch" if _has_stock(call) else "reference" if is_step else "kernels"
@@ -224,7 +230,7 @@ def _choose_path(
             return Decision(path, f"our operators have no derivatives in {problem.dtype}")
     if asked is not None:
         path = _ours(problem, kernels) if asked in OURS else asked
-        return Decision(path, "asked for by fastrnn.planner.use_path")
+        return Decision(path, "forced by fastrnn.planner.use_path")
     if missing:
         is_gap = kernels is None and problem.device != "cpu"
         return Decision(_ours(problem, kernels), f"{missing}; {gap}" if is_gap else missing)
@@ -238,14 +244,14 @@ def _choose_path(
 
 
 def _ours(problem: Problem, kernels: tuple[Choice, Choice] | None) -> str:
-    """Kernels where there are some, which on a CPU is asked last: it imports the compiler."""
+    """Kernels if there are any; on a CPU this is checked last, because it imports the compiler."""
     if problem.device == "cpu":
         return "operators" if cpu.kernel_gap(problem.dtype) else "kernels"
     return "operators" if kernels is None else "kernels"
 
 
 def _missing_in_torch(problem: Problem) -> str | None:
-    """What torch has no kernel for."""
+    """Say what torch has no kernel for, None if it has one."""
     if problem.cell not in _TORCH_CELLS:
         return f"torch has no kernel for {problem.cell}"
     if problem.marked or problem.parts > 1:

@@ -1,4 +1,4 @@
-"""What the choice of a path depends on, and what is chosen."""
+"""The input of the choice of a path, and its result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .kernels.configs import Device
 
 
 class Problem(NamedTuple):
-    """One call of a recurrent layer, as far as the choice of a path depends on it.
+    """The properties of a call on which the choice of its path depends.
 
     Attributes
     ----------
@@ -22,28 +22,28 @@ class Problem(NamedTuple):
     device : str
         Device type, as in ``torch.device.type``.
     training : bool
-        Whether gradients will be asked for.
+        Whether gradients are recorded.
     packed : bool
-        Whether the sequences have different lengths. A PackedSequence of equal lengths
-        is to torch a padded batch.
+        Whether the sequences have different lengths. Torch treats a PackedSequence of equal
+        lengths as a padded batch.
     projected, is_step : bool
     chained : bool
-        Whether a step with gradients has its state from others, as in a loop over steps, so that
-        the gradients of their weights can be computed together.
+        Whether a step with gradients takes its state from another step, as in a loop over steps,
+        so that the weight gradients of all steps can be computed together.
     transform : {None, 'func', 'forward'}
         Whether the call is inside a ``torch.func`` transform or forward-mode AD.
     layers, directions : int
-        Of the whole stack.
+        Those of the whole stack.
     parts : int
-        Heads of a layer, times the members of an ensemble; batch and hidden size are those of one.
+        Heads of a layer times members of an ensemble; batch and hidden size are those of one part.
     marked : bool
-        Whether there are lengths, resets or truncated gradients, or all states are wanted.
+        Whether there are lengths, resets, truncated gradients or requests for all states.
     noisy : bool
         Whether there is recurrent dropout or zoneout.
     gpu : fastrnn.kernels.configs.Device, optional
-        The GPU, present or not, if `device` is one that Triton compiles for.
+        The GPU, present or not, if Triton compiles for `device`.
     precision : {'tf32', 'tf32x3', 'ieee'}
-        Of products of float32 on a GPU; see ``devices.float32_precision``.
+        Precision of float32 products on a GPU; see ``devices.float32_precision``.
     """
 
     cell: str
@@ -77,7 +77,8 @@ class Decision(NamedTuple):
     reason : str
         One sentence.
     source : str
-        What it rests on: 'model', or where and when it was measured; empty if nothing was compared.
+        The basis of the choice: 'model', or where and when it was measured; empty if the paths
+        were not compared.
     """
 
     path: str

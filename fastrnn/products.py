@@ -1,7 +1,8 @@
-"""What follows once the gradients of all gates are known: products over all rows.
+"""Products over all rows that turn gate gradients into those of input and weights.
 
-The same for every path: `d_rh` (N, G * H) is the gradient of the recurrent parts; that of the
-input parts differs in the last gates only, where it is `d_apart` (N, A * H), often with A = 0.
+They are the same for every path: `d_rh` (N, G * H) is the gradient of the recurrent parts. That of
+the input parts differs from it only in the last A gates, where it is `d_apart` (N, A * H); A is
+often 0.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Writes the product of the second and the third matrix to the first, or adds it to that; all may
-#: have one more dimension in front, that of the members of an ensemble.
+#: Writes the product of the second and third matrix to the first, or adds it to the first. All may
+#: have a leading dimension of the members of an ensemble.
 Multiply = Callable[[Tensor, Tensor, Tensor, bool], object]
 
 
 def by_torch(c: Tensor, a: Tensor, b: Tensor, adds: bool) -> None:
-    """Multiply by torch's own product."""
-    if c.shape != (*a.shape[:-1], b.shape[-1]):  # it would be resized
+    """Multiply with torch's operators."""
+    if c.shape != (*a.shape[:-1], b.shape[-1]):  # torch would resize it
         raise RuntimeError(f"a product of {tuple(a.shape)} and {tuple(b.shape)} is not {c.shape}")
     multiply: Any = torch.addmm if c.dim() == 2 else torch.baddbmm
     multiply(c, a, b, beta=1 if adds else 0, out=c)
@@ -39,11 +40,11 @@ def add_d_x(
     Parameters
     ----------
     dx : Tensor of shape (N, I)
-        In and out.
+        Updated in place.
     d_rh, d_apart : Tensor
     w_ih : Tensor of shape (G * H, I)
     adds : bool, default True
-        False if what `dx` holds is nothing yet.
+        False if `dx` is uninitialised and must be overwritten.
     multiply : callable, optional
     """
     shared = w_ih.shape[-2] - d_apart.shape[-1]
@@ -68,7 +69,7 @@ def d_w_hh(
     h : Tensor of shape (N, P)
     batch : int
     h_0 : Tensor of shape (B, P), optional
-        The state before the first step, which is apart from those in `h`; by default zeros.
+        The state before the first step, which `h` does not include; zeros if None.
     reverse : bool
     multiply : callable, optional
 

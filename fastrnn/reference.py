@@ -1,8 +1,7 @@
-"""One loop over the cells, in plain differentiable PyTorch.
+"""The reference implementation: one loop over the steps, in plain differentiable PyTorch.
 
-This is the definition of what every other path computes: the oracle of the tests (run in
-float64), and the path that second derivatives take. It is written to be read, not to be fast.
-Shapes are those of ``call.py``.
+It defines what every other path computes. Run in float64 it is the oracle of the tests, and second
+derivatives use it. It is written for clarity, not speed. Shapes are those of ``call.py``.
 """
 
 from __future__ import annotations
@@ -24,13 +23,16 @@ State = tuple[Tensor, ...]
 
 
 def _normalise(v: Tensor) -> Tensor:
-    """Not ``torch.nn.functional.layer_norm``, whose third derivatives are wrong (torch 2.13)."""
+    """Normalise the last dimension.
+
+    ``torch.nn.functional.layer_norm`` is not used: its third derivatives are wrong (torch 2.13).
+    """
     centred = v - v.mean(dim=-1, keepdim=True)
     variance = centred.square().mean(dim=-1, keepdim=True)
     return centred * torch.rsqrt(variance + EPSILON)
 
 
-#: The cells on tensors.
+#: The engine that computes cells on tensors.
 TORCH = Engine(
     {
         "sigmoid": torch.sigmoid,
@@ -45,16 +47,16 @@ TORCH = Engine(
 )
 
 
-for _cell in CELLS.values():  # before a compiler traces, which does not make functions
+for _cell in CELLS.values():  # now, because a compiler cannot trace the creation of functions
     for _function in (_cell.forward, _cell.activations, *(_cell.late or ()), *(_cell.output or ())):
         if callable(_function):
             TORCH.bind(_function)
 
 
 def _product(v: Tensor, matrix: Tensor, bias: Tensor | None, gain: Tensor | None = None) -> Tensor:
-    """A part of the gates, with its bias, (..., G * H), from (..., I) or (..., P).
+    """The input or recurrent part of the gates, with its bias: (..., G * H) from (..., I or P).
 
-    With a gain it is normalised, over all gates, before the bias is added.
+    With a gain, it is normalised over all gates before the bias is added.
     """
     if gain is None:
         return torch.nn.functional.linear(v, matrix, bias)
@@ -78,7 +80,7 @@ class Steps:
         self.forward = TORCH.bind(cell.forward)
 
     def input_part(self, x: Tensor) -> Tensor:
-        """The input part of the gates of any steps, (..., G * H), from (..., I)."""
+        """The input part of the gates of any number of steps, (..., G * H), from (..., I)."""
         return _product(x, self.w.w_ih, self.w.b_ih, self.gain_ih)
 
     def recurrent_part(self, h: Tensor) -> Tensor:
@@ -86,9 +88,9 @@ class Steps:
         return _product(h, self.w.w_hh, self.w.b_hh, self.gain_hh)
 
     def advance(self, wx: Tensor, h: Tensor, state: State) -> State:
-        """One step, to the new state, from the input part of the gates (B, G * H).
+        """Compute the new state from the input part of the gates, (B, G * H).
 
-        `h` is what is multiplied by the recurrent weights: the state's, perhaps after dropout.
+        `h` is the operand of the recurrent weights: that of the state, possibly after dropout.
         """
         cell = self.cell
         of_gates = wx.chunk(cell.n_gates, dim=-1)
@@ -100,7 +102,7 @@ class Steps:
         return (new[0] if self.w.w_hr is None else new[0] @ self.w.w_hr.t(), *new[1:])
 
     def _late_parts(self, wx: Sequence[Tensor], h: Tensor) -> Tensor:
-        """The recurrent part where the last gates see h times a factor."""
+        """The recurrent part if the last gates take h times a factor."""
         late: Any = self.cell.late
         n_early, hidden = self.cell.n_gates - late.n_gates, wx[0].shape[-1]
         sizes = [n_early * hidden, late.n_gates * hidden]
@@ -112,13 +114,13 @@ class Steps:
 
 
 def step(call: Call) -> State:
-    """One step of a cell from its input: the two affine maps, then the pointwise part."""
+    """Run one step of a cell: the two affine maps, then the pointwise part."""
     steps = Steps(call.cell, call.by_direction()[0])
     return steps.advance(steps.input_part(call.x), call.state[0], tuple(call.state))
 
 
 def layer(call: Call) -> Result:
-    """One layer over a whole sequence, in one or both directions."""
+    """Run one layer over a whole sequence, in one or both directions."""
     if call.members:
         return groups.members(layer, call)
     if call.num_heads > 1:
@@ -131,7 +133,7 @@ def layer(call: Call) -> Result:
         steps = Steps(call.cell, w)
         own = x
         if flow.marks is not None:
-            # What a row does not have may be anything; as a factor it would reach the gradients.
+            # Padding may hold anything, such as NaN, which would reach the weight gradients.
             own = x.masked_fill(((flow.marks[d] & HOLD) != 0).unsqueeze(-1), 0.0)
         wx = steps.input_part(own).flatten(0, -2).split(sizes)
         s = tuple(part[d] for part in state)
@@ -144,7 +146,7 @@ def layer(call: Call) -> Result:
         sequence = outputs[::-1] if d else outputs
         sequences.append([torch.cat(parts) for parts in zip(*sequence, strict=True)])
         finals.append(s)
-    # The last operation makes no view: autograd forbids to overwrite one that an operator returns.
+    # The last operation makes no view: autograd forbids in-place changes of views from operators.
     y, *traces = (
         torch.cat([part.unflatten(0, x.shape[:-1]) for part in parts], dim=-1)
         for parts in zip(*sequences, strict=True)
@@ -153,12 +155,12 @@ def layer(call: Call) -> Result:
 
 
 def _step(steps: Steps, wx: Tensor, state: State, flow: Flow, d: int, t: int) -> State:
-    """One step of a direction, as the marks want it."""
+    """Run one step of a direction, following the marks."""
     before = state
     if flow.marks is not None:
         mark = flow.marks[d, t].unsqueeze(-1)
         cut, fresh, held = ((mark & bit) != 0 for bit in (CUT, FRESH, HOLD))
-        # A state that is held is no factor of anything here: it too may be anything.
+        # Held states may hold anything too, so they are replaced before the product.
         replaced = [part[d].masked_fill(held, 0.0) for part in flow.fresh]
         replaced = replaced or [torch.zeros_like(part) for part in state]
         state = tuple(
@@ -179,10 +181,10 @@ def _step(steps: Steps, wx: Tensor, state: State, flow: Flow, d: int, t: int) ->
 
 
 def _zoned(zone: Tensor, d: int, t: int, before: Tensor, after: Tensor) -> Tensor:
-    """A state of which a share is what it was before the step."""
+    """Apply zoneout: mix the states before and after the step."""
     if not is_given(zone):
         return after
-    if zone.dim() == 1:  # the same share of all
+    if zone.dim() == 1:  # one fraction for all units
         return torch.lerp(after, before, zone)
     return torch.where(zone[d, t], before, after)
 
@@ -196,13 +198,13 @@ _watching = _Watching()
 
 @contextlib.contextmanager
 def watch(record: list[State]) -> Iterator[None]:
-    """Keep the states of every step of `layer`, in this thread, as they are in autograd's graph.
+    """Record the states of every step of `layer` in this thread, as nodes of autograd's graph.
 
     Parameters
     ----------
     record : list
-        Each step appends its new state, a tuple of Tensor of shape (B, P) and (B, H): of one call
-        after another, in it of one direction after another, in the order of the walk.
+        Each step appends its new state, a tuple of Tensor of shape (B, P) and (B, H), ordered by
+        call, then by direction, then in the order in which the direction visits the steps.
     """
     before, _watching.record = _watching.record, record
     try:
@@ -212,17 +214,17 @@ def watch(record: list[State]) -> Iterator[None]:
 
 
 def is_watched() -> bool:
-    """Tell whether `watch` keeps the states of this thread's calls."""
+    """Tell whether `watch` is active in this thread."""
     return _watching.record is not None
 
 
 def _with_rest(new: State, old: State) -> State:
-    """New states with those of the rows that a step does not have."""
+    """Append the old states of the rows that a step does not have to the new states."""
     return tuple(torch.cat([a, b[a.shape[0] :]]) for a, b in zip(new, old, strict=True))
 
 
 def _without_held(state: State, flow: Flow, d: int, t: int) -> State:
-    """The states of a step with zeros for the rows that do not have it."""
+    """Zero the states of the rows that do not have the step."""
     if flow.marks is None:
         return state
     held = (flow.marks[d, t].unsqueeze(-1) & HOLD) != 0
@@ -232,10 +234,10 @@ def _without_held(state: State, flow: Flow, d: int, t: int) -> State:
 def stack(
     call: Call, layer: Callable[[Call], Result] = layer
 ) -> tuple[list[Tensor], list[Result], list[Tensor]]:
-    """Several layers, dropout between them: what a whole ``torch.nn.LSTM`` computes.
+    """Run several layers with dropout between them, as a whole ``torch.nn.LSTM`` does.
 
-    `layer` is that of this file or of another path. Returns the inputs and the results of all
-    layers, and the final state, shaped as the initial one.
+    `layer` runs one layer; by default it is that of this file. Returns the inputs and the results
+    of all layers, and the final state, shaped as the initial one.
     """
     inputs, results = [call.x], [layer(call.layer(0, call.x))]
     if call.num_layers == 1:

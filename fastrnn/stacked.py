@@ -1,9 +1,9 @@
-"""A layer as the kernels for a GPU take it: with one dimension of groups in front.
+"""A layer in the form that the GPU kernels take: with a leading dimension of groups.
 
-A group is a head of a member of an ensemble in a direction; there are D * K * M of them, D
-directions, M members and K heads, in this order of dimensions (direction, member, head), so that
-those that walk forward come first. Each has b rows of the batch and u hidden units. Where there is
-one member and one head nothing here copies anything; the products over all steps are batched.
+A group is one head of one member of an ensemble in one direction. There are D * M * K groups, for D
+directions, M members and K heads, ordered by (direction, member, head), so those that walk forward
+come first. Each has b rows of the batch and u hidden units. With one member and one head nothing
+here is copied. The products over all steps are batched.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ class Groups(NamedTuple):
 
     @classmethod
     def of(cls, call: Call) -> Groups:
-        """Describe those of a call."""
+        """Describe the groups of a call."""
         members, heads = max(1, call.members), call.num_heads
         sizes = call.batch // members, call.hidden_size // heads
         return cls(call.directions, members, heads, *sizes, call.members > 0)
 
     @property
     def ahead(self) -> int:
-        """How many walk forward."""
+        """The number of groups that walk forward."""
         return self.members * self.heads
 
     @property
     def n_groups(self) -> int:
-        """How many there are."""
+        """The number of groups."""
         return self.directions * self.ahead
 
     @property
     def is_single(self) -> bool:
-        """Whether there is one for each direction."""
+        """Whether there is one group per direction."""
         return self.members == self.heads == 1
 
     def weights(self, of_directions: Sequence[Tensor], blocks: int) -> list[Tensor]:
@@ -80,9 +80,10 @@ class Groups(NamedTuple):
         return found[0].contiguous() if len(found) == 1 else torch.cat(found)
 
     def as_weight(self, found: Tensor, parts: int, blocks: int) -> list[Tensor]:
-        """What `weight` was made of, from (groups, parts of a member, blocks * u, ...).
+        """Invert `weight`, from (groups, parts of a member, blocks * u, ...).
 
-        It has a dimension of `parts` in front, if that is not 0, or of members if there are some.
+        The results have a leading dimension of `parts`, if that is not 0, or else of members if
+        there is an ensemble.
         """
         each, rest = max(1, parts // self.members), found.shape[3:]
         units = found.shape[2] // blocks
@@ -91,7 +92,7 @@ class Groups(NamedTuple):
         rows = blocks * self.heads * units
         found = found.reshape(self.directions, self.members * each, rows, *rest)
         of_directions = found if parts or self.is_ensemble else found[:, 0]
-        # Autograd forbids to overwrite a view that comes of an operator with other results.
+        # Autograd forbids in-place changes of views from operators with several results.
         return [part.detach() for part in of_directions]
 
     def state(self, part: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ class Groups(NamedTuple):
         return part.reshape(self.n_groups, self.batch, units).contiguous()
 
     def as_state(self, found: Tensor) -> Tensor:
-        """What `state` was made of; no view."""
+        """Invert `state`; the result is not a view."""
         if self.is_single:
             return found
         units = found.shape[2]
@@ -124,7 +125,7 @@ class Groups(NamedTuple):
         return part.reshape(sizes[0], self.batch, width * self.directions * self.members)
 
     def as_sequence(self, found: Tensor) -> Tensor:
-        """What `sequence` was made of; no view."""
+        """Invert `sequence`; the result is not a view."""
         if self.members == 1:
             return found
         steps, width = found.shape[0], found.shape[2] // (self.directions * self.members)
@@ -141,7 +142,7 @@ class Groups(NamedTuple):
         return x.reshape(self.members, steps * self.batch, inputs)
 
     def as_rows(self, found: Tensor, steps: int) -> Tensor:
-        """What `rows` was made of."""
+        """Invert `rows`."""
         found = found.view(self.members, steps, self.batch, found.shape[2]).transpose(0, 1)
         return found.reshape(steps, self.members * self.batch, found.shape[3])
 
@@ -165,7 +166,7 @@ class Groups(NamedTuple):
         return mask.reshape(self.n_groups, steps, self.batch, units).contiguous()
 
     def by_group(self, part: Tensor) -> Tensor:
-        """A view (groups, T, b, u) of what `sequence` made."""
+        """View the result of `sequence` as (groups, T, b, u)."""
         steps, batch, width = part.shape
         return part.view(steps, batch, self.n_groups, width // self.n_groups).permute(2, 0, 1, 3)
 
@@ -174,7 +175,7 @@ def add_product(out: Tensor, rows: Tensor, w: Tensor, b: Tensor | None) -> None:
     """Write ``rows @ w.T + b`` of several groups, (groups, N, R)."""
     if b is None:
         torch.bmm(rows, w.mT, out=out)
-    elif len(out) == 1:  # which adds the bias on the way
+    elif len(out) == 1:  # addmm adds the bias in its epilogue
         torch.addmm(b[0], rows[0], w[0].t(), out=out[0])
     else:
         torch.baddbmm(b[:, None], rows, w.mT, out=out)
@@ -183,7 +184,7 @@ def add_product(out: Tensor, rows: Tensor, w: Tensor, b: Tensor | None) -> None:
 def input_part(groups: Groups, x: Tensor, w_ih: Sequence[Tensor], b_ih: Sequence[Tensor]) -> Tensor:
     """x @ W_ih^T + b_ih for all steps and groups, (groups, T, b, G * u).
 
-    The weights are those that `Groups.weights` makes; there may be no biases.
+    The weights are those that `Groups.weights` returns; `b_ih` may be empty.
     """
     rows, width, heads = groups.rows(x), w_ih[0].shape[1], groups.heads
     wx = x.new_empty(groups.n_groups, rows.shape[1], width)
@@ -193,7 +194,7 @@ def input_part(groups: Groups, x: Tensor, w_ih: Sequence[Tensor], b_ih: Sequence
         if heads == 1:
             add_product(own, rows, w, b)
             continue
-        for m, row in enumerate(rows):  # which all heads of a member have in common
+        for m, row in enumerate(rows):  # all heads of a member share the input
             of = slice(m * heads, (m + 1) * heads)
             shared = row.expand(heads, -1, -1)
             add_product(own[of], shared, w[of], None if b is None else b[of])
@@ -201,7 +202,7 @@ def input_part(groups: Groups, x: Tensor, w_ih: Sequence[Tensor], b_ih: Sequence
 
 
 class Walked(NamedTuple):
-    """What there is once the gradients of all gates are known.
+    """The operands and states of a layer that has been run.
 
     Attributes
     ----------
@@ -212,7 +213,7 @@ class Walked(NamedTuple):
     drop : Tensor of shape (groups, b, u), optional
         Factors of h in the recurrent product.
     states : sequence of Tensor of shape (T, b, groups * u)
-        After every step, h first.
+        The states after every step, h first.
     """
 
     cell: Cell
@@ -224,7 +225,7 @@ class Walked(NamedTuple):
     states: Sequence[Tensor]
 
     def before(self, k: int) -> Tensor:
-        """State number `k` before every step, (groups, T, b, u), in memory of its own."""
+        """Copy state number `k` before every step, (groups, T, b, u)."""
         after, first, ahead = (
             self.groups.by_group(self.states[k]),
             self.initial[k],
@@ -234,7 +235,7 @@ class Walked(NamedTuple):
         found[:ahead, 0], found[:ahead, 1:] = first[:ahead], after[:ahead, :-1]
         found[ahead:, -1], found[ahead:, :-1] = first[ahead:], after[ahead:, 1:]
         if self.marks is not None:
-            # By the marks themselves, for whose values nobody has to wait.
+            # Computed from the marks on the device, without a sync.
             is_start, is_fresh = ((self.marks & bit).unsqueeze(-1) != 0 for bit in (START, FRESH))
             found = torch.where(is_start, first.unsqueeze(1).to(found.dtype), found)
             fresh = self.fresh[k].unsqueeze(1).to(found.dtype) if self.fresh else 0.0
@@ -242,7 +243,7 @@ class Walked(NamedTuple):
         return found
 
     def operand(self) -> Tensor:
-        """What the recurrent weights were multiplied by, (groups, T, b, u)."""
+        """The operand of the recurrent weights, (groups, T, b, u)."""
         h = self.before(0)
         return h if self.drop is None else h.mul_(self.drop.unsqueeze(1))
 
@@ -255,18 +256,18 @@ class Walked(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The gradients of all gates, from which those of weights and input are products.
+    """The gate gradients, and the products that turn them into those of weights and input.
 
     Attributes
     ----------
     walked : Walked
     d_gates : Tensor of shape (groups, T, b, (G + A) * u)
-        As the kernels leave them.
+        As the kernels write them.
     left_out : bool Tensor of shape (groups, T, b), optional
-        Steps that count for nothing, whatever they are; in `d_gates` there are zeros.
+        Steps to ignore, whatever their values; `d_gates` is zero there.
     parts : int
-        Of the batch, those of a member one after another, with weight gradients of their own; 0 if
-        there is one for each member.
+        Number of parts of the batch with their own weight gradients, ordered by member; 0 for one
+        part per member.
     """
 
     walked: Walked
@@ -280,8 +281,10 @@ class Found(NamedTuple):
         return self.d_gates[..., : self.walked.cell.n_gates * self.walked.groups.hidden]
 
     def _of_inputs(self) -> list[tuple[slice, slice]]:
-        """Columns of `d_gates` and rows of W_ih that belong together: two pairs if the last gates
-        have their input parts apart."""
+        """The matching columns of `d_gates` and rows of W_ih.
+
+        There are two pairs if the input parts of the last gates have their own gradients.
+        """
         cell, u = self.walked.cell, self.walked.groups.hidden
         shared, gates = (cell.n_gates - cell.n_apart) * u, cell.n_gates * u
         found = [(slice(0, shared), slice(0, shared))]
@@ -290,14 +293,14 @@ class Found(NamedTuple):
         return found
 
     def _joined(self, d: int, columns: slice) -> Tensor:
-        """Some columns of all heads side by side in a direction, (M, T, b, K * columns)."""
+        """Concatenate columns of all heads of a direction, (M, T, b, K * columns)."""
         directions, members, heads, batch, *_ = self.walked.groups
         by_direction = self.d_gates.view(directions, members, heads, *self.d_gates.shape[1:])
         own = by_direction[d, ..., columns].permute(0, 2, 3, 1, 4)
         return own.reshape(members, own.shape[1], batch, heads * own.shape[-1])
 
     def d_x(self, x: Tensor, w_ih: Sequence[Tensor]) -> Tensor:
-        """The gradient of the input x, from the weights that `Groups.weights` makes."""
+        """The gradient of the input x, from the weights that `Groups.weights` returns."""
         groups = self.walked.groups
         members, heads = groups.members, groups.heads
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
@@ -315,10 +318,10 @@ class Found(NamedTuple):
         return dx if members == 1 else groups.as_rows(found, x.shape[0])
 
     def d_weights(self, x: Tensor, after: Sequence[Tensor], has_bias: bool) -> list[list[Tensor]]:
-        """The gradients of w_ih, w_hh, the biases and the extra weights, each of all directions.
+        """The gradients of w_ih, w_hh, the biases and the extra weights, each for all directions.
 
-        `x` is (M, T * b, I); `after` are the states that the cell made at every step, which cells
-        ask for whose extra weights have gradients, (groups, T, b, u).
+        `x` is (M, T * b, I); `after` are the states that the cell computed at every step,
+        (groups, T, b, u), needed for cells with `d_extra`.
         """
         cell, groups = self.walked.cell, self.walked.groups
         found = [self._d_w_ih(x), self._d_w_hh()]
@@ -369,7 +372,7 @@ class Found(NamedTuple):
         """(groups, parts of a member, G * u, u)."""
         walked, groups, d_rh = self.walked, self.walked.groups, self.d_rh
         if walked.marks is None and walked.drop is None and not self.parts:
-            # Without a copy of h: all steps but the first, then that.
+            # To avoid a copy of h: all steps but the first, then the first.
             h = groups.by_group(walked.states[0]).flatten(1, 2)
             rows, batch, ahead = d_rh.flatten(1, 2), groups.batch, groups.ahead
             rest = h.shape[1] - batch
@@ -389,7 +392,7 @@ class Found(NamedTuple):
         return found.view(*rows.shape[:2], *found.shape[1:])
 
     def _d_extra(self, after: Sequence[Tensor]) -> Tensor:
-        """The gradients of the extra weights of every row and step."""
+        """The gradients of the extra weights for every row and step."""
         cell = self.walked.cell
         before = [self.walked.before(k) for k in range(cell.n_states)]
         d_extra = TORCH.bind(cell.d_extra)(self.d_rh.chunk(cell.n_gates, dim=-1), after, before)

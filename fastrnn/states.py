@@ -1,4 +1,4 @@
-"""The states of all steps, and the gates, as ``return_states`` asks for."""
+"""The states of all steps and the gates, for ``return_states``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .reference import TORCH, Steps
 
 
 def states_of(call: Call, inputs: Sequence[Tensor], results: Sequence[Result]) -> States:
-    """Put the states of all steps together, from the inputs and results of all layers."""
+    """Assemble the states of all steps from the inputs and results of all layers."""
     h, *others = (
         torch.cat(
             [part.unflatten(-1, (call.directions, -1)).transpose(1, 2) for part in parts], dim=1
@@ -28,12 +28,12 @@ def states_of(call: Call, inputs: Sequence[Tensor], results: Sequence[Result]) -
 
 
 def _gates(call: Call, inputs: Sequence[Tensor], h: Tensor) -> Tensor:
-    """The activations of all steps, computed again from the states, in a differentiable way."""
+    """Recompute the gate activations of all steps from the states, differentiably."""
     cell, flow, h_0 = call.cell, call.flow, call.initial()[0]
     count, num_heads = call.n_weights, call.num_heads
 
     def of_rows(*tensors: Tensor) -> Tensor:
-        # In half precision the derivative of a normalisation would be beyond all numbers.
+        # In half precision the derivative of a normalisation would overflow.
         exact = torch.promote_types(tensors[0].dtype, torch.float32)
         x, before, *weights = (part.to(exact) for part in tensors)
         steps = Steps(cell, Weights.unpack(weights, len(cell.extras)))

@@ -1,8 +1,9 @@
-"""Single steps with gradients, as autograd sees them, for calls like one before.
+"""Autograd functions for single steps with gradients, cached for repeated calls.
 
-The gradient of a weight is a sum over all steps that share it. Autograd would make a matrix of
-every step and add them up, which takes longer than all the rest of a step of few rows. So the
-steps that have a state from others leave rows, and once all have, one product sums them.
+The gradient of a weight is a sum over all steps that share it. Autograd would compute a matrix for
+every step and add them up, which for few rows takes longer than the rest of the step. Instead,
+steps whose state comes from another step store their rows, and a single product sums them once all
+steps have.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from .context import is_plain
 
 
 class _Weights(Function):
-    """The weights of steps, as a tensor of nothing: a node of the graph that follows all steps.
+    """The weights of steps, as an empty tensor: a graph node whose backward runs after all steps.
 
-    `rows` are those that the steps have left, by the backward pass that they belong to.
+    `rows` holds the rows that the steps stored, keyed by the backward pass they belong to.
     """
 
     @staticmethod
@@ -40,9 +41,9 @@ class _Weights(Function):
 
 
 class _Step(Function):
-    """A step by what ``cpu.prepared_step`` makes; `shared` is that of `_Weights`, or None.
+    """A step run by the result of ``cpu.prepared_step``; `shared` is `_Weights`' output, or None.
 
-    Its derivative is differentiated as that of a layer.
+    Second derivatives are those of a layer.
     """
 
     @staticmethod
@@ -70,19 +71,19 @@ class _Step(Function):
         d_shared = None
         if torch._C._will_engine_execute_node(shared.grad_fn):
             left = shared.rows.setdefault(_this_pass(), [])
-            # A gradient of nothing, once: then the node runs as one that has some.
+            # One empty gradient, so that the engine runs the node.
             d_shared = None if left else x.new_empty(0)
             left.append(rows)
         return None, d_shared, *found, *[None] * len(weights)
 
 
-# Without what Function.apply does for torch.func, inside of which no step is prepared.
+# Bypasses what Function.apply does for torch.func; no step is prepared inside a transform.
 _step, _weights = super(Function, _Step).apply, super(Function, _Weights).apply
 _this_pass = torch._C._current_graph_task_id
 
 
 def _is_simple(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether backward may go the short way: nobody wants to know of it, and there are kernels."""
+    """Whether backward may take the fast path: nothing intercepts it, and there are kernels."""
     batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd's is_grads_batched
     return (
         not torch.is_grad_enabled()
@@ -93,11 +94,11 @@ def _is_simple(x: Tensor, *others: Tensor | None) -> bool:
 
 
 class _Prepared:
-    """Runs steps, as ``paths.Prepared``."""
+    """Runs steps; a ``paths.Prepared``."""
 
     def __init__(self, stepping: Any) -> None:
         self.stepping = stepping
-        # Of weights in use: those that the graph of a step holds.
+        # Outputs of `_Weights` that the graph of a step still holds.
         self.shared: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 
     def __call__(
@@ -111,19 +112,19 @@ class _Prepared:
         return final[0], final
 
     def _shared(self, weights: Sequence[Tensor]) -> Tensor:
-        # What is changed in place has another place in the graph.
+        # A tensor that was changed in place is another node of the graph.
         key = tuple([(id(part), part._version, part.requires_grad) for part in weights])
         found = self.shared.get(key)
         if found is None:
             rows: dict[int, list[Any]] = {}
             found = _weights(self.stepping, rows, *weights)
-            found.rows, found.weights = rows, weights  # which live as long as the key is used
+            found.rows, found.weights = rows, weights  # kept alive while the key is in use
             self.shared[key] = found
         return found
 
 
 def prepared(call: Call) -> _Prepared | None:
-    """Make what runs steps like this one with gradients, or recall it; None if nothing does."""
+    """Make or look up a function for steps like this one with gradients; None if there is none."""
     known = call.known
     assert known is not None, "only of calls that were checked"
     if not all(map(Tensor.is_contiguous, call.weights)):

@@ -4,19 +4,19 @@ Each case draws every public argument at random, runs our module, torch.nn's mod
 oracle (``oracle.py``, in float64) on the same weights and inputs, and compares every output and
 every gradient.
 
-The measure is torch.nn's own error against the same oracle: over a run, the root mean square
-of ours must not exceed ``LIMIT`` times torch.nn's. One tensor alone may be unlucky, or
-torch.nn lucky on it, so a single error is measured in units of what the dtype makes
-unavoidable and must stay within ``WORST`` units. A unit is the largest of three:
+The yardstick is torch.nn's own error against the same oracle: over a run, the root mean square
+of our errors must not exceed ``LIMIT`` times torch.nn's. On a single tensor chance can make either
+error unusually large or small, so a single error is measured in units of the error that the dtype
+makes unavoidable, and must stay within ``WORST`` units. A unit is the largest of three:
 
 * torch.nn's own error;
-* the error of the oracle itself in this dtype (in float64 that of float32, scaled), on inputs
-  and weights moved at random by at most one rounding, the worst of ``DRAWS``;
-* ``FLOOR`` roundings of the largest element, or of 1, the size of the cotangents; of a sum of more
-  than 48 terms, which no two paths add up in the same order, the standard deviation of so many
+* the error of the oracle itself in this dtype (for float64 that in float32, scaled), on inputs
+  and weights perturbed at random by at most one rounding, the worst of ``DRAWS`` draws;
+* ``FLOOR`` roundings of the largest element, or of 1, the size of the cotangents; for a sum of more
+  than 48 terms, which paths add up in different orders, the standard deviation of that many
   roundings, sqrt(n / 12).
 
-``fastrnn verify`` is the command line for it.
+``fastrnn verify`` is the command line.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .options import States
 from .paths import _mask
 
 #: Largest root mean square of our errors over a run, in multiples of torch.nn's, which counts
-#: as at least one rounding: in float64 the oracle makes some itself.
+#: as at least one rounding, because in float64 the oracle makes rounding errors itself.
 LIMIT = 2.0
 
 #: Largest single error, in units; see above. The worst in 20,000 cases was 3.5.
@@ -48,7 +48,7 @@ WORST = 4.0
 #: Roundings of the largest element that any path may make; see above.
 FLOOR = 2.0
 
-#: Draws of moved inputs; see above.
+#: Draws of perturbed inputs; see above.
 DRAWS = 7
 
 
@@ -59,14 +59,14 @@ class Deviation:
     Attributes
     ----------
     tensor : str
-        Which: 'output', 'h_n', 'grad weight_ih_l0', …
+        Name of the tensor: 'output', 'h_n', 'grad weight_ih_l0', …
     path : str
         The path of ours that computed it.
     ours, stock : float
-        Our largest error and torch.nn's against the oracle, relative to its largest element
-        or to 1, whichever is more.
+        Our largest error and torch.nn's against the oracle, relative to the oracle's largest
+        element or to 1, whichever is larger.
     units : float
-        `ours` in units of the unavoidable error, as the module describes.
+        `ours` in units of the unavoidable error, see the module's docstring.
     """
 
     tensor: str
@@ -101,8 +101,8 @@ def check_case(case: Case, dtype: torch.dtype, device: str = "cpu") -> list[Devi
     """
     problem = _Setup(case, dtype, device)
     (exacts,) = problem.by_oracle(torch.float64, [0])
-    # In float64 nothing is exact enough to measure its own errors: they are those of float32, with
-    # as many digits more.
+    # Nothing is exact enough to measure the oracle's errors in float64: those in float32 are
+    # scaled down instead.
     rounded = torch.float32 if dtype == torch.float64 else dtype
     moved = problem.by_oracle(rounded, range(1, DRAWS + 1))
     digits = torch.finfo(dtype).eps / torch.finfo(rounded).eps
@@ -130,7 +130,7 @@ def check_case(case: Case, dtype: torch.dtype, device: str = "cpu") -> list[Devi
 
 
 def _terms(case: Case, name: str) -> int:
-    """The length of the longest sum in what leads to a tensor from step to step."""
+    """The length of the longest single sum in the computation of a tensor."""
     if name.startswith(("grad input", "grad hx", "grad reset_state")) or "grad" not in name:
         gates = CELLS[case.cell.removesuffix("_cell")].n_gates
         shared = case.members if "grad" in name and not case.own_inputs else 0
@@ -197,7 +197,7 @@ class _Setup:
 
         def states(shapes: Sequence[Any]) -> list[Tensor]:
             drawn = [normal(*shape) for shape in shapes]
-            if len(drawn) == 4:  # the normaliser of a state with a memory is 1 or more
+            if len(drawn) == 4:  # the normaliser of a non-empty state is at least 1
                 drawn[2] = drawn[2].abs() + 1
             return drawn
 
@@ -230,7 +230,7 @@ class _Setup:
                 self.given[name] = getattr(case, name)
 
     def _leaves(self, module: torch.nn.Module) -> dict[str, Tensor]:
-        """Inputs and weights; of an ensemble weights, and perhaps inputs, of all members."""
+        """Inputs and weights; of an ensemble the weights, and possibly inputs, of all members."""
         named = {"input": self.input}
         named |= {f"hx[{k}]": part for k, part in enumerate(self.state)}
         named |= {f"reset_state[{k}]": part for k, part in enumerate(self.fresh)}
@@ -238,13 +238,13 @@ class _Setup:
         return leaves | (self.weights if module is self.module else dict(module.named_parameters()))
 
     def _is_of_members(self, name: str) -> bool:
-        """Whether each member of the ensemble has a leaf of its own."""
+        """Whether each member of the ensemble has its own leaf of this name."""
         return self.case.members > 0 and (name in self.weights or self.case.own_inputs)
 
     def _call(self, module: Any, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Call a module as a user would; of an ensemble one, mapped over what members have."""
+        """Call a module as a user would, for an ensemble mapped over what differs by member."""
         torch.manual_seed(self.case.seed)
-        given = dict(self.given) if module is self.module else {}  # torch.nn knows none
+        given = dict(self.given) if module is self.module else {}  # torch.nn has no such options
         if not self.case.members:
             return self._call_one(module, leaves, given)
 
@@ -265,7 +265,7 @@ class _Setup:
     def _call_one(
         self, module: Any, leaves: dict[str, Tensor], given: dict[str, Any]
     ) -> dict[str, Tensor]:
-        """Call a module in the layout that the case asks for."""
+        """Call a module with inputs in the layout of the case."""
         case, x = self.case, leaves["input"]
         state = [leaves[f"hx[{k}]"] for k in range(len(self.state))]
         fresh = [leaves[f"reset_state[{k}]"] for k in range(len(self.fresh))]
@@ -299,7 +299,7 @@ class _Setup:
             return self._with_gradients(self._call(module, leaves), leaves)
 
     def by_oracle(self, dtype: torch.dtype, draws: Sequence[int]) -> list[dict[str, Tensor]]:
-        """The oracle's results in `dtype`; of draws above 0, on values moved by a rounding."""
+        """The oracle's results in `dtype`; draws above 0 perturb the values by a rounding."""
         own = self._leaves(self.module)
         leaves = {name: [value.detach().to(dtype) for _ in draws] for name, value in own.items()}
         for k, draw in enumerate(draws):
@@ -316,7 +316,7 @@ class _Setup:
         return [{name: part[k] for name, part in results.items()} for k in range(len(draws))]
 
     def _call_oracle(self, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The results of the oracle, K draws of each; of an ensemble, of one after another."""
+        """The results of the oracle, K draws of each; members of an ensemble run one by one."""
         torch.manual_seed(self.case.seed)
         count = self.case.members
         if not count:
@@ -331,7 +331,7 @@ class _Setup:
     def _call_oracle_of_one(
         self, leaves: dict[str, Tensor], noise: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The results of the oracle in the form in which the module gives them."""
+        """The results of the oracle in the form in which the module returns them."""
         case, x = self.case, leaves["input"]
         count, device = len(x), x.device
         state = [leaves[f"hx[{k}]"] for k in range(len(self.state))]
@@ -379,7 +379,7 @@ class _Setup:
     def _weights(
         self, leaves: dict[str, Tensor], noise: dict[str, Tensor]
     ) -> list[list[dict[str, Tensor]]]:
-        """For every layer and direction the weights, after their dropout, without suffixes."""
+        """The weights of every layer and direction, after weight dropout, without suffixes."""
         case = self.case
         found: dict[str, dict[str, Tensor]] = {}
         for name in self.weights:
@@ -394,11 +394,11 @@ class _Setup:
 
     @property
     def _state_shapes(self) -> list[Any]:
-        """Shapes of the states of a layer, which a step is one of."""
+        """Shapes of the states of a layer; a step counts as one layer."""
         return [(1, *shape) if self.case.is_step else shape for shape in self.shapes]
 
     def _rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Lengths, the order in which the rows are packed, and which of those have which steps."""
+        """The lengths, the order in which rows are packed, and which packed rows have a step."""
         case, device = self.case, self.device
         steps = 1 if case.is_step else case.steps
         order = torch.arange(case.batch, device=device)
@@ -412,10 +412,10 @@ class _Setup:
         return lengths, order, there
 
     def _noise(self) -> dict[str, Tensor]:
-        """Draw what is random, in the dtype under test and the order in which the layers do.
+        """Draw the random numbers in the dtype under test and in the order of the layers.
 
-        That is for rows in the order in which they are packed; and dropout between layers, of a
-        packed batch, for the steps only that there are.
+        They are for rows in packed order; dropout between the layers of a packed batch is drawn
+        only for existing steps.
         """
         case, shapes, noise = self.case, self._state_shapes, {}
         _, _, there = self._rows()
@@ -446,7 +446,7 @@ class _Setup:
 
     @property
     def _rates(self) -> tuple[float, ...]:
-        """The zoneout of every state; one number is, of a cell with more than c, for h only."""
+        """The zoneout of every state; a number is for h and c, or for h only with more states."""
         rates, count = self.case.zoneout, self.case.n_states
         if isinstance(rates, tuple):
             return rates
@@ -455,7 +455,7 @@ class _Setup:
     def _walk(
         self, lengths: Tensor, reset: Tensor, noise: dict[str, Tensor], like: Tensor
     ) -> oracle.Walk:
-        """The walk of the oracle, with what `_noise` has drawn, or shares of a state instead."""
+        """The walk of the oracle, with the masks that `_noise` drew, or zoneout as fractions."""
         masks, case = {name: part.to(like.dtype) for name, part in noise.items()}, self.case
         zones: list[Tensor | None] = []
         for k, (rate, (count, batch, width)) in enumerate(
@@ -469,7 +469,7 @@ class _Setup:
 
     @property
     def _is_padded(self) -> bool:
-        """Whether a packed batch is run as a padded one, so that dropout is drawn for all of it."""
+        """Whether a packed batch is run padded, so that dropout is drawn for padding too."""
         case = self.case
         is_noisy = bool(case.zoneout) or (case.training and case.recurrent_dropout > 0)
         marks = (case.reset, case.bptt, case.return_states)
@@ -480,14 +480,14 @@ class _Setup:
     ) -> dict[str, Tensor]:
         """Add the gradient of every leaf for fixed random cotangents of all results.
 
-        With `draws` all have a dimension of so many in front, and the cotangents are the same.
+        With `draws`, all tensors have a leading dimension of that size, and share the cotangents.
         """
         generator = torch.Generator(device="cpu").manual_seed(self.cotangent_seed)
         like: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
         cotangents = []
         for t in results.values():
             drawn = torch.randn(t.shape[bool(draws) :], **like)
-            if self.case.seed % 3 == 0:  # losses of some steps and some results only
+            if self.case.seed % 3 == 0:  # losses on some steps and some results only
                 kept = torch.rand((*drawn.shape[:-1], 1), **like) < 0.5
                 drawn = drawn * kept * (torch.rand((), **like) < 0.7)
             cotangents.append(drawn.to(self.device, self.dtype).to(t.dtype).expand(t.shape))
@@ -506,7 +506,7 @@ class _Setup:
 
 
 def _strided(tensor: Tensor) -> Tensor:
-    """The same values, every second element of a larger tensor."""
+    """Copy a tensor to every second element of a larger one."""
     return torch.stack([tensor, tensor], dim=-1)[..., 0]
 
 
@@ -537,8 +537,9 @@ class Summary:
     ----------
     cell, dtype, path
     cases, tensors : int
+        Numbers of cases and tensors.
     worst : Deviation or None
-        The largest in units.
+        The deviation that is largest in units.
     """
 
     cell: str
@@ -551,7 +552,7 @@ class Summary:
     _stock: float = 0.0
 
     def add(self, deviations: Sequence[Deviation]) -> None:
-        """Count one case."""
+        """Add the deviations of one case."""
         self.cases += 1
         self.tensors += len(deviations)
         self._ours += sum(d.ours**2 for d in deviations)
@@ -577,7 +578,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Failure:
-    """A case that went wrong: what, and how to run it again."""
+    """A failed case, what went wrong, and the command that reruns it."""
 
     case: Case
     what: str
@@ -602,11 +603,11 @@ def verify(
         Keys of ``MODULES``.
     dtypes : sequence of torch.dtype
     cases : int, default 100
-        Number of cases for each dtype; case k is of cell ``cells[k % len(cells)]``.
+        Number of cases for each dtype; case k uses the cell ``cells[k % len(cells)]``.
     seed : int, default 0
     device : str, default 'cpu'
     only : int, optional
-        Run just the case of this index, for every cell given.
+        Run only the case with this index, for every cell.
     progress : callable, optional
         Called after each case.
 

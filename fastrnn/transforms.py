@@ -1,11 +1,12 @@
-"""``fastrnn::layer`` as ``torch.func`` sees it: reverse-mode derivatives and vmap.
+"""``torch.func`` support for ``fastrnn::layer``: reverse-mode derivatives and vmap.
 
-An autograd formula of torch.library is unknown to the transforms, so here are autograd functions
-that know them. They fold a mapped dimension into the batch and make one call: mapped over weights,
-of an ensemble, each member of which has its part of the batch; mapped over inputs alone, of a
-larger batch, and the gradients of the weights are then those of each group of it.
+The transforms ignore autograd formulas of torch.library, so this module has autograd functions
+that support them. They fold a mapped dimension into the batch and make a single call. If weights
+are mapped, this is a call of an ensemble, each member of which has its part of the batch. If only
+inputs are mapped, it is a call with a larger batch, and each group of it gets its own weight
+gradients.
 
-Forward mode does not come here: ``planner`` sends it to ``reference.py``.
+Forward mode does not reach this module: ``planner`` sends it to ``reference.py``.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from .flow import Flow
 
 
 class _Kind(NamedTuple):
-    """What a call of the operator has beside tensors.
+    """The arguments of an operator call that are not tensors.
 
-    Tensors are, as one list, those of ``Call.flat``; `call` is what fills in.
+    The tensors are passed as one list, that of ``Call.flat``; `call` is the record without them.
     """
 
     call: Call
@@ -43,17 +44,17 @@ class _Kind(NamedTuple):
 
     @property
     def n_results(self) -> int:
-        """How many results there are: y, the final states, the traces."""
+        """The number of results: y, the final states, the traces."""
         return 1 + self.n_states + (self.n_states - 1 if self.traced else 0)
 
     def batch_dims(self) -> list[int | None]:
-        """Where each tensor has its batch, if it has one that may be folded into."""
+        """The batch dimension of each tensor, None if a mapped dimension is not folded into it."""
         n_state, n_weights, n_fresh, n_noise = self.call.counts
         noise = [1 if k == 0 else 2 for k in range(n_noise)]
         return [1, 2, None, *[1] * n_state, *[None] * n_weights, *[1] * n_fresh, *noise]
 
     def fold(self, size: int, tensors: Sequence[Any], dims: Sequence[int | None]) -> list[Any]:
-        """Fold the mapped dimension of every tensor into its batch, or of weights into members."""
+        """Fold the mapped dimension of each tensor into its batch, and of weights into members."""
         of_weights: Any = self.call.with_flat(dims).weights
         folded = self.call.with_flat(_fold(size, tensors, dims, self.batch_dims()))
         members = self.members(tensors, dims)
@@ -64,20 +65,21 @@ class _Kind(NamedTuple):
         return folded.flat()
 
     def members(self, tensors: Sequence[Any], dims: Sequence[int | None]) -> int:
-        """How many members there are in an element of what is mapped; 0 without an ensemble."""
+        """The number of members in each mapped element; 0 without an ensemble."""
         w, dim = (self.call.with_flat(part).weights[0] for part in (tensors, dims))
         sizes = [size for k, size in enumerate(w.shape) if k != dim]
         return sizes[0] if len(sizes) == 3 else 0
 
     def is_packed(self, tensors: Sequence[Any]) -> bool:
-        """Whether the batch is packed, so that others do not fit into it."""
+        """Whether the batch is packed, so that nothing can be folded into it."""
         return self.call.with_flat(tensors).batch_sizes is not None
 
 
 def layer(call: Call, save: int, traced: bool, below: Callable[[Call], Result]) -> Result:
-    """``reference.layer`` inside of ``torch.func`` transforms.
+    """``reference.layer`` inside ``torch.func`` transforms.
 
-    `below` runs a call inside of all of them but the innermost; the rest is as for ``cpu.forward``.
+    `below` runs a call inside all transforms but the innermost; the other arguments are those of
+    ``cpu.forward``.
     """
     kind = _Kind(call.without_tensors(), save, traced)
     innermost = retrieve_current_functorch_interpreter()
@@ -91,10 +93,9 @@ def layer(call: Call, save: int, traced: bool, below: Callable[[Call], Result]) 
 def _mapped(
     innermost: VmapInterpreter, kind: _Kind, call: Call, below: Callable[[Call], Result]
 ) -> Result:
-    """Run a call inside of vmap directly, so that no derivative has to know of vmap.
+    """Run a call inside vmap directly, so that its derivatives do not involve vmap.
 
-    This is what vmap does with an autograd function, whose machinery takes as long as many a short
-    call.
+    vmap does the same with an autograd function, but its machinery takes as long as a short call.
     """
     level, size = innermost.level(), innermost.batch_size()
     pairs = [(t, None) if t is None else _unwrap_batched(t, level) for t in call.flat()]
@@ -112,9 +113,9 @@ def _mapped(
 
 
 class _Layer(torch.autograd.Function):
-    """The operator; its results are y, the final states, the traces, and what backward needs.
+    """The operator; its results are y, the final states, the traces, and the saved tensors.
 
-    What backward needs belongs to the batch as it was folded, so it is never mapped.
+    The saved tensors belong to the folded batch, so they are never mapped.
     """
 
     @staticmethod
@@ -163,11 +164,11 @@ class _Layer(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
-    """``fastrnn::layer_backward``; its own derivatives are the reference's.
+    """``fastrnn::layer_backward``; its derivatives are the reference's.
 
-    With `groups` the batch consists of so many parts, one after another, of which a member of an
-    ensemble has one or several, and the gradients of the weights are those of each part. `numbers`
-    count results and what was saved, and say whether the gradient of x is needed.
+    With `groups`, the batch is the concatenation of this many parts, one or several per member of
+    an ensemble, and each part has its own weight gradients. `numbers` are the counts of results and
+    of saved tensors, and whether the gradient of x is needed.
     """
 
     @staticmethod
@@ -220,7 +221,7 @@ class _Backward(torch.autograd.Function):
             return _loop(
                 info, dims, tensors, lambda *part: _Backward.apply(kind, numbers, groups, *part)
             )
-        # Saved is what forward left for the folded batch, if it was folded.
+        # The saved tensors are valid only if forward folded the batch in the same way.
         members = kind.members(tensors[kept], dims[kept])
         was_folded = any(dim is not None for dim in dims[kept])
         saved = tensors[n_results : n_results + n_saved] if was_folded else ()
@@ -239,7 +240,7 @@ class _Backward(torch.autograd.Function):
 
         if groups or members:
             d_weights = unfold(d_weights, 0)
-        of_x = unfold([dx]) if needs_x else [dx]  # of no elements, which nobody looks at
+        of_x = unfold([dx]) if needs_x else [dx]  # an empty placeholder
         results = (*of_x, *unfold(d_state), *d_weights, *unfold(d_fresh))
         of_x = 1 if needs_x else None
         return results, (of_x, *[1] * len(d_state), *[0] * len(d_weights), *[1] * len(d_fresh))
@@ -248,7 +249,7 @@ class _Backward(torch.autograd.Function):
 def _by_reference(
     kind: _Kind, groups: int, call: Call, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """The gradients of `inputs`, those of a call that have some, by the reference."""
+    """Compute the gradients of the differentiable inputs of a call by the reference."""
     counts = call.counts[:3]
 
     def gradients(marks, noise, inputs, cotangents):
@@ -322,7 +323,7 @@ def _of_members(size: int, weight: Tensor, dim: int | None, has_members: bool) -
 def _loop(
     info: Any, dims: Sequence[int | None], tensors: Sequence[Any], function: Callable[..., Any]
 ) -> tuple[Any, Any]:
-    """A call for each element, the results stacked."""
+    """Call a function for each element, and stack the results."""
     results = [
         function(
             *(

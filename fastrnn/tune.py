@@ -1,4 +1,4 @@
-"""``fastrnn tune``: measures what the planner needs to know of this machine."""
+"""``fastrnn tune``: measure where our kernels or torch's are faster on this machine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _log = logging.getLogger("fastrnn")
 
 
 def machines(device: torch.device | None) -> list[tuple[torch.device, Machine]]:
-    """Describe a device, or all that are there."""
+    """Describe a device, or all available ones."""
     if device is None:
         is_gpu_there = devices.gpu() is not None
         both = (torch.device("cpu"), torch.device("cuda"))
@@ -47,7 +47,7 @@ def machines(device: torch.device | None) -> list[tuple[torch.device, Machine]]:
 
 
 def measured(device: torch.device, machine: Machine, seconds: float) -> Table:
-    """Measure a machine within so many seconds, and show how far it is."""
+    """Measure a machine within a number of seconds, and show progress."""
     tasks = tasks_of(device)
     with _progress(str(machine), len(tasks)) as progress:
         rows = tune(tasks, measure_on(device), seconds, progress)
@@ -56,13 +56,13 @@ def measured(device: torch.device, machine: Machine, seconds: float) -> Table:
 
 
 def _limits() -> str:
-    """What the user has torch do without, of what the CPU has."""
+    """The environment variables by which the user restricts the instructions that torch uses."""
     names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
     return " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
 
 
 def kept(table: Table, folder: Path | None) -> str:
-    """Keep a table in the user's cache, and perhaps in a folder too; say where."""
+    """Save a table in the user's cache and, if given, in a folder; say where."""
     try:
         paths = [tuned.keep(table)]
         if folder is not None:
@@ -75,7 +75,7 @@ def kept(table: Table, folder: Path | None) -> str:
 
 
 def shown(machine: Machine) -> str:
-    """Write the table in force as people read it."""
+    """Format the table in use."""
     table = tuned.table_of(machine)
     if table is None:
         return f"{machine}: {tuned.MODEL}"
@@ -97,7 +97,7 @@ def shown(machine: Machine) -> str:
 
 
 class Task(NamedTuple):
-    """A point and the path of ours that is measured beside torch.nn."""
+    """A point, and the path of ours that is measured against torch.nn."""
 
     point: Point
     path: str
@@ -106,17 +106,17 @@ class Task(NamedTuple):
         return " ".join(map(str, (*self.point, self.path)))
 
 
-#: Measures a task. It is told how many seconds are its share, and how many are left for all; it
-#: returns None if the path gives other results, cannot run, or would take too long.
+#: Measures a task, given its share of the time in seconds and the time left for all tasks. Returns
+#: None if the path gives wrong results, cannot run, or would take too long.
 Measure = Callable[[Task, float, float], Row | None]
 
 
 def tune(
     tasks: Sequence[Task], measure: Measure, seconds: float, progress: Callable[[int], None]
 ) -> list[Row]:
-    """Measure as many tasks as there is time for, in their order; say after each how many.
+    """Measure tasks in their order while there is time, and report progress after each.
 
-    What one task does not need of its share is left to those after it.
+    Time that a task does not use of its share goes to the tasks after it.
     """
     rows, end = [], time.perf_counter() + seconds
     for done, task in enumerate(tasks):
@@ -132,7 +132,7 @@ def tune(
 
 @contextlib.contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how many of all are done: by a bar, or without rich in lines."""
+    """Show progress by a bar, or by lines if rich is not installed."""
     try:
         from rich.console import Console
         from rich.progress import Progress
@@ -153,24 +153,24 @@ _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
 
 
 def tasks_of(device: torch.device) -> list[Task]:
-    """List what is measured on a device, in the order in which it is."""
+    """List the tasks of a device in the order in which they are measured."""
     return _cpu_tasks() if device.type == "cpu" else list(_gpu_tasks(device))
 
 
-# Operations of an inference, in its products: some 20 ms on two cores. Larger sizes are bound by
-# these products alone, as their neighbours in the grid are.
+# Operations in the products of an inference call: about 20 ms on two cores. Larger sizes, like
+# their neighbours in the grid, are bound by these products alone.
 _MOST_FLOPS = 5e9
 
-# By kind: steps, batches and hidden sizes. What all kinds and formats have in common is measured
-# with plain layers in float32.
+# Steps, batches and hidden sizes, by kind. The grid is fine only for plain layers in float32, whose
+# behaviour the other kinds and formats share.
 _FINE = ((1, 4, 16, 64, 256), (1, 8, 64), (64, 256, 1024))
 _COARSE = ((1, 16, 64), (1, 8, 64), (64, 256))
-_PACKED = ((4, 16, 64), (2, 8, 64), (64, 256))  # fewer steps or rows are of one length
+_PACKED = ((4, 16, 64), (2, 8, 64), (64, 256))  # with fewer steps or rows, lengths are equal
 _STEP = ((1,), (1, 8, 64), (64, 256, 1024))
 
 
 def _cpu_tasks() -> list[Task]:
-    """The cheapest first, so that it is the largest for which there is no time."""
+    """The cheapest tasks first, so that the largest are dropped if time runs out."""
     halves = (name for name in ("bfloat16", "float16") if crossover.multiplies(DTYPES[name]))
     formats = ("float64", *halves)
     groups = [
@@ -198,7 +198,7 @@ def _flops(point: Point) -> float:
 
 
 def _cost(point: Point) -> float:
-    """Operations, with an allowance for what a step takes in any case."""
+    """The number of operations, with an allowance for the fixed cost of a step."""
     passes = 3 if point.mode == "training" else 1
     return passes * (_flops(point) + 1e6 * point.steps)
 
@@ -207,7 +207,7 @@ _GPU_SIZES = ((512, 128, 1024, 256, 64), (16, 64, 1), (256, 16))  # H, B, T
 
 
 def _gpu_tasks(device: torch.device) -> Iterator[Task]:
-    """The most telling first: a kernel compiles for seconds, so the time ends before the list."""
+    """The most informative tasks first: compiling takes seconds each, so time runs out early."""
     gpu, of_float32 = devices.gpu(device.index), devices.float32_precision()
     formats = ("bfloat16", of_float32, "float16")
     order = itertools.product(formats, _CELLS, *_GPU_SIZES, _MODES)
@@ -222,9 +222,9 @@ def _gpu_tasks(device: torch.device) -> Iterator[Task]:
 
 # How it is measured.
 
-_SAMPLE_SECONDS = 1e-3  # beside which reading the clock is nothing
+_SAMPLE_SECONDS = 1e-3  # long enough to neglect the cost of reading the clock
 _MIN_PAIRS, _MAX_PAIRS = 5, 200
-_MOST = 0.2  # of the time left for one task
+_MOST = 0.2  # largest fraction of the remaining time for one task
 
 
 def measure_on(device: torch.device) -> Measure:
@@ -235,7 +235,7 @@ def measure_on(device: torch.device) -> Measure:
             with on_equal_terms(device), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "LSTM with projections is not supported")
                 return _measure(task, device, seconds, left)
-        except Exception as failure:  # above all too little memory: the others can be measured
+        except Exception as failure:  # mostly out of memory: the other tasks can be measured
             _log.warning("%s failed: %s", task, str(failure).partition("\n")[0])
             return None
 
@@ -245,7 +245,7 @@ def measure_on(device: torch.device) -> Measure:
 def _measure(task: Task, device: torch.device, seconds: float, left: float) -> Row | None:
     end = time.perf_counter() + seconds
     case, (stock, ours), inputs = _made(task.point, device)
-    # A path is forced around a sample, not in each call, which would take longer by that.
+    # A path is forced around a sample, not in each call, which would add to its time.
     sides = (stock, None), (ours, task.path)
     calls, results = [], []
     for module, path in sides:
@@ -274,7 +274,7 @@ def _measure(task: Task, device: torch.device, seconds: float, left: float) -> R
         for side in (0, 1) if len(pairs) % 2 else (1, 0):
             times[side] = sample(side, repeats)
         pairs.append(times)
-    # Whatever else happens on the machine only makes them longer.
+    # Other load on the machine only adds time, so the minimum is the best estimate.
     theirs, mine = map(min, zip(*pairs, strict=True))
     return Row(task.point, task.path, 1e6 * mine, theirs / mine)
 
@@ -286,7 +286,7 @@ def _on(path: str | None) -> contextlib.AbstractContextManager[None]:
 def _made(
     point: Point, device: torch.device
 ) -> tuple[Case, tuple[torch.nn.Module, torch.nn.Module], list[torch.Tensor]]:
-    """The case of a point as benchmarks have it, torch.nn's module and ours, and the inputs."""
+    """Make the benchmark case of a point, torch.nn's module and ours, and the inputs."""
     (steps, batch, hidden), is_step = point.sizes, point.kind == "step"
     dtype, cell = tuned.dtype_of(point), point.cell.removesuffix("_tanh")
     name = cell + "_cell" * is_step
@@ -302,7 +302,7 @@ def _made(
     ours.load_state_dict(stock.state_dict())
     rows = (batch,) if is_step else (sum(case.lengths),) if case.ragged else (steps, batch)
     inputs = [torch.randn(*rows, hidden, device=device, dtype=dtype)]
-    if is_step:  # a loop over steps passes one; a layer is most often called without
+    if is_step:  # a loop over steps passes a state; a layer is mostly called without
         inputs += [torch.zeros_like(inputs[0]) for _ in range(2 if cell == "lstm" else 1)]
     return case, (stock, ours), inputs
 

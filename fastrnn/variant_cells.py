@@ -1,8 +1,8 @@
-"""Cell modules of the layers in ``variants.py``: single steps, used as torch.nn's cells are.
+"""Cell modules for the layers in ``variants.py``: single steps, with torch.nn's interface.
 
-Constructor, names of parameters, forward and state are those of ``torch.nn.LSTMCell`` and
-``GRUCell``. Weights beyond theirs come last. The modules are instances of ``RNNCellBase``, but not
-of ``torch.nn.LSTMCell`` or ``GRUCell``, whose results they do not give.
+Constructor, parameter names, forward and state are those of ``torch.nn.LSTMCell`` and
+``GRUCell``. Additional weights come last. The modules are instances of ``RNNCellBase``, but not
+of ``torch.nn.LSTMCell`` or ``GRUCell``, because they compute something else.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
 
 
 class _VariantCell(_Cell):
-    """A cell module of any cell."""
+    """A cell module for any cell."""
 
     def __init__(
         self,
@@ -51,14 +51,14 @@ class _VariantCell(_Cell):
         cls._weight_names = (*_Cell._weight_names, *(extra.name for extra in cell.extras))
 
     def reset_parameters(self) -> None:
-        """Draw the weights as torch.nn does, but for those that begin with a value of their own."""
+        """Draw the weights as torch.nn does, except those with a fixed initial value."""
         super().reset_parameters()
         self._reset_extras()
 
     def _reset_extras(self) -> None:
         for extra in CELLS[self._cell_name].extras:
             weight = self._parameters.get(extra.name)
-            if weight is not None:  # torch.nn's constructor draws the others before it is there
+            if weight is not None:  # torch.nn's constructor calls this before there are extras
                 begin(weight, extra, self.hidden_size)
 
     def _of_other_kinds(self, input: Any, hx: Any) -> Any:
@@ -76,14 +76,14 @@ class LayerNormLSTMCell(_VariantCell):
     input_size, hidden_size : int
         I and H.
     bias : bool, default True
-        Whether there are ``bias_ih`` and ``bias_hh``.
+        Whether the cell has ``bias_ih`` and ``bias_hh``.
     device, dtype : optional
-        Of the parameters.
+        Device and dtype of the parameters.
 
     Notes
     -----
-    One step of `fastrnn.LayerNormLSTM`. Weights beyond those of torch.nn.LSTMCell are ``gain_ih``
-    and ``gain_hh`` (4H,), ``gain_c`` and ``bias_c`` (H,).
+    One step of `fastrnn.LayerNormLSTM`. In addition to the weights of torch.nn.LSTMCell there are
+    ``gain_ih`` and ``gain_hh`` (4H,), and ``gain_c`` and ``bias_c`` (H,).
 
     Examples
     --------
@@ -107,8 +107,8 @@ class LayerNormGRUCell(_VariantCell):
 
     Notes
     -----
-    One step of `fastrnn.LayerNormGRU`. Weights beyond those of torch.nn.GRUCell are ``gain_ih`` and
-    ``gain_hh`` (3H,).
+    One step of `fastrnn.LayerNormGRU`. In addition to the weights of torch.nn.GRUCell there are
+    ``gain_ih`` and ``gain_hh`` (3H,).
 
     Examples
     --------
@@ -122,7 +122,7 @@ class LayerNormGRUCell(_VariantCell):
 
 
 class ResetBeforeGRUCell(_VariantCell):
-    """One step of a GRU whose reset gate comes before the recurrent product.
+    """One step of a GRU that applies the reset gate before the recurrent product.
 
     Parameters
     ----------
@@ -131,7 +131,7 @@ class ResetBeforeGRUCell(_VariantCell):
 
     Notes
     -----
-    One step of `fastrnn.ResetBeforeGRU`. Weights are those of torch.nn.GRUCell.
+    One step of `fastrnn.ResetBeforeGRU`. The weights are those of torch.nn.GRUCell.
 
     Examples
     --------
@@ -145,7 +145,7 @@ class ResetBeforeGRUCell(_VariantCell):
 
 
 class PeepholeLSTMCell(_VariantCell):
-    """One step of an LSTM whose gates see the cell state.
+    """One step of an LSTM with peephole connections from the cell state to the gates.
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ class PeepholeLSTMCell(_VariantCell):
 
     Notes
     -----
-    One step of `fastrnn.PeepholeLSTM`. Beyond the weights of torch.nn.LSTMCell there is
+    One step of `fastrnn.PeepholeLSTM`. In addition to the weights of torch.nn.LSTMCell there is
     ``weight_peephole`` (3H,), for i, f and o.
 
     Examples
@@ -170,7 +170,7 @@ class PeepholeLSTMCell(_VariantCell):
 
 
 class SLSTMCell(_VariantCell):
-    """One step of xLSTM's sLSTM.
+    """One step of the sLSTM of xLSTM.
 
     Parameters
     ----------
@@ -179,7 +179,7 @@ class SLSTMCell(_VariantCell):
 
     Notes
     -----
-    One step of `fastrnn.SLSTM`. There are four states, h, c, n and m.
+    One step of `fastrnn.SLSTM`. The state has four parts, h, c, n and m.
 
     Examples
     --------

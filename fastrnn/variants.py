@@ -1,9 +1,9 @@
-"""Layers of cells that torch.nn does not have, used as torch.nn's are.
+"""Layers whose cells torch.nn does not provide, with torch.nn's interface.
 
-Constructor, names of parameters, forward and state are those of ``torch.nn.LSTM`` and ``GRU``.
-Weights beyond theirs are named as theirs are (``gain_c_l0``, ``gain_c_l0_reverse``), and come last
-in each direction. The modules are instances of ``RNNBase``, but not of ``torch.nn.LSTM`` or
-``GRU``, whose results they do not give.
+Constructor, parameter names, forward and state are those of ``torch.nn.LSTM`` and ``GRU``.
+Additional weights follow the same naming scheme (``gain_c_l0``, ``gain_c_l0_reverse``) and come
+last in each direction. The modules are instances of ``RNNBase``, but not of ``torch.nn.LSTM`` or
+``GRU``, because they compute something else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["SLSTM", "LayerNormGRU", "LayerNormLSTM", "PeepholeLSTM", "ResetBefor
 
 
 def begin(weight: Tensor, extra: Extra, hidden_size: int) -> None:
-    """Set an extra weight to its own initial value, or draw it as torch.nn does.
+    """Set an extra weight to its fixed initial value, or draw it as torch.nn does.
 
     Parameters
     ----------
@@ -39,15 +39,15 @@ def begin(weight: Tensor, extra: Extra, hidden_size: int) -> None:
 
 
 def refusal(name: str, cell: Cell, hx: Any) -> str:
-    """Say why a state of another kind is refused.
+    """Word the error for a state of the wrong type.
 
     Parameters
     ----------
     name : str
-        Of the module.
+        Name of the module.
     cell : Cell
     hx : object
-        What was given.
+        The state that was passed.
 
     Returns
     -------
@@ -58,12 +58,12 @@ def refusal(name: str, cell: Cell, hx: Any) -> str:
 
 
 class _Variant(_Layers):
-    """A sequence module of any cell that has the gates of an LSTM or a GRU."""
+    """A sequence module for any cell with the gates of an LSTM or a GRU."""
 
     _cell: Any  # key of ``CELLS``
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # RNNBase knows how many gates these have, and no other names.
+        # RNNBase derives the number of gates from the name, and accepts no other names.
         super().__init__({3: "GRU", 4: "LSTM"}[CELLS[self._cell].n_gates], *args, **kwargs)
         if self.proj_size and not self._is_paired:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
@@ -78,7 +78,7 @@ class _Variant(_Layers):
                 names.append(extra.name + suffix)
                 values = like.new_empty(extra.blocks * self.hidden_size)
                 parameters[names[-1]] = Parameter(values)
-            # In the order in which functions take them.
+            # Registered in the order in which the functions take them.
             for name in names:
                 self.register_parameter(name, parameters[name])
             self._flat_weights_names.extend(names)
@@ -90,7 +90,7 @@ class _Variant(_Layers):
         return False
 
     def reset_parameters(self) -> None:
-        """Draw the weights as torch.nn does, but for those that begin with a value of their own."""
+        """Draw the weights as torch.nn does, except those with a fixed initial value."""
         super().reset_parameters()
         self._reset_extras()
 
@@ -101,16 +101,16 @@ class _Variant(_Layers):
                     begin(weight, extra, self.hidden_size)
 
     def flatten_parameters(self) -> None:
-        """Do nothing: cuDNN does not have these cells."""
+        """Do nothing: cuDNN does not support these cells."""
 
     def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
-        """Check the input and the kind of the state, the shape of which is checked later."""
+        """Check the input and the type of the state, whose shape is checked later."""
         self.check_input(input, batch_sizes)
         if isinstance(hidden, Tensor) is self._is_paired:
             raise TypeError(refusal(type(self).__name__, self._definition, hidden))
 
     def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
-        """Put the sequences of every state in another order."""
+        """Permute the sequences of every state."""
         if permutation is None:
             return hx
         return map_state(lambda part: part.index_select(1, permutation), hx)
@@ -131,13 +131,13 @@ class LayerNormLSTM(_Variant):
     Raises
     ------
     TypeError, ValueError
-        For the values that torch.nn.LSTM refuses, with its texts.
+        For the values that torch.nn.LSTM rejects, with its messages.
 
     Notes
     -----
-    ``fastrnn.cells.layernorm`` has the formula, that of Ba, Kiros & Hinton
-    2016. Beyond the weights of torch.nn.LSTM there are ``gain_ih`` and ``gain_hh`` (4H,),
-    ``gain_c`` and ``bias_c`` (H,). With `num_heads` every head is normalised by itself.
+    For the formula, that of Ba, Kiros & Hinton 2016, see ``fastrnn.cells.layernorm``. In addition
+    to the weights of torch.nn.LSTM there are ``gain_ih`` and ``gain_hh`` (4H,), and ``gain_c`` and
+    ``bias_c`` (H,). With `num_heads`, each head is normalised separately.
 
     Examples
     --------
@@ -166,13 +166,13 @@ class LayerNormGRU(_Variant):
     Raises
     ------
     TypeError, ValueError
-        For the values that torch.nn.GRU refuses, with its texts.
+        For the values that torch.nn.GRU rejects, with its messages.
 
     Notes
     -----
-    ``fastrnn.cells.layernorm`` has the formula. Beyond the weights of
-    torch.nn.GRU there are ``gain_ih`` and ``gain_hh`` (3H,). With `num_heads` every head is
-    normalised by itself.
+    For the formula see ``fastrnn.cells.layernorm``. In addition to the weights of torch.nn.GRU
+    there are ``gain_ih`` and ``gain_hh`` (3H,). With `num_heads`, each head is normalised
+    separately.
 
     Examples
     --------
@@ -187,7 +187,7 @@ class LayerNormGRU(_Variant):
 
 
 class ResetBeforeGRU(_Variant):
-    """GRU layers whose reset gate comes before the recurrent product, as in Keras' older GRU.
+    """GRU layers that apply the reset gate before the recurrent product, as Keras' older GRU does.
 
     Parameters
     ----------
@@ -201,12 +201,13 @@ class ResetBeforeGRU(_Variant):
     Raises
     ------
     TypeError, ValueError
-        For the values that torch.nn.GRU refuses, with its texts.
+        For the values that torch.nn.GRU rejects, with its messages.
 
     Notes
     -----
-    ``fastrnn.cells.reset_before`` has the formula. `fastrnn.GRU` resets after the
-    product, as torch.nn.GRU, cuDNN and Keras by default. Weights are those of torch.nn.GRU.
+    For the formula see ``fastrnn.cells.reset_before``. `fastrnn.GRU` applies the reset gate after
+    the product, as do torch.nn.GRU, cuDNN and, by default, Keras. The weights are those of
+    torch.nn.GRU.
 
     Examples
     --------
@@ -221,7 +222,7 @@ class ResetBeforeGRU(_Variant):
 
 
 class PeepholeLSTM(_Variant):
-    """LSTM layers whose gates see the cell state.
+    """LSTM layers with peephole connections from the cell state to the gates.
 
     Parameters
     ----------
@@ -235,12 +236,12 @@ class PeepholeLSTM(_Variant):
     Raises
     ------
     TypeError, ValueError
-        For the values that torch.nn.LSTM refuses, with its texts.
+        For the values that torch.nn.LSTM rejects, with its messages.
 
     Notes
     -----
-    ``fastrnn.cells.peephole`` has the formula, that of Gers & Schmidhuber 2000.
-    Beyond the weights of torch.nn.LSTM there is ``weight_peephole`` (3H,), for i, f and o.
+    For the formula, that of Gers & Schmidhuber 2000, see ``fastrnn.cells.peephole``. In addition to
+    the weights of torch.nn.LSTM there is ``weight_peephole`` (3H,), for i, f and o.
 
     Examples
     --------
@@ -255,7 +256,7 @@ class PeepholeLSTM(_Variant):
 
 
 class SLSTM(_Variant):
-    """Recurrent layers of xLSTM, sLSTM: exponential input gates and a normaliser.
+    """The sLSTM layers of xLSTM, with exponential input gates and a normaliser state.
 
     Parameters
     ----------
@@ -264,19 +265,19 @@ class SLSTM(_Variant):
     num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
         As for `fastrnn.LSTM`.
     recurrent_dropout, zoneout, weight_dropout, num_heads
-        As for `fastrnn.LSTM`; one number of `zoneout` is for h only: c, n and m
-        mean nothing without each other.
+        As for `fastrnn.LSTM`; a single number for `zoneout` applies to h only, because c, n and m
+        are meaningful only together.
 
     Raises
     ------
     TypeError, ValueError
-        For the values that torch.nn.LSTM refuses, with its texts.
+        For the values that torch.nn.LSTM rejects, with its messages.
 
     Notes
     -----
-    ``fastrnn.cells.slstm`` has the formula, that of Beck et al. 2024. Gates are in the
-    order i, f, z, o. There are four states, h, c, n and m, each a tensor of its own in `hx`;
-    ``fastrnn.functional.States`` has them all.
+    For the formula, that of Beck et al. 2024, see ``fastrnn.cells.slstm``. Gates are in the order
+    i, f, z, o. There are four states, h, c, n and m; ``hx`` has a tensor for each of them, as has
+    ``fastrnn.functional.States``.
 
     Examples
     --------

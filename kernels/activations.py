@@ -1,4 +1,4 @@
-"""The cells on tiles: what their functions call, and how a kernel gets one."""
+"""Bind the cells to Triton: the functions they call on tiles, and a cell as a kernel constant."""
 
 import functools
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..cells import Cell, Engine
 
-# What an engine has of its own; the functions below are made of these, whichever they are.
+# Primitives, which an engine may replace. The functions below are composed of them.
 
 
 @triton.jit
@@ -23,8 +23,8 @@ def reciprocal(x):
 
 @triton.jit
 def _exp_of_nvidia(x):
-    """As `exp`, whose error is that of ``x * log2(e)`` too: |x| / 2^24 and 2 units."""
-    power = x * 1.4426950408889634  # of 2
+    """Like `exp`, but with the rounding error of ``x * log2(e)`` added: |x| / 2^24 and 2 ulp."""
+    power = x * 1.4426950408889634  # log2(e)
     return tl.inline_asm_elementwise(
         "ex2.approx.ftz.f32 $0, $1;", "=f,f", [power], dtype=tl.float32, is_pure=True, pack=1
     )
@@ -32,7 +32,7 @@ def _exp_of_nvidia(x):
 
 @triton.jit
 def _reciprocal_of_nvidia(x):
-    """As `reciprocal`, to 1 unit in the last place, without what subnormal numbers need."""
+    """Like `reciprocal`, accurate to 1 ulp, without the handling of subnormal numbers."""
     return tl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
     )
@@ -66,12 +66,12 @@ def log_sigmoid(x):
     """``min(x, 0) - log(1 + e)``, e = exp(-|x|), to a few units in the last place."""
     e = exp(-tl.abs(x))
     if x.dtype == tl.float64:
-        # Of 1 + e as it is rounded, by the share of e in what was added.
+        # log1p: rescale the logarithm of the rounded 1 + e by e over what was actually added.
         total = 1.0 + e
         added = total - 1.0
         found = tl.where(added == 0.0, e, tl.log(total) * (e / tl.where(added == 0.0, 1.0, added)))
     else:
-        # 2 atanh(s), s = e / (2 + e) <= 1/3: the series, without terms below 2e-8 of it.
+        # 2 atanh(s), s = e / (2 + e) <= 1/3: the series, truncated below 2e-8 relative error.
         s = e * reciprocal(2.0 + e)
         square = s * s
         series = 1.0 / 11.0 + square * (1.0 / 13.0)
@@ -100,29 +100,29 @@ def where(condition, x, y):
 
 @triton.jit
 def zeros_like(x):
-    # tl.zeros_like has no layout to give in Gluon.
+    # tl.zeros_like cannot infer a layout in Gluon.
     return tl.where(x == x, 0.0, 0.0).to(x.dtype)
 
 
 def _engine(**own: Any) -> Engine:
-    """An engine of cells on tiles, in float32, with some functions of its own."""
+    """Build an engine for cells on tiles in float32, with some functions replaced."""
     functions = (exp, reciprocal, relu, maximum, where, zeros_like)
-    # The interpreter wants to see `tl` in every function.
+    # The interpreter requires `tl` among the globals of every function.
     names = {"tl": tl, **{f.__name__: f for f in functions}, **own}
     base = Engine(names, compile=triton.jit)
     composed = {f.__name__: base.bind(f) for f in (sigmoid, tanh, log_sigmoid)}
     return Engine({**names, **composed}, compile=triton.jit)
 
 
-#: The cells in Triton's own words.
+#: The cells with Triton's portable functions.
 ENGINE = _engine()
-#: And with the instructions of NVIDIA's devices, which take half as long.
+#: The cells with NVIDIA's approximate instructions, which take half the time.
 NVIDIA_ENGINE = _engine(exp=_exp_of_nvidia, reciprocal=_reciprocal_of_nvidia)
 
 
 class Bound(NamedTuple):
-    """A cell as one constant of a kernel; the fields are those of `Cell`, with those of `Late` and
-    `Output` where it has them.
+    """A cell as a single constant of a kernel; its fields are those of `Cell`, plus those of `Late`
+    and `Output` where the cell has them.
     """
 
     forward: Any
@@ -142,13 +142,13 @@ class Bound(NamedTuple):
 
     @property
     def cache_key(self) -> str:
-        """By which Triton finds compiled kernels on disk again: the source of the functions too."""
+        """Key for Triton's on-disk cache of compiled kernels; includes the functions' source."""
         return str([getattr(part, "cache_key", part) for part in self])
 
 
 @functools.cache
 def bound(cell: Cell, engine: Engine = ENGINE) -> Bound:
-    """Bind a cell for kernels."""
+    """Bind a cell to the functions of an engine, for use in kernels."""
 
     def of(part: Any, name: str) -> Any:
         function = getattr(part, name, None)

@@ -1,9 +1,9 @@
-"""Which schedule and tiles for a problem on a device, by simulated times of a step.
+"""Choose the schedule and tiles for a problem on a device by simulated step times.
 
-Nothing here runs on a device or imports torch, so a plan can be made for a GPU that is not there.
-The times are in a table, ``steps.csv``, that a simulator of a multiprocessor makes from compiled
-kernels (fastrnn/bench/step_time.py, which states its error: between schedules a quarter either
-way, which the choice does not heed). None has been compared with a measurement yet.
+Nothing here runs on a device or imports torch, so a plan can be made for a GPU that is not present.
+The times come from a table, ``steps.csv``, which a multiprocessor simulator generates from compiled
+kernels (fastrnn/bench/step_time.py, which states its error: a quarter either way between schedules,
+which the choice does not take into account). None has been compared with a measurement yet.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class Device(NamedTuple):
     name : str
     target : {'cuda', 'hip'}
     capability : int
-        10 * major + minor of CUDA; of HIP the number in gfx942.
+        10 * major + minor for CUDA; for HIP the number in gfx942.
     processors : int
         Streaming multiprocessors or compute units.
     shared_memory : int
-        Most bytes that one program may have.
+        Maximum bytes per program.
     clock_mhz : int
         Boost clock, for times in microseconds.
     gap : str
-        Why no persistent kernel runs there, if none does, beyond what this module knows.
+        Why no persistent kernel runs on the device, where this module cannot tell by itself.
     """
 
     name: str
@@ -72,26 +72,26 @@ class Shape(NamedTuple):
     ----------
     n_gates : int
     batch, hidden_size : int
-        Of a group.
+        Per group.
     groups : int
         Directions, times heads, times the members of an ensemble.
     itemsize : int
-        Bytes of an element of the weights.
+        Bytes per weight element.
     precision : {'ieee', 'tf32', 'tf32x3'}
-        Of products of float32.
+        Of float32 products.
     n_more : int
-        Tiles that a thread holds beyond those of an LSTM: of further states, and rows of extra
+        Tiles held by a thread in addition to those of an LSTM: further states, and rows of extra
         weights.
     marked : bool
-        Whether there are lengths, resets or truncated gradients.
+        Whether lengths, resets or truncated gradients are in use.
     noisy : bool
-        Whether there is recurrent dropout or zoneout.
+        Whether recurrent dropout or zoneout is in use.
     staged : bool
-        Whether a step is more than a product and arithmetic on each hidden unit by itself.
+        Whether a step is more than a product and arithmetic on each hidden unit separately.
     projected : bool
-        Whether h has a projection.
+        Whether h is projected.
     n_late : int
-        How many gates are of a second product.
+        Number of gates computed by a second product.
     """
 
     n_gates: int
@@ -109,7 +109,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, cell: Cell, *others: Any) -> Shape:
-        """Describe a problem of a cell by the fields from `batch` to `precision`."""
+        """Describe a problem for a cell, given the fields from `batch` to `precision`."""
         shape = cls(cell.n_gates, *others)
         n_late = cell.late.n_gates if cell.late else 0
         return shape._replace(n_more=max(cell.n_states - 2, 0) + cell.n_extra, n_late=n_late)
@@ -122,14 +122,14 @@ class Config(NamedTuple):
     ----------
     schedule : {'resident', 'persistent', 'stepwise', 'staged'}
     block_b, block_h : int
-        Rows of the batch and hidden units of one program.
+        Batch rows and hidden units per program.
     block_k : int
-        Columns of the operands that go through one product; of one warp, in a persistent kernel.
+        Operand columns per product; per warp, in a persistent kernel.
     num_warps : int
     in_registers : int
-        Chunks of the weights that a persistent kernel has in registers.
+        Chunks of the weights that a persistent kernel keeps in registers.
     tiles : int
-        Batch tiles in one launch; more of them are launched one after another.
+        Batch tiles per launch; any beyond are launched one after another.
     """
 
     schedule: str
@@ -142,7 +142,7 @@ class Config(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A configuration and its time of a step, which is simulated; NaN where nothing can be."""
+    """A configuration and its simulated step time; NaN where nothing can be simulated."""
 
     config: Config
     step_us: float
@@ -154,36 +154,36 @@ class Choice(NamedTuple):
 
 
 SCHEDULES = ("resident", "persistent", "stepwise", "staged")
-PRECISIONS = ("ieee", "tf32", "tf32x3")  # of float32
+PRECISIONS = ("ieee", "tf32", "tf32x3")  # of float32 products
 MAX_BATCH = 16 * 65535  # batch tiles are the second dimension of a grid
 MAX_GROUPS = 65535
-# Bytes of a row of a normalised cell, of which one program has all units, in float32 or float64. An
-# LSTM's row of these spills a few hundred bytes of a thread; what is larger has nowhere to be.
+# Row bytes of a normalised cell, in float32 or float64; one program holds all units of a row. At
+# this size an LSTM spills a few hundred bytes per thread; a larger row would not fit.
 MAX_NORMALISED_ROW = 16 * 1024
 
-# What a persistent kernel's programs are made of; see fragments.py.
+# Tile sizes of a persistent kernel's programs; see fragments.py.
 _UNITS = _TILE_ROWS = 16
 
 
-# Elements of a tile [block_b, block_h] that a thread of a resident kernel may hold. Fitted to what
-# compiles without spilling for sm_80, sm_90 and sm_100 with triton 3.6 and 3.7
-# (bench/compile_budget.py); mostly the next larger tile spills.
+# Elements per thread of a tile [block_b, block_h] in a resident kernel. Fitted to what compiles
+# without spilling for sm_80, sm_90 and sm_100 with triton 3.6 and 3.7 (bench/compile_budget.py); in
+# most cases the next larger tile spills.
 _RESIDENT = {"half": 8, "tf32": 4, "tf32x3": 2, "ieee": 1}
-# Likewise of those in staged_resident.py, with at most 48 bytes on a thread's stack.
+# The same for the kernels of staged_resident.py, with at most 48 bytes of stack per thread.
 _RESIDENT_STAGED = {"half": 8, "tf32": 4, "tf32x3": 2, "ieee": 2}
-# 256 threads: then all 255 registers of NVIDIA's and 512 of AMD's multiprocessors are theirs.
+# 256 threads, so that each can use all 255 registers on NVIDIA's multiprocessors, 512 on AMD's.
 _WARPS = {"cuda": 8, "hip": 4}
 _THREADS = 256
 
 
-@functools.lru_cache(maxsize=4096)  # asked at every call of a layer
+@functools.lru_cache(maxsize=4096)  # called for every call of a layer
 def choose(
     shape: Shape, device: Device, *, backward: bool = False, schedule: str | None = None
 ) -> Choice | None:
-    """Choose how to launch a kernel: the fastest by simulation, perhaps of one schedule only.
+    """Choose how to launch a kernel: the fastest in simulation, optionally within one schedule.
 
-    Where nothing was simulated, as on AMD's devices, the first that fits. None if `schedule` cannot
-    run this shape on this device.
+    Where nothing was simulated, as on AMD's devices, returns the first configuration that fits;
+    None if `schedule` cannot run this shape on this device.
     """
     choices = [
         Choice(config, step_us(config, shape, device, backward=backward))
@@ -195,28 +195,28 @@ def choose(
 
 
 def candidates(shape: Shape, device: Device, *, backward: bool = False) -> Iterator[Config]:
-    """All configurations that fit the device."""
+    """Generate all configurations that fit the device."""
     if shape.staged:
         yield from _resident_staged(shape, device, backward)
     else:
         yield from _resident(shape, device, backward)
         if persistent_gap(shape, device) is None:
             yield from _persistent(shape, device, backward)
-    # Larger blocks, or float32 or more tiles in fewer threads, spill.
+    # Larger blocks spill; so do float32 or additional tiles with fewer threads.
     kind, narrow = _kind(shape), _narrow(shape)
     block_k = 64 if kind == "half" else 32
-    n_more = 0 if shape.staged else shape.n_more  # its products have no part of the cell
+    n_more = 0 if shape.staged else shape.n_more  # a staged product holds no part of the cell
     num_warps = 4 if kind == "half" and not n_more else _WARPS[device.target]
-    # Nor more rows than these on sm_90, where 64 would be warp-group products: triton before 3.7.1
-    # does not order what cp.async writes before their reads (triton PR 9610), and in three parts
-    # their left operand is in registers, which ptxas may take for others too early (PR 11781).
+    # On sm_90, 64 rows would become warp-group products: before 3.7.1 triton does not order
+    # cp.async writes before their reads (triton PR 9610), and with tf32x3 their left operand is in
+    # registers, which ptxas may reuse too early (PR 11781).
     is_warp_group = device.target == "cuda" and device.capability // 10 == 9
-    # Nor with noise, whose masks are tiles too.
+    # With noise, the masks are tiles too.
     few_rows = is_warp_group or (shape.noisy and not shape.staged)
     more_rows = () if narrow else (32,) if few_rows else (64,)
     if kind == "ieee":
         more_rows, block_k = (32,), 16 if narrow else 32
-    if shape.itemsize == 8:  # all products of a program at once
+    if shape.itemsize == 8:  # a program computes all its float64 products at once
         yield Config("staged", 8, 32, 16, num_warps, 0, 65535)
         return
     for block_b in (16, *more_rows):
@@ -225,7 +225,7 @@ def candidates(shape: Shape, device: Device, *, backward: bool = False) -> Itera
 
 
 def persistent_gap(shape: Shape, device: Device) -> str | None:
-    """Say why no persistent kernel can run a shape, whatever its size; None if one can."""
+    """Return why no persistent kernel can run a shape, whatever its size; None if one can."""
     if device.target != "cuda":
         return f"no persistent kernel of ours for {device.name}"
     if shape.itemsize == 4 and shape.precision != "tf32":
@@ -236,9 +236,9 @@ def persistent_gap(shape: Shape, device: Device) -> str | None:
 def _resident(shape: Shape, device: Device, backward: bool) -> Iterator[Config]:
     kind, narrow, warps = _kind(shape), _narrow(shape), _WARPS[device.target]
     block_h = _block_h(shape)
-    most = _RESIDENT[kind] * (4 if shape.n_gates == 1 else 1)  # one gate takes so much less
+    most = _RESIDENT[kind] * (4 if shape.n_gates == 1 else 1)  # one gate needs that much less
     if backward and narrow and kind == "half":
-        most //= 2  # each part of a row has an address and a predicate
+        most //= 2  # each part of a row needs an address and a predicate
     for block_b in _row_blocks(shape) if kind == "half" else (16,):
         config = Config("resident", block_b, block_h, block_h, warps, 0, 65535)
         fits = shared_memory(config, shape, backward=backward) <= device.shared_memory
@@ -250,9 +250,9 @@ def _resident_staged(shape: Shape, device: Device, backward: bool) -> Iterator[C
     kind, warps, is_wide = _kind(shape), _WARPS[device.target], shape.n_gates == 4
     if shape.projected or shape.itemsize == 8 or (kind == "tf32x3" and is_wide):
         return
-    # A product of 16 columns has no work for all warps.
+    # A product of 16 columns does not occupy all warps.
     block_h, most = _block_h(shape, 32 if backward else 16), _RESIDENT_STAGED[kind]
-    # Marks, noise and rows at odd addresses take registers too.
+    # Marks, noise and unaligned rows take registers too.
     n_options = is_wide * (shape.marked + shape.noisy)
     if (kind == "half" and (n_options > 0 or _narrow(shape))) or (kind == "tf32" and n_options > 1):
         most //= 2
@@ -263,7 +263,7 @@ def _resident_staged(shape: Shape, device: Device, backward: bool) -> Iterator[C
 
 
 def _block_h(shape: Shape, least: int = 16) -> int:
-    """Hidden units of a program that has all."""
+    """Return the tile width of a program that holds all hidden units."""
     return max(least, 1 << (shape.hidden_size - 1).bit_length())
 
 
@@ -271,9 +271,9 @@ def _persistent(shape: Shape, device: Device, backward: bool) -> Iterator[Config
     slices = -(-shape.hidden_size // _UNITS)
     tiles = min(device.processors // (slices * shape.groups), 65535)
     columns = shape.hidden_size * (shape.n_gates if backward else 1)
-    # Two tiles with marks would take more registers than there are.
+    # Two tiles with marks would exceed the available registers.
     for block_b in (16,) if shape.marked else _row_blocks(shape):
-        # Fewer warps have fewer partial sums, but more of the weights each.
+        # Fewer warps produce fewer partial sums, but each holds more of the weights.
         for warps in (4, 8) if shape.hidden_size <= 512 and block_b == _TILE_ROWS else (8,):
             block_k = _block_k(columns, warps, shape.itemsize)
             in_registers = _in_registers(shape, backward, block_b, block_k, warps)
@@ -286,7 +286,7 @@ def _persistent(shape: Shape, device: Device, backward: bool) -> Iterator[Config
 
 
 def _chunks(shape: Shape, backward: bool, block_k: int, warps: int) -> int:
-    """Chunks of a persistent kernel's products."""
+    """Count the chunks of a persistent kernel's products."""
     columns = shape.hidden_size * (shape.n_gates if backward else 1)
     return -(-columns // (warps * block_k))
 
@@ -296,9 +296,9 @@ def _row_blocks(shape: Shape) -> tuple[int, ...]:
 
 
 def _block_k(columns: int, warps: int, itemsize: int) -> int:
-    """Columns of a warp's chunk: 64 bytes of a row, or 32 if an eighth would be empty otherwise.
+    """Return the columns of a warp's chunk: 64 bytes of a row, or 32 if an eighth would be padding.
 
-    Tensor cores take no less than 16 columns.
+    Tensor cores need at least 16 columns.
     """
     widest = 64 // itemsize
     if widest == 16:
@@ -310,12 +310,12 @@ def _block_k(columns: int, warps: int, itemsize: int) -> int:
 def _in_registers(
     shape: Shape, backward: bool, block_b: int, block_k: int, warps: int
 ) -> int | None:
-    """How many chunks of the weights a thread of a persistent kernel has in registers.
+    """Return how many chunks of the weights a thread of a persistent kernel keeps in registers.
 
-    From above what is compiled without spilling; see bench/compile_budget.py. A few chunks in
-    shared memory cost little. None if even without any there are not enough registers.
+    A bound fitted to what compiles without spilling; see bench/compile_budget.py. A few chunks in
+    shared memory cost little. None if there are too few registers even with no chunk in them.
     """
-    of_chunk = block_k * shape.itemsize // 8  # of h, and of the weights of a tile of sums
+    of_chunk = block_k * shape.itemsize // 8  # of h, and of the weights of one tile of sums
     sums = 1 if backward else shape.n_gates
     chunks = _chunks(shape, backward, block_k, warps)
     group = min(-(-chunks // shape.n_gates) if backward else chunks, 32 // of_chunk)
@@ -325,12 +325,12 @@ def _in_registers(
     used += (20 if backward else 25) * shape.noisy
     if (255 - used) // (sums * of_chunk) >= chunks:
         return chunks
-    used += 24 + 4 * max(0, chunks - 16)  # of weights on their way
+    used += 24 + 4 * max(0, chunks - 16)  # weights in flight from shared memory
     return (255 - used) // (sums * of_chunk) if used < 255 else None
 
 
 def _narrow(shape: Shape) -> bool:
-    """Whether rows do not all start at a multiple of 16 bytes."""
+    """Whether some rows start at an address that is not a multiple of 16 bytes."""
     return shape.hidden_size * shape.itemsize % 16 > 0
 
 
@@ -339,7 +339,7 @@ def _kind(shape: Shape) -> str:
 
 
 def shared_memory(config: Config, shape: Shape, *, backward: bool = False) -> int:
-    """Bytes of shared memory of an on-chip schedule, from above; compiled code takes no more."""
+    """Return an upper bound on the shared memory, in bytes, of an on-chip schedule."""
     gates = 1 if backward else shape.n_gates
     if config.schedule == "persistent":
         chunks = _chunks(shape, backward, config.block_k, config.num_warps)
@@ -349,8 +349,8 @@ def shared_memory(config: Config, shape: Shape, *, backward: bool = False) -> in
     copies = 2 if _kind(shape) == "tf32x3" else 1
     gates = shape.n_gates if backward else shape.n_gates + (shape.n_gates - shape.n_late == 3)
     weights = gates * config.block_h**2 * shape.itemsize * copies
-    # On their way to another layout: the left operand of a dot, a result of backward, dh and a tile
-    # of each gate, or in half precision two loads of four, or what a reduction needs at least.
+    # Layout conversions: the left operand of a dot; for a result of backward, dh and a tile of each
+    # gate, or in half precision two loads of four; or the minimum that a reduction needs.
     of_unit = config.block_h * shape.itemsize
     is_twice = backward and shape.itemsize == 2 and shape.n_gates > 1
     tiles = 8 if is_twice else shape.n_gates + 1
@@ -366,9 +366,9 @@ def shared_memory(config: Config, shape: Shape, *, backward: bool = False) -> in
 
 
 class Simulated(NamedTuple):
-    """A row of ``steps.csv``: what a step of a kernel takes, by simulation.
+    """A row of ``steps.csv``: the simulated time of one step of a kernel.
 
-    ``python -m fastrnn.bench.compile_budget --steps`` makes the table.
+    Generated by ``python -m fastrnn.bench.compile_budget --steps``.
 
     Attributes
     ----------
@@ -382,8 +382,8 @@ class Simulated(NamedTuple):
     block_b, num_warps : int
     hidden_size : int
     alone, full : float
-        Cycles of a step, of one group of programs that has the GPU for itself, and where all
-        multiprocessors run such programs; they share the bytes from L2.
+        Cycles per step: with one group of programs alone on the GPU, and with such programs on all
+        multiprocessors, which share the L2 bandwidth.
     """
 
     architecture: int
@@ -403,7 +403,7 @@ STEPS = Path(__file__).with_name("steps.csv")
 
 @functools.cache
 def _simulated() -> dict[tuple[Any, ...], list[Simulated]]:
-    """The rows of the table by all but their hidden size, by which they are sorted."""
+    """Return the table's rows, keyed by all facts but the hidden size, which sorts each list."""
     found: dict[tuple[Any, ...], list[Simulated]] = defaultdict(list)
     with STEPS.open(encoding="utf-8", newline="") as file:
         _, *rows = csv.reader(file)
@@ -415,11 +415,11 @@ def _simulated() -> dict[tuple[Any, ...], list[Simulated]]:
 
 
 def _rows_of(config: Config, shape: Shape, device: Device, backward: bool) -> list[Simulated]:
-    """What was simulated of a configuration, or of the one most like it."""
+    """Return the rows simulated for a configuration, or for the one most like it."""
     if device.target != "cuda" or shape.staged:
         return []
-    # A cell of two gates is like one of three, and where only an H100 was simulated, an A100 is
-    # like it; so are more rows or warps of a launch for each step.
+    # Approximate a cell of two gates by one of three, an A100 by an H100 where only that was
+    # simulated, and more rows or warps of a stepwise launch by fewer.
     facts = (
         "backward" if backward else "forward",
         max(shape.n_gates, 3) if shape.n_gates > 1 else 1,
@@ -436,11 +436,11 @@ def _rows_of(config: Config, shape: Shape, device: Device, backward: bool) -> li
 
 
 def step_us(config: Config, shape: Shape, device: Device, *, backward: bool = False) -> float:
-    """Tell the simulated time of one time step in microseconds; NaN if nothing was simulated.
+    """Return the simulated time of one time step in microseconds; NaN if nothing was simulated.
 
-    Between hidden sizes of the table it is interpolated, beyond them taken to grow with the hidden
-    size; of a device that is neither, the cycles of an A100 below sm_90 and of an H100 from there
-    on. Not in it is what a launch of all steps takes once.
+    Interpolates between the hidden sizes of the table; beyond the largest, the time is taken to
+    grow linearly. A device that was not simulated gets the cycles of an A100 below sm_90 and those
+    of an H100 from sm_90 on. The fixed cost of a launch that covers all steps is not included.
     """
     rows = _rows_of(config, shape, device, backward)
     if not rows:
@@ -448,7 +448,7 @@ def step_us(config: Config, shape: Shape, device: Device, *, backward: bool = Fa
     slices = -(-shape.hidden_size // config.block_h)
     tiles = -(-shape.batch // config.block_b)
     programs = slices * min(tiles, config.tiles) * shape.groups
-    # How far from one group of programs to a full device.
+    # Where this lies between a single group of programs and a full device.
     share = min(1.0, (programs - slices) / max(1, device.processors - slices))
     sizes = [row.hidden_size for row in rows]
     times = [row.alone + (row.full - row.alone) * share for row in rows]
@@ -465,5 +465,5 @@ def step_us(config: Config, shape: Shape, device: Device, *, backward: bool = Fa
     return launches_us + waves * cycles / device.clock_mhz
 
 
-# A launch that does nothing, back to back on a stream: a design estimate.
+# Time per empty launch, issued back to back on a stream: a design estimate.
 _LAUNCH_US = 2.5

@@ -1,22 +1,22 @@
-"""Where the operands of a persistent kernel's products lie, in Gluon's explicit layouts.
+"""Layouts of the operands of a persistent kernel's products, in Gluon's explicit layouts.
 
-A program of W warps multiplies a slice of R, of UNITS hidden units, by h of TILE_ROWS rows of the
-batch. The columns are split over the warps: each has a part of every sum, so that it needs its own
-part of h and of R only. To Triton this is a batch of W products, [UNITS, K] x [K, TILE_ROWS], of
-columns in chunks: k = (chunk * W + warp) * BLOCK_K + ...
+A program of W warps multiplies a slice of R, of UNITS hidden units, by h of TILE_ROWS batch rows.
+The columns (K) are split over the warps: each computes a partial sum of every result, so it needs
+only its own part of h and of R. For Triton this is a batch of W products, [UNITS, K] x
+[K, TILE_ROWS], with columns in chunks: k = (chunk * W + warp) * BLOCK_K + ...
 
-R is the left operand. A fragment of the right one, by which the tensor cores take it, is two words
-of a row of h, so what a thread loads of a row in 16 bytes is two fragments as it lies. For that the
-columns are renamed: they are in memory (lane, product, half, element) and in a fragment (product,
-half, lane, element), alike for both operands, and a sum does not mind. The rows of h are renamed
-too, so that a thread of the result has four adjacent ones. All conversions here are names only:
-`assert_trivial` makes the compiler refuse one that moves anything.
+R is the left operand. A fragment of the right operand, as the tensor cores take it, is two words of
+a row of h, so the 16 bytes that a thread loads from a row are two fragments without any shuffle.
+This works by renaming columns: in memory they are ordered (lane, product, half, element), in a
+fragment (product, half, lane, element). Both operands are renamed the same way, which does not
+change the sums. The rows of h are renamed too, so that a thread of the result holds four adjacent
+ones. All conversions here only rename: with `assert_trivial` the compiler rejects data movement.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# What one warp-level product takes at least, and the rows that two of them do.
+# The smallest sizes that one warp-level product takes for units, and two of them for rows.
 UNITS = TILE_ROWS = gl.constexpr(16)
 
 
@@ -27,7 +27,7 @@ def _bits(n):
 
 @gluon.constexpr_function
 def _operand_layout(W, BLOCK_K, row_in_thread, row_of_lanes):
-    """[W, 16, BLOCK_K], columns as in memory, 16 bytes of two rows a thread."""
+    """Lay out [W, 16, BLOCK_K] with columns as in memory, 16 bytes of two rows per thread."""
     vector = BLOCK_K // 4
     registers = [[0, 0, b] for b in _bits(vector)] + [[0, row_in_thread, 0]]
     lanes = [[0, 0, vector], [0, 0, 2 * vector]] + [[0, row, 0] for row in row_of_lanes]
@@ -37,13 +37,13 @@ def _operand_layout(W, BLOCK_K, row_in_thread, row_of_lanes):
 
 @gluon.constexpr_function
 def weights_layout(W, BLOCK_K):
-    """[W, UNITS, BLOCK_K] of R."""
+    """Return the layout of a chunk of R, [W, UNITS, BLOCK_K]."""
     return _operand_layout(W, BLOCK_K, 8, [1, 2, 4])
 
 
 @gluon.constexpr_function
 def state_layout(W, BLOCK_K):
-    """[W, TILE_ROWS, BLOCK_K] of h."""
+    """Return the layout of a chunk of h, [W, TILE_ROWS, BLOCK_K]."""
     return _operand_layout(W, BLOCK_K, 2, [1, 4, 8])
 
 
@@ -56,9 +56,9 @@ def product_layout(W):
 
 @gluon.constexpr_function
 def sums_layout(W):
-    """[W, UNITS, TILE_ROWS] of partial sums: all W of a unit and row in one thread.
+    """Lay out [W, UNITS, TILE_ROWS] partial sums, with all W of a unit and row in one thread.
 
-    The lanes of a warp are 8 units, or pairs of them, of 4 rows, which suits both the rows of
+    The lanes of a warp cover 8 units, or pairs of units, by 4 rows, which suits both the rows of
     global memory and the banks of shared memory.
     """
     pairs = 2 if W <= 4 else 1
@@ -68,11 +68,11 @@ def sums_layout(W):
 
 @gluon.constexpr_function
 def shared_sums_layout(W):
-    """[W, UNITS, TILE_ROWS] in shared memory, without bank conflicts.
+    """Lay out [W, UNITS, TILE_ROWS] in shared memory, without bank conflicts.
 
-    Four rows of a unit are 16 bytes. In which of the eight places of 128 bytes they are, is (row 4
-    ^ unit 2, row 8 ^ unit 4, unit 1 ^ unit 8): eight different ones for what eight lanes store at
-    once, two units of all rows, and for what they load, every unit, every second or every fourth.
+    Four rows of a unit take 16 bytes. The bits of their slot, of eight in 128 bytes, are (row 4 ^
+    unit 2, row 8 ^ unit 4, unit 1 ^ unit 8). The eight lanes of one store, two units with all rows,
+    hit eight different slots; so do those of one load: every unit, every second or every fourth.
     """
     bases = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [0, 1, 0], [0, 2, 4], [0, 4, 8], [0, 9, 0]]
     return gl.SharedLinearLayout(bases + [[b, 0, 0] for b in _bits(W)])
@@ -80,10 +80,10 @@ def shared_sums_layout(W):
 
 @gluon.constexpr_function
 def publishing_layout(W, ITEMSIZE):
-    """[UNITS, TILE_ROWS] in words of 32 bits, every element in the warp that computed it.
+    """Lay out [UNITS, TILE_ROWS] in 32-bit words, each element in the warp that computed it.
 
-    Where a thread computes one element of 16 bits, the second half of a warp has nothing to store:
-    it has what the first half has.
+    Where a thread computes one 16-bit element, the second half of a warp duplicates the first half
+    and has nothing to store.
     """
     if W <= 4 or ITEMSIZE == 4:
         return gl.SliceLayout(0, sums_layout(W))
@@ -116,12 +116,12 @@ def right_operand(h, W: gl.constexpr, BLOCK_K: gl.constexpr):
 
 @gluon.jit
 def named_rows(sums, W: gl.constexpr):
-    """Give the rows of a result their own names again."""
+    """Restore the original row names of a result."""
     sums = gl.reshape(sums, [W, UNITS, 2, 4, 2])
     return gl.reshape(gl.permute(sums, (0, 1, 3, 2, 4)), [W, UNITS, TILE_ROWS])
 
 
-# What does not fit into registers of R is in shared memory as the fragments themselves, 16 bytes
+# Chunks of R that do not fit in registers are kept in shared memory as fragments, with the 16 bytes
 # of each lane side by side.
 
 

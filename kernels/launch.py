@@ -1,8 +1,8 @@
-"""Allocate and launch: the one file here that knows torch.
+"""Allocate and launch the kernels of the layers whose step is one product.
 
-Tensors come in as torch has them and leave as the kernels wrote them; projections and weight
-gradients, which are plain GEMMs, are the caller's. Nothing waits for the device, so that a
-CUDA graph can record a launch.
+Tensors arrive in torch's layout and are returned as the kernels wrote them; projections and weight
+gradients, which are plain GEMMs, are left to the caller. Nothing synchronises with the device, so
+that a CUDA graph can capture a launch.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .tiles import STOPS
 
 
 class UncompiledError(RuntimeError):
-    """This version of Triton does not compile a persistent kernel, whose language is young."""
+    """This version of Triton cannot compile a persistent kernel; Gluon is still changing."""
 
     @classmethod
     def of(cls, failure: Exception) -> UncompiledError:
-        """Say why."""
+        """Make the error from what the compiler raised."""
         why = str(failure).strip().splitlines() or [""]
         return cls(
             f"triton {triton.__version__} does not compile our persistent kernels "
@@ -46,10 +46,10 @@ _debug = _Debug()
 
 @contextlib.contextmanager
 def bounded_spin(polls: int) -> Iterator[None]:
-    """Let no program wait for another for more than so many polls, in this thread.
+    """Limit, in this thread, how many polls a program may wait for another.
 
-    Every launch inside then waits for its end and raises if a program gave up, which without
-    this would hang. For debugging; slow.
+    Every launch in the context then synchronises and raises if a program gave up; without the
+    limit it would hang. For debugging; slow.
 
     Parameters
     ----------
@@ -73,10 +73,10 @@ def bounded_spin(polls: int) -> Iterator[None]:
 
 
 class Operands(NamedTuple):
-    """What a layer computes with, beside the input projection; every tensor is contiguous.
+    """What a layer computes with, apart from the input projection; every tensor is contiguous.
 
-    D are groups: of each direction, its heads, or those of the members of an ensemble. H and B are
-    those of one.
+    D counts groups: directions, times heads, times members of an ensemble. H and B are those of a
+    single group.
 
     Attributes
     ----------
@@ -88,16 +88,16 @@ class Operands(NamedTuple):
     marks : uint8 Tensor of shape (D, T, B), or None
         How the state flows; see ``tiles.py``.
     fresh : sequence of Tensor of shape (D, B, H)
-        The state where it is fresh, only with `marks`; zeros if empty.
+        The state after a reset, only with `marks`; zeros if empty.
     fresh_rh : Tensor of shape (D, B, G * H), or None
-        Product of the fresh h with the recurrent weights, without bias; `backward` does not ask.
+        Product of the fresh h with the recurrent weights, without bias; not used by `backward`.
     drop : Tensor of shape (D, B, H), or None
         Factors of h in the recurrent product.
     zones : sequence of (Tensor or None)
-        Empty, or of each state what it keeps: uint8 (D, T, B, H), the units that do at a step, or a
-        share of all, (1,), or None.
+        Empty, or for each state what it keeps: uint8 (D, T, B, H), the units kept at each step; or
+        (1,), the share kept by all; or None.
     n_ahead : int
-        How many groups, the first, walk forward through time.
+        How many groups walk forward through time; these come first.
     """
 
     r: Tensor
@@ -113,15 +113,15 @@ class Operands(NamedTuple):
 
 
 class Past(NamedTuple):
-    """What `backward` knows of the steps.
+    """What `backward` needs to know about the steps.
 
     Attributes
     ----------
     y, traces : Tensor, sequence of Tensor
         As `forward` returned them.
     gates : tuple of Tensor
-        The activations that `forward` saved; or the parts of the gates from which to compute them
-        again, wx and rh with their biases, of shape (D, T, B, G * H). With zones it must be these.
+        The activations that `forward` saved; or the parts of the gates from which to recompute
+        them, wx and rh with their biases, of shape (D, T, B, G * H). Zones require the latter.
     """
 
     y: Tensor
@@ -146,16 +146,16 @@ def forward(
     cell : Cell
     config : Config
     precision : {'ieee', 'tf32', 'tf32x3'}
-        Of products of float32.
+        Of float32 products.
     wx : Tensor of shape (D, T, B, G * H), contiguous
     operands : Operands
     traced, save : bool
-        Whether to keep the other states of every step, and the activations.
+        Whether to keep the other states of all steps, and the activations.
 
     Returns
     -------
     y : Tensor of shape (T, B, D * H)
-        With what is held at the steps that a row does not have; so are the traces.
+        At steps that a row does not have, it holds the held state; the same goes for the traces.
     traces : list of Tensor of shape (T, B, D * H)
         float32; empty unless `traced`.
     saved : Tensor of shape (D, T, B, S * H), or None unless `save`
@@ -208,14 +208,14 @@ def backward(
     past : Past
     given : (Tensor or None, sequence of Tensor, sequence of Tensor)
         Gradients, contiguous: of y, or None; of the final states; of the traces, in the dtype of y,
-        empty for none.
+        empty if there are none.
 
     Returns
     -------
     d_gates : Tensor of shape (D, T, B, (G + A) * H)
     d_initial : list of Tensor of shape (D, B, H)
     d_fresh : list of Tensor of shape (D, B, H)
-        float32, what does not pass through the recurrent product; empty if `fresh` is.
+        float32, the part that does not pass through the recurrent product; empty if `fresh` is.
     """
     (dy, d_final, d_traces), (y, traces, gates) = given, past
     steps, batch, _ = y.shape
@@ -226,7 +226,7 @@ def backward(
     arguments = {
         **_arguments(cell, config, precision, operands, steps),
         "d_out_ptrs": (dy, *d_traces),
-        # The kernels choose between a state's first value and its trace by a pointer to one dtype.
+        # The kernels select a state's initial value or its trace by pointer: one dtype for both.
         "initial_ptrs": _wide(operands.initial),
         "fresh_ptrs": _wide(operands.fresh) or None,
         "state_ptrs": (y, *traces),
@@ -260,8 +260,8 @@ def backward(
 def _arguments(
     cell: Cell, config: Config, precision: str, operands: Operands, steps: int
 ) -> dict[str, Any]:
-    """What every kernel is given."""
-    # The directions of a layer, the second of which walks from the end.
+    """Collect the arguments common to all kernels."""
+    # Only directions: the second, if any, walks from the end.
     is_plain = operands.n_ahead == 1 and len(operands.r) <= 2
     return {
         "r_ptr": operands.r,
@@ -276,7 +276,7 @@ def _arguments(
         "BLOCK_B": config.block_b,
         "PRECISION": precision,
         "num_warps": config.num_warps,
-        # Without a limit of registers ptxas takes 128 and spills a few.
+        # Without a register limit ptxas uses 128 and spills a few.
         **({} if torch.version.hip else {"maxnreg": 255}),
     }
 
@@ -310,8 +310,8 @@ def _all_at_once(
 ) -> None:
     """Launch a kernel of an on-chip schedule for all steps.
 
-    `published` is what programs of a persistent one hand each other. In debug mode, raises after a
-    launch in which a wait gave up.
+    `published` is the tensor through which programs of a persistent kernel exchange data. With a
+    limit on polls, raises after a launch in which a program gave up.
     """
     like, limit = operands.r, _debug.spin_limit
     slices, tiles, groups = _grid(config, operands)
@@ -342,7 +342,7 @@ def _all_at_once(
 
 
 def _persistent(name: str) -> Any:
-    """A persistent kernel, from a module that imports Gluon."""
+    """Return a persistent kernel; its module is imported late because it imports Gluon."""
     try:
         from . import persistent
     except (ImportError, AttributeError) as failure:
@@ -352,7 +352,7 @@ def _persistent(name: str) -> Any:
 
 @contextlib.contextmanager
 def _compiling() -> Iterator[None]:
-    """Tell that a kernel could not be compiled from all else that a launch may raise."""
+    """Turn a failure to compile, but no other error of a launch, into `UncompiledError`."""
     try:
         yield
     except (triton.CompilationError, PTXASError) as failure:

@@ -1,8 +1,8 @@
-"""Allocate and launch the kernels of ``staged.py``, several launches a step, and those of
-``staged_resident.py``, which is one for all steps.
+"""Allocate and launch the kernels of ``staged.py``, several launches per step, and those of
+``staged_resident.py``, one launch for all steps.
 
-Every tensor here has a dimension of groups in front, N. What is written as float32 is float64 in a
-layer of float64. Nothing waits for the device, so that a CUDA graph can record it.
+Every tensor here has a leading dimension of groups, N. What is documented as float32 is float64 in
+a float64 layer. Nothing synchronises with the device, so that a CUDA graph can capture it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .configs import Config
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
-    """In which dtype sums and states are: float64 if that is what is given, else float32."""
+    """Return the dtype of sums and states: float64 for float64 inputs, else float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class Operands(NamedTuple):
-    """What a layer computes with, beside the input part; every tensor is contiguous.
+    """What a layer computes with, apart from the input part; every tensor is contiguous.
 
-    W is P for h, which is H without a projection, and H for the other states.
+    W is P for h, where P equals H without a projection, and H for the other states.
 
     Attributes
     ----------
@@ -42,14 +42,14 @@ class Operands(NamedTuple):
     marks : uint8 Tensor of shape (N, T, B), or None
         How the state flows; see ``tiles.py``.
     fresh : sequence of Tensor of shape (N, B, W)
-        The state where it is fresh, only with `marks`; zeros if empty.
+        The state after a reset, only with `marks`; zeros if empty.
     drop : Tensor of shape (N, B, P), or None
         Factors of h in the recurrent product.
     zones : sequence of Tensor or None
-        Of every state: a uint8 Tensor of shape (N, T, B, W), not 0 where a unit keeps its old
-        value; or in float32 the share that all keep, (1,). Empty if there are none.
+        For each state: a uint8 Tensor of shape (N, T, B, W), nonzero where a unit keeps its old
+        value; or in float32 the share kept by all, (1,). Empty if there are none.
     n_ahead : int
-        How many groups, the first, walk forward through time.
+        How many groups walk forward through time; these come first.
     """
 
     r: Tensor
@@ -70,18 +70,18 @@ class Operands(NamedTuple):
 
 
 class Past(NamedTuple):
-    """What `forward` keeps of the steps for `backward`.
+    """What `forward` saves for `backward`.
 
     Attributes
     ----------
     befores : list of Tensor of shape (N, T, B, W)
-        Each state as a step found it; in float32, but for h.
+        Each state before the step; float32 except for h.
     afters : list of Tensor of shape (N, T, B, H)
-        And as the cell made it: before a projection and zones.
+        Each state as the cell computed it, before a projection and zones.
     activations : Tensor of shape (N, T, B, S * H)
     normal : list of Tensor
-        The normalised recurrent products (N, T, B, G * H), and what they were divided by, in
-        float32, (N, T, B), as its reciprocal; empty if the cell does not normalise.
+        The normalised recurrent products (N, T, B, G * H) and, in float32, the reciprocals of their
+        standard deviations (N, T, B); empty if the cell does not normalise.
     """
 
     befores: list[Tensor]
@@ -91,7 +91,7 @@ class Past(NamedTuple):
 
     @classmethod
     def empty(cls, cell: Cell, wx: Tensor, size_h: int) -> Past:
-        """Make it, to be written, for a layer with an input part like this."""
+        """Allocate the tensors for a layer with this input part."""
         *rows, width = wx.shape
         hidden = width // cell.n_gates
 
@@ -107,31 +107,31 @@ class Past(NamedTuple):
         )
 
     def flat(self) -> list[Tensor]:
-        """All of it as one list."""
+        """Return all tensors as one list."""
         return [*self.befores, *self.afters, self.activations, *self.normal]
 
     @classmethod
     def of_flat(cls, cell: Cell, flat: Sequence[Tensor]) -> Past:
-        """Make it of that list."""
+        """Rebuild the record from that list."""
         n = cell.n_states
         return cls([*flat[:n]], [*flat[n : 2 * n]], flat[2 * n], [*flat[2 * n + 1 :]])
 
 
 class Found(NamedTuple):
-    """What `backward` finds.
+    """What `backward` computes.
 
     Attributes
     ----------
     d_gates : Tensor of shape (N, T, B, (G + A) * H)
-        Gradients of the recurrent parts, and of the input parts of the gates in which they differ.
+        Gradients of the recurrent parts, then of the input parts of those gates where they differ.
     d_raw : Tensor of shape (N, T, B, G * H), or None
-        Gradients of the recurrent products before they were normalised.
+        Gradients of the recurrent products before normalisation.
     d_extra : Tensor of shape (N, T, B, X * H), or None
-        Those of the last X blocks of extra weights, row by row.
+        Gradients of the last X blocks of extra weights, for each row.
     d_projected : Tensor of shape (N, T, B, P), or None
-        Those of the projected h.
+        Gradients of the projected h.
     d_initial, d_fresh : list of Tensor of shape (N, B, W)
-        In float32; the latter empty if there are no fresh states.
+        float32; `d_fresh` is empty if there are no fresh states.
     """
 
     d_gates: Tensor
@@ -159,21 +159,21 @@ def forward(
     cell : Cell
     config : Config
     precision : {'ieee', 'tf32', 'tf32x3'}
-        Of products of float32.
+        Of float32 products.
     wx : Tensor of shape (N, T, B, G * H), contiguous
     operands : Operands
     traced, save : bool
-        Whether to keep the other states of every step, and what `backward` asks for.
+        Whether to keep the other states of all steps, and what `backward` needs.
 
     Returns
     -------
     y : Tensor of shape (N, T, B, P)
-        With what is held at the steps that a row does not have; so are the traces.
+        At steps that a row does not have, it holds the held state; the same goes for the traces.
     traces : list of Tensor of shape (N, T, B, H)
-        In the dtype of sums; empty unless `traced`.
+        In the accumulation dtype; empty unless `traced`.
     past : Past, or None unless `save`
     final : list of Tensor of shape (N, B, W)
-        Likewise.
+        In the accumulation dtype.
     """
     (groups, steps, batch, width), exact = wx.shape, _exact(wx.dtype)
     size_h, hidden = operands.r.shape[2], operands.hidden
@@ -226,7 +226,7 @@ def backward(
     past: Past,
     given: tuple[Tensor | None, Sequence[Tensor], Sequence[Tensor]],
 ) -> Found:
-    """Run a layer backward to the gradients of its gates and of its states.
+    """Run a layer backward to the gradients of its gates and states.
 
     Parameters
     ----------
@@ -234,7 +234,8 @@ def backward(
         As for `forward`.
     past : Past
     given : (Tensor or None, sequence of Tensor, sequence of Tensor)
-        Gradients, contiguous: of y, or None; of the final states; of the traces, empty for none.
+        Gradients, contiguous: of y, or None; of the final states; of the traces, empty if there are
+        none.
 
     Returns
     -------
@@ -313,10 +314,10 @@ def _launchers(
     arguments: dict[str, Any],
     steps: int,
 ) -> tuple[Callable[..., None], Callable[..., None]]:
-    """What launches the kernels of a layer: those of products or of all steps, as configured, and
-    those of cells.
+    """Return the launchers of a layer's kernels: the first for products or for all steps, with the
+    configured tile, the second for cells.
 
-    They take a kernel, how many columns it has to do, the step, and more arguments.
+    They take a kernel, its number of columns, the step, and further arguments.
     """
     groups, batch, size_h = operands.initial[0].shape
     arguments = {
@@ -335,7 +336,7 @@ def _launchers(
 
     def launcher(block_b: int, block_h: int, num_warps: int) -> Callable[..., None]:
         options = {"num_warps": num_warps}
-        if not torch.version.hip:  # as in launch.py; all registers that so many warps can have
+        if not torch.version.hip:  # as in launch.py; the most registers available to so many warps
             options["maxnreg"] = min(255, 2048 // num_warps)
 
         def launch(kernel: Any, columns: int, step: int = 0, **more: Any) -> None:
@@ -353,17 +354,18 @@ def _launchers(
 
 
 def _n_row_extra(cell: Cell) -> int:
-    """How many blocks of extra weights, the last ones, have gradients of each row by itself."""
+    """Count the blocks of extra weights, which come last, with a separate gradient for each row."""
     if cell.output is not None:
         return cell.output.n_extra
     return 0 if cell.d_extra is None else cell.n_extra
 
 
 def row_tile(cell: Cell, hidden: int) -> tuple[int, int, int]:
-    """Rows, units and warps of a program of a cell: all units, if it normalises them.
+    """Return rows, units and warps of a cell's program: all units, if the cell normalises them.
 
-    8 warps have all registers of a multiprocessor. More take turns better, and in fewer there is
-    less that each thread has beside its units, such as addresses; the largest need all there are.
+    8 warps can use all registers of a multiprocessor. With more warps, latency is hidden better;
+    with fewer, each thread has less overhead per unit, such as addresses. The largest tiles need
+    every register.
     """
     units = triton.next_power_of_2(hidden)
     if not cell.is_normalised:

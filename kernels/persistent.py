@@ -1,33 +1,34 @@
-"""Whole sequences in one launch, the recurrent weights spread over a group of programs.
+"""Whole sequences in one launch, with the recurrent weights distributed over a group of programs.
 
 Program j of a group holds all gates of UNITS hidden units, and the states of these units, from the
-first step to the last, for one or two tiles of TILE_ROWS rows of the batch; with two, one computes
-while what the other published is on its way. Every step each program needs what all of them
-computed: forward h of all units, backward the gradients of all gates. They go through memory,
-word by word (see ``words.py``), straight into the operands of the product, which is split over the
-warps by columns (see ``fragments.py``): R stays in registers, as far as they reach, and only the
-partial sums go through shared memory, with one barrier. Whatever does not need the others is before
-the wait for them.
+first step to the last, for one or two tiles of TILE_ROWS batch rows; with two, it computes one
+while the data published for the other is in flight. At each step every program needs the results
+of all: forward h of all units, backward the gradients of all gates. They are exchanged through
+memory, word by word (see ``words.py``), and loaded directly as operands of the product, which is
+split over the warps by columns (see ``fragments.py``): R stays in registers as far as it fits, and
+only the partial sums go through shared memory, with one barrier. Work that does not depend on the
+other programs is done before waiting for them.
 
-Forward multiplies h by the rows of R of its own units; backward, in reverse time, the gradients of
-all gates by the columns of R of its own units. It writes gate gradients only; those of the weights
-and the input are GEMMs over all steps, afterwards.
+Forward multiplies h by the rows of R of the program's own units. Backward, in reverse time,
+multiplies the gradients of all gates by the columns of R of its own units. It writes gate gradients
+only; those of the weights and the input are computed afterwards as GEMMs over all steps.
 
-The arguments are those of ``resident.py``; y, and d_gates backward, are filled with MISSING before.
-With recurrent dropout it is not y that the programs hand each other, but what is multiplied in its
-place, which is before y in the states. The grid is (slices of UNITS units, tiles or pairs of them,
-groups), all of it on the device at once; further tiles are further launches. In Gluon, Triton's
-language of explicit layouts, which neither its interpreter nor AMD's compiler takes.
+The arguments are those of ``resident.py``; y, or d_gates backward, is filled with MISSING first.
+With recurrent dropout the programs exchange not y but the product's operand, h times its factors,
+which then precedes y in the states. The grid is (slices of UNITS units, tiles or pairs of tiles,
+groups), all co-resident on the device; further tiles need further launches. Written in Gluon,
+Triton's language with explicit layouts, which neither Triton's interpreter nor AMD's compiler
+supports.
 
-Its functions take no records, so that what belongs together is in tuples:
+These functions take no records; values that belong together are passed as tuples:
 
-    context   the pointers of a pass; vectors of the units, such as biases; the operands, which are
-              the weights and error_ptr; units and rows of a tile [UNITS, TILE_ROWS], along its
-              sides; the offsets at which it is published; T, rows from a step to the next, columns
-              of y
-    place     of a tile: its first row of the batch; rows from there on; its mask, and as it is
-              published; the columns of its operand, see `columns_of`; the factors of its h
-    tile      what a tile has from step to step, beginning with the row that it published
+    context   the pointers of a pass; vectors over the units, such as biases; the operands, which
+              are the weights and error_ptr; units and rows of a tile [UNITS, TILE_ROWS], as a
+              column and a row; the offsets at which it is published; T, rows from one step to the
+              next, columns of y
+    place     of a tile: its first batch row; rows remaining from there on; its mask, also in the
+              publishing layout; the columns of its operand, see `columns_of`; the factors of its h
+    tile      what a tile carries from step to step, beginning with the row that it published
     flow      marks and zones of a step
 """
 
@@ -75,23 +76,23 @@ from .words import MISSING, load_chunks, publish, settle
 
 
 class Pass(NamedTuple):
-    """What is compiled into the functions of a pass, beside its cell."""
+    """Compile-time constants of a pass, in addition to its cell."""
 
     H: int
     K: int  # columns of the operands
-    GROUP: int  # chunks of them that are loaded at once: at most 32 registers of a thread
-    IN_REGISTERS: int  # chunks of the weights
+    GROUP: int  # chunks of them that are loaded at once: at most 32 registers per thread
+    IN_REGISTERS: int  # chunks of the weights kept in registers
     PRECISION: str
     SPIN_LIMIT: int
 
 
 @gluon.constexpr_function
 def pass_of(H, K, CHUNKS, CHUNK_BYTES, IN_REGISTERS, PRECISION, SPIN_LIMIT):
-    """`CHUNKS` are as many as may be loaded at once, `CHUNK_BYTES` those of a warp's row."""
+    """Make a `Pass`: load at most `CHUNKS` at once; a warp's row of each has `CHUNK_BYTES`."""
     return Pass(H, K, min(CHUNKS, 256 // CHUNK_BYTES), IN_REGISTERS, PRECISION, SPIN_LIMIT)
 
 
-# The barrier of a program is called so in triton 3.7 and 3.6.
+# The program-wide barrier; its name differs between triton 3.7 and 3.6.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
@@ -106,7 +107,7 @@ def load_tiles(ptr, offsets, mask, H: gl.constexpr, N: gl.constexpr):
 
 @gluon.jit
 def load_each(ptrs, at, offsets, mask):
-    """Load a tile from each of several places, `at` elements further, as float32."""
+    """Load one tile at each of several pointers, offset by `at` elements, as float32."""
     tiles = ()
     for n in gl.static_range(len(ptrs)):
         tiles += (gl.load(ptrs[n] + at + offsets, mask=mask, other=0.0).to(gl.float32),)
@@ -122,7 +123,7 @@ def store_each(ptrs, at, offsets, mask, tiles):
 
 @gluon.jit
 def load_mark(marks_ptr, at, row, left):
-    """Load the marks of a tile's rows at a step, along its rows; nothing from None."""
+    """Load the marks of a tile's rows at a step, as a row vector; an empty tuple for None."""
     if marks_ptr is None:
         return ()
     else:
@@ -147,7 +148,7 @@ def load_zones(zone_ptrs, at, unit, row, mask, H: gl.constexpr):
 
 @gluon.jit
 def load_factors(drop_ptr, row0, unit, row, mask, H: gl.constexpr):
-    """Load the factors of recurrent dropout for a tile of h; nothing from None."""
+    """Load the recurrent-dropout factors for a tile of h; an empty tuple for None."""
     factors = ()
     if drop_ptr is not None:
         factors = load_each((drop_ptr,), row0 * H, unit + row * H, mask)
@@ -156,7 +157,7 @@ def load_factors(drop_ptr, row0, unit, row, mask, H: gl.constexpr):
 
 @gluon.jit
 def load_vectors(ptr, i_group, unit, H: gl.constexpr, N: gl.constexpr):
-    """Load N parts of a group's vector, H apart, as columns of tiles; nothing from None."""
+    """Load N parts of a group's vector, H apart, as columns of tiles; an empty tuple for None."""
     vectors = ()
     if ptr is not None:
         ptr += i_group * N * H
@@ -170,12 +171,12 @@ def load_weights(
     r_ptr, unit0, H: gl.constexpr, K: gl.constexpr, IS_BACKWARD: gl.constexpr, TILES: gl.constexpr,
     W: gl.constexpr, BLOCK_K: gl.constexpr, IN_REGISTERS: gl.constexpr, PRECISION: gl.constexpr,
 ):  # fmt: skip
-    """Load a program's part of R, as operands: TILES tiles of all K columns, chunk by chunk.
+    """Load a program's part of R as operands: TILES tiles of all K columns, chunk by chunk.
 
-    The first IN_REGISTERS chunks of a tile are in registers, the others in shared memory.
+    The first IN_REGISTERS chunks of a tile stay in registers, the others in shared memory.
     """
     VECTOR: gl.constexpr = 128 // r_ptr.dtype.element_ty.primitive_bitwidth
-    # Backward, the columns of R of some units are the rows of an operand: units lie side by side.
+    # Backward, columns of R are rows of the operand, so units are contiguous in memory.
     ACROSS: gl.constexpr = gl.BlockedLayout(
         [1, 1, VECTOR], [1, 2 * VECTOR, 16 // VECTOR], [W, 1, 1], [2, 1, 0]
     )
@@ -206,10 +207,10 @@ def load_weights(
 
 @gluon.jit
 def columns_of(stride, left, K: gl.constexpr, W: gl.constexpr, BLOCK_K: gl.constexpr):
-    """The offsets of the elements of the first chunk of rows `stride` apart, and how many columns
-    there are from each on.
+    """Return the element offsets in the first chunk of rows `stride` apart, and the number of
+    columns from each element on.
 
-    There are `left` rows. In place of those beyond is the last one again, which will be there.
+    There are `left` rows. Rows beyond repeat the last one, which is certain to be published.
     """
     LAYOUT: gl.constexpr = state_layout(W, BLOCK_K)
     warp = gl.arange(0, W, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
@@ -224,11 +225,11 @@ def columns_of(stride, left, K: gl.constexpr, W: gl.constexpr, BLOCK_K: gl.const
 def multiply(
     chunks, row_ptr, columns, operands, buffers, number, GROUP: gl.constexpr, PASS: gl.constexpr
 ):
-    """Multiply the weights by what all programs published in a row, as soon as it is there.
+    """Multiply the weights by what all programs publish in a row, as soon as it arrives.
 
-    `chunks` are the first GROUP of that row, loaded once. There is a buffer for each tile of
-    weights, where the warps' parts of the sums are left. `number`, 1 + the step that is waited for,
-    is what a wait that gives up writes to `error_ptr`.
+    `chunks` are the first GROUP of that row, already loaded once. For each tile of weights there is
+    a buffer, which receives the warps' partial sums. `number`, 1 + the awaited step, is what a wait
+    that gives up writes to `error_ptr`.
     """
     offsets, left = columns
     weights, error_ptr = operands
@@ -252,7 +253,7 @@ def multiply(
                 chunks, here, left - c * STRIDE, error_ptr, number, PASS.H, PASS.K, PASS.SPIN_LIMIT
             )
             if c == first and first + GROUP < CHUNKS:
-                # Now that some are there, most probably all are: only now are others worth reading.
+                # Only now that one chunk is there are the next ones most probably there as well.
                 there = row_ptr + (offsets + (first + GROUP) * STRIDE)
                 after = left - (first + GROUP) * STRIDE
                 waiting = load_chunks(
@@ -278,7 +279,7 @@ def multiply(
 
 @gluon.jit
 def reduce(buffers):
-    """Add up what the warps left in each buffer, behind the one barrier of a step."""
+    """Add up the warps' partial sums in each buffer, after the only barrier of a step."""
     W: gl.constexpr = gl.num_warps()
     sums = ()
     for t in gl.static_range(len(buffers)):
@@ -288,7 +289,7 @@ def reduce(buffers):
 
 @gluon.jit
 def buffers_of(SUMS: gl.constexpr):
-    """Shared memory for the parts of SUMS tiles of sums."""
+    """Allocate shared memory for the partial sums of SUMS tiles."""
     W: gl.constexpr = gl.num_warps()
     SHAPE: gl.constexpr = [W, UNITS, TILE_ROWS]
     buffers = ()
@@ -299,7 +300,7 @@ def buffers_of(SUMS: gl.constexpr):
 
 @gluon.jit
 def load_published(row_ptr, columns, PASS: gl.constexpr):
-    """Load the first chunks of what all programs publish in a row, as far as it is there."""
+    """Load the first chunks of what all programs publish in a row, whether present or not."""
     offsets, left = columns
     return load_chunks(row_ptr + offsets, left, PASS.GROUP, PASS.H, PASS.K)
 
@@ -309,12 +310,13 @@ def through_time(
     STEP: gl.constexpr, tiles, places, buffers, steps, context, CELL: gl.constexpr,
     PASS: gl.constexpr,
 ):  # fmt: skip
-    """Walk one or two tiles, which have published a step, through further ones.
+    """Advance one or two tiles, which have published a step, through further steps.
 
-    What a tile waits for is loaded as soon as it may be there: of a single tile at once, of one of
-    two while the other is at work. A step leaves partial sums in shared memory that others may
-    still read when the next one begins, so that two steps, or the two tiles of one, take turns with
-    two sets of buffers. Returns the tiles, and the chunks that the first waits for.
+    What a tile waits for is loaded as early as it can be there: immediately for a single tile; with
+    two, while the other one computes. A step leaves partial sums in shared memory that other warps
+    may still be reading when the next step begins, so consecutive steps, or the two tiles of a
+    step, alternate between two sets of buffers. Returns the tiles, and the chunks that the first
+    one waits for.
     """
     even, odd = buffers
     chunks = load_published(tiles[0][0], places[0][4], PASS)
@@ -338,7 +340,7 @@ def through_time(
 
 @gluon.jit
 def publish_state(state, wx, flow, sums, at, place, context, H: gl.constexpr, CELL: gl.constexpr):
-    """Walk one step on from the products of the state before it."""
+    """Complete a step from the products of the state before it, and publish the new h."""
     row0, _, mask, publish_mask, _, factors = place
     pointers, vectors, _, unit, row, publish_offsets, size = context
     _, fresh_rh_ptr, _, _, fresh_ptrs, state_ptrs, _ = pointers
@@ -353,7 +355,7 @@ def publish_state(state, wx, flow, sums, at, place, context, H: gl.constexpr, CE
         state = without(marks[0], FRESH, state)
     rh = add(sums, bias)
     if fresh_ptrs is not None:
-        # Seldom any: what is masked costs no trip to memory.
+        # Rarely any: masked loads cost no memory access.
         is_fresh = mask & has(marks[0], FRESH)
         offsets = unit + row * (G * H)
         rh = add(rh, load_tiles(fresh_rh_ptr + row0 * (G * H), offsets, is_fresh, H, G))
@@ -371,13 +373,13 @@ def publish_state(state, wx, flow, sums, at, place, context, H: gl.constexpr, CE
 
 @gluon.jit
 def store_rest(state, saved, at, place, context, H: gl.constexpr, CELL: gl.constexpr):
-    """Store what nobody waits for."""
+    """Store the results that no program waits for."""
     _, _, mask, _, _, _ = place
     pointers, _, _, unit, row, _, size = context
     _, _, _, _, _, state_ptrs, saved_ptr = pointers
     _, _, width = size
     N: gl.constexpr = CELL.n_saved
-    REST: gl.constexpr = 1 + len(state) - len(state_ptrs)  # y too, if it was not published
+    REST: gl.constexpr = 1 + len(state) - len(state_ptrs)  # includes y if it was not published
     store_each(state_ptrs[1:], at * width, unit + row * width, mask, state[REST:])
     if saved_ptr is not None:
         for n in gl.static_range(N):
@@ -387,7 +389,7 @@ def store_rest(state, saved, at, place, context, H: gl.constexpr, CELL: gl.const
 
 @gluon.jit
 def load_ahead(at, step, place, context, H: gl.constexpr, CELL: gl.constexpr):
-    """Load wx and the flow of the step that is next, if there is one."""
+    """Load wx, marks and zones of the next step, if there is one."""
     _, left, mask, _, _, _ = place
     pointers, _, _, unit, row, _, size = context
     wx_ptr, _, marks_ptr, zone_ptrs, _, _, _ = pointers
@@ -408,7 +410,7 @@ def forward_step(
     _, _, operands, _, _, _, _ = context
     H: gl.constexpr = PASS.H
     multiply(chunks, row_ptr, columns, operands, buffers, step, PASS.GROUP, PASS)
-    # Before the barrier, or the compiler puts it behind the next wait, which needs none of it.
+    # Before the barrier; otherwise the compiler sinks it below the next, independent wait.
     if len(other) > 0:
         chunks = load_published(other[0], other[1], PASS)
     next_wx, next_flow, after = load_ahead(at, step + 1, place, context, H, CELL)
@@ -422,8 +424,8 @@ def forward_step(
 
 @gluon.jit
 def places_of(unit0, stride, W: gl.constexpr, ITEMSIZE: gl.constexpr):
-    """Units and rows of a program's tile, as a column and a row of tiles, and by the layout in
-    which it publishes: offsets, units, rows.
+    """Return units and rows of a program's tile, as a column and a row of tiles; then units, rows
+    and offsets in the publishing layout.
     """
     TILE: gl.constexpr = gl.SliceLayout(0, sums_layout(W))
     PUBLISH: gl.constexpr = publishing_layout(W, ITEMSIZE)
@@ -455,7 +457,7 @@ def forward_kernel(
     unit0 = i_slice * UNITS
     width = gl.num_programs(2) * H
 
-    # Rows of the batch are counted in (D, B), and those of a step in (D, T, B).
+    # Batch rows are counted in (D, B), rows of a step in (D, T, B).
     rows = i_group * B.to(gl.int64)
     state_ptrs = shift(state_ptrs, i_group * H - rows * T * width)
 
@@ -483,7 +485,7 @@ def forward_kernel(
         wx = load_tiles(wx_ptr + at * (G * H), unit + row * (G * H), mask, H, G)
         zones = load_zones(zone_ptrs, at, unit, row, mask, H)
         flow = load_mark(marks_ptr, at, row, left), zones
-        # The first h is there: if it has the bits of MISSING, it is another NaN.
+        # The initial h is present from the start: if it has the bits of MISSING, change the NaN.
         offsets, beyond = columns_of(H, left, H, W, BLOCK_K)
         chunks = ()
         for c in gl.static_range(CHUNKS):
@@ -497,7 +499,7 @@ def forward_kernel(
             chunks += (gl.where(h == MISSING, -2, h).to(integer),)
         multiply(chunks, state_ptrs[0], columns, operands, buffers[1], 0, CHUNKS, PASS)
         sums = reduce(buffers[1])
-        _barrier()  # before others overwrite them
+        _barrier()  # before others overwrite the sums
         row_ptr, state, saved = publish_state(state, wx, flow, sums, at, place, context, H, CELL)
         store_rest(state, saved, at, place, context, H, CELL)
         wx, flow, at = load_ahead(at, 1, place, context, H, CELL)
@@ -511,7 +513,7 @@ def forward_kernel(
 
 @gluon.jit
 def load_past(marks, at, step, place, context, H: gl.constexpr, CELL: gl.constexpr):
-    """Load what backward needs of a step; see ``tiles.load_past``."""
+    """Load what backward needs at a step; see ``tiles.load_past``."""
     row0, _, mask, _, _, _ = place
     pointers, extra, _, unit, row, _, size = context
     d_out_ptrs, initial_ptrs, fresh_ptrs, state_ptrs, past_ptrs, _, zone_ptrs, _ = pointers
@@ -544,7 +546,7 @@ def load_past(marks, at, step, place, context, H: gl.constexpr, CELL: gl.constex
 
 @gluon.jit
 def load_past_ahead(at, step, place, context, H: gl.constexpr, CELL: gl.constexpr):
-    """Load what backward needs of the step that is next, if there is one, and its marks."""
+    """Load what backward needs at the next step, if there is one, and its marks."""
     _, left, _, _, _, _ = place
     pointers, _, _, _, row, _, size = context
     _, _, _, _, _, marks_ptr, _, _ = pointers
@@ -556,7 +558,7 @@ def load_past_ahead(at, step, place, context, H: gl.constexpr, CELL: gl.constexp
 
 @gluon.jit
 def receive_gradients(buffers, d_state, marks, place):
-    """The gradient of a state, with that from the step after it, whose marks these are."""
+    """Add to a state's gradient that from the step after it, whose marks are given."""
     _, _, _, _, _, factors = place
     (dh,) = reduce(buffers)
     dh = dropped(dh, factors)
@@ -569,7 +571,7 @@ def receive_gradients(buffers, d_state, marks, place):
 def publish_gradients(
     d_state, past, marks, d_fresh, at, place, context, H: gl.constexpr, CELL: gl.constexpr
 ):
-    """Walk back through a step, from the gradient of the states after it without `d_out`."""
+    """Go back through a step and publish gate gradients; `d_state` does not include `d_out`."""
     _, _, mask, publish_mask, _, _ = place
     pointers, extra, _, unit, row, publish_offsets, _ = context
     _, _, fresh_ptrs, _, _, _, _, d_gates_ptr = pointers
@@ -602,7 +604,7 @@ def backward_step(
     _, _, operands, _, _, _, _ = context
     H: gl.constexpr = PASS.H
     multiply(chunks, row_ptr, columns, operands, buffers, step, PASS.GROUP, PASS)
-    # Before the barrier, or the compiler puts it behind the next wait, which needs none of it.
+    # Before the barrier; otherwise the compiler sinks it below the next, independent wait.
     if len(other) > 0:
         chunks = load_published(other[0], other[1], PASS)
     next_past, next_marks, after = load_past_ahead(at, step + 1, place, context, H, CELL)
@@ -629,7 +631,7 @@ def backward_kernel(
     CHUNKS: gl.constexpr = (G * H + W * BLOCK_K - 1) // (W * BLOCK_K)
     dtype: gl.constexpr = r_ptr.dtype.element_ty
     ITEMSIZE: gl.constexpr = dtype.primitive_bitwidth // 8
-    # As many at once as one gate has: the first to be published are the first to be read.
+    # Load one gate's chunks at a time: the gates are read in the order in which they are published.
     PASS: gl.constexpr = pass_of(
         H, G * H, (CHUNKS + G - 1) // G, BLOCK_K * ITEMSIZE, IN_REGISTERS, PRECISION, SPIN_LIMIT
     )
@@ -670,21 +672,21 @@ def backward_kernel(
         d_fresh = ()
         if fresh_ptrs is not None:
             d_fresh = zeros_like(d_state)
-        # The last step has none after it from which it would receive.
+        # The last step receives nothing: no step follows it.
         row_ptr, d_state, published_marks, d_fresh = publish_gradients(
             d_state, past, marks, d_fresh, at, place, context, H, CELL
         )
         past, marks, at = load_past_ahead(at, 1, place, context, H, CELL)
         tiles += ((row_ptr, d_state, published_marks, d_fresh, past, marks, at, 1),)
         places += (place,)
-    _barrier()  # else the compiler puts one into every step, for what was before
+    _barrier()  # else the compiler inserts one into every step, for what came before
     tiles, chunks = through_time(backward_step, tiles, places, buffers, T - 1, context, CELL, PASS)
     for n in gl.static_range(len(tiles)):
         row_ptr, d_state, published_marks, d_fresh, _, _, _, _ = tiles[n]
         row0, _, mask, _, columns, _ = places[n]
         if n > 0:
             chunks = load_published(row_ptr, columns, PASS)
-        _barrier()  # others may still read the sums of the step before
+        _barrier()  # others may still read the sums of the previous step
         multiply(chunks, row_ptr, columns, operands, buffers[0], T, PASS.GROUP, PASS)
         d_state = receive_gradients(buffers[0], d_state, published_marks, places[n])
         store_each(d_initial_ptrs, row0 * H, unit + row * H, mask, d_state)

@@ -1,33 +1,33 @@
 """Whole sequences in one launch, each program with all recurrent weights of one group on chip.
 
-For hidden sizes that fit into one program, which needs nothing of others: it keeps the states of
-BLOCK_B rows of the batch, of all units, from the first step to the last. Forward multiplies h by
-R^T. Backward runs in reverse time, multiplies the gradients of the gates by R and writes them;
-those of the weights and the input are GEMMs over all steps, afterwards.
+For hidden sizes that fit into one program, so that programs are independent: each keeps the states
+of BLOCK_B batch rows, of all units, from the first step to the last. Forward multiplies h by R^T.
+Backward runs in reverse time, multiplies the gate gradients by R and writes them; those of the
+weights and the input are computed afterwards as GEMMs over all steps.
 
-A group is a direction of a layer, or of one head of it, or of one member of an ensemble. There are
-D of them, the first `n_ahead` of which walk forward through time, the others from its end.
+A group is a direction of a layer, or of one of its heads or ensemble members. There are D groups;
+the first `n_ahead` walk forward through time, the others backward from its end.
 
     wx, rh         (D, T, B, G * H)  input part of the gates with b_ih; recurrent part with b_hh
     r, b           (D, G * H, H)     recurrent weights; b_hh (D, G * H) or None
-    extra          (D, E * H)        what weights a cell has beyond these, or None
+    extra          (D, E * H)        weights a cell has in addition, or None
     states         (T, B, D * H)     y, the h of every step; then the other states (c) after every
                                      step, in float32
     saved          (D, T, B, S * H)  activations for backward
-    past                             saved, or wx and rh with its bias, to compute them again
+    past                             saved, or wx and rh with its bias, to recompute them
     d_out                            gradients of the states: of y alone, or of all
     d_gates        (D, T, B, (G + A) * H)  gradients of the recurrent parts, then of the input
-                                     parts of the gates in which the two differ
+                                     parts of the gates where they differ
     initial, final (D, B, H)         each state before the first step and after the last
     marks          (D, T, B)         how the state of a row flows at a step (see tiles.py), or None
     fresh          (D, B, H)         each state after a reset, or None for zeros
     fresh_rh       (D, B, G * H)     products of the fresh h with R^T
     noise: drop    (D, B, H)         factors of h in the recurrent product, or None
-    and zones      (D, T, B, H)      of each state, bytes: which units keep it at a step; or (1,),
-                                     the share that all keep; or None
+    and zones      (D, T, B, H)      per state, bytes: which units keep it at a step; or (1,), the
+                                     share kept by all; or None
 
-The grid is (1, batch tiles, groups). T and B are not compiled in; offsets that grow with them, or
-with the groups, have 64 bits.
+The grid is (1, batch tiles, groups). T and B are run-time values; offsets that grow with them, or
+with the groups, are 64-bit.
 """
 
 import triton
@@ -80,7 +80,7 @@ def forward_kernel(
     N_GATES: tl.constexpr = CELL.n_gates
     N_SAVED: tl.constexpr = CELL.n_saved
 
-    # Rows of the batch are counted in (D, B), and those of a step in (D, T, B).
+    # Batch rows are counted in (D, B), rows of a step in (D, T, B).
     group_rows = i_group * T.to(tl.int64) * B
     row += beyond_groups(i_group, n_ahead, B)
     row0 += group_rows

@@ -1,37 +1,37 @@
-"""A step in several launches, for what needs more than one product of a step, or all units of a row
-between two products: normalised cells, late products, projections. Where a program can have all
-units and weights of a group there is ``staged_resident.py``, of the same tensors and functions.
+"""A step in several launches, for cells that need more than one product per step, or all units of a
+row between two products: normalised cells, late products, projections. Where a program can hold all
+units and weights of a group, ``staged_resident.py`` uses the same tensors and functions.
 
-Forward a step is the recurrent product, a second one if the cell has a late product, the cell, and
-the projection; backward it is what comes back through the recurrent product, through the
-projection or the late product, and the cell. The products are in ``staged_products.py``, the cells
-here. Between launches lie the states, and backward their gradients, in float32. In
-float64, where that is the dtype, all is that is float32 here. A program of a
-normalised cell has all units of its rows, so statistics are sums of tiles.
+Forward, a step is the recurrent product, a second product if the cell has a late one, the cell, and
+the projection. Backward, it is the product that brings gradients back through the recurrent
+product, the one through the projection or the late product, and the cell. The products are in
+``staged_products.py``, the cells here. Between launches the states, and backward their gradients,
+are kept in memory in float32. In a float64 layer, everything documented here as float32 is float64.
+A program of a normalised cell holds all units of its rows, so that statistics are sums over tiles.
 
-A group (N) is a head of a member of an ensemble in a direction: it has its own rows, weights and
-units. Those from `n_ahead` on walk through time from its end.
+A group (N) is a head of an ensemble member in a direction: it has its own rows, weights and units.
+Groups from `n_ahead` on walk through time from its end.
 
     wx, raw        (N, T, B, G * H), (N, B, G * H)  input part of the gates with b_ih; recurrent
                                      product of a step, in float32
-    b, extra       (N, G * H), (N, E * H)  b_hh, and what weights a cell has beyond it, or None
+    b, extra       (N, G * H), (N, E * H)  b_hh, and weights a cell has in addition, or None
     marks          (N, T, B)         how the state of a row flows (see tiles.py), or None
     fresh          (N, B, W)         each state after a reset, or None for zeros
-    zones          (N, T, B, W)      which units of a state keep their old value, a byte each; or
-                                     (1,), the share of it that all keep, in float32; or None
-    running        (N, B, W)         each state, in float32; backward its gradient
+    zones          (N, T, B, W)      which units of a state keep their old value, one byte each; or
+                                     (1,), the share kept by all, in float32; or None
+    running        (N, B, W)         each state, in float32; backward, its gradient
     outputs        (N, T, B, W)      y, then the other states, in float32, after every step
-    befores        (N, T, B, W)      each state as the step found it, in float32 but for h
-    afters         (N, T, B, H)      each state as the cell made it, likewise: before zones
+    befores        (N, T, B, W)      each state before the step, in float32 except for h
+    afters         (N, T, B, H)      each state as the cell computed it, same dtypes: before zones
     saved          (N, T, B, S * H)  activations for backward
     normal         (N, T, B, G * H), (N, T, B)  the normalised products, and 1 / their deviation
     d_gates        (N, T, B, (G + A) * H)  gradients of the recurrent parts, then of the input
-                                     parts of the gates in which the two differ
-    d_raw          (N, T, B, G * H)  those of the products before they were normalised, or None
-    d_extra        (N, T, B, X * H)  those of extra weights, row by row, or None
+                                     parts of the gates where they differ
+    d_raw          (N, T, B, G * H)  gradients of the products before normalisation, or None
+    d_extra        (N, T, B, X * H)  gradients of extra weights for each row, or None
 
-W is P for h and H for the other states. The grid is (batch tiles, slices, groups). T and B are not
-compiled in; offsets that grow with them have 64 bits.
+W is P for h and H for the other states. The grid is (batch tiles, slices, groups). T and B are
+run-time values; offsets that grow with them are 64-bit.
 """
 
 import triton
@@ -46,8 +46,8 @@ _EPSILON = tl.constexpr(EPSILON)
 
 @triton.jit
 def place(step, T, B, n_ahead, BLOCK_B: tl.constexpr):
-    """Tell the group of a program, which of its rows there are, and their numbers in (N, B), and at
-    a step in (N, T, B).
+    """Return a program's group, which of its rows exist, and the row numbers in (N, B) and, at a
+    step, in (N, T, B).
     """
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     t = tl.where(tl.program_id(2) < n_ahead, step, T - 1 - step)
@@ -57,7 +57,7 @@ def place(step, T, B, n_ahead, BLOCK_B: tl.constexpr):
 
 @triton.jit
 def widened(tile):
-    """Half precision as float32."""
+    """Convert half precision to float32."""
     if tile.dtype != tl.float64:
         tile = tile.to(tl.float32)
     return tile
@@ -65,7 +65,7 @@ def widened(tile):
 
 @triton.jit
 def load(row_ptrs, unit, mask):
-    """Load a tile; half precision as float32."""
+    """Load a tile, converting half precision to float32."""
     return widened(tl.load(row_ptrs[:, None] + unit[None, :], mask=mask, other=0.0))
 
 
@@ -87,7 +87,7 @@ def load_parts(row_ptrs, unit, mask, H: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def load_vectors(ptr, unit, H: tl.constexpr, N: tl.constexpr):
-    """Load N parts of a vector that lie H apart, as rows of tiles; nothing from None."""
+    """Load N parts of a vector that lie H apart, as rows of tiles; an empty tuple for None."""
     vectors = ()
     if ptr is not None:
         vectors = load_parts(ptr + tl.arange(0, 1), unit, (unit < H)[None, :], H, N)
@@ -103,7 +103,7 @@ def store_parts(row_ptrs, unit, mask, parts, H: tl.constexpr):
 
 @triton.jit
 def load_marks(marks_ptr, of_step, rows):
-    """Load the marks of a step; None without any."""
+    """Load the marks of a step; None if there are none."""
     mark = None
     if marks_ptr is not None:
         mark = tl.load(marks_ptr + of_step, mask=rows, other=0)
@@ -123,7 +123,7 @@ def refreshed(state, fresh_ptr, mark, row_offsets, unit, mask):
 
 @triton.jit
 def load_zone(zone_ptr, row_offsets, unit, mask):
-    """Load what a state keeps at a step, as ``tiles.load_zones`` does; nothing from None."""
+    """Load what a state keeps at a step, as ``tiles.load_zones`` does; an empty tuple for None."""
     zone = ()
     if zone_ptr is not None:
         if zone_ptr.dtype.element_ty == tl.uint8:
@@ -136,7 +136,7 @@ def load_zone(zone_ptr, row_offsets, unit, mask):
 
 @triton.jit
 def settled(new, before, zone, mark):
-    """What a state is after a step: partly what it was, by its zone, and wholly if it is held."""
+    """Return a state after a step: mixed with the old one by its zone; the old one if held."""
     if len(zone) > 0:
         new = mix(zone[0], before, new)
     if mark is not None:
@@ -146,7 +146,7 @@ def settled(new, before, zone, mark):
 
 @triton.jit
 def parted(d, zone, mark):
-    """Part the gradient of a state after a step: for what the cell made, and for what was there."""
+    """Split a state's gradient after a step: for the cell's result, and for the old value."""
     own, kept = d, zeros_like(d)
     if len(zone) > 0:
         own, kept = mix(zone[0], kept, own), mix(zone[0], own, kept)
@@ -158,7 +158,7 @@ def parted(d, zone, mark):
 
 @triton.jit
 def passed_on(d_before, d_fresh_ptr, mark, row_offsets, unit, mask):
-    """What goes on to the step before, of the gradient of a state as a step found it."""
+    """Return what a state's gradient before a step passes on to the previous step."""
     if mark is not None:
         if d_fresh_ptr is not None:
             where = mask & has(mark, FRESH)[:, None]
@@ -179,7 +179,7 @@ def multiplied(tiles, others):
 
 @triton.jit
 def sum_of(tiles, inside):
-    """Add up tiles, without what is outside."""
+    """Add up tiles, with zeros outside."""
     total = tiles[0]
     for n in tl.static_range(1, len(tiles)):
         total += tiles[n]
@@ -188,7 +188,7 @@ def sum_of(tiles, inside):
 
 @triton.jit
 def mean_of(tiles, inside, H: tl.constexpr):
-    """The mean over all units of tiles, which have H inside each."""
+    """Return the mean over all units of tiles, which have H units inside each."""
     return (tl.sum(sum_of(tiles, inside), axis=1) / (len(tiles) * H))[:, None]
 
 
@@ -199,7 +199,7 @@ def _add_pairs(a, b, c, d):
 
 @triton.jit
 def means_of(tiles, others, inside, H: tl.constexpr):
-    """The means of both, by one reduction."""
+    """Return the means of both with a single reduction."""
     sums = sum_of(tiles, inside), sum_of(others, inside)
     mean, other = tl.reduce(sums, 1, _add_pairs)
     return (mean / (len(tiles) * H))[:, None], (other / (len(tiles) * H))[:, None]
@@ -207,7 +207,7 @@ def means_of(tiles, others, inside, H: tl.constexpr):
 
 @triton.jit
 def normalised(tiles, inside, H: tl.constexpr):
-    """Normalise tiles over all of their units; also return 1 / their deviation."""
+    """Normalise tiles jointly over all their units; also return 1 / their deviation."""
     mean = mean_of(tiles, inside, H)
     centred = ()
     for n in tl.static_range(len(tiles)):
@@ -221,7 +221,7 @@ def normalised(tiles, inside, H: tl.constexpr):
 
 @triton.jit
 def normalised_back(d_normal, normal, scale, inside, H: tl.constexpr):
-    """The gradients of what was normalised, from those of the result."""
+    """Return the gradients of the inputs of `normalised` from those of its result."""
     mean, along = means_of(d_normal, multiplied(d_normal, normal), inside, H)
     found = ()
     for n in tl.static_range(len(normal)):
@@ -231,8 +231,8 @@ def normalised_back(d_normal, normal, scale, inside, H: tl.constexpr):
 
 @triton.jit
 def cell_forward(wx, raw, bias, extra, before, inside, H: tl.constexpr, CELL: tl.constexpr):
-    """A step of a cell with all units, from its products: the states, the activations, and the
-    normalised products with 1 / their deviation behind them.
+    """Run a step of a cell with all units, from its products. Return the states, the activations,
+    and the normalised products followed by 1 / their deviation.
     """
     N_GATES: tl.constexpr = CELL.n_gates
     rh, normal = raw, ()
@@ -256,7 +256,7 @@ def cell_backward(
     empty.
 
     Returns the gradients of the recurrent parts, of the input parts that differ, of the products,
-    of extra weights, and of the states before as far as they do not pass by the products.
+    of extra weights, and of the states before, except for what goes through the products.
     """
     N_GATES: tl.constexpr = CELL.n_gates
     d_extra = ()
@@ -288,8 +288,8 @@ def forward_kernel(
     full_ptr, before_ptrs, after_ptrs, saved_ptr, normal_ptrs, T, B, step, n_ahead,
     H: tl.constexpr, CELL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """The cell. With a projection, `full_ptr` receives h before that, (N, B, H), and the launch
-    after this one does the rest of h.
+    """Run the cell. With a projection, `full_ptr` receives the unprojected h, (N, B, H), and the
+    launch after this one completes h.
     """
     group, rows, of_group, of_step = place(step, T, B, n_ahead, BLOCK_B)
     unit = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -311,7 +311,7 @@ def forward_kernel(
     before = ()
     for s in tl.static_range(len(running_ptrs)):
         if s < FIRST:
-            before += (zeros_like(raw[0]),)  # of another size, and nothing to a cell
+            before += (zeros_like(raw[0]),)  # has another size, and cells do not use it
         else:
             state = load(running_ptrs[s] + of_group * H, unit, mask)
             fresh_ptr = None if fresh_ptrs is None else fresh_ptrs[s]
@@ -347,8 +347,9 @@ def backward_kernel(
     d_extra_ptr, T, B, step, n_ahead, H: tl.constexpr, CELL: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, PROJECTED: tl.constexpr,
 ):  # fmt: skip
-    """The cell. `d_h_ptr` is the gradient of the h that the cell made, `d_product_ptr` that of the
-    late product's operand, both (N, B, H) in float32. The steps are counted from the last.
+    """Go back through the cell. `d_h_ptr` is the gradient of the h that the cell computed,
+    `d_product_ptr` that of the late product's operand, both (N, B, H) in float32. Steps count from
+    the last.
     """
     group, rows, of_group, of_step = place(T - 1 - step, T, B, n_ahead, BLOCK_B)
     unit = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -363,7 +364,7 @@ def backward_kernel(
     mark = load_marks(marks_ptr, of_step, rows)
     d_state = (load(d_h_ptr + of_group * H, unit, mask),)
     kept = ()
-    if not PROJECTED:  # what is kept of h is there already
+    if not PROJECTED:  # `receive_kernel` left the kept part of h's gradient there
         kept += (load(running_ptrs[0] + of_group * H, unit, mask),)
     for s in tl.static_range(1, len(running_ptrs)):
         d = load(running_ptrs[s] + of_group * H, unit, mask)
@@ -407,7 +408,7 @@ def backward_kernel(
         store_parts(d_raw_ptr + of_step * (N_GATES * H), unit, mask, d_raw, H)
     for s in tl.static_range(FIRST, len(running_ptrs)):
         d = d_before[s]
-        if s > 0:  # what h keeps was passed on already
+        if s > 0:  # for h, `receive_kernel` has passed on the kept part already
             d += kept[s - FIRST]
         d_fresh_ptr = None if d_fresh_ptrs is None else d_fresh_ptrs[s]
         d = passed_on(d, d_fresh_ptr, mark, of_group * H, unit, mask)

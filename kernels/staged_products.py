@@ -1,10 +1,11 @@
-"""The products of a step in several launches; see ``staged.py``, where the tensors are described.
+"""The products of a step in several launches; ``staged.py`` describes the tensors.
 
     r              (N, G * H, P)     recurrent weights
-    w_hr           (N, P, H)         those of the projection
+    w_hr           (N, P, H)         projection weights
     drop           (N, B, P)         factors of h in the recurrent product, or None
 
-Sums are in the dtype of the states, float32 or float64, and factors in that of the weights.
+Products accumulate in the dtype of the states, float32 or float64; operands have that of the
+weights.
 """
 
 import triton
@@ -31,14 +32,14 @@ def multiply(
     block, a, w_ptr, k, column, K: tl.constexpr, N: tl.constexpr, STRIDE_K: tl.constexpr,
     STRIDE_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to a block the product of a tile (rows, k) and a part (k, column) of (K, N) weights."""
+    """Add to a block the product of a tile (rows, k) and a (k, column) part of (K, N) weights."""
     part = tl.load(
         w_ptr + (k * STRIDE_K)[:, None] + (column * STRIDE_N)[None, :],
         mask=(k < K)[:, None] & (column < N)[None, :],
         other=0.0,
     )
     if block.dtype == tl.float64:
-        # Products of matrices in float64 are not compiled by triton 3.7 in every place.
+        # triton 3.7 fails to compile some float64 dots.
         block += tl.sum(a[:, :, None] * part[None, :, :], axis=1)
     else:
         a = as_operand(a.to(part.dtype), PRECISION)
@@ -53,7 +54,7 @@ def recurrent_kernel(
     n_ahead, H: tl.constexpr, P: tl.constexpr, CELL: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    """The recurrent product of all gates but the late ones; if `LATE`, of those."""
+    """Compute the recurrent product of all gates except late ones; if `LATE`, of those only."""
     group, rows, of_group, of_step = place(step, T, B, n_ahead, BLOCK_B)
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     N_GATES: tl.constexpr = CELL.n_gates
@@ -92,7 +93,7 @@ def project_kernel(
     T, B, step, n_ahead, H: tl.constexpr, P: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The projection, and what h is after the step."""
+    """Compute the projection, and h after the step."""
     group, rows, of_group, of_step = place(step, T, B, n_ahead, BLOCK_B)
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     w_hr_ptr += group * (P * H)
@@ -123,9 +124,9 @@ def receive_kernel(
     CELL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What comes back to h through the recurrent product of the step after, whose gradients have
-    rows of `WIDTH`, and how much of it the cell gets. The steps are counted from the last; at step
-    T the initial state receives.
+    """Compute the gradient of h through the recurrent product of the following step, whose
+    gradients have rows of `WIDTH`, and the part of it that goes to the cell. Steps count from the
+    last; at step T the gradient is that of the initial state.
     """
     group, rows, of_group, of_step = place(T - 1 - step, T, B, n_ahead, BLOCK_B)
     _, _, _, of_later = place(T - step, T, B, n_ahead, BLOCK_B)
@@ -171,7 +172,7 @@ def through_kernel(
     P: tl.constexpr, CELL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    """What comes back through the projection or, if `LATE`, through the late product."""
+    """Compute the gradient through the projection or, if `LATE`, through the late product."""
     group, rows, of_group, of_step = place(T - 1 - step, T, B, n_ahead, BLOCK_B)
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     N_EARLY: tl.constexpr = CELL.n_gates - CELL.n_late

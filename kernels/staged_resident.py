@@ -1,9 +1,9 @@
-"""Whole sequences in one launch, as in ``resident.py``, of cells whose step is more than a product.
+"""Whole sequences in one launch, as in ``resident.py``, for cells whose step is several stages.
 
-That is normalised cells and late products, without a projection, where a program can have all
-units and recurrent weights of a group. It keeps the states of BLOCK_B rows of the batch, in
-float32, from the first step to the last, or backward their gradients. The tensors are those of
-``staged.py``, but that a step has no scratch in memory, and so is the arithmetic.
+This covers normalised cells and late products, without a projection, where a program can hold all
+units and recurrent weights of a group. It keeps the states of BLOCK_B batch rows, or backward their
+gradients, in float32 from the first step to the last. Tensors and arithmetic are those of
+``staged.py``, except that a step needs no scratch memory.
 
 The grid is (batch tiles, 1, groups).
 """
@@ -57,7 +57,7 @@ def _product(
     h, columns, N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The product of h with R^T for N gates, as so many tiles."""
+    """Multiply h by R^T for N gates; return one tile per gate."""
     h = as_operand(h.to(columns.dtype), PRECISION)
     block = tl.dot(h, columns, input_precision=PRECISION)
     return split_block(block, (), N, BLOCK_B, BLOCK_H)
@@ -65,7 +65,7 @@ def _product(
 
 @triton.jit
 def _product_back(gates, r_rows, PRECISION: tl.constexpr):
-    """The product of the gradients of gates with R."""
+    """Multiply the gradients of gates by R."""
     gates = as_operands(gates, r_rows[0].dtype, PRECISION)
     total = zeros_like((gates[0].to(tl.float32),))[0]
     for g in tl.static_range(len(gates)):
@@ -101,7 +101,7 @@ def forward_kernel(
         mark = load_marks(marks_ptr, of_step, rows)
 
     for step in range(T):
-        # Here by the time that the product is.
+        # In flight during the product.
         wx = load_tiles(wx_ptr + of_step * (N_GATES * H), rows, 0, H, BLOCK_H, N_GATES)
         zones = load_zones(zone_ptrs, of_step, rows, 0, H, BLOCK_H)
         before = refresh(state, mark, fresh_ptrs, row, rows, 0, H, BLOCK_H)
@@ -137,7 +137,7 @@ def _load_past(
     given_ptrs, before_ptrs, after_ptrs, saved_ptr, normal_ptrs, zone_ptrs, mark, of_step, rows,
     H: tl.constexpr, BLOCK_H: tl.constexpr, CELL: tl.constexpr,
 ):  # fmt: skip
-    """Load what backward needs of a step: the gradients that arrive there, what forward kept, and
+    """Load what backward needs at a step: the gradients that arrive there, what forward saved, and
     zones.
     """
     there = rows
@@ -169,7 +169,7 @@ def backward_kernel(
     n_ahead, H: tl.constexpr, CELL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`given_ptrs` are the gradients of y, or None, and of the traces, as far as there are any."""
+    """`given_ptrs` are the gradients of y, or None, and of any traces."""
     group, rows, row, of_step = place(T - 1, T, B, n_ahead, BLOCK_B)
     unit = tl.arange(0, BLOCK_H)
     inside = rows[:, None] & (unit < H)[None, :]

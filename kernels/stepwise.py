@@ -1,9 +1,9 @@
-"""One launch for each step: the recurrent product and the pointwise part together.
+"""One launch per step: the recurrent product together with the pointwise part.
 
-For cells, for hidden sizes whose weights do not fit on chip, and for devices on which programs
-cannot wait for each other. The layouts are those of ``resident.py``; the states (and, backward,
-their gradients) are carried from launch to launch in float32, in `running_ptrs` of shape
-(D, B, H). The grid is (slices, batch tiles, groups).
+For hidden sizes whose weights do not fit on chip, and for devices on which programs cannot wait for
+each other. The layouts are those of ``resident.py``; the states (and, backward, their gradients)
+are carried from launch to launch in float32, in `running_ptrs` of shape (D, B, H). The grid is
+(slices, batch tiles, groups).
 """
 
 import triton
@@ -180,7 +180,7 @@ def backward_kernel(
     if marks_ptr is not None:
         marks_ptr += group_rows + row0 + t * B
         mark = load_mark(marks_ptr, row_mask)
-        to_after = tl.where(step == 0, 0, -to_before)  # dh is 0 at first
+        to_after = tl.where(step == 0, 0, -to_before)  # at step 0, dh is 0 whatever the mark
         dh = mark_received(load_mark(marks_ptr + to_after, row_mask), dh)
     extra = load_vectors(extra_ptr, unit0, H, BLOCK_H, CELL.n_extra)
     zones = load_zones(zone_ptrs, group_rows + rows, row_mask, unit0, H, BLOCK_H)

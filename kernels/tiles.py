@@ -1,7 +1,7 @@
-"""Tiles in and out of memory, and the products with the recurrent weights that a tile needs.
+"""Move tiles in and out of memory, and prepare the recurrent weights for a tile's products.
 
-`row_ptrs` point to column 0 of each row of the batch tile, `unit` are hidden units. What grows
-with T and B is in the row pointers, in 64 bits; offsets inside a row have 32.
+`row_ptrs` point to column 0 of each row of the batch tile, `unit` are hidden units. Offsets that
+grow with T and B are 64-bit and part of the row pointers; offsets within a row are 32-bit.
 """
 
 import triton
@@ -12,7 +12,7 @@ from . import activations
 
 @triton.jit
 def shift(ptrs, offset):
-    """Move every pointer of a tuple."""
+    """Offset every pointer of a tuple."""
     moved = ()
     for n in tl.static_range(len(ptrs)):
         moved += (ptrs[n] + offset,)
@@ -21,7 +21,7 @@ def shift(ptrs, offset):
 
 @triton.jit
 def load_states(ptrs, rows, width, row_mask, unit0, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Load the tile of every state from sequences of rows of `width` columns."""
+    """Load the tile of every state from sequences with rows of `width` columns."""
     tiles = ()
     for s in tl.static_range(len(ptrs)):
         tiles += load_tiles(ptrs[s] + rows * width, row_mask, unit0, H, BLOCK_H, 1)
@@ -44,15 +44,14 @@ def store_states(
         store_tiles(ptrs[s] + rows * width, row_mask, unit0, (tiles[s],), H, BLOCK_H)
 
 
-# Groups are the directions of a layer, or of each of its heads or of the members of an ensemble. Of
-# the directions alone the first walks forward and the second from the end of time, and nobody says
-# so: `n_ahead` is None, and costs plain layers nothing. Otherwise it is the number of those, the
-# first, that walk forward.
+# Groups are directions of a layer, or of its heads or ensemble members. With directions only, the
+# first walks forward and the second from the end of time; `n_ahead` is then None, which costs plain
+# layers nothing. Otherwise it is the number of groups that walk forward; these come first.
 
 
 @triton.jit
 def is_ahead(i_group, n_ahead):
-    """Whether a group walks forward through time."""
+    """Return whether a group walks forward through time."""
     if n_ahead is None:
         return i_group == 0
     else:
@@ -61,30 +60,30 @@ def is_ahead(i_group, n_ahead):
 
 @triton.jit
 def beyond_groups(i_group, n_ahead, size):
-    """How far the elements of a group, so many in each, lie behind those of the first one."""
+    """Return the offset of a group's elements, `size` in each group, from those of the first."""
     if n_ahead is None:
         return i_group * size
     else:
         return i_group.to(tl.int64) * size
 
 
-# Marks say of each row how its state flows at a step: bits, as flow.py of the package makes them.
-# HOLD: the row has no such step; FRESH: its state is replaced before it; CUT: no gradient passes
-# from it to the state before it; START: it is the row's first.
+# Marks tell for each row how its state flows at a step. They are bits, set by fastrnn/flow.py.
+# HOLD: the row has no such step; FRESH: its state is replaced before the step; CUT: no gradient
+# flows from the step to the state before it; START: it is the row's first step.
 HOLD, FRESH, CUT, START = (tl.constexpr(bit) for bit in (1, 2, 4, 8))
-# With any of these, the step before has no part in the recurrent product.
+# With any of these, no gradient of the recurrent product reaches the step before.
 STOPS = tl.constexpr(HOLD.value | FRESH.value | CUT.value)
 
 
 @triton.jit
 def load_mark(marks_ptr, row_mask):
-    """Load the marks of a step, from that of the tile's first row on."""
+    """Load the marks of a step; the pointer is at the tile's first row."""
     return tl.load(marks_ptr + tl.arange(0, row_mask.shape[0]), mask=row_mask, other=0)
 
 
 @triton.jit
 def has(mark, BITS: tl.constexpr):
-    """Whether rows have one of some marks."""
+    """Return whether each row has any of some marks."""
     return (mark & BITS) != 0
 
 
@@ -97,7 +96,7 @@ def _along(condition):
 
 @triton.jit
 def choose(mark, BITS: tl.constexpr, tiles, others):
-    """Tiles for the rows that have one of some marks, others for the rest."""
+    """Select tiles for the rows that have any of some marks, others for the rest."""
     chosen = ()
     for n in tl.static_range(len(tiles)):
         chosen += (tl.where(_along(has(mark, BITS)), tiles[n], others[n]),)
@@ -106,7 +105,7 @@ def choose(mark, BITS: tl.constexpr, tiles, others):
 
 @triton.jit
 def without(mark, BITS: tl.constexpr, tiles):
-    """Put zeros, whatever was there, in the rows that have one of some marks."""
+    """Set the rows that have any of some marks to zero, whatever they contained."""
     kept = ()
     for n in tl.static_range(len(tiles)):
         kept += (tl.where(_along(has(mark, BITS)), 0.0, tiles[n]),)
@@ -115,7 +114,7 @@ def without(mark, BITS: tl.constexpr, tiles):
 
 @triton.jit
 def zeros_like(tiles):
-    """Make zeros of the shapes of tiles."""
+    """Return zeros with the shapes of tiles."""
     zeros = ()
     for n in tl.static_range(len(tiles)):
         zeros += (activations.zeros_like(tiles[n]),)
@@ -124,7 +123,7 @@ def zeros_like(tiles):
 
 @triton.jit
 def add(tiles, others):
-    """Add to the first tiles as many others."""
+    """Add `others` to as many of the first tiles."""
     sums = ()
     for n in tl.static_range(len(tiles)):
         if n < len(others):
@@ -134,15 +133,15 @@ def add(tiles, others):
     return sums
 
 
-# Three or four tiles that lie H columns apart are moved as one: each thread then has 16 bytes of a
-# row, and there is one trip through shared memory between this layout and that of the products.
+# Three or four tiles that lie H columns apart are moved as one block: each thread then accesses 16
+# bytes of a row, and one pass through shared memory converts to the layout of the products.
 
 
 @triton.jit
 def _block_of_tiles(
     row_ptrs, row_mask, unit0, H: tl.constexpr, BLOCK_H: tl.constexpr, N: tl.constexpr
 ):
-    """Pointers and mask of N tiles side by side, in columns n * BLOCK_H."""
+    """Return pointers and mask for N tiles side by side, in columns n * BLOCK_H."""
     column = tl.arange(0, 4 * BLOCK_H)
     n = column // BLOCK_H
     unit = unit0 + column % BLOCK_H
@@ -189,14 +188,14 @@ def store_tiles(row_ptrs, row_mask, unit0, tiles, H: tl.constexpr, BLOCK_H: tl.c
             tl.store(ptrs, tiles[n].to(dtype), mask=mask)
 
 
-# Noise: recurrent dropout multiplies h by factors, of each row and unit, before the recurrent
-# product. By zoneout a state keeps its old value, in units drawn for every step (bytes), or in
-# equal shares everywhere (one number, of evaluation).
+# Noise. Recurrent dropout multiplies h by factors for each row and unit before the recurrent
+# product. With zoneout a state keeps its old value, either in units drawn at every step (bytes) or
+# by the same share everywhere (one number, in evaluation).
 
 
 @triton.jit
 def load_factors(drop_ptr, row, row_mask, unit0, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Load the factors of recurrent dropout for a tile of h; nothing from None."""
+    """Load the recurrent-dropout factors for a tile of h; an empty tuple for None."""
     factors = ()
     if drop_ptr is not None:
         factors = load_tiles(drop_ptr + row * H, row_mask, unit0, H, BLOCK_H, 1)
@@ -205,7 +204,7 @@ def load_factors(drop_ptr, row, row_mask, unit0, H: tl.constexpr, BLOCK_H: tl.co
 
 @triton.jit
 def dropped(h, factors):
-    """h after recurrent dropout, or a gradient on its way back through it."""
+    """Apply recurrent dropout to h, or to a gradient on its way back."""
     if len(factors) > 0:
         h = h * factors[0]
     return h
@@ -213,9 +212,9 @@ def dropped(h, factors):
 
 @triton.jit
 def load_zones(zone_ptrs, rows, row_mask, unit0, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Load what each state keeps at a step, of rows counted in (D, T, B): a condition or a share.
+    """Load what each state keeps at a step, for rows counted in (D, T, B): a condition or a share.
 
-    A state that has no zoneout has an empty tuple; without any there is nothing.
+    A state without zoneout has an empty tuple; with no zoneout at all, the result is empty.
     """
     zones = ()
     if zone_ptrs is not None:
@@ -234,7 +233,7 @@ def load_zones(zone_ptrs, rows, row_mask, unit0, H: tl.constexpr, BLOCK_H: tl.co
 
 @triton.jit
 def mix(zone, old, new):
-    """What a state, or a gradient, is where its old value is kept by a condition or a share."""
+    """Mix the old and new value of a state or gradient, by a condition or a share of the old."""
     if zone.dtype == tl.int1:
         return tl.where(zone, old, new)
     else:
@@ -243,7 +242,7 @@ def mix(zone, old, new):
 
 @triton.jit
 def zoned(zones, before, after):
-    """The states after a step of which some part is what it was before."""
+    """Return the states after a step, with the parts kept by zoneout taken from before."""
     if len(zones) > 0:
         states = ()
         for s in tl.static_range(len(after)):
@@ -257,7 +256,7 @@ def zoned(zones, before, after):
 
 @triton.jit
 def cell_backward(past, d_state, extra, CELL: tl.constexpr):
-    """Go back through a cell, and by it where zoneout kept a state."""
+    """Go back through a cell, and around it where zoneout kept a state."""
     _, saved, state, previous, zones = past
     d_new = d_state
     if len(zones) > 0:
@@ -296,10 +295,10 @@ def load_past(
     BLOCK_H: tl.constexpr,
     CELL: tl.constexpr,
 ):
-    """Load what backward needs of a step: gradients that arrive there, activations, the states that
-    the cell made and those before it; `zones` are handed on. `past_ptrs` is one pointer to the
-    activations, or two to the parts of the gates from which they are computed. With zoneout there
-    must be two: the states after a step are not what the cell made.
+    """Load what backward needs at a step: the gradients that arrive there, activations, the states
+    that the cell computed and those before it; `zones` are returned unchanged. `past_ptrs` is one
+    pointer to the activations, or two to the parts of the gates from which they are recomputed.
+    Zoneout requires two, since the states after a step are then not what the cell computed.
     """
     out_mask = row_mask
     if mark is not None:
@@ -335,10 +334,10 @@ def load_past(
 
 @triton.jit
 def mark_gradients(mark, d_state, d_rh, d_wx, d_previous):
-    """What is left of a step's gradients where it is held, and where what was before is cut off.
+    """Correct a step's gradients in rows that are held and where the flow from before is cut.
 
-    Not of the part of the state's gradient that goes through the recurrent product, which arrives
-    later: see `mark_received`.
+    Does not cover the part of the state's gradient that goes through the recurrent product, which
+    arrives later: see `mark_received`.
     """
     d_previous = without(mark, FRESH | CUT, d_previous)
     d_previous = choose(mark, HOLD, d_state, d_previous)
@@ -347,20 +346,20 @@ def mark_gradients(mark, d_state, d_rh, d_wx, d_previous):
 
 @triton.jit
 def mark_received(mark, dh):
-    """What is left of the product of a step's gradients for the step before it."""
+    """Zero the gradient from the recurrent product where it does not reach the step before."""
     return without(mark, STOPS, (dh,))[0]
 
 
-# A dot wants many columns, so all gates of a slice go through it side by side, as a block of 1, 2
-# or 4 gates: 3 gates are 4 of which one is empty, which takes the matrix units no longer than two
-# products that share their left operand. The columns are interleaved so that the tensor cores'
-# layout, in which a thread holds two adjacent columns of every eight, leaves all gates of a unit
-# in one thread: they come apart in registers.
+# A dot needs many columns, so all gates of a slice go through it side by side, as a block of 1, 2
+# or 4 gates: 3 gates are padded to 4, which takes the matrix units no longer than two products that
+# share their left operand. The columns are interleaved so that the tensor cores' layout, in which a
+# thread holds two adjacent columns of every eight, keeps all gates of a unit in one thread:
+# splitting the block into gates then stays within registers.
 
 
 @triton.jit
 def block_pointers(r_ptr, unit0, H: tl.constexpr, N_GATES: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Row pointers into R, and their mask, for the columns of R^T of a block of gates."""
+    """Return row pointers into R, and their mask, for the columns of R^T of a block of gates."""
     tl.static_assert(N_GATES <= 4)
     WIDTH: tl.constexpr = N_GATES + (N_GATES == 3)
     n = tl.arange(0, WIDTH * BLOCK_H)
@@ -375,7 +374,7 @@ def block_pointers(r_ptr, unit0, H: tl.constexpr, N_GATES: tl.constexpr, BLOCK_H
 
 @triton.jit
 def load_vectors(ptr, unit0, H: tl.constexpr, BLOCK_H: tl.constexpr, N: tl.constexpr):
-    """Load N parts of a vector that lie H apart, as rows of tiles; nothing from None."""
+    """Load N parts of a vector that lie H apart, as rows of tiles; an empty tuple for None."""
     unit = unit0 + tl.arange(0, BLOCK_H)
     vectors = ()
     if ptr is not None:
@@ -387,7 +386,7 @@ def load_vectors(ptr, unit0, H: tl.constexpr, BLOCK_H: tl.constexpr, N: tl.const
 
 @triton.jit
 def split_block(block, bias, N_GATES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Take a block apart into gates and add their biases: the recurrent part of a step."""
+    """Split a block into gates and add their biases: the recurrent part of a step."""
     if N_GATES > 2:
         pairs = tl.permute(tl.reshape(block, [BLOCK_B, 2, BLOCK_H, 2]), (0, 2, 1, 3))
         first, second = tl.split(pairs)
@@ -422,12 +421,12 @@ def recurrent_part(
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Take a block apart into the recurrent parts of a step, replaced where the state is fresh."""
+    """Split a block into the recurrent parts of a step, replaced where the state is fresh."""
     if mark is not None:
         block = without(mark, FRESH, (block,))[0]
     rh = split_block(block, bias, N_GATES, BLOCK_B, BLOCK_H)
     if fresh_rh_ptr is not None:
-        # Seldom any: what is masked costs no trip to memory.
+        # Rarely any: masked loads cost no memory access.
         mask = row_mask & has(mark, FRESH)
         fresh_rows = fresh_rh_ptr + row * (N_GATES * H)
         rh = add(rh, load_tiles(fresh_rows, mask, unit0, H, BLOCK_H, N_GATES))
@@ -447,13 +446,13 @@ def refresh(state, mark, fresh_ptrs, row, row_mask, unit0, H: tl.constexpr, BLOC
 
 @triton.jit
 def as_operand(x, PRECISION: tl.constexpr):
-    """What a product takes of a tile: of float32 by TF32 rounded to its 11 bits, half away from 0.
+    """Return a tile as a product's operand: for TF32, round float32 to 11 bits, half away from 0.
 
-    Tensor cores leave the other bits out, which would cut off instead, always towards 0.
+    Tensor cores ignore the remaining bits, which would truncate towards 0.
     """
     if PRECISION == "tf32" and x.dtype == tl.float32:
         bits = x.to(tl.int32, bitcast=True)
-        # A NaN stays one, whichever of its bits are set.
+        # A NaN stays a NaN, whichever of its bits are set.
         bits = tl.where(x != x, bits | 0x400000, (bits + 0x1000) & -0x2000)
         return bits.to(tl.float32, bitcast=True)
     else:
@@ -462,7 +461,7 @@ def as_operand(x, PRECISION: tl.constexpr):
 
 @triton.jit
 def as_operands(tiles, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """What products in a dtype take of a tuple of tiles."""
+    """Convert a tuple of tiles to operands of products in a dtype."""
     operands = ()
     for n in tl.static_range(len(tiles)):
         operands += (as_operand(tiles[n].to(dtype), PRECISION),)
@@ -477,7 +476,7 @@ def load_columns(
     BLOCK_H: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Load R^T for all gates, as the right operand of products of h."""
+    """Load R^T for all gates, as the right operand of products with h."""
     ptrs, mask = block_pointers(r_ptr, 0, H, N_GATES, BLOCK_H)
     k = tl.arange(0, BLOCK_H)
     inside = mask[None, :] & (k < H)[:, None]
@@ -492,7 +491,7 @@ def load_rows(
     BLOCK_H: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Load R, gate by gate, as right operands of products of the gates' gradients."""
+    """Load R, gate by gate, as right operands of products with the gates' gradients."""
     unit = tl.arange(0, BLOCK_H)
     mask = (unit < H)[:, None] & (unit < H)[None, :]
     rows = ()

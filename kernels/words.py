@@ -1,17 +1,17 @@
-"""How programs of a group hand each other what they computed: every word says whether it is there.
+"""Exchange results between the programs of a group: each word itself shows whether it has arrived.
 
-What is exchanged, h forward and the gradients of the gates backward, is written once, into memory
-that was filled with MISSING, a bit pattern that arithmetic never produces. `publish` stores words
-of 32 bits; a consumer loads those that its own product takes and looks at them, each thread for
-itself: no flag, no barrier, one trip through L2. Loads and stores are relaxed operations of the
-whole GPU of the same words, which no cache of a multiprocessor holds back and none of which is
-ever half done. Where rows have an odd number of 16-bit elements the word is one element.
+What is exchanged, h forward and the gate gradients backward, is written once, into memory filled
+with MISSING, a bit pattern that arithmetic never produces. `publish` stores 32-bit words; a
+consumer loads the words that its own product needs, and each thread checks its own: no flag, no
+barrier, one round trip to L2. Loads and stores are relaxed, GPU-scope operations on the same words,
+so that no L1 cache returns stale data and no word is ever torn. Where rows have an odd number of
+16-bit elements, the word is a single element.
 
-A NaN that has the bits of MISSING is stored as another NaN. SPIN_LIMIT is for debugging: after so
-many polls, if not 0, a thread writes a number to `error_ptr` and goes on with what is there.
+A NaN with the bits of MISSING is stored as another NaN. SPIN_LIMIT is for debugging: if nonzero, a
+thread writes a number to `error_ptr` after that many polls and continues with what is there.
 
-All of it is inline assembly of a thread's own elements: the compiler would test and load vector
-after vector, one trip after another, and splits loads whose alignment it does not know.
+All of this is inline assembly on a thread's own elements: the compiler would test and load one
+vector after another, with a round trip for each, and splits loads whose alignment it cannot prove.
 """
 
 from triton.experimental import gluon
@@ -22,7 +22,7 @@ MISSING = gl.constexpr(-1)  # all bits set
 
 @gluon.constexpr_function
 def _aligned(columns, vector, itemsize):
-    """Bytes, up to a vector's, that rows of so many columns always start at a multiple of."""
+    """Return the alignment, up to a vector's bytes, that all rows of so many columns share."""
     piece = vector
     while columns * itemsize % piece:
         piece //= 2
@@ -31,11 +31,11 @@ def _aligned(columns, vector, itemsize):
 
 @gluon.constexpr_function
 def _load(vector, words, chunk_bytes, itemsize, piece, pointers, left, guard):
-    """PTX that loads one of a thread's vectors, if the predicate `guard` says so.
+    """Generate PTX that loads one of a thread's vectors, predicated on `guard` if not empty.
 
-    Vector number 2 * chunk + row (of the two of a thread in `fragments.state_layout`) goes to
-    operands $(vector * words) and after. The pointers of the first chunk's elements are the
-    operands from `pointers` on; so is, from `left` on, if not None, how many columns there are.
+    Vector number 2 * chunk + row (of the thread's two rows in `fragments.state_layout`) goes to
+    operands $(vector * words) and up. Operands from `pointers` on are the pointers of the first
+    chunk's elements; those from `left` on, if not None, the numbers of columns remaining.
     """
     chunk, row = vector // 2, vector % 2
     element = row * (words * 4 // itemsize)
@@ -70,9 +70,9 @@ def _load(vector, words, chunk_bytes, itemsize, piece, pointers, left, guard):
 
 @gluon.constexpr_function
 def _load_assembly(chunks, words, chunk_bytes, itemsize, piece, is_masked):
-    """Load a thread's vectors of some chunks, whether they are there or not; 0 beyond the rows.
+    """Generate a load of a thread's vectors of some chunks, present or not; 0 beyond the rows.
 
-    Operands: the words; the pointers; if `is_masked`, what is left.
+    Operands: the words; the pointers; if `is_masked`, the columns remaining.
     """
     pointers = 2 * words * chunks
     elements = 2 * words * 4 // itemsize
@@ -87,11 +87,11 @@ def _load_assembly(chunks, words, chunk_bytes, itemsize, piece, is_masked):
 
 @gluon.constexpr_function
 def _settle_assembly(chunks, words, chunk_bytes, itemsize, piece, is_masked, limit):
-    """Wait until the first of some chunks, which were loaded once, is there.
+    """Generate a wait for the first of some chunks, all of which were loaded once.
 
-    A thread whose part of it is not, loads again all vectors that are missing, of the later chunks
-    too, and looks again. Operands: the words, in place; the pointers; if `is_masked`, what is left;
-    if there is a limit, the pointer for errors and the number for it.
+    While a thread's part of it is missing, the thread reloads all missing vectors, including those
+    of later chunks, and checks again. Operands: the words, in place; the pointers; if `is_masked`,
+    the columns remaining; with a limit, the error pointer and the number to write there.
     """
     pointers = 2 * (2 * words * chunks)
     elements = 2 * words * 4 // itemsize
@@ -99,15 +99,15 @@ def _settle_assembly(chunks, words, chunk_bytes, itemsize, piece, is_masked, lim
     error = pointers + elements * (2 if is_masked else 1)
     vectors = range(2 * chunks)
 
-    def test(vector):  # set missing<vector>
+    def test(vector):  # set the predicate missing<vector>
         lines = []
         for i in range(words):
             word = f"${vector * words + i}"
             either = "" if i == 0 else ".or"
             before = "" if i == 0 else f", missing{vector}"
             if piece == 2:
-                # Adding 1 to a half that is all ones, and to no other, carries out of it; that a
-                # carry out of the lower one enters the upper one does not hide that there is one.
+                # Only a half that is all ones carries out when 1 is added. A carry from the lower
+                # half into the upper one cannot hide that a half is missing.
                 lines += [f"add.u32 x, {word}, 0x00010001;", "not.b32 x, x;"]
                 lines += [f"and.b32 x, x, {word};", "and.b32 x, x, 0x80008000;"]
                 lines.append(f"setp.ne{either}.s32 missing{vector}, x, 0{before};")
@@ -134,7 +134,7 @@ def _settle_assembly(chunks, words, chunk_bytes, itemsize, piece, is_masked, lim
 
 @gluon.constexpr_function
 def _constraints(outputs, in_place, pointers, numbers, more_pointers=0, more_numbers=0):
-    """Of operands: words, which may be inputs too, then pointers and numbers of elements."""
+    """Return the constraints: words, possibly also inputs, then pointers and element counts."""
     found = ["=&r"] * outputs + ([str(n) for n in range(outputs)] if in_place else [])
     found += ["l"] * pointers + ["r"] * numbers + ["l"] * more_pointers + ["r"] * more_numbers
     return ",".join(found)
@@ -147,10 +147,11 @@ def _repeated(x, n):
 
 @gluon.jit
 def load_chunks(pointers, left, COUNT: gl.constexpr, H: gl.constexpr, K: gl.constexpr):
-    """Load COUNT chunks of operands, in `fragments.state_layout`, whether they are there or not.
+    """Load COUNT chunks of operands, in `fragments.state_layout`, whether present or not.
 
-    The pointers are those of the first; there are `left` columns, of K, from each element on. Rows,
-    and what is published in them, start at multiples of H columns. The chunks are integers.
+    `pointers` are those of the first chunk; `left` is the number of columns, of K, from each
+    element on. Rows, and the parts published in them, start at multiples of H columns. The chunks
+    are integers.
     """
     W: gl.constexpr = pointers.shape[0]
     BLOCK_K: gl.constexpr = pointers.shape[2]
@@ -178,7 +179,7 @@ def settle(
     chunks, pointers, left, error_ptr, number, H: gl.constexpr, K: gl.constexpr,
     SPIN_LIMIT: gl.constexpr,
 ):  # fmt: skip
-    """Wait for this thread's part of the first of some chunks, which were loaded once."""
+    """Wait for this thread's part of the first of some chunks, all of which were loaded once."""
     W: gl.constexpr = pointers.shape[0]
     COUNT: gl.constexpr = len(chunks)
     BLOCK_K: gl.constexpr = pointers.shape[2]
@@ -186,7 +187,7 @@ def settle(
     WORDS: gl.constexpr = BLOCK_K * ITEMSIZE // 16
     ELEMENTS: gl.constexpr = BLOCK_K // 2
     PIECE: gl.constexpr = _aligned(H, 4 * WORDS, ITEMSIZE)
-    # A whole vector beyond the rows is 0, which is not missing.
+    # A vector entirely beyond the row was loaded as 0, which is not MISSING.
     IS_MASKED: gl.constexpr = K % (W * BLOCK_K) > 0 and PIECE < 4 * WORDS
     ASSEMBLY: gl.constexpr = _settle_assembly(
         COUNT, WORDS, W * BLOCK_K * ITEMSIZE, ITEMSIZE, PIECE, IS_MASKED, SPIN_LIMIT
@@ -206,10 +207,10 @@ def settle(
 
 @gluon.constexpr_function
 def _publish_assembly(itemsize, is_whole, is_halved):
-    """Store a word of a thread where its guard is not 0.
+    """Generate a store of a thread's word, predicated on its guard.
 
-    Two elements of 16 bits are one word if `is_whole`, else two. `is_halved`: the second half of a
-    warp has what the first half has. Operands: a result that says nothing; the pointers of the
+    Two 16-bit elements are one word if `is_whole`, else two. `is_halved`: the second half of a warp
+    duplicates the first half and does not store. Operands: an unused result; the pointers of the
     elements; the word; its guard, or those of its halves.
     """
     elements = 4 // itemsize
@@ -230,7 +231,7 @@ def _publish_assembly(itemsize, is_whole, is_halved):
 
 @gluon.jit
 def publish(pointers, tile, mask, H: gl.constexpr):
-    """Store a tile where the group waits for it; pointers and mask are in
+    """Store a tile where the group waits for it; pointers and mask are in the layout
     `fragments.publishing_layout`.
     """
     LAYOUT: gl.constexpr = pointers.type.layout
@@ -241,7 +242,7 @@ def publish(pointers, tile, mask, H: gl.constexpr):
     ASSEMBLY: gl.constexpr = _publish_assembly(ITEMSIZE, _aligned(H, 4, ITEMSIZE) == 4, IS_HALVED)
     KINDS: gl.constexpr = _constraints(1, False, ELEMENTS, 2)
     bits = tile.to(integer, bitcast=True)
-    bits = gl.where(bits == MISSING, -2, bits).to(integer)  # from one NaN to another
+    bits = gl.where(bits == MISSING, -2, bits).to(integer)  # replace that NaN with another
     bits = gl.convert_layout(bits, LAYOUT)
     gl.inline_asm_elementwise(
         ASSEMBLY, KINDS, (pointers, bits, mask.to(integer)), _repeated(integer, 1), False, ELEMENTS

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from fastrnn.__main__ import main
 from fastrnn.bench import (
@@ -344,10 +345,10 @@ def test_tables(found):
     assert [line.verdict for line in lines] == ["slower", "faster", "equal"]
     assert "ATen" in lines[0].cells
     assert "products  25%" in lines[0].cells
-    everybody = report_.providers_table(found.rows)
-    assert everybody.headers[3:] == ("#torch.nn", "#fastrnn", "#torch.compile")
-    assert everybody.lines[0].cells[3:] == ("2.00 (1.00)", "2.00 (0.80)", "2.00 (0.50)")
-    assert everybody.lines[3].cells[3:] == ("-", "wrong", "-")
+    every = report_.providers_table(found.rows)
+    assert every.headers[3:] == ("#torch.nn", "#fastrnn", "#torch.compile")
+    assert every.lines[0].cells[3:] == ("2.00 (1.00)", "2.00 (0.80)", "2.00 (0.50)")
+    assert every.lines[3].cells[3:] == ("-", "wrong", "-")
     two = [row for row in found.rows if row.provider != "torch.compile"]
     assert report_.providers_table(two) is None
     assert report_.failures_table(two).lines[0].cells[0] == "fastrnn"
@@ -363,7 +364,7 @@ def test_prices_are_those_beside_a_plain_layer_and_loops():
     rows[-1] = dataclasses.replace(rows[-1], first_s=12.34)
     table = report_.prices_table(rows)
     assert table.headers[3:] == (
-        "#fastrnn ms", "#price", "#torch.nn", "#loop", "#torch.compile", "#first",
+        "#fastrnn ms", "#cost", "#torch.nn", "#loop", "#torch.compile", "#first call",
     )  # fmt: skip
     assert table.lines[0].cells[3:] == (
         "2.00", "2.00 [1.73-2.33]", "0.50 [0.45-0.55]", "5.00 [3.00-11.00]", "2.00 [1.50-2.75]",
@@ -388,33 +389,103 @@ def test_a_run_without_the_planners_choice():
     assert report_.results_table(rows).lines[0].verdict == "faster"
 
 
-PICTURES = ("speedup", "heatmap", "steps", "memory")
+def test_conclusions_name_groups_and_reasons():
+    def row(case, ratio, path, reason, spread=0.01):
+        return dataclasses.replace(make_row(case, ratio, spread), path=path, reason=reason)
+
+    lstm, cell, gru = CASES[0], CASES[3], CASES[1]
+    more = dataclasses.replace(lstm, batch=4)
+    own = [
+        row(lstm, 0.8, "kernels", "kernels, 16 lanes; 1.2 times as fast as torch's"),
+        row(more, 0.9, "kernels", "kernels, 16 lanes; 1.5 times as fast as torch's", 0.2),
+        row(cell, 0.95, "torch", "2.5 times as fast as kernels, 16 lanes", 0.1),
+        row(gru, 4.0, "kernels", ""),
+    ]
+    bases = [make_baseline(case) for case in (lstm, more, cell)]
+    bases.append(dataclasses.replace(make_baseline(gru), path="oneDNN, 8 calls"))
+    other = make_row(gru, 8.0, provider="onnxruntime")
+    env = dataclasses.replace(environment(CPU, ""), device="a CPU", threads=2)
+    summary, faster, slower = report_.conclusions(Results(env, LIMITS, [*bases, *own, other]))
+    assert summary == (
+        "On a CPU with 2 threads, fastrnn is faster than torch.nn in 1 of 4 cases, equal in 0 and "
+        "slower in 3. It is 1.29 times as fast in the geometric mean, with a range of 0.80 to 4.00."
+    )
+    assert faster == [
+        "Geometric mean by layer and mode: GRU inference 4.00, cell training 0.95, LSTM training "
+        "0.85.",
+        "By what torch.nn runs: 4.00 where it runs oneDNN (1 case), 0.88 where it runs ATen (3 "
+        "cases).",
+        "All faster cases ran on the path kernels.",
+        "Compared with onnxruntime: 0.50 times as fast in the geometric mean of 1 case, 0.50.",
+    ]
+    assert slower == [
+        "LSTM training: 2 of 2 cases, 0.80 to 0.90 times as fast, path kernels. torch.nn runs "
+        "ATen. fastrnn reaches 25 % of the limit set by the matrix products. The planner expected "
+        "the kernels to be 1.20 to 1.50 times as fast as torch's. In 1 of them, the 20-80 % band "
+        "includes 1: within noise.",
+        "cell training: 1 of 1 case, 0.95 times as fast, path torch. fastrnn calls the same "
+        "operators as torch.nn there: call overhead and noise, in calls of 2 ms. The planner "
+        "expects them to be 2.50 times as fast as the kernels. Its 20-80 % band includes 1: within "
+        "noise.",
+    ]
 
 
-def draw(folder: Path, found: Results) -> dict[str, Path]:
-    paths = {name: folder / f"{name}.png" for name in PICTURES}
-    for name, path in paths.items():
-        getattr(plots, f"plot_{name}")(path, found.env, found.rows)
+def test_conclusions_quote_a_reason_and_name_what_torch_lacks(found):
+    case = Case("slstm", "training", "float32", 3, 2, 8, 8)
+    base = dataclasses.replace(make_baseline(case), path="oneDNN, plain lstm")
+    row = dataclasses.replace(make_row(case, 0.8), reason="no kernel of torch's", limit_ms=None)
+    summary, _, slower = report_.conclusions(found._replace(rows=[base, row]))
+    assert "torch.nn (its plain layer where it has no such option) in 0 of 1 case," in summary
+    assert slower == [
+        "sLSTM training: 1 of 1 case, 0.80 times as fast, path kernels. torch.nn has no such layer "
+        "or option; its time is that of the plain layer. torch.nn runs oneDNN. The planner says: "
+        '"no kernel of torch\'s".'
+    ]
+
+
+def test_conclusions_of_what_was_not_timed(found):
+    summary, faster, slower = report_.conclusions(found._replace(rows=found.rows[-1:]))
+    assert summary.endswith("no case of fastrnn was timed: 1 wrong.")
+    assert faster == slower == []
+    assert "1 wrong" in report_.conclusions(found).summary
+    assert report_.conclusions(found._replace(rows=[])).summary.endswith("timed: none was run.")
+
+
+def draw(folder: Path, found: Results) -> dict[str, plots.Picture]:
+    source = folder / "results.json"
+    results.write_json(source, found)
+    pictures = plots.draw(folder, found, source)
+    assert tuple(pictures) == plots.NAMES
+    for path in itertools.chain.from_iterable(pictures.values()):
         assert path.read_bytes().startswith(b"\x89PNG")
-    return paths
+        assert plots.origin(path) == plots.origin_of(source)
+        with Image.open(path) as image:
+            assert image.width == 2000
+    return pictures
 
 
-def test_page_needs_nothing_beside_it_and_marks_what_is_slower(tmp_path, found):
+def test_page_is_self_contained_and_marks_slower_cases(tmp_path, found):
     page.write_page(tmp_path / "report.html", found, draw(tmp_path, found))
     text = (tmp_path / "report.html").read_text()
-    sources = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')> ]{1,30})", text)
-    assert sources == ["data:image/png;base64,iVBORw0K"[:30]] * len(PICTURES)
+    sources = re.findall(r"(?:src|srcset|href|url)\s*[=(]\s*[\"']?([^\"')> ]{1,30})", text)
+    assert sources == ["data:image/png;base64,iVBORw0K"[:30]] * 2 * len(plots.NAMES)
+    dark = '<source media="(prefers-color-scheme: dark)" srcset='
+    assert text.count(f"<picture>{dark}") == len(plots.NAMES)
     table = text.partition('<tbody class="filtered">')[2].partition("</tbody>")[0]
     assert re.findall(r'<tr class="(\w+)"', table) == ["slower", "faster", "equal"]
     assert table.count("▼ slower") == 1
     assert found.env.command in text
     assert found.env.device in text
     assert 'because of "<b>"' not in text
+    concluded = report_.conclusions(found)
+    assert text.index(concluded.summary) < text.index("<picture>")
+    assert "<h3>Where it is slower, and why</h3><ul><li><b>LSTM training</b>: 1 of 1" in text
 
 
 def test_pictures_of_little(tmp_path, found):
     draw(tmp_path, found._replace(rows=found.rows[-1:]))  # no timed row
-    draw(tmp_path, found._replace(rows=[make_row(registry.quick("cpu")[0], 1.0)][:0]))
+    draw(tmp_path, found._replace(rows=[]))
+    draw(tmp_path, found._replace(rows=[make_baseline(CASES[0]), make_row(CASES[0], 0.4)]))
 
 
 def test_pictures_of_a_grid(tmp_path, found):
@@ -426,64 +497,140 @@ def test_pictures_of_a_grid(tmp_path, found):
     draw(tmp_path, found._replace(rows=rows))
 
 
-# The table of README.md.
+def test_a_heat_map_has_the_sizes_of_most_columns():
+    cells = ("lstm", "gru", "rnn")
+    dense = [Case(cell, "forward", "float32", 16, b, 8, 8) for cell in cells for b in (1, 2, 3, 4)]
+    alone = [Case("lstm", "forward", "float32", 32, 1, 8, 8), Case(
+        "rnn", "forward", "float64", 16, 1, 8, 8)]  # fmt: skip
+    shown = plots._map_of([make_row(case, 1.5) for case in (*dense, *alone)])
+    assert [column.cell for column in shown.columns] == [*cells]
+    assert shown.sizes == [(16, b, 8) for b in (1, 2, 3, 4)]
+    assert shown.n_left_out == 1
+    half = plots._map_of([make_row(case, 1.5) for case in alone[:1]])
+    assert (half.sizes, half.n_left_out) == ([(32, 1, 8)], 0)
+
+
+@pytest.mark.parametrize("across", [1, 2, 3, 7])
+def test_blocks_of_a_heat_map_have_every_size_under_its_heading(across):
+    sizes = [plots._Size(t, b, 8) for t, n in ((1, 4), (16, 13), (64, 1)) for b in range(n)]
+    blocks = plots._flow(sizes, across)
+    assert 1 <= len(blocks) <= across
+    assert [line for block in blocks for line in block if not isinstance(line, str)] == sizes
+    for block in blocks:
+        heading = ""
+        for line, after in zip(block, [*block[1:], "end"], strict=True):
+            if isinstance(line, str):
+                heading = line
+                assert not isinstance(after, str)
+            else:
+                assert heading.removesuffix(", continued") == f"T = {line.steps}"
+
+
+def test_pictures_of_the_documentation_are_of_its_results(tmp_path, capsys):
+    """Those of the table of speeds; the note in a file is compared, not the pixels."""
+    blocks = [match for page in readme.PAGES for match in readme.BLOCK.finditer(page.read_text())]
+    (name,) = {
+        re.search(r"`bench/results/([^/`]+)/`", block[4])[1]
+        for block in blocks
+        if block.group(2, 3) == ("speed", "cpu")
+    }
+    source = ROOT / "bench" / "results" / name / "results.json"
+    committed = ROOT / "docs" / "pictures"
+    assert plots.main([str(source), "--out", str(tmp_path)]) == 0
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["heatmap-dark.png", "heatmap.png", "speedup-dark.png", "speedup.png"]
+    assert all(file in capsys.readouterr().out for file in files[:1])
+    for file in files:
+        expected = plots.origin(tmp_path / file)
+        assert expected.startswith(f"{name}/results.json sha256:")
+        assert plots.origin(committed / file) == expected, f"redraw with {plots.__name__}"
+        assert (committed / file).stat().st_size < 150_000
+    for wrong in ([str(source), "--out", str(tmp_path / "none")], [str(tmp_path / "none.json")]):
+        with pytest.raises(SystemExit):
+            plots.main(wrong)
+
+
+# The tables of README.md and docs/speed.md.
 
 
 @pytest.mark.parametrize(
-    ("case", "group"),
+    ("case", "group", "kind"),
     [
-        (Case("lstm", "forward", "float32", 16, 1, 8, 8), "LSTM inference, float32, B = 1"),
-        (Case("gru", "forward", "float32", 4, 4, 8, 8), "GRU inference, float32, T below 16"),
-        (Case("rnn", "forward", "float64", 16, 1, 8, 8), "RNN inference, float64"),
-        (Case("lstm", "training", "float32", 1, 1, 8, 8, proj_size=2), "projected LSTM, training"),
+        (Case("lstm", "forward", "float32", 16, 1, 8, 8), "LSTM inference, float32, B = 1", "LSTM"),
+        (
+            Case("gru", "forward", "float32", 4, 4, 8, 8),
+            "GRU inference, float32, T below 16",
+            "GRU",
+        ),
+        (Case("rnn", "forward", "float64", 16, 1, 8, 8), "RNN inference, float64", "float64"),
+        (
+            Case("lstm", "training", "float32", 1, 1, 8, 8, proj_size=2),
+            "LSTM with projections, training",
+            "LSTM with projections",
+        ),
     ],
 )
-def test_groups_of_the_table_of_speeds(case, group):
+def test_groups_of_the_tables_of_speeds(case, group, kind):
     assert readme._group(case, "float32") == group
+    assert readme._kind(case, "float32") == kind
 
 
-def test_the_table_of_speeds_is_that_of_a_file(tmp_path, found):
-    path = tmp_path / "README.md"
-    other = "\n<!-- /speed -->\nb\n<!-- speed: cuda -->\nc\n<!-- /speed -->\n"
-    path.write_text(f"a\n<!-- speed: cpu -->\nold{other}")
+def filled(tmp_path, found, text):
+    """Return a page after the tables of results were written to it."""
+    page = tmp_path / "page.md"
+    page.write_text(text)
     results.write_json(tmp_path / "results.json", found)
-    assert readme.main([str(tmp_path / "results.json"), "--readme", str(path)]) == 0
-    text = path.read_text()
+    assert readme.main([str(tmp_path / "results.json"), "--pages", str(page)]) == 0
+    return page.read_text()
+
+
+def test_the_tables_of_speeds_are_those_of_a_file(tmp_path, found, capsys):
+    other = "\n<!-- /speed -->\nb\n<!-- speed: cuda -->\nc\n<!-- /speed -->\n"
+    mine = "<!-- summary: cpu -->\nold<!-- /summary -->\n<!-- speed: cpu -->\nold"
+    text = filled(tmp_path, found, f"a\n{mine}{other}")
     assert "old" not in text
-    assert text.startswith("a\n<!-- speed: cpu -->\n")
+    assert text.startswith("a\n<!-- summary: cpu -->\n")
     assert text.endswith(other)
     assert "| LSTM training, float32, T below 16 | 1 | 0.80 | 0.80 | 0.80 | 1 |" in text
-    assert found.env.command in text
-    path.write_text("nothing")
+    assert re.search(r"^\| LSTM \| .* \| 0.80 \(0.80 to 0.80\) \| 1 of ", text, re.M)
+    assert text.count(found.env.command) == 2
+    page = tmp_path / "page.md"
+    page.write_text("nothing")
     with pytest.raises(SystemExit):
-        readme.main([str(tmp_path / "results.json"), "--readme", str(path)])
+        readme.main([str(tmp_path / "results.json"), "--pages", str(page)])
+    assert "no <!-- summary: cpu --> or <!-- speed: cpu --> in" in capsys.readouterr().err
 
 
 def test_the_table_of_prices_is_that_of_a_file(tmp_path, found):
-    path = tmp_path / "README.md"
     others = "<!-- speed: cpu -->\nb\n<!-- /speed -->\n"
-    path.write_text(f"{others}<!-- prices: cpu -->\nold\n<!-- /prices -->\n")
     case = dataclasses.replace(CASES[0], cell="lstm", mode="forward", zoneout=0.1)
     ratios = {"fastrnn": 0.5, "fastrnn:plain": 0.8, "loop": 0.125}
     rows = [make_row(case, ratio, provider=name) for name, ratio in ratios.items()]
-    results.write_json(tmp_path / "results.json", found._replace(rows=rows))
-    assert readme.main([str(tmp_path / "results.json"), "--readme", str(path)]) == 0
-    text = path.read_text()
+    page = f"{others}<!-- prices: cpu -->\nold\n<!-- /prices -->\n"
+    text = filled(tmp_path, found._replace(rows=rows), page)
     assert text.startswith(f"{others}<!-- prices: cpu -->\n")
     assert "| LSTM, zoneout | 1.60 | 4.00 | - | - | - | - |" in text
 
 
-def test_readme_says_what_the_committed_results_say():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"<!-- (speed|prices): (\w+) -->\n(.*?)<!-- /\1 -->", text, re.DOTALL)
-    assert {kind for kind, *_ in blocks} == {"speed", "prices"}
-    for kind, device, block in blocks:
-        name = re.search(r"`bench/results/([^/`]+)/`", block)[1]
+def test_the_table_of_runtimes_is_that_of_a_file(tmp_path, found):
+    case = dataclasses.replace(CASES[0], cell="lstm", mode="forward")
+    ratios = {"torch.nn": 1.0, "fastrnn": 2.0, "onnxruntime": 4.0}
+    rows = [make_row(case, ratio, provider=name) for name, ratio in ratios.items()]
+    page = "<!-- runtimes: cpu -->\nold\n<!-- /runtimes -->\n"
+    text = filled(tmp_path, found._replace(rows=rows), page)
+    size = f"T{case.steps} B{case.batch} H{case.hidden_size}"
+    assert f"| onnxruntime, LSTM | 0.50 | 0.50 | {size} | 0.50 | {size} |" in text
+
+
+def test_tables_say_what_the_committed_results_say():
+    blocks = [match for page in readme.PAGES for match in readme.BLOCK.finditer(page.read_text())]
+    assert {block[2] for block in blocks} == {"summary", "speed", "runtimes", "prices"}
+    for block in blocks:
+        name = re.search(r"`bench/results/([^/`]+)/`", block[4])[1]
         committed = results.load(ROOT / "bench" / "results" / name / "results.json")
-        assert committed.env.device_type == device
+        assert committed.env.device_type == block[3]
         assert not committed.env.dirty
-        assert readme.kind_of(committed) == kind
-        assert block == readme.SECTIONS[kind](committed, name)
+        assert block[4] == readme.tables_of(committed)[block[2]](committed, name)
 
 
 # Command line.
@@ -525,7 +672,8 @@ TINY_GRID = {"steps": [3], "batches": [2], "hidden": [8]}
 def test_run_writes_all_files(tmp_path, capsys):
     out = tmp_path / "new" / "folder"
     assert cli.run(parse(*TINY, "--out", str(out), "--providers", "fastrnn,fastrnn:torch")) == 0
-    names = [f"{name}.png" for name in PICTURES] + ["report.html", "results.csv", "results.json"]
+    names = [f"{name}{theme.suffix}.png" for name in plots.NAMES for theme in plots.THEMES]
+    names += ["report.html", "results.csv", "results.json"]
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
     printed = capsys.readouterr().out
     assert all(name in printed for name in names)
@@ -719,7 +867,7 @@ def test_a_home_in_an_option_is_expanded(tmp_path, monkeypatch, found):
     assert parse("--out=x/~").out == Path("x/~")
     results.write_json(tmp_path / "results.json", found)
     (tmp_path / "README.md").write_text("<!-- speed: cpu -->\nold<!-- /speed -->\n")
-    assert readme.main(["~/results.json", "--readme=~/README.md"]) == 0
+    assert readme.main(["~/results.json", "--pages=~/README.md"]) == 0
     assert "old" not in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 

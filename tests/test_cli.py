@@ -44,7 +44,7 @@ def failure(capsys, *argv: str) -> str:
         (["tune", "--show", "--forget"], "not allowed with argument --show"),
         (["bench", "--T", "x"], "x"),
         (["bench", "--compare", "missing.json"], "missing.json"),
-        ([], "required: {bench,verify,warmup,tune,plan}"),
+        ([], "required: {info,bench,verify,warmup,tune,plan}"),
         (["train"], "invalid choice: 'train'"),
     ],
 )

@@ -484,7 +484,7 @@ def test_orthogonal():
     from_keras(module, [[kernel, other, bias]])
     np.testing.assert_allclose(to_keras(module)[0][1], other, rtol=1e-5, atol=1e-6)
     before = copied(module)
-    with pytest.raises(ValueError, match=r"weight_hh_l0 must be values that .* can have: Orthog"):
+    with pytest.raises(ValueError, match=r"weight_hh_l0 must have values .* can represent: Orthog"):
         from_keras(module, [[kernel * 0, random(H, H), bias]])
     assert_same(module, before)
 
@@ -506,9 +506,9 @@ def trivial(module, name):
 @pytest.mark.parametrize(
     ("norm", "message"),
     [
-        (parametrizations.spectral_norm, "must be values that its parametrization can have: Spect"),
-        (no_inverse, "has a parametrization that takes no values: .* does not implement"),
-        (trivial, "has a parametrization that takes no values: It is not possible to assign"),
+        (parametrizations.spectral_norm, "must have values .* can represent: Spect"),
+        (no_inverse, "has a parametrization without an inverse: .* does not implement"),
+        (trivial, "has a parametrization without an inverse: It is not possible to assign"),
     ],
 )
 def test_parametrizations_without_the_values(norm, message, library):
@@ -527,7 +527,7 @@ def test_zeros_with_weight_norm():
     """A norm of zero has no direction: the weight would be NaN."""
     module = parametrizations.weight_norm(fastrnn.RNN(INPUTS, H), "weight_hh_l0")
     before = copied(module)
-    with pytest.raises(ValueError, match="must be values that its parametrization can have: Wei"):
+    with pytest.raises(ValueError, match="values that its parametrization can represent: Weight"):
         from_keras(module, [[np.ones((INPUTS, H)), np.zeros((H, H)), np.ones(H)]])
     assert_same(module, before)
 

@@ -105,6 +105,85 @@ def test_a_stream_without_its_state_is_noticed(example, monkeypatch, capsys):
     assert "outputs DIFFER" in capsys.readouterr().out
 
 
+def test_export_onnx(example, tmp_path, capsys):
+    for package in ("onnx", "onnxruntime"):
+        pytest.importorskip(package)
+    argv = ["--updates", "3", "--hidden", "8", "--layers", "2", "--steps", "12"]
+    assert example("export_onnx").main([*argv, "--out", str(tmp_path)]) == 0
+    assert "T = 12, B = 5, chunks" in capsys.readouterr().out
+    figures = read(tmp_path, "export_onnx")
+    assert len(figures["errors"]) == 6
+    assert max(figures["errors"].values()) <= 1e-5
+    assert (tmp_path / "echo.onnx").stat().st_size > 1000
+
+
+def test_export_onnx_says_what_is_missing(example, monkeypatch, capsys):
+    module = example("export_onnx")
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        module.main([])
+    assert stop.value.code == 2
+    assert "onnx and onnxruntime not installed" in capsys.readouterr().err
+
+
+def test_export_onnx_refuses_what_torch_does_not_have(example):
+    module = example("export_onnx")
+    model = module.Echo(8, 1)
+    model.recurrent.zoneout = 0.1
+    with pytest.raises(ValueError, match="zoneout"):
+        module.export(model, model.arguments(2, 2))
+
+
+def test_export_onnx_learns_and_keeps_its_state_outside(example):
+    """Whether the file is right is another test's question, which needs onnx."""
+    module = example("export_onnx")
+    model = module.Echo(16, 1)
+    assert module.train(model, 60, 2e-2) < 0.9
+    x, *state = model.arguments(8, 3)
+    whole, *final = model(x, *state)
+    first, *between = model(x[:5], *state)
+    rest, *last = model(x[5:], *between)
+    torch.testing.assert_close(torch.cat([first, rest]), whole)
+    torch.testing.assert_close(last, final)
+
+
+AWD = ["--words", "2500", "--width", "12", "--hidden", "16", "--batch", "4", "--steps", "12"]
+
+
+def test_awd_lm(example, tmp_path, capsys):
+    module = example("awd_lm")
+    assert module.main([*AWD, "--updates", "25", "--lr", "2e-2", "--out", str(tmp_path)]) == 0
+    figures, printed = read(tmp_path, "awd_lm"), capsys.readouterr().out
+    assert figures.keys() == module.VARIANTS.keys()
+    for variant, of in figures.items():
+        assert f"{variant}: perplexity" in printed
+        assert len(of["losses"]) == 25
+        assert of["losses"][-1] < of["losses"][0] - 1
+        assert of["perplexity"]["25"] < 600  # of some 1200 words
+
+
+def test_awd_lm_windows_follow_each_other(example):
+    """In evaluation the losses of windows are those of the whole text in one call."""
+    module = example("awd_lm")
+    model = module.AWD(20, 8, 12, 2, "zoneout").eval()
+    text = torch.randint(20, (30, 3))
+    for steps in (7, 29, 40):
+        parts = [(loss.item() * n, n) for loss, _, n in module.losses(model, text, steps)]
+        sums = [sum(part) for part in zip(*parts, strict=True)]
+        assert sums[1] == 29
+        logits, _, punished = model(text[:-1], [None, None])
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), text[1:].flatten())
+        assert sums[0] / 29 == pytest.approx(expected.item(), rel=1e-5)
+        assert punished.item() == 0
+
+
+def test_awd_lm_text_is_held_out(example):
+    known, held_out, count = example("awd_lm").corpus()
+    assert 5 * len(held_out) < len(known)
+    assert max(known.max(), held_out.max()) < count
+    assert (held_out == 0).float().mean() < 0.1
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_long_sequence(example, tmp_path, monkeypatch):
     module = example("long_sequence")

@@ -427,10 +427,10 @@ def test_unbatched(cls):
             {"reset": torch.zeros(4, 2, dtype=torch.bool), "reset_state": torch.zeros(1, 3, 5)},
             r"reset_state\[0\] must be of shape \(1, 2, 5\) or \(1, 1, 5\), got \(1, 3, 5\)",
         ),
-        ({"bptt": 0}, "bptt must be None or a number of steps from 1 on, got 0"),
-        ({"bptt": 2.5}, "bptt must be None or a number of steps from 1 on, got 2.5"),
-        ({"recompute": 0}, "recompute must be True, False or a number of steps"),
-        ({"recompute": "full"}, "recompute must be True, False or a number of steps"),
+        ({"bptt": 0}, "bptt must be None or a positive number of steps, got 0"),
+        ({"bptt": 2.5}, "bptt must be None or a positive number of steps, got 2.5"),
+        ({"recompute": 0}, "recompute must be True, False or a positive number of steps"),
+        ({"recompute": "full"}, "recompute must be True, False or a positive number of steps"),
         ({"return_states": "all"}, "return_states must be False, True or 'gates', got 'all'"),
     ],
 )
@@ -442,7 +442,7 @@ def test_what_is_refused(given, text):
 
 def test_more_that_is_refused():
     x = torch.randn(4, 2, 3)
-    with pytest.raises(ValueError, match="for cells that have some, not for rnn_tanh"):
+    with pytest.raises(ValueError, match="not supported for the cell rnn_tanh"):
         fastrnn.RNN(3, 5)(x, return_states="gates")
     packed = pack_padded_sequence(x, torch.tensor([4, 2]))
     with pytest.raises(ValueError, match="packed sequence, which has its own"):

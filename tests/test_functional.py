@@ -50,7 +50,7 @@ BAD_SEQUENCES = {
     "sizes_float": ((ROWS, None, GRU), packed(3.0, 3.0, dtype=None), ValueError, "torch.float32"),
     "sizes_dims": ((ROWS, None, GRU), packed([3, 3]), ValueError, "got 2-D"),
     "sizes_sum": ((ROWS, None, GRU), packed(3, 2), ValueError, "6 rows .* got .3, 2."),
-    "sizes_grow": ((ROWS, None, GRU), packed(2, 4), ValueError, "must not grow"),
+    "sizes_grow": ((ROWS, None, GRU), packed(2, 4), ValueError, "non-increasing"),
     "sizes_zero": ((ROWS, None, GRU), packed(6, 0), ValueError, "positive"),
     "sizes_negative": ((ROWS, None, GRU), packed(4, 3, -1), ValueError, "positive"),
     "sizes_long": ((ROWS, None, GRU), packed(*[1] * 9), ValueError, r"1, '...'"),

@@ -248,7 +248,7 @@ def test_the_table_is_short_and_has_the_steps_first():
     assert "    line 199" in after
     assert "memcheck: not run" in after
     assert "telling: failed; status 0, 1.5 s, 2 of 14 cases" in after
-    assert "0.50 of what is allowed" in after
+    assert "0.50 of the tolerance" in after
     assert after.endswith("and more, in gpu.json")
 
 
@@ -413,7 +413,7 @@ def test_telling_case_finds(monkeypatch, fault):
     monkeypatch.setattr(gpu_telling, "_results", results)
     row = gpu_telling.check(SMALL[0], CPU)
     assert row["status"] == "wrong"
-    assert ("other results" if fault == "another" else "d_weight_hh_l0") in row["reason"]
+    assert ("different results" if fault == "another" else "d_weight_hh_l0") in row["reason"]
 
 
 def test_a_schedule_that_a_gpu_does_not_have(monkeypatch):

@@ -194,7 +194,7 @@ def test_root(cls: type, back: Callable[..., Any]) -> None:
 def test_subclass_is_kept() -> None:
     model = nn.ModuleDict({"a": Subclass(2, 3), "b": nn.LSTM(2, 3)})
     report = fastrnn.replace(model)
-    assert report.kept == {"a": "Subclass is a subclass that may compute otherwise"}
+    assert report.kept == {"a": "Subclass is a subclass that may compute something else"}
     assert list(report.swapped) == ["b"]
     assert type(model["a"]) is Subclass
 
@@ -479,7 +479,7 @@ def test_to_torch_says_what_it_keeps() -> None:
         "weight_dropout": "torch.nn.LSTM has no weight_dropout, got 0.1",
         "heads": "torch.nn.GRU has no num_heads, got 2",
         "variant": "torch.nn has no LayerNormLSTM",
-        "subclass": "OwnGRU is a subclass that may compute otherwise",
+        "subclass": "OwnGRU is a subclass that may compute something else",
         "overridden": "its forward is overridden on the instance",
     }
     assert types(model) == {**classes, "plain": nn.GRU}

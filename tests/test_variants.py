@@ -234,7 +234,7 @@ def test_gates_of_layernorm():
 
 @pytest.mark.parametrize("kind", ["gru_reset_before", "peephole_lstm", "slstm"])
 def test_gates_that_are_not_there(kind):
-    with pytest.raises(ValueError, match=f"for cells that have some, not for {kind}"):
+    with pytest.raises(ValueError, match=f"not supported for the cell {kind}"):
         make(kind)(torch.zeros(2, 1, 3, dtype=torch.float64), return_states="gates")
 
 

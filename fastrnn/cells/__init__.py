@@ -1,4 +1,4 @@
-"""The registry of cells: one file and one line here for each; nothing here imports an engine."""
+"""The registry of cells: each has a file and an entry here; nothing here imports an engine."""
 
 from .cell import EPSILON, Cell, Extra, Late, Output
 from .engine import Engine, reached

@@ -1,11 +1,11 @@
-"""What every engine must know about a cell."""
+"""The definition of a cell that every engine uses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-#: Added to a variance before a state or a product is divided by its root.
+#: Added to the variance in layer normalisation.
 EPSILON = 1e-5
 
 
@@ -15,11 +15,11 @@ class Extra(NamedTuple):
     Attributes
     ----------
     name : str
-        Begin of the parameter's name, such as ``weight_peephole``; ``_l0`` and so on follow.
+        Prefix of the parameter's name, such as ``weight_peephole``, before ``_l0`` and so on.
     blocks : int
-        Its length in multiples of H.
+        Length in multiples of H.
     init : float or None
-        Its initial value; None draws it as torch.nn draws the others.
+        Initial value; if None, it is drawn like torch.nn's weights.
     """
 
     name: str
@@ -28,19 +28,19 @@ class Extra(NamedTuple):
 
 
 class Late(NamedTuple):
-    """A second product of a step: the last gates see h times a factor that the others make.
+    """A second product in a step: the last gates take h times a factor computed from the others.
 
     Attributes
     ----------
     n_gates : int
-        How many gates, the last ones, `forward` gets from this product.
+        Number of gates, the last ones, whose recurrent part is this product.
     factor : callable
         ``factor(wx, rh) -> factor``, one value, from the parts of the other gates.
     backward : callable
-        ``backward(saved, d_state) -> d_rh`` of the last gates, whose product with their weights is
-        the gradient of the factor times h, which `Cell.backward` finds at the end of `saved`.
+        ``backward(saved, d_state) -> d_rh`` of the last gates. Its product with their weights is
+        the gradient of (factor times h), which is appended to `saved` for `Cell.backward`.
     saved : int
-        Which of the saved values the factor is.
+        Index of the factor in the saved values.
     """
 
     n_gates: int
@@ -50,22 +50,22 @@ class Late(NamedTuple):
 
 
 class Output(NamedTuple):
-    """How h follows where a state is normalised over all hidden units first.
+    """The computation of h in a cell that normalises its last state over all hidden units.
 
-    `Cell.forward` gives in place of h what is combined with the normalised state, the last one,
-    and `Cell.backward` takes the gradient of that.
+    Instead of h, `Cell.forward` returns the part that is combined with the normalised state, and
+    `Cell.backward` takes the gradient of that part.
 
     Attributes
     ----------
     forward : callable
         ``forward(part, normal, extra) -> h``.
     backward : callable
-        ``backward(part, normal, d_h, extra) -> (d_part, d_normal, d_extra)``, the latter those of
-        the last blocks of the extra weights.
+        ``backward(part, normal, d_h, extra) -> (d_part, d_normal, d_extra)``, where `d_extra` are
+        the gradients of the last blocks of the extra weights.
     saved : int
-        Which of the saved values the part is.
+        Index of the part in the saved values.
     n_extra : int
-        How many blocks of extra weights it has gradients of.
+        Number of blocks in `d_extra`.
     """
 
     forward: Callable[..., Any]
@@ -75,12 +75,12 @@ class Output(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A recurrent cell: facts, and arithmetic on one hidden unit that every engine takes.
+    """A recurrent cell: its properties, and its arithmetic on one hidden unit for every engine.
 
-    Every argument of the functions is a tuple, and so is every result. They are written with
-    operators and the names of ``functions.py``, without closures, default values, and globals other
-    than functions of this kind; ``Engine.bind`` gives them to an engine. Engines fill vectors and
-    tiles up with zeros, of which `forward` makes numbers, and `backward` zeros.
+    Every argument and result of the functions is a tuple. They are written with operators and the
+    names of ``functions.py``, without closures, default values, or globals other than functions of
+    this kind; ``Engine.bind`` binds them to an engine. Engines pad vectors and tiles with zeros,
+    for which `forward` must return finite values, and `backward` zeros.
 
     Attributes
     ----------
@@ -89,27 +89,30 @@ class Cell(NamedTuple):
         Names of the gates, in the order of the blocks of H rows in the weights, and of the states,
         h first.
     forward : callable
-        ``forward(wx, rh, state, extra) -> (state, saved)``; `wx` and `rh` are the input part and
-        the recurrent part of each gate, with their biases; `extra` the blocks of the extra weights.
+        ``forward(wx, rh, state, extra) -> (state, saved)``, where `wx` and `rh` are the input part
+        and the recurrent part of each gate, with biases, and `extra` are the blocks of the extra
+        weights.
     backward : callable
-        ``backward(saved, state, previous, d_state, extra) -> (d_rh, d_wx_apart, d_previous)``:
-        from the states after and before the step and the gradients of the former, on which the
-        results depend linearly, to those of the recurrent parts, of the input parts of the last
-        `n_apart` gates, and of the states before, as far as they do not pass by `rh`.
+        ``backward(saved, state, previous, d_state, extra) -> (d_rh, d_wx_apart, d_previous)``,
+        where `state` and `previous` are the states after and before the step, and `d_state` is the
+        gradient of `state`, in which the results are linear. The results are the gradients of the
+        recurrent parts, of the input parts of the last `n_apart` gates, and of `previous`, except
+        the contribution through `rh`.
     n_saved : int
-        How many values `forward` hands to `backward`.
+        Number of values that `forward` saves for `backward`.
     n_apart : int
-        How many gates, the last ones, multiply or add their recurrent part apart from their input
-        part, so that the two have gradients of their own.
+        Number of gates, the last ones, that do not simply add their input and recurrent parts, so
+        that the two have different gradients.
     extras : tuple of Extra
     d_extra : callable, optional
-        ``d_extra(d_rh, state, previous) -> d_extra``: the gradients of the blocks of the extra
-        weights, of one step and row.
+        ``d_extra(d_rh, state, previous) -> d_extra``, the gradients of the blocks of the extra
+        weights for one step and row.
     activations : callable, optional
         ``activations(wx, rh) -> gates``, for cells whose gates depend on nothing else.
     is_normalised : bool
-        Whether both products are normalised, ``(v - mean(v)) / sqrt(var(v) + EPSILON)`` over all
-        gates, and multiplied by the first two extra weights before the biases are added.
+        Whether both products are normalised over all gates,
+        ``(v - mean(v)) / sqrt(var(v) + EPSILON)``, and multiplied by the first two extra weights
+        before the biases are added.
     late : Late, optional
     output : Output, optional
     """
@@ -130,27 +133,29 @@ class Cell(NamedTuple):
 
     @property
     def n_gates(self) -> int:
-        """How many gates there are."""
+        """The number of gates."""
         return len(self.gates)
 
     @property
     def n_states(self) -> int:
-        """How many states there are."""
+        """The number of states."""
         return len(self.states)
 
     @property
     def n_extra(self) -> int:
-        """How many blocks of extra weights there are."""
+        """The number of blocks of extra weights."""
         return sum(extra.blocks for extra in self.extras)
 
     @property
     def n_moments(self) -> int:
-        """How many moments of a step backward needs: 1 / deviation of the recurrent product; then,
-        where a state is normalised too, mean and 1 / deviation of that.
+        """The number of moments per step that backward needs.
+
+        These are 1 / deviation of the recurrent product and, if a state is normalised too, its
+        mean and 1 / deviation.
         """
         return 1 if self.output is None else 3
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether a step is one product, and then arithmetic on each hidden unit by itself."""
+        """Whether a step is one product followed by arithmetic on each hidden unit separately."""
         return not self.is_normalised and self.late is None

@@ -1,4 +1,4 @@
-"""How a cell's functions become those of an engine."""
+"""Binding a cell's functions to an engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def reached(function: Any) -> list[Any]:
-    """List a function of a cell and all functions of cells that it calls."""
+    """List a function of a cell and all cell functions that it calls."""
     called = (function.__globals__.get(name) for name in function.__code__.co_names)
     found = [function]
     for other in called:
@@ -23,19 +23,19 @@ def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Engine:
-    """Binds the functions of cells to what an engine computes with.
+    """Binds the functions of cells to the functions of an engine.
 
-    A Python function looks up by name, in its globals, what it calls. So a copy of it with other
-    globals is the same source on another engine; ``triton.jit`` reads source and globals of what
-    it gets, and can take such a copy too.
+    A Python function looks up the functions it calls by name in its globals, so a copy with other
+    globals runs the same source on another engine. ``triton.jit`` reads the source and globals of
+    its argument, and accepts such a copy too.
 
     Parameters
     ----------
     names : dict of str to callable
-        The engine's functions, by their names in ``functions.py``; and what else it wants to see
-        in the globals of every function.
+        The engine's functions, keyed by their names in ``functions.py``, and anything else that
+        the globals of every function should contain.
     compile : callable, optional
-        What is done with each copy, such as ``triton.jit``.
+        Applied to each copy, such as ``triton.jit``.
 
     Examples
     --------
@@ -55,20 +55,20 @@ class Engine:
         self._bound: dict[Callable[..., Any], Any] = {}
 
     def bind(self, function: Any) -> Any:
-        """Get the engine's copy of a function of a cell."""
+        """Return the engine's copy of a cell function."""
         if function not in self._bound:
             self._bound[function] = self._bind(function)
         return self._bound[function]
 
     def _bind(self, function: Any) -> Any:
-        """Make the copy, and those of the functions of cells that it calls."""
-        # An import from C, as torch makes them, takes its builtins from the caller's globals.
+        """Copy a function and the cell functions that it calls."""
+        # An import from C code, as in torch, takes its builtins from the caller's globals.
         names = {"__builtins__": builtins, **self.names}
         for name in function.__code__.co_names:
             value = function.__globals__.get(name)
             if name not in names and isinstance(value, FunctionType):
                 names[name] = self.bind(value)
-        # Without a name of a module, or a compiler of Python would look up globals there.
+        # Without __name__: a compiler such as Dynamo would look up globals in that module.
         copy = FunctionType(function.__code__, names, function.__name__)
         copy.__module__, copy.__doc__ = function.__module__, function.__doc__
         return self._compile(copy)

@@ -1,7 +1,7 @@
-"""What the arithmetic of a cell may call, in no engine's words.
+"""The functions that the arithmetic of a cell may call, independent of any engine.
 
-An `Engine` has a function of its own for each of these names. An argument is whatever that engine
-computes with: a tensor, a tile, a vector, or a number for all of its elements.
+An `Engine` provides an implementation for each name. Arguments are whatever the engine computes
+with: a tensor, a tile, a vector, or a number for all elements.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ def tanh(x: Any) -> Any:
 
 
 def relu(x: Any) -> Any:
-    """0 where x is negative, else x, also where it is not a number."""
+    """0 where x is negative, else x; NaN stays NaN."""
     raise NotImplementedError
 
 
 def exp(x: Any) -> Any:
-    """The exponential function, of what is at most 80."""
+    """The exponential function, for x up to 80."""
     raise NotImplementedError
 
 
 def log_sigmoid(x: Any) -> Any:
-    """``-log(1 + exp(-x))`` without overflow, accurate also where it is near 0."""
+    """``-log(1 + exp(-x))`` without overflow, and accurate where the result is near 0."""
     raise NotImplementedError
 
 
 def maximum(x: Any, y: Any) -> Any:
-    """The larger of two; not a number where one of them is not."""
+    """The larger of x and y; NaN if either is NaN."""
     raise NotImplementedError
 
 
 def where(condition: Any, x: Any, y: Any) -> Any:
-    """x where a condition holds, else y; each may be a number."""
+    """x where the condition holds, else y; each may be a number."""
     raise NotImplementedError
 
 
 def zeros_like(x: Any) -> Any:
-    """Zeros of the kind of x."""
+    """Zeros of the type of x."""
     raise NotImplementedError

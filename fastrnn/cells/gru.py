@@ -1,5 +1,7 @@
-"""Gated recurrent unit; Cho et al. 2014, with the reset gate applied after the recurrent product
-(version 1 of arXiv:1406.1078, also cuDNN's and torch.nn.GRU's form).
+"""Gated recurrent unit (Cho et al. 2014).
+
+The reset gate is applied after the recurrent product, as in version 1 of arXiv:1406.1078, cuDNN
+and torch.nn.GRU.
 
     r, z = sigmoid(wx + rh),  n = tanh(wx + r * rh),  h' = (1 - z) * n + z * h
 """

@@ -1,18 +1,18 @@
 """Long short-term memory and gated recurrent unit with layer normalisation.
 
-The LSTM is that of Ba, Kiros & Hinton 2016, arXiv:1607.06450, equations 20 to 22:
+The LSTM follows Ba, Kiros & Hinton 2016, arXiv:1607.06450, equations 20 to 22:
 
     wx = gain_ih * N(W_ih x) + b_ih,  rh = gain_hh * N(W_hh h) + b_hh,
     i, f, o = sigmoid(wx + rh),  g = tanh(wx + rh),
     c' = f * c + i * g,  h' = o * tanh(gain_c * N(c') + bias_c)
 
-N(v) is (v - mean(v)) / sqrt(var(v) + 1e-5) over all 4H elements of a product, and over the H of c'.
-The paper's two offsets and its bias are one sum, of which b_ih and b_hh are the parts. haste has
-the same formula, with one bias for both.
+N(v) is (v - mean(v)) / sqrt(var(v) + 1e-5), over all 4H elements of a product, and over the H
+elements of c'. The sum of b_ih and b_hh takes the place of the paper's two offsets and its bias.
+haste uses the same formula, with a single bias.
 
 The GRU is that of ``gru.py`` with wx and rh normalised in this way, over all 3H elements of a
-product, as in haste. Ba, Kiros & Hinton (supplement) normalise the 2H of r and z and the H of n
-apart.
+product, as in haste. Ba, Kiros & Hinton (supplement) normalise the 2H elements of r and z
+separately from the H elements of n.
 """
 
 from .cell import Cell, Extra, Output

@@ -1,6 +1,8 @@
-"""Long short-term memory; Hochreiter & Schmidhuber 1997, forget gate of Gers et al. 2000.
+"""Long short-term memory.
 
-i, f, o = sigmoid(wx + rh),  g = tanh(wx + rh),  c' = f * c + i * g,  h' = o * tanh(c')
+The formula is that of Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000:
+
+    i, f, o = sigmoid(wx + rh),  g = tanh(wx + rh),  c' = f * c + i * g,  h' = o * tanh(c')
 """
 
 from .cell import Cell

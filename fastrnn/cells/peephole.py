@@ -1,10 +1,12 @@
-"""Long short-term memory with peephole connections; Gers & Schmidhuber 2000, "Recurrent nets that
-time and count".
+"""Long short-term memory with peephole connections.
+
+The formula is that of Gers & Schmidhuber 2000, "Recurrent nets that time and count":
 
     i, f = sigmoid(wx + rh + p * c),  g = tanh(wx + rh),  c' = f * c + i * g,
     o = sigmoid(wx + rh + p * c'),  h' = o * tanh(c')
 
-p is ``weight_peephole`` (3H,), of i, f and o: of each unit's gates its own cell's only.
+p is ``weight_peephole`` (3H,), for i, f and o; it connects the gates of each unit to its own cell
+state only.
 """
 
 from .cell import Cell, Extra

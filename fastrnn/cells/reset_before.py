@@ -1,10 +1,11 @@
-"""Gated recurrent unit whose reset gate comes before the recurrent product; Cho et al. 2014,
-version 3 of arXiv:1406.1078.
+"""Gated recurrent unit that applies the reset gate before the recurrent product.
+
+The formula is that of Cho et al. 2014, version 3 of arXiv:1406.1078:
 
     r, z = sigmoid(wx + W_hh h + b_hh),  n = tanh(wx + W_hn (r * h) + b_hn),
     h' = (1 - z) * n + z * h
 
-Keras' GRU with ``reset_after=False``; gates in torch's order r, z, n.
+This is Keras' GRU with ``reset_after=False``, but with torch's gate order r, z, n.
 """
 
 from .cell import Cell, Late

@@ -1,6 +1,8 @@
-"""Elman networks (Elman 1990), whose derivative is a function of h'.
+"""Elman networks (Elman 1990).
 
-h' = phi(wx + rh)
+The derivative of the activation phi is a function of h':
+
+    h' = phi(wx + rh)
 """
 
 from .cell import Cell
@@ -20,7 +22,7 @@ def relu_forward(wx, rh, state, extra):
 
 
 def relu_backward(saved, state, previous, d_state, extra):
-    # What is not a number lets the gradient pass, as in torch.relu.
+    # NaN lets the gradient pass, as in torch.relu.
     return (where(state[0] <= 0.0, 0.0, d_state[0]),), (), (zeros_like(state[0]),)
 
 

@@ -1,12 +1,14 @@
-"""Scalar-memory LSTM, sLSTM; Beck et al. 2024 (xLSTM), arXiv:2405.04517, equations 8 to 17.
+"""sLSTM, the scalar-memory LSTM of xLSTM.
+
+The formula is that of Beck et al. 2024, arXiv:2405.04517, equations 8 to 17:
 
     i~, f~, z~, o~ = wx + rh,  m' = max(i~, log sigmoid(f~) + m),
     i = exp(i~ - m'),  f = exp(log sigmoid(f~) + m - m'),
     c' = f * c + i * tanh(z~),  n' = f * n + i,  h' = sigmoid(o~) * c' / n'
 
-Of the paper's two forget gates this is the sigmoid, as in FlashRNN. m only keeps exp in range:
-c exp(m) and n exp(m) are what the cell holds, and h does not depend on m. A state without memory,
-n = 0, has nothing to rescale, so m' is i~ there; then n' = 1, and from then on n' >= 1.
+Of the paper's two forget gates this is the sigmoid, as in FlashRNN. m only keeps exp in range: the
+cell stores c exp(m) and n exp(m), and h does not depend on m. An empty state, n = 0, has nothing to
+rescale, so there m' is i~; then n' = 1, and from then on n' >= 1.
 """
 
 from .cell import Cell
@@ -14,10 +16,10 @@ from .functions import exp, log_sigmoid, maximum, sigmoid, tanh, where, zeros_li
 
 
 def slstm_scales(lead, is_empty):
-    """i and f, from how far i~ is ahead of log sigmoid(f~) + m."""
+    """Compute i and f from `lead`, i~ minus (log sigmoid(f~) + m)."""
     behind = 0.0 - lead
     i = exp(where(is_empty | (lead > 0.0), 0.0, lead))
-    # Above 1 only where n = 0; what is multiplied by infinity there would be NaN, not 0.
+    # Above 1 only where n = 0; it is limited, because 0 times infinity would be NaN there.
     f = exp(where(is_empty | (lead > 0.0), where(behind > 80.0, 80.0, behind), 0.0))
     return i, f
 
@@ -39,13 +41,13 @@ def slstm_backward(saved, state, previous, d_state, extra):
     dh, dc, dn, dm = d_state
     is_empty = previous[2] == 0.0
     new, old = slstm_scales(lead, is_empty)
-    n = where(state[2] == 0.0, 1.0, state[2])  # 0 is no state after a step, but padding
+    n = where(state[2] == 0.0, 1.0, state[2])  # after a step n is 0 only in padding
     mean, share = state[1] / n, dh * o / n
     dc, dn = dc + share, dn - share * mean
     d_new = (dc * z + dn) * new
     d_old = (dc * previous[1] + dn * previous[2]) * old
     d_lead = where(is_empty | (lead > 0.0), 0.0 - d_old, d_new)
-    # Of two that are equal, a maximum has half the gradient of each.
+    # A maximum of two equal values passes half the gradient to each.
     share_of_i = where(is_empty | (lead > 0.0), 1.0, where(lead < 0.0, 0.0, 0.5))
     d_kept = (1.0 - share_of_i) * dm - d_lead
     d_rh = (

@@ -1,4 +1,4 @@
-"""The CPU backend; its loop of torch operators also serves devices that have none of their own."""
+"""The CPU backend; its loop of torch operators also serves devices without their own backend."""
 
 from .layers import (
     ALL,

@@ -12,19 +12,19 @@ from .vector import DOUBLE, INT, INT32, Value, fma, where
 
 
 class _Exp(NamedTuple):
-    """What the exponential function is made of, in one dtype.
+    """The parameters of the exponential function in one dtype.
 
     ``exp(y) = 2**n * (1 + p)`` with p = exp(r) - 1, y = n * ln 2 + r and |r| <= ln 2 / 2. The
-    Taylor series of p to the given degree is within a quarter of a unit in the last place.
+    Taylor series of p up to `degree` is within a quarter of a unit in the last place.
     """
 
-    mantissa: int  # bits
+    mantissa: int  # bits of the mantissa
     bias: int  # of the exponent
-    ln2: tuple[float, float]  # the first part times n is exact
+    ln2: tuple[float, float]  # ln 2 as a sum; n times the first part is exact
     degree: int
-    limit: float  # exp of it, and of its negative, is a normal number
-    most_tanh: float  # tanh of half of it is 1
-    log_terms: int  # of the series of log_sigmoid
+    limit: float  # exp(limit) and exp(-limit) are normal numbers
+    most_tanh: float  # tanh(most_tanh / 2) rounds to 1
+    log_terms: int  # terms of the series in log_sigmoid
 
     @property
     def round(self) -> float:
@@ -64,36 +64,33 @@ def _exp_parts(y: Value) -> tuple[Value, Value]:
 
 
 def sigmoid(x: Value) -> Value:
-    """``1 / (1 + exp(-x))``; not a number where x is not."""
+    """``1 / (1 + exp(-x))``; NaN if x is NaN."""
     limit = _of(x).limit
     scale, p = _exp_parts((0.0 - x.at_most(limit)).at_most(limit))
     return 1.0 / (fma(scale, p, scale) + 1.0)
 
 
 def tanh(x: Value) -> Value:
-    """``e / (e + 2)`` with e = exp(2 |x|) - 1 and the sign of x; not a number where x is not."""
+    """``e / (e + 2)`` with e = exp(2 |x|) - 1 and the sign of x; NaN if x is NaN."""
     scale, p = _exp_parts((x.code.intrinsic("fabs", x) * 2.0).at_most(_of(x).most_tanh))
     e = fma(scale, p, scale - 1.0)
     return x.code.intrinsic("copysign", e / (e + 2.0), x)
 
 
 def relu(x: Value) -> Value:
-    """0 where x is negative, else x, also where it is not a number."""
+    """0 where x is negative, else x; NaN stays NaN."""
     return where(x < 0.0, 0.0, x)
 
 
 def exp(x: Value) -> Value:
-    """The exponential function of x below its limit; 0 below the negative limit, or not a number.
-
-    The latter where x is not.
-    """
+    """The exponential function, for x up to the limit; 0 below the negative limit; NaN for NaN."""
     limit = _of(x).limit
     scale, p = _exp_parts(0.0 - (0.0 - x).at_most(limit))
     return where(x < -limit, 0.0, fma(scale, p, scale))
 
 
 def log_sigmoid(x: Value) -> Value:
-    """``min(x, 0) - log(1 + e)`` with e = exp(-|x|); not a number where x is not.
+    """``min(x, 0) - log(1 + e)`` with e = exp(-|x|); NaN if x is NaN.
 
     The logarithm is ``2 * atanh(s)`` with s = e / (2 + e) <= 1 / 3, whose series is within a tenth
     of a unit in the last place.
@@ -109,16 +106,16 @@ def log_sigmoid(x: Value) -> Value:
 
 
 def maximum(x: Value, y: Value) -> Value:
-    """The larger of two; not a number where one of them is not."""
+    """The larger of x and y; NaN if either is NaN."""
     return x.code.intrinsic("maximum", x, y)
 
 
 def zeros_like(x: Value) -> Value:
-    """Zeros of the kind of x."""
+    """Zeros of the type of x."""
     return x.code.zeros()
 
 
-#: The cells on vectors.
+#: The engine that computes cells on vectors.
 VECTORS = Engine(
     {
         function.__name__: function

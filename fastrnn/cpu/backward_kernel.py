@@ -18,10 +18,10 @@ class _Row(NamedTuple):
 
     j: Value
     b: Value
-    at: Value  # its number among all rows
-    passed: Value  # where what the recurrent product passed to it is
+    at: Value  # its index among all rows
+    passed: Value  # address of the gradient that the recurrent product passed to it
     thread: Value
-    ends: Value  # whether it is no row, but the end of a sequence that lacks it
+    ends: Value  # whether the step has no such row: here the sequence has ended already
 
 
 class BackwardWriter(StepWriter):
@@ -30,8 +30,9 @@ class BackwardWriter(StepWriter):
     def backward(self, code: Code, a: Any, thread: Value, threads: Value) -> None:
         """Write the body of the backward kernel.
 
-        It walks the other way, and one step further, in which all rows receive their d_h_0. Without
-        room for packed weights it does not, and leaves out of d_h_0 what passes by the product.
+        It walks in the opposite order, and one step beyond, in which the rows receive their d_h_0.
+        If there is no work space for packed weights, it omits that step, and d_h_0 lacks the
+        gradient through the recurrent product.
         """
         cell, of = self.cell, (thread, threads)
         first, last = self._slices(a, thread, threads)
@@ -72,15 +73,16 @@ class BackwardWriter(StepWriter):
 
     @property
     def _pass_width(self) -> int:
-        """Columns of a slice of what the recurrent product passes, and of what else a step keeps.
+        """Columns that a step keeps in a slice: the gradient through the product, and others.
 
-        That is what the late product passes; or the gradients of what h is made of, which are not
-        computed twice, since the compiler may round them otherwise and sums of differences cancel.
+        The others are the gradient through the late product, or those of the parts of h. The latter
+        are not recomputed, because the compiler might round them differently, and their sums
+        cancel.
         """
         return self.units * pass_blocks(self.cell)
 
     def _finish_step_back(self, code: Code, a: Any, step: Step, of: tuple[Value, Value]) -> None:
-        """The rest of a step in which threads wait for what all slices contribute to."""
+        """Write the rest of a step whose threads wait for results of all slices."""
         cell, (thread, threads) = self.cell, of
         first, last = self._slices(a, thread, threads)
         if cell.late:
@@ -95,7 +97,7 @@ class BackwardWriter(StepWriter):
             self.wait(code, threads)
             with code.loop(step.rows) as b:
                 self._add_means(code, a, b, thread, 1)
-            self.wait(code, threads)  # until all have read the sums
+            self.wait(code, threads)  # until all threads have read the sums
         with (
             code.loop(last, start=first) as j,
             self._parts(code, step) as (_, ends, start, stop),
@@ -111,7 +113,7 @@ class BackwardWriter(StepWriter):
     # Products.
 
     def _pack_gates(self, code: Code, a: Any, j: Value) -> None:
-        """Pack a slice of the columns of W_hh: of all gates, or, of a head, gate by gate."""
+        """Pack a slice of the columns of W_hh: of all gates at once or, in heads, gate by gate."""
         n_gates = self.cell.n_gates
         is_head = a.width != a.hidden
         depth = where(is_head, a.hidden, a.hidden * n_gates)
@@ -122,14 +124,14 @@ class BackwardWriter(StepWriter):
             self.copy_panel(code, rows, a.size_h, depth, a.size_h, j, panel)
 
     def _packed(self, panels: Value, j: Value, k: Value) -> Value:
-        """Where the columns of a slice are packed."""
+        """The address of the packed columns of a slice."""
         return panels + j * self.factors.depth(k) * self.units
 
     def _gathered(self, a: Any, thread: Value) -> Value:
         return a.gathered + thread * a.batch * a.hidden * self.cell.n_gates
 
     def _gather(self, code: Code, a: Any, step: Step, thread: Value) -> None:
-        """Put the gradients of a head's gates of the step before side by side."""
+        """Copy the gradients of a head's gates in the step before next to each other."""
         depth = a.hidden * self.cell.n_gates
         with code.when(a.width != a.hidden), code.loop(step.rows_before) as b:
             row = a.d_gates + (step.before + b) * a.d_gates_pitch
@@ -145,7 +147,7 @@ class BackwardWriter(StepWriter):
         self, code: Code, a: Any, j: Value, step: Step, scratch: Value,
         part: tuple[Value, Value, Value], thread: Value,
     ) -> None:  # fmt: skip
-        """What passes to rows by the recurrent product, unless it ended at a mark."""
+        """Compute the gradient of h through the recurrent product, unless a mark cuts it."""
         begins, start, stop = part
         whole, width = a.hidden * self.cell.n_gates, code.integer(self._pass_width)
         panel, depth = self._packed(a.packed_hh, j, whole), a.hidden * self.n_early
@@ -167,7 +169,7 @@ class BackwardWriter(StepWriter):
                     self._clear(code, scratch + b * self._pass_width, code.integer(self.units))
 
     def _pass_late(self, code: Code, a: Any, j: Value, step: Step, thread: Value) -> None:
-        """What passes to the rows of this step by the product of the last gates."""
+        """Compute the gradient of h in this step through the product of the last gates."""
         whole, scratch = a.hidden * self.cell.n_gates, self._scratch(a, j, thread, self._pass_width)
         panel = self._packed(a.packed_hh, j, whole)
         panel = panel + self.factors.depth(a.hidden * self.n_early) * self.units
@@ -178,7 +180,7 @@ class BackwardWriter(StepWriter):
         )  # fmt: skip
 
     def _received(self, code: Code, a: Any, b: Value, vector: Vector, address: Value) -> Value:
-        """The gradient of h from that of what the recurrent product took of it."""
+        """Load the gradient of h from that of the operand of the recurrent product."""
         found = Variable(code.load(address + vector.v * self.lanes))
         if self.noisy:
             with code.when(a.drop.is_given):
@@ -187,7 +189,7 @@ class BackwardWriter(StepWriter):
         return found.get()
 
     def _project_back(self, code: Code, a: Any, j: Value, step: Step, thread: Value) -> None:
-        """The gradient of the projected h of a step, and of the initial one."""
+        """Compute the gradient of the projected h of a step, and of the initial one."""
         scratch = self._scratch(a, j, thread, self._pass_width)
         with self._parts(code, step) as (begins, ends, start, stop):
             self._pass(code, a, j, step, scratch, (begins, start, stop), thread)
@@ -215,8 +217,8 @@ class BackwardWriter(StepWriter):
     # Rows.
 
     def _d_row(self, code: Code, a: Any, k: int, at: Value, column: Value, valid: Value) -> Value:
-        """The gradient of a state of a row, as it was given."""
-        # Not a load without lanes: from a null address that takes long.
+        """Load the given gradient of a state of a row."""
+        # Not a masked load without lanes, which is slow for a null address.
         found, pitch = Variable(code.zeros()), a.width if k else a.pitch
         with code.when(a.d_rows[k].is_given):
             found.set(code.load(a.d_rows[k] + (at * pitch + column), valid))
@@ -225,7 +227,7 @@ class BackwardWriter(StepWriter):
     def _split(
         self, code: Code, a: Any, k: int, at: Value, column: Value, valid: Value, d: Value
     ) -> tuple[Value, Value]:
-        """A state's gradient as that of the state which the cell has made, and of the old one."""
+        """Split a state's gradient into those of the state before zoneout and of the old state."""
         zero = code.zeros()
         if not self.noisy:
             return d, zero
@@ -237,7 +239,7 @@ class BackwardWriter(StepWriter):
     def _put_d_previous(
         self, code: Code, a: Any, k: int, at: Value, own: Value, valid: Value, d: Value
     ) -> None:
-        """Store the gradient of a state before a row, unless it ends at a mark."""
+        """Store the gradient of a state before a row, unless a mark cuts it."""
         passes = Variable(d)
         with code.when(self._has_mark(code, a, at, FRESH | CUT, code.always)):
             with code.when(self._has_mark(code, a, at, FRESH, code.always)):
@@ -250,7 +252,7 @@ class BackwardWriter(StepWriter):
     def _rows_of_step(
         self, code: Code, a: Any, step: Step, of: tuple[Value, Value]
     ) -> Iterator[_Row]:
-        """Repeat the block for the rows of a step in every slice of a thread."""
+        """Repeat the block for the rows of a step, in every slice of a thread."""
         part, (first, last) = (code.always == 0, code.integer(0), step.rows), self._slices(a, *of)
         with (
             code.loop(last, start=first) as j,
@@ -282,9 +284,9 @@ class BackwardWriter(StepWriter):
                     self._put_sums(code, a, j, row.b, *(part.get() for part in sums))
 
     def _d_h(self, code: Code, a: Any, row: _Row, vector: Vector) -> Value:
-        """The gradient of h, but for what was given for the row."""
+        """Compute the gradient of h, without the one given for the row."""
         _, column, valid = vector
-        # Of a projected h all is in what passed, and dropout is behind the projection.
+        # For a projected h the passed gradient is complete, and dropout follows the projection.
         found = Variable(code.load(row.passed + vector.v * self.lanes))
         with code.when(a.w_hr.is_given == 0):
             d = self._received(code, a, row.b, vector, row.passed)
@@ -292,7 +294,7 @@ class BackwardWriter(StepWriter):
         return found.get()
 
     def _d_h_of_step(self, code: Code, a: Any, row: _Row, vector: Vector) -> tuple[Value, Value]:
-        """The gradient of h of a row, as `_split`."""
+        """Compute the gradient of h of a row, split as by `_split`."""
         d, (_, column, valid) = self._d_h(code, a, row, vector), vector
         of_step, kept = Variable(d), Variable(code.zeros())
         with code.when(a.w_hr.is_given == 0):
@@ -306,7 +308,7 @@ class BackwardWriter(StepWriter):
     def _backward_vector(
         self, code: Code, a: Any, step: Step, row: _Row, vector: Vector, sums: Sequence[Variable]
     ) -> None:
-        """The pointwise part for a vector of a row, or the end of a sequence that lacks it."""
+        """Write the pointwise part for a vector of a row, or of a sequence that has ended."""
         cell, (_, column, valid) = self.cell, vector
         with code.either(row.ends) as (is_end, is_step):
             with is_end, code.when(a.w_hr.is_given == 0):
@@ -327,7 +329,7 @@ class BackwardWriter(StepWriter):
         self, code: Code, a: Any, step: Step, row: _Row, vector: Vector,
         d_states: tuple[list[Value], list[Value]], sums: Sequence[Variable],
     ) -> None:  # fmt: skip
-        """The pointwise part for a vector of a row of a step."""
+        """Write the pointwise part for a vector of a row of a step."""
         cell, (_, column, valid), (d, old) = self.cell, vector, d_states
         saved = [code.load(address, valid) for address in self._saved(a, row.at, column)]
         if cell.late:
@@ -350,7 +352,7 @@ class BackwardWriter(StepWriter):
         )  # fmt: skip
         to = a.d_gates + (row.at * a.d_gates_pitch + column)
         for k, value in enumerate((*d_rh, *d_apart)):
-            if not self.n_early <= k < cell.n_gates:  # which are there, and others may still read
+            if not self.n_early <= k < cell.n_gates:  # these are stored, and threads may read them
                 code.store(to + a.width * k, value, valid)
         if sums:
             gains = self._gains(code, a, column, valid)
@@ -367,7 +369,7 @@ class BackwardWriter(StepWriter):
                 self._put_d_previous(code, a, k, row.at, own, valid, total)
 
     def _late_row(self, code: Code, a: Any, row: _Row) -> None:
-        """The gradients of the last gates, which this step's own product passes on."""
+        """Compute the gradients of the last gates, the operand of this step's late product."""
         assert self.cell.late is not None
         for vector in map(Vector._make, self.vectors(a.hidden, row.j)):
             _, column, valid = vector
@@ -382,13 +384,13 @@ class BackwardWriter(StepWriter):
     # Normalised states and products.
 
     def _normal_state(self, code: Code, a: Any, at: Value, state: Value) -> tuple[Value, Value]:
-        """The normalised state of a row, and 1 / deviation."""
+        """Compute the normalised state of a row; return it with 1 / deviation."""
         moments = a.moments + at * a.moments_pitch
         mean, scale = (code.splat(code.load_number(moments + k)) for k in (1, 2))
         return (state - mean) * scale, scale
 
     def _output_row_back(self, code: Code, a: Any, row: _Row) -> None:
-        """Keep the gradients of what h is made of, and put aside the sums for the state's."""
+        """Keep the gradients of the parts of h, and store the sums for that of the state."""
         output = self.cell.output
         assert output is not None
         pull_back, sums = VECTORS.bind(output.backward), [Variable(code.zeros()) for _ in range(2)]
@@ -406,18 +408,18 @@ class BackwardWriter(StepWriter):
                 code.store(kept + 2 * self.units, d_normal)
                 sums[0].set(sums[0].get() + d_normal)
                 sums[1].set(sums[1].get() + d_normal * normal)
-                # The others follow from this one, the last, and the normalised state.
+                # The other blocks follow from the last one and the normalised state.
                 code.store(a.d_output + (row.at * a.width + column), d_extra[-1], valid)
         self._put_sums(code, a, row.j, row.b, *(part.get() for part in sums))
 
     def _normals(self, code: Code, a: Any, at: Value, column: Value, valid: Value) -> list[Value]:
-        """The normalised recurrent products of a row."""
+        """Load the normalised recurrent products of a row."""
         n_gates = self.cell.n_gates
         rows = a.normal + (at * (a.width * n_gates) + column)
         return [code.load(rows + a.width * g, valid) for g in range(n_gates)]
 
     def _normalise_back(self, code: Code, a: Any, row: _Row) -> None:
-        """The gradients of the recurrent products of a row."""
+        """Compute the gradients of the recurrent products of a row before normalisation."""
         n_gates, means = self.cell.n_gates, self._means(a, row.b, row.thread)
         of_one, of_normal = (code.splat(code.load_number(means + k)) for k in (0, 1))
         scale = code.splat(code.load_number(a.moments + row.at * a.moments_pitch))
@@ -435,12 +437,12 @@ class BackwardWriter(StepWriter):
     # States.
 
     def _states(self, a: Any, row: Value, column: Value) -> list[Value]:
-        """Where the states after a row are."""
+        """The addresses of the states after a row."""
         traces = a.traces[: self.cell.n_states - 1]
         return [a.h + (row * a.pitch + column), *(t + (row * a.width + column) for t in traces)]
 
     def _made(self, code: Code, a: Any, row: Value, column: Value) -> list[Value]:
-        """Where the states are that the cell has made of a row."""
+        """The addresses of the states of a row before zoneout."""
         states = self._states(a, row, column)
         if not self.noisy:
             return states
@@ -453,7 +455,7 @@ class BackwardWriter(StepWriter):
     def _previous(
         self, code: Code, a: Any, b: Value, step: Step, column: Value, valid: Value
     ) -> list[Value]:
-        """The states before row b of a step: its walk is the other one, and meets them next."""
+        """Load the states before row b of a step, which the backward walk visits next."""
         own, is_inside = b * a.width + column, b < step.rows_after
         is_fresh = self._has_mark(code, a, step.row + b, FRESH, code.always)
         earlier = self._states(a, step.after + b, column)
@@ -462,7 +464,7 @@ class BackwardWriter(StepWriter):
         for k, (before, initial, fresh) in enumerate(
             zip(earlier, a.initial, a.fresh, strict=False)
         ):
-            # No cell that may be projected looks at the h before.
+            # No cell that supports projection reads the previous h.
             known = where(is_known & (a.w_hr.is_given == 0) if k == 0 else is_known, valid, 0)
             value = Variable(code.zeros())
             with code.either(is_inside & (is_fresh == 0)) as (of_row, of_state):

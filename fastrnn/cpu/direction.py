@@ -1,4 +1,4 @@
-"""One direction of a layer, as a CPU's kernels, torch's operators and ``walk.py`` take it."""
+"""One direction of a layer, as the kernels, the loop of operators and ``walk.py`` take it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .rows import Rows
 
 
 class Breaks(NamedTuple):
-    """Where the state of one direction does not simply pass from step to step.
+    """The steps at which the state or its gradient does not carry over, in one direction.
 
     Attributes
     ----------
@@ -23,9 +23,9 @@ class Breaks(NamedTuple):
     fresh : sequence of Tensor of shape (B, P) and (B, H)
         The states after a reset.
     rows : int64 Tensor of shape (R,)
-        Those with FRESH.
+        Indices of the rows with FRESH.
     sequences : int64 Tensor of shape (R,)
-        Theirs.
+        The sequences of these rows.
     """
 
     marks: Tensor
@@ -34,12 +34,12 @@ class Breaks(NamedTuple):
     sequences: Tensor
 
     def replace(self, before: Tensor, k: int) -> Tensor:
-        """Put fresh states in place of state number `k` before every step, in place."""
+        """Overwrite state number `k` before every fresh step by the fresh state, in place."""
         return before.index_copy_(0, self.rows, self.fresh[k].index_select(0, self.sequences))
 
 
 def breaks(marks: Tensor, fresh: Sequence[Tensor], rows: Rows) -> Breaks | None:
-    """Make the breaks of a direction from its marks (N,) and fresh states, None without any."""
+    """Make the breaks of a direction from its marks (N,) and fresh states; None without marks."""
     if not bool((marks & (FRESH | CUT)).any()):
         return None
     is_fresh = ((marks & FRESH) != 0).nonzero().squeeze(1)
@@ -47,7 +47,7 @@ def breaks(marks: Tensor, fresh: Sequence[Tensor], rows: Rows) -> Breaks | None:
 
 
 class Noise(NamedTuple):
-    """What is drawn for one direction of a layer.
+    """Recurrent dropout and zoneout of one direction of a layer.
 
     Attributes
     ----------
@@ -61,25 +61,25 @@ class Noise(NamedTuple):
     zones: Sequence[Tensor]
 
     def changes(self, k: int) -> bool:
-        """Whether state number `k` is not left as the cell has made it."""
+        """Whether zoneout applies to state number `k`."""
         return is_given(self.zones[k])
 
 
 class Kept(NamedTuple):
-    """What forward leaves of every row for backward, beside h; each may be empty.
+    """What forward saves for backward for every row, besides h; each part may be empty.
 
     Attributes
     ----------
     saved : sequence of Tensor of shape (N, H)
-        The values that the cell hands to backward.
+        The values that the cell saves for backward.
     traces : sequence of Tensor of shape (N, H)
-        The states other than h; if it is projected, then h before that.
+        The states other than h; if h is projected, then h before the projection.
     raw : sequence of Tensor of shape (N, H), or None
-        States as the cell has made them, where zoneout has changed them and backward looks at them.
+        States before zoneout, where it applies and backward reads them.
     normal : sequence of Tensor
-        Of cells with normalised products: the input's product (N, G * H), mean and 1 / deviation of
-        it for every head (N, 2 * heads), the normalised recurrent product (N, G * H), and the
-        moments of every head, 1 or 3 as ``Cell.n_moments`` says (N, heads or 3 * heads).
+        For cells with normalised products: the input's product (N, G * H), its mean and
+        1 / deviation for every head (N, 2 * heads), the normalised recurrent product (N, G * H),
+        and the ``Cell.n_moments`` moments of every head (N, heads or 3 * heads).
     """
 
     saved: Sequence[Tensor] = ()
@@ -89,22 +89,23 @@ class Kept(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a walk back through time finds.
+    """The results of a backward walk through time.
 
     Attributes
     ----------
     d_rh : Tensor of shape (N, G * H)
         Gradient of the recurrent part of every gate.
     d_apart : Tensor of shape (N, A * H)
-        Gradient of the input part of the last A gates, in which it differs from that.
+        Gradient of the input part of the last A gates, where it differs from `d_rh`.
     d_fresh : list of Tensor
         Gradient of the states after a reset; empty without breaks.
     projected : sequence of Tensor
-        The factors of the gradient of a projection: that of the projected h, and h before it.
+        The factors of the gradient of W_hr: the gradient of the projected h, and h before the
+        projection.
     d_product : Tensor of shape (heads, N, G * H / heads), optional
-        Gradient of the recurrent product that is normalised.
+        Gradient of the recurrent product before normalisation.
     d_output : Tensor of shape (N, H), optional
-        Gradient of the last extra weights, of every row.
+        Gradient of the last extra weights, for every row.
     """
 
     d_rh: Tensor
@@ -116,10 +117,10 @@ class Found(NamedTuple):
 
 
 class Direction(NamedTuple):
-    """One direction of a layer, on a CPU in the compute dtype.
+    """One direction of a layer on a CPU, in the compute dtype.
 
-    Of an ensemble whose members run together, all tensors have one more dimension in front, that of
-    the members, also in the other records here; but for a share of zoneout, which is a number.
+    In an ensemble whose members run together, all tensors of this and the other records here have a
+    leading dimension of members, except zoneout given as one number.
 
     Attributes
     ----------
@@ -129,7 +130,7 @@ class Direction(NamedTuple):
     reverse : bool
     initial : sequence of Tensor of shape (B, P) and (B, H)
         State before the first step; empty for zeros.
-    breaks : Breaks, or what replaces states as they do, optional
+    breaks : Breaks, or an object with its `replace`, optional
     noise : Noise, optional
     """
 
@@ -143,12 +144,12 @@ class Direction(NamedTuple):
 
     @property
     def lead(self) -> tuple[int, ...]:
-        """The members of an ensemble, as a dimension."""
+        """The dimension of the members of an ensemble, () without one."""
         return tuple(self.w.w_hh.shape[:-2])
 
     @property
     def num_heads(self) -> int:
-        """How many blocks W_hh has on its diagonal."""
+        """The number of diagonal blocks of W_hh."""
         return 1 if self.w.w_hr is not None else max(1, self.hidden // self.w.w_hh.shape[-1])
 
     @property
@@ -162,7 +163,7 @@ class Direction(NamedTuple):
         return self.w.w_hh.shape[-2] // self.cell.n_gates
 
     def before(self, states: Sequence[Tensor]) -> list[Tensor]:
-        """The states before every row, from those after it, h first; in memory of their own."""
+        """Copy the states before every row, h first, from those after every row."""
         found = []
         for k, part in enumerate(states):
             sizes = *self.lead, self.rows.batch, part.shape[-1]
@@ -173,7 +174,7 @@ class Direction(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    """A walk of one direction through time.
+    """A forward walk of one direction through time.
 
     Attributes
     ----------
@@ -184,7 +185,7 @@ class Ahead(NamedTuple):
     h_rows : Tensor of shape (N, P)
         Receives h.
     kept : Kept
-        Receives the rest. If nothing is kept for backward there are other states only, or nothing.
+        Receives the rest: if nothing is saved for backward, at most the other states.
     """
 
     direction: Direction
@@ -195,17 +196,17 @@ class Ahead(NamedTuple):
 
 
 class Back(NamedTuple):
-    """A walk back.
+    """A backward walk of one direction through time.
 
     Attributes
     ----------
     direction : Direction
     d_rows : sequence of Tensor of shape (N, P) and (N, H), or None
-        Gradients of the states of every row, h first; what is missing is zero.
+        Gradients of the states of every row, h first; None and missing ones are zero.
     d_state : sequence of Tensor
         Gradient of the final state; overwritten by that of the initial state.
     h_rows, kept : Tensor, Kept
-        As the walk ahead left them.
+        As the forward walk wrote them.
     """
 
     direction: Direction

@@ -1,4 +1,4 @@
-"""Compiles the kernels for the CPU at hand, remembers them on disk, and runs them on threads."""
+"""Compiles the kernels for the current CPU, caches them on disk, and runs them on threads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _log = logging.getLogger("fastrnn")
 
 _RUNTIME = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
 _HERE = Path(__file__).parent
-# All that compiled code, and what it is called with, comes from.
+# The sources that determine the compiled code and its arguments.
 _SOURCES = sorted(_HERE.glob("*.py"))
 
 
@@ -48,57 +48,57 @@ def openmp() -> ctypes.CDLL | None:
     return None
 
 
-# Operations between two barriers, of 0.3 us and more, for which another thread pays.
+# Operations between two barriers, which take 0.3 us or more, that justify another thread.
 _FLOPS = 15_000
 
 
 def threads(flops: int, shares: int) -> int:
-    """Choose how many threads share a product of so many operations, which has so many parts."""
+    """Choose how many threads share a product of `flops` operations in `shares` parts."""
     most = min(shares, flops // _FLOPS)
     return 1 if most < 2 else min(_available(), most)
 
 
 def _available() -> int:
-    """How many threads there are."""
+    """The number of available threads."""
     if machine.is_forked() or openmp() is None:
         return 1
     return min(torch.get_num_threads(), machine.cores())
 
 
 class Launch(NamedTuple):
-    """A call of a kernel for several groups, by so many threads together."""
+    """A call of a kernel for several groups, run by a number of threads together."""
 
     first: int
     groups: int
     threads: int
 
 
-# Operations of all groups together for which it pays to begin a parallel region, which takes 9 us.
-# Forward of a bidirectional LSTM of (B, H) = (1, 32) took 1.04 times as long as by one thread for
-# T = 16, and as long for T = 64.
+# Operations of all groups together that justify a parallel region, which takes 9 us to start.
+# Forward of a bidirectional LSTM of (B, H) = (1, 32) took 1.04 times as long as on one thread for
+# T = 16, and the same time for T = 64.
 _REGION_FLOPS = 1_000_000
 
 
 def launches(groups: int, threads: int, flops: int) -> list[Launch]:
     """Choose which groups run at the same time.
 
-    One thread for each was not slower, in any case measured, than all threads for one group after
-    another, also where its weights are larger than its cache: 1.00 to 1.09 times as fast for
-    ensembles of 4, T = 64, B = 4 and 16, H = 128 to 512.
+    One thread per group was never slower, in the cases measured, than all threads on one group
+    after another, even if the weights of a group exceed the thread's cache: 1.00 to 1.09 times as
+    fast for ensembles of 4, T = 64, B = 4 and 16, H = 128 to 512.
 
     Parameters
     ----------
     groups : int
-        That do not wait for each other.
+        Number of groups, which do not wait for each other.
     threads : int
-        That could share one.
+        Number of threads that could share one group.
     flops : int
-        Operations of one, in all.
+        Total number of operations of one group.
     """
     most = _available()
     if threads == 1 and groups * flops < _REGION_FLOPS:
         return [Launch(0, groups, 1)]
-    rest = groups % most  # which are left over after whole rounds, and shared
+    rest = groups % most  # left over after full rounds; threads share each of them
     found = [Launch(0, groups - rest, most)] if groups > rest else []
     if rest:
         found.append(Launch(groups - rest, rest, rest * min(threads, most // rest)))
@@ -109,7 +109,7 @@ def launches(groups: int, threads: int, flops: int) -> list[Launch]:
 
 
 class Kernels(NamedTuple):
-    """The compiled kernels of a cell: addresses by name, and what keeps them in memory."""
+    """The compiled kernels of a cell: addresses by name, and the object that keeps them alive."""
 
     addresses: dict[str, int]
     owner: Any
@@ -121,9 +121,9 @@ _loaded: dict[tuple[Cell, Target | None, torch.dtype, bool], Kernels] = {}
 
 
 def kernels(cell: Cell, dtype: torch.dtype = torch.float32, *, noisy: bool = False) -> Kernels:
-    """Get the kernels of a cell for this machine; compile them if they never were.
+    """Return the kernels of a cell for this machine, compiling them if they are not cached.
 
-    Those for recurrent dropout and zoneout are others, so that nobody else pays for them.
+    Recurrent dropout and zoneout have separate kernels, so that other calls do not pay for them.
     """
     target = machine.target()
     key = cell, target, dtype, noisy
@@ -160,7 +160,8 @@ def _load(cell: Cell, target: Target, noisy: bool) -> Kernels:
     return Kernels({name: owner.get_function_address(name) for name in names}, owner)
 
 
-# In place of the OpenMP runtime, which one thread does not need: LLVM wants an address.
+# Stands in for the OpenMP runtime if there is none: LLVM needs an address, but a single thread
+# never calls it.
 _never_called = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
 
 
@@ -174,20 +175,20 @@ def target_machine() -> Any:
 
 
 def optimized(cell: Cell, target: Target, for_: Any, noisy: bool = False) -> Any:
-    """Write the kernels of a cell and optimize them."""
-    from . import sequence  # with what writes code, only where code is written
+    """Generate and optimize the kernels of a cell."""
+    from . import sequence  # the code generators are imported only if code is generated
 
     module = llvm.parse_assembly(str(sequence.module(cell, target, noisy)))
     module.triple = for_.triple
     options = llvm.create_pipeline_tuning_options(speed_level=2)
-    # Everything is in vectors already.
+    # The code is vectorized already.
     options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
     builder = llvm.create_pass_builder(for_, options)
     builder.getModulePassManager().run(module, builder)
     return module
 
 
-# The cache: a file for each cell, named by all that its code depends on.
+# The cache: one file per cell, named by a hash of everything that its code depends on.
 
 
 def _cached(cell: Cell, target: Target, noisy: bool) -> Path:
@@ -206,17 +207,17 @@ def _cached(cell: Cell, target: Target, noisy: bool) -> Path:
             digest.update(repr(part).encode())
             continue
         for function in reached(part):
-            # Not by files: a cell need not be one of ours.
+            # By code, not by file, because a cell need not be one of ours.
             code = function.__code__
             digest.update(code.co_code + repr((code.co_names, code.co_consts)).encode())
     return cache.cache_folder() / f"{cell.name}-{digest.hexdigest()[:32]}.o"
 
 
 def _from_cache(cell: Cell, target: Target, noisy: bool) -> bytes | None:
-    """The code in a file of the cache; None if it is not there, not whole or not to be trusted."""
+    """Read the code from the cache; None if the file is missing, damaged or not trusted."""
     try:
         path = _cached(cell, target, noisy)
-    except OSError:  # which `_to_cache` will tell
+    except OSError:  # `_to_cache` will report it
         return None
     content = cache.read(path)
     if content is None:
@@ -237,7 +238,7 @@ def _to_cache(cell: Cell, target: Target, noisy: bool, code: bytes) -> None:
 
 # Calls.
 
-#: The type of a kernel, which takes its arguments, the number of its thread and how many there are.
+#: The type of a kernel, which takes its arguments, its thread number and the number of threads.
 KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
 
@@ -245,13 +246,13 @@ def run(
     cell: Cell, dtype: torch.dtype, name: str, arguments: Arguments, threads: int, *,
     noisy: bool = False,
 ) -> None:  # fmt: skip
-    """Run ``forward``, ``backward`` or ``product``; the lock of the interpreter is free meanwhile.
+    """Run ``forward``, ``backward`` or ``product``, with the GIL released.
 
-    With `threads` of 1 it runs in this thread, without the OpenMP runtime.
+    With one thread it runs in the calling thread, without the OpenMP runtime.
     """
     addresses = kernels(cell, dtype, noisy=noisy).addresses
     # By reference, so that the call holds the arguments, and they hold the tensors: a compiler that
-    # traces Python would otherwise free what is known by address only.
+    # traces Python would otherwise free tensors that are used only by address.
     reference = ctypes.byref(arguments)
     library = openmp()
     if threads > 1 and library is not None:

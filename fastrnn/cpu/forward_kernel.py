@@ -12,7 +12,7 @@ from .vector import Code, Value, Variable, where
 
 
 class ForwardWriter(StepWriter):
-    """Writes forward: every step's products, and the cell's arithmetic on their results."""
+    """Writes forward: the products of every step, and the cell's arithmetic on their results."""
 
     def forward(self, code: Code, a: Any, thread: Value, threads: Value) -> None:
         """Write the body of the forward kernel."""
@@ -30,8 +30,8 @@ class ForwardWriter(StepWriter):
         first_h, last_h = self.slices(a.size_h, thread, threads)
         with code.when(a.w_hr.is_given), code.loop(last_h, start=first_h) as j:
             self._pack(code, w_hr, j)
-        left = Variable(code.integer(0))  # steps whose input is projected
-        base = Variable(code.integer(0))  # the first row of those
+        left = Variable(code.integer(0))  # remaining steps of the chunk of projected input
+        base = Variable(code.integer(0))  # the first row of the chunk
         with self._walk(code, a, descending) as step:
             if not cell.is_normalised:
                 with code.when(left.get() == 0):
@@ -65,7 +65,7 @@ class ForwardWriter(StepWriter):
     def _finish_step(
         self, code: Code, a: Any, step: Step, w_hh: Matrix, base: Value, of: tuple[Value, Value]
     ) -> None:
-        """The rest of a step in which threads wait for what all slices contribute to."""
+        """Write the rest of a step whose threads wait for results of all slices."""
         cell, (thread, threads) = self.cell, of
         first, last = self._slices(a, thread, threads)
         self.wait(code, threads)
@@ -73,7 +73,7 @@ class ForwardWriter(StepWriter):
             with code.loop(step.rows) as b:
                 self._add_moments(code, a, b, thread, cell.n_gates)
             if cell.output:
-                self.wait(code, threads)  # until all have read the sums
+                self.wait(code, threads)  # until all threads have read the sums
         with code.loop(last, start=first) as j:
             scratch = self._scratch(a, j, thread, self.width)
             if cell.late:
@@ -92,15 +92,15 @@ class ForwardWriter(StepWriter):
 
     @property
     def _n_apart(self) -> int:
-        """Gates, the last ones, to whose parts b_ih and b_hh are added apart."""
+        """The number of gates, the last ones, whose b_ih and b_hh cannot be added up in advance."""
         return self.cell.n_gates if self.cell.is_normalised else self.cell.n_apart
 
     def _bias(self, a: Any, j: Value) -> Value:
-        """Where the biases of a slice are: of all gates, then b_hh of the gates apart."""
+        """The address of the biases of a slice: of all gates, then b_hh of the last gates."""
         return a.biases + j * (self.width + self._n_apart * self.units)
 
     def _add_biases(self, code: Code, a: Any, j: Value) -> None:
-        """Add up the biases of a slice that may be, and put all in order."""
+        """Store the biases of a slice in order, with b_ih and b_hh added up where possible."""
         bias, shared = self._bias(a, j), self.cell.n_gates - self._n_apart
         for g in range(self.cell.n_gates):
             for v, column, valid in self.vectors(a.hidden, j):
@@ -114,7 +114,7 @@ class ForwardWriter(StepWriter):
                     code.store(at + self._n_apart * self.units, b_hh)
 
     def _chunk(self, code: Code, a: Any, step: Step, descending: Value) -> tuple[Value, Value]:
-        """How many steps from this one on fit into a chunk, and how many rows they have."""
+        """Count the steps from this one on that fit into a chunk, and their rows."""
         steps, rows = Variable(code.integer(1)), Variable(step.rows)
         following = Variable(step.rows_after)
         with code.repeat(
@@ -130,7 +130,7 @@ class ForwardWriter(StepWriter):
     def _recur(
         self, code: Code, a: Any, j: Value, step: Step, w_hh: Matrix, scratch: Value
     ) -> None:
-        """Multiply h of the step before, or h_0 of rows that it had not, or fresh h."""
+        """Multiply h of the step before, h_0 for rows that it did not have, or fresh h."""
         known, early = step.rows.at_most(step.rows_before), range(self.n_early)
         before, pitch_before = a.h + step.before * a.pitch, a.pitch
         if self.noisy:
@@ -159,12 +159,12 @@ class ForwardWriter(StepWriter):
                         code.store(row + g * self.units, code.load(fresh + a.hidden * g, valid))
 
     def _dropped(self, code: Code, a: Any, step: Step, beyond: int) -> Value:
-        """Where h after dropout of a step is, or of the one before it."""
+        """The address of h after dropout, of a step or of the step before it."""
         turn = (step.number + (beyond + 2)) & code.integer(1)
         return a.operand + turn * (a.batch * a.size_h)
 
     def _put_product_moments(self, code: Code, a: Any, j: Value, b: Value, scratch: Value) -> None:
-        """Put aside the moments of a recurrent product."""
+        """Store the moments of a recurrent product."""
         row = scratch + b * self.width
         vectors = [
             (code.load(row + (g * self.units + v * self.lanes), valid), valid)
@@ -177,7 +177,7 @@ class ForwardWriter(StepWriter):
         self, code: Code, a: Any, j: Value, at: Value, base: Value, v: int, column: Value,
         valid: Value,
     ) -> list[Value]:  # fmt: skip
-        """The input parts of the gates of a row."""
+        """Load the input parts of the gates of a row."""
         if self.cell.is_normalised:
             wx_row = a.wx + (at * (a.width * self.cell.n_gates) + column)
             return [code.load(wx_row + a.width * g, valid) for g in range(self.cell.n_gates)]
@@ -189,7 +189,7 @@ class ForwardWriter(StepWriter):
         self, code: Code, a: Any, j: Value, at: Value, b: Value, vector: Vector, row: Value,
         thread: Value,
     ) -> list[Value]:  # fmt: skip
-        """The recurrent parts of the gates of a row, from the products."""
+        """Compute the recurrent parts of the gates of a row from the products."""
         cell, bias, (v, column, valid) = self.cell, self._bias(a, j), vector
         rh = [code.load(row + (g * self.units + v * self.lanes)) for g in range(cell.n_gates)]
         if cell.is_normalised:
@@ -212,9 +212,9 @@ class ForwardWriter(StepWriter):
     def _old_states(
         self, code: Code, a: Any, b: Value, at: Value, column: Value, valid: Value
     ) -> list[Value]:
-        """The states of a row before a step."""
+        """Load the states of a row before a step."""
         cell, own = self.cell, b * a.width + column
-        # Of a projected h nothing here depends.
+        # Nothing here depends on a projected h.
         counts = [where(a.w_hr.is_given, 0, valid), *[valid] * (cell.n_states - 1)]
         states = zip(a.states, counts, strict=False)
         old = [Variable(code.load(address + own, count)) for address, count in states]
@@ -226,7 +226,7 @@ class ForwardWriter(StepWriter):
     def _factor_row(
         self, code: Code, a: Any, j: Value, b: Value, step: Step, base: Value, scratch: Value
     ) -> None:
-        """What the last gates' product multiplies for row b of a step."""
+        """Compute the operand of the last gates' product for row b of a step."""
         at, row = step.row + b, scratch + b * self.width
         for v, column, valid in self.vectors(a.hidden, j):
             with code.when(valid > 0):
@@ -240,13 +240,13 @@ class ForwardWriter(StepWriter):
                 code.store(self._operand(a) + (b * a.hidden + column), factor * h, valid)
 
     def _operand(self, a: Any) -> Value:
-        """Where what the last gates' product multiplies is, behind h after dropout."""
+        """The address of the operand of the last gates' product, behind h after dropout."""
         return a.operand + a.batch * a.size_h * 2
 
     def _dropout(
         self, code: Code, a: Any, b: Value, column: Value, valid: Value, h: Value
     ) -> Value:
-        """What the recurrent product takes of h."""
+        """Apply recurrent dropout to h."""
         if not self.noisy:
             return h
         result = Variable(h)
@@ -258,7 +258,7 @@ class ForwardWriter(StepWriter):
         self, code: Code, a: Any, j: Value, b: Value, step: Step, base: Value, scratch: Value,
         thread: Value,
     ) -> None:  # fmt: skip
-        """The pointwise part for row b of a step."""
+        """Write the pointwise part for row b of a step."""
         cell, at, row = self.cell, step.row + b, scratch + b * self.width
         normalised = []
         for v, column, valid in self.vectors(a.hidden, j):
@@ -293,7 +293,7 @@ class ForwardWriter(StepWriter):
     def _put_raw(
         self, code: Code, a: Any, at: Value, column: Value, valid: Value, new: Sequence[Value]
     ) -> None:
-        """Keep states as the cell has made them, where they will not be left so."""
+        """Store the states before zoneout, where it applies."""
         if self.noisy:
             for address, value in zip(a.raw, new, strict=False):
                 with code.when(address.is_given):
@@ -302,7 +302,7 @@ class ForwardWriter(StepWriter):
     def _output_row(
         self, code: Code, a: Any, j: Value, b: Value, step: Step, scratch: Value, thread: Value
     ) -> None:
-        """h of row b of a step, from its normalised state."""
+        """Compute h of row b of a step from the normalised state."""
         assert self.cell.output is not None
         at, row, means = step.row + b, scratch + b * self.width, self._means(a, b, thread)
         mean, scale = (code.load_number(means + k) for k in (0, 1))
@@ -323,7 +323,7 @@ class ForwardWriter(StepWriter):
         self, code: Code, a: Any, b: Value, step: Step, column: Value, valid: Value, old: Value,
         new: Value,
     ) -> None:  # fmt: skip
-        """Store the h that the cell has made, which may still have to be projected."""
+        """Store the h that the cell computed, as the operand of a projection if there is one."""
         with code.either(a.w_hr.is_given) as (projected, plain):
             with projected:
                 code.store(self._full(a, step, b) + column, new, valid)
@@ -334,7 +334,7 @@ class ForwardWriter(StepWriter):
         self, code: Code, a: Any, b: Value, step: Step, column: Value, valid: Value, old: Value,
         new: Value,
     ) -> None:  # fmt: skip
-        """Store the h of a row, and what the next step multiplies."""
+        """Store the h of a row, and the operand of the next step's product."""
         at = step.row + b
         h = self._zoned(code, a, 0, at, column, valid, old, new)
         code.store(a.states[0] + (b * a.width_h + column), h, valid)
@@ -347,13 +347,13 @@ class ForwardWriter(StepWriter):
                 )
 
     def _full(self, a: Any, step: Step, b: Value) -> Value:
-        """Where h of row b of a step is before its projection."""
+        """The address of h of row b of a step before its projection."""
         return a.full + (step.row * a.is_full_kept + b) * a.width
 
     def _project(
         self, code: Code, a: Any, j: Value, step: Step, w_hr: Matrix, scratch: Value
     ) -> None:
-        """Project h of a step."""
+        """Project the h of a step."""
         full = self._full(a, step, code.integer(0))
         self._product(code, step.rows, full, a.width, w_hr, j, scratch)
         with code.loop(step.rows) as b:
@@ -366,7 +366,7 @@ class ForwardWriter(StepWriter):
                     self._store_h(code, a, b, step, column, valid, old, h)
 
     def _old_h(self, code: Code, a: Any, b: Value, at: Value, column: Value, valid: Value) -> Value:
-        """The projected h of a row before a step."""
+        """Load the projected h of a row before a step."""
         own = b * a.width_h + column
         old = Variable(code.load(a.states[0] + own, valid))
         with code.when(self._has_mark(code, a, at, FRESH, code.always)):

@@ -1,7 +1,7 @@
-"""Whole calls in inference by the compiled kernels, without the records of ``layers.py``.
+"""Whole inference calls by the compiled kernels, without the records of ``layers.py``.
 
-A short call takes longer in Python than in a kernel. What sizes determine is made once, a `Stack`;
-a call allocates its results and fills in addresses.
+A short call spends more time in Python than in the kernel. Everything that depends only on sizes is
+prepared once, in a `Stack`; a call only allocates its results and fills in addresses.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .arguments import Forward
 from .direction import Direction, Noise
 from .rows import Rows
 
-# Where the arguments are, in words.
+# Offsets of the arguments, in words.
 AT = {field[0]: getattr(Forward, field[0]).offset // 8 for field in Forward._fields_}
 _WORDS = ctypes.sizeof(Forward) // 8
-# Indices into the addresses of a layer: its input, its output, its work space, and what torch
-# computes for each of two directions beforehand; then the final states and the weights.
+# Indices into the addresses of a layer: its input, output and work space, and what torch computes
+# in advance for each of two directions; then the final states and the weights.
 _X, Y, WORK, _WX, _EXTRA, *_, _OTHERS = range(8)
 _BY_DIRECTION = _EXTRA + 1 - _WX
 OF_LAYER = (0,) * _OTHERS
@@ -40,15 +40,15 @@ class _Layer(NamedTuple):
     Attributes
     ----------
     arguments : array
-        Those of the kernel, but for addresses.
+        The arguments of the kernel, without addresses.
     addresses : list of (int, int, int)
-        Which argument is which address of the call, and how many bytes beyond it.
+        For each address: index of the argument, index of the call's address, and offset in bytes.
     h_0 : list of (int, int)
-        Which arguments are initial h, and how many bytes beyond that of the call.
+        For each initial h: index of the argument, and offset in bytes from that of the call.
     weights : list of slice
-        Which weights of the call each direction has.
+        The weights of each direction among those of the call.
     size : int
-        Bytes of the work space.
+        Size of the work space in bytes.
     """
 
     arguments: array[int]
@@ -58,7 +58,7 @@ class _Layer(NamedTuple):
     size: int
 
     def joined(self, other: _Layer) -> _Layer:
-        """With another direction behind this one."""
+        """Append another direction."""
         count = len(self.arguments)
         addresses = [
             (at + count, k, beyond + self.size * (k == WORK)) for at, k, beyond in other.addresses
@@ -75,7 +75,7 @@ class _Layer(NamedTuple):
 def _direction(
     call: Call, direction: Direction, layout: native.Layout, inputs: int, n: int
 ) -> _Layer:
-    """Prepare direction number `n` of all, with the numbers of ``native.forward``."""
+    """Prepare direction `n` among all, with the same numbers as ``native.forward``."""
     heads, bytes_of = direction.num_heads, call.x.element_size()
     space, chunk = native.Space.of(direction, layout, inputs)
     of_one = array("q", bytes(ctypes.sizeof(Forward)))
@@ -109,14 +109,14 @@ def _numbers(call: Call, direction: Direction, inputs: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-# Which argument is which address, how many bytes beyond it, and how far from head to head.
+# Index of the argument, index of the address, offset in bytes, and distance from head to head.
 _Places = list[tuple[int, int, int, int]]
 
 
 def _work(
     call: Call, direction: Direction, layout: native.Layout, space: native.Space
 ) -> tuple[_Places, int]:
-    """The parts of the work space of a head, and its bytes."""
+    """The parts of the work space of a head, and its size in bytes."""
     batch, threads = direction.rows.batch, layout.threads
     is_projected = direction.w.w_hr is not None
     sums, means = layout.of_means(batch, threads)
@@ -134,7 +134,7 @@ def _work(
 def _tensors(
     call: Call, direction: Direction, layout: native.Layout, inputs: int, n: int
 ) -> _Places:
-    """The tensors of direction number `n`."""
+    """The tensors of direction `n`."""
     cell, w, bytes_of = call.cell, direction.w, call.x.element_size()
     units, own_h = call.hidden_size // direction.num_heads, w.w_hh.shape[1]
     in_y = n % call.directions * call.size_h
@@ -151,19 +151,19 @@ def _tensors(
         of_weights["extra"] = _EXTRA + n % call.directions * _BY_DIRECTION, units
     if cell.is_normalised:
         of_weights["wx"] = _WX + n % call.directions * _BY_DIRECTION, units
-        of_weights.pop("b_ih", None)  # which is in there
+        of_weights.pop("b_ih", None)  # already included in wx
     return places + [(AT[name], k, 0, by * bytes_of) for name, (k, by) in of_weights.items()]
 
 
 def _widths(call: Call) -> list[int]:
-    """Of the states."""
+    """The widths of the states."""
     return [call.size_h] + [call.hidden_size] * (call.cell.n_states - 1)
 
 
 class Stack:
-    """The layers of a checked call, or a single step, for tensors of its sizes.
+    """The layers of a checked call, or a single step, prepared for tensors of the same sizes.
 
-    It is never written to, so that threads may share it.
+    It is immutable, so threads may share it.
     """
 
     def __init__(self, call: Call, *, is_step: bool = False) -> None:
@@ -171,7 +171,7 @@ class Stack:
         batch_first = call.options.batch_first
         steps, batch = (1, x.shape[0]) if is_step else (call.steps, call.batch)
         width, count = directions * call.size_h, call.num_layers * directions
-        # One sequence, or one step, lies in memory alike in both orders.
+        # With one sequence or one step, both orders have the same memory layout.
         self.is_swapped = batch_first and steps > 1 and batch > 1
         self.y_sizes = [steps, batch, width]
         if batch_first and not self.is_swapped:
@@ -191,12 +191,12 @@ class Stack:
                 parts.append(_direction(call, direction, self.layout, size, n))
             self.layers.append(functools.reduce(_Layer.joined, parts))
         self.cell, self.heads, self.groups = cell, call.num_heads, directions * call.num_heads
-        # Of a group, for which the work space has room.
+        # Threads per group, for which the work space has room.
         self.threads = self.layout.threads
         self.is_normalised, self.n_extras = cell.is_normalised, len(cell.extras)
         self.size = max(layer.size for layer in self.layers)
         self.dtype, self.exact = x.dtype, machine.exact_dtype(x.dtype)
-        # Which keep their code in memory.
+        # A reference, which keeps the code alive.
         self.kernels = engine.kernels(cell, x.dtype, noisy=self.noise is not None)
         addresses = self.kernels.addresses
         self.kernel, self.region = engine.KERNEL(addresses["forward"]), addresses["forward_region"]
@@ -206,9 +206,8 @@ class Stack:
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the output and the final state, from zeros if `state` is empty.
 
-        The caller has made sure that the tensors differ from those that this was made for in
-        nothing but values, and x and states in strides; and that nobody wants to know of what is
-        done with them.
+        The caller guarantees that the tensors differ from those of the prepared call only in
+        values, and x and states in strides; and that nothing intercepts operations on them.
         """
         x = (x.transpose(0, 1) if self.is_swapped else x).contiguous()
         state = [*map(_contiguous, state)]
@@ -222,7 +221,7 @@ class Stack:
             addresses[:WORK] = x.data_ptr(), y.data_ptr()
             self._launch(layer, x, weights, addresses, h_0)
             x = y
-        # Kernels know tensors by address; a compiler that traces Python would free them sooner.
+        # Kernels use tensors by address; a compiler that traces Python might free them earlier.
         del state, space
         return y.transpose(0, 1) if self.is_swapped else y, self._rounded(final)
 
@@ -236,7 +235,7 @@ class Stack:
         space = memory.take("work", self.size + self.y_size)
         addresses = [*OF_LAYER, *map(_address, (*final, *weights))]
         addresses[WORK] = work = space.data_ptr()
-        addresses[:WORK] = x.data_ptr(), work + self.size  # the output is the new h once more
+        addresses[:WORK] = x.data_ptr(), work + self.size  # the output is a copy of the new h
         self._launch(self.layers[0], x, weights, addresses, h_0)
         del state, space
         final = self._rounded(final)
@@ -264,7 +263,7 @@ class Stack:
         h_0: int,
         normal: Sequence[Tensor] = (),
     ) -> None:
-        """Run the kernel; the lock of the interpreter is free meanwhile."""
+        """Run the kernel, with the GIL released."""
         arguments, held = layer.arguments[:], []
         if self.n_extras > 1 or self.is_normalised:
             for d, own_weights in enumerate(layer.weights):
@@ -297,7 +296,7 @@ class Stack:
 
 
 def start(kernel: Any, region: int, arguments: array[int], threads: int) -> None:
-    """Run a kernel, or its region, which several threads share."""
+    """Run a kernel or, with several threads, its parallel region."""
     address, _ = arguments.buffer_info()
     library = engine.openmp() if threads > 1 else None
     if library is None:

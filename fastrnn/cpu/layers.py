@@ -1,12 +1,12 @@
-"""A layer on a CPU, in both directions of the pass and for both directions of a layer.
+"""Forward and backward of a layer on a CPU.
 
-Each direction runs by the compiled kernels (``native.py``) or, where there are none, by our loop
-of torch operators (``operators.py``, also on devices that have no backend of their own); both save
-the same tensors. The input gradient and the weight gradients are products over all rows afterwards.
+Each direction of a layer is run by the compiled kernels (``native.py``) or, where there are none,
+by our loop of torch operators (``operators.py``, also on devices without their own backend); both
+save the same tensors. The gradients of input and weights are products over all rows afterwards.
 
-Half precision that the kernels do not multiply is computed in float32 and rounded once, at the
-results; where they do, the states of a step are float32. A batch with rows that are not there is
-packed for the walk through time.
+Half-precision formats that the kernels cannot multiply are computed in float32, and only the
+results are rounded; in those that they can, the states of a step are float32. A batch with missing
+rows is packed for the walk through time.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from .direction import Ahead, Back, Breaks, Direction, Found, Kept, Noise, break
 from .rows import Rows, select
 from .walk import Split, Walk
 
-# What forward keeps for backward: nothing, the states of every step, or the activations too. Here
-# the states alone are not kept: backward begins with another forward then.
+# What forward saves for backward: nothing, the states of every step, or the activations too. This
+# backend treats STATES like NOTHING: backward starts with another forward.
 NOTHING, STATES, ALL = range(3)
 
 
 def compute_dtype(call: Call) -> torch.dtype:
     """Name the dtype in which a layer is computed and its activations are saved."""
     x, is_paired = call.x, call.hidden_size // call.num_heads % 2 == 0
-    # Numbers of a head are multiplied in pairs gate by gate.
+    # Half precision is multiplied in pairs, and in heads gate by gate: units must be even.
     is_simple = call.cell.is_pointwise and (call.num_heads == 1 or is_paired)
     if x.is_cpu and is_simple and machine.multiplies(x.dtype) and _has_kernels(x):
         return x.dtype
@@ -48,10 +48,10 @@ def _has_kernels(x: Tensor) -> bool:
 
 
 def saves_nothing(call: Call) -> bool:
-    """Tell whether a layer is for the differentiable loop, which begins backward anew.
+    """Tell whether a layer is run by the reference, whose backward starts with another forward.
 
-    That is, where there are no kernels, for what the loop of ``operators.py`` does not know, and
-    for marks on other devices, whose values must not be waited for.
+    This is so where there are no kernels and ``operators.py`` does not support the layer, and for
+    marks on other devices, whose values cannot be read without a sync.
     """
     flow = call.flow
     if not call.x.is_cpu and flow.marks is not None:
@@ -62,32 +62,34 @@ def saves_nothing(call: Call) -> bool:
 
 
 def check_batch(state: Sequence[Tensor], batch: int) -> None:
-    """Raise unless states (D, B, H) have `batch` rows, which compiled code knows only when run."""
+    """Raise unless states (D, B, H) have `batch` rows, which compiled code checks at run time."""
     for part in state:
         if part.shape[1] != batch:
             raise RuntimeError(f"Expected hidden states of {batch} rows, got {part.shape[1]}")
 
 
 def _raw(call: Call) -> list[bool]:
-    """Which states are kept as the cell has made them, for each direction of a layer.
+    """Which states are saved as they were before zoneout, for each direction of a layer.
 
-    Zoneout has changed them, and backward looks at them: not at h, unless at nothing else.
+    Those to which zoneout applies and that backward reads; it reads h only if no values are saved.
     """
     cell, zones = call.cell, call.flow.noise[1:]
     return [is_given(zone) and (k > 0 or not cell.n_saved) for k, zone in enumerate(zones)]
 
 
 def fake_saved(call: Call, save: int) -> list[Tensor]:
-    """Make tensors of the shapes and dtypes that `forward` saves; they are not written.
+    """Make uninitialised tensors of the shapes and dtypes that `forward` saves.
 
-    Empty unless `save` is `ALL`: h (N, D * P), apart from y, which the caller may overwrite; then
-    for each direction the parts of a ``Kept``. With marks, rows that are not there are missing, and
-    as many at the end mean nothing. Of an ensemble (M, N, ·), member by member.
+    The list is empty unless `save` is `ALL`. Its elements are h (N, D * P), a copy of y, which the
+    caller may overwrite, and for each direction the parts of a ``Kept``. With marks, only existing
+    rows are stored, and as many rows at the end as are missing are unused. In an ensemble they are
+    (M, N, ·), member by member.
     """
     if save != ALL or saves_nothing(call):
         return []
-    # Apart: pieces of 32 MiB and more are given back to the system at once, and new pages cost an
-    # LSTM of (T, B, H) = (1024, 16, 128) a sixth of its time in training, by 2 threads.
+    # Separate tensors, because blocks of 32 MiB and more are returned to the system at once, and
+    # new pages cost an LSTM of (T, B, H) = (1024, 16, 128) a sixth of its training time on 2
+    # threads.
     widths = [width for part in _widths(call) for width in part]
     widths = [call.directions * call.size_h, *widths * call.directions]
     count, dtype = math.prod(call.x.shape[:-1]), compute_dtype(call)
@@ -96,7 +98,7 @@ def fake_saved(call: Call, save: int) -> list[Tensor]:
 
 
 def _widths(call: Call) -> list[list[int]]:
-    """Columns of what is kept of a direction: saved, traces, raw, normal."""
+    """The widths of the parts of ``Kept`` for a direction: saved, traces, raw, normal."""
     cell, hidden, heads = call.cell, call.hidden_size, call.num_heads
     of_gates = cell.n_gates * hidden
     return [
@@ -108,7 +110,7 @@ def _widths(call: Call) -> list[list[int]]:
 
 
 def _kept(call: Call, saved: Sequence[Tensor], d: int, count: int) -> Kept:
-    """What was saved of the rows of a direction, beside h."""
+    """What was saved for the rows of a direction, besides h."""
     if not saved:
         return Kept()
     counts = [len(part) for part in _widths(call)]
@@ -121,12 +123,12 @@ def _kept(call: Call, saved: Sequence[Tensor], d: int, count: int) -> Kept:
 
 
 def _as(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors in a dtype, but for masks."""
+    """Convert tensors to a dtype, except masks."""
     return [t if t.dtype in (dtype, torch.bool) else t.to(dtype) for t in tensors]
 
 
 def _in(dtype: torch.dtype, call: Call) -> Call:
-    """The call in a dtype."""
+    """Convert a call to a dtype."""
     if {part.dtype for part in (*call.tensors, *call.flow.noise)} == {dtype}:
         return call
     marks, *others = call.flow
@@ -136,12 +138,12 @@ def _in(dtype: torch.dtype, call: Call) -> Call:
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies that kernels may write."""
+    """Make copies that kernels may write to."""
     return [part.clone(memory_format=torch.contiguous_format) for part in tensors]
 
 
 def _columns(rows: Tensor, d: int, directions: int) -> Tensor:
-    """Those of a direction."""
+    """The columns of a direction."""
     if directions == 1:
         return rows
     width = rows.shape[-1] // directions
@@ -153,19 +155,19 @@ def _first(rows: Tensor, count: int) -> Tensor:
 
 
 def _runs_together(call: Call) -> bool:
-    """Whether the members of an ensemble are one problem: alike but for the values of tensors.
+    """Whether the members of an ensemble run as one problem, differing only in values.
 
-    With marks the rows of each member are packed in their own way, and normalised products are made
-    one member at a time.
+    They do not with marks, because the rows of each member are packed differently, nor with
+    normalised products, which are computed one member at a time.
     """
     return call.flow.marks is None and not call.cell.is_normalised and _has_kernels(call.x)
 
 
 class _Problem:
-    """A layer in the compute dtype, packed if not all rows are there.
+    """A layer in the compute dtype, packed if rows are missing.
 
-    Of an ensemble all rows, and the states of a direction, have one more dimension in front: that
-    of the members, which are parts of the batch in the tensors of the call.
+    In an ensemble, all rows and the states of a direction have a leading dimension of members,
+    which in the tensors of the call are parts of the batch.
     """
 
     def __init__(self, call: Call) -> None:
@@ -193,14 +195,14 @@ class _Problem:
         ]
 
     def of_rows(self, padded: Tensor) -> Tensor:
-        """The rows that there are of (T, B, ·) or (N, ·)."""
+        """Select the existing rows of (T, B, ·) or (N, ·)."""
         if not self.lead:
             return self.selection.rows(padded.flatten(0, -2))
         by_member = padded.unflatten(1, (*self.lead, self.rows.batch)).transpose(0, 1)
         return by_member.flatten(1, 2)
 
     def put_rows(self, padded: Tensor, rows: Tensor) -> None:
-        """Copy rows to their places in (T, B, ·) or (N, ·)."""
+        """Copy rows back to their places in (T, B, ·) or (N, ·)."""
         if not self.lead:
             self.selection.put_rows(padded.view(-1, padded.shape[-1]), rows)
             return
@@ -208,7 +210,7 @@ class _Problem:
         by_member.copy_(rows.unflatten(1, self.rows[:2]))
 
     def of_direction(self, states: Sequence[Tensor], d: int) -> list[Tensor]:
-        """Views of those of a direction."""
+        """Views of the states of a direction."""
         own = [part[d] for part in states]
         if not self.lead:
             return own
@@ -232,7 +234,7 @@ class _Problem:
         return Noise(dropped, [z if z.dim() == 1 else self.of_rows(z[d]) for z in zones])
 
     def first_states(self) -> list[Tensor]:
-        """States before the first step, to be overwritten."""
+        """Copy the states before the first step, to be overwritten."""
         return _copies(_as(self.initial, self.exact)) or self._zeros(self.exact)
 
     def _zeros(self, dtype: torch.dtype) -> list[Tensor]:
@@ -250,7 +252,7 @@ def _backend(x: Tensor) -> ModuleType:
 
 
 class _Ahead(_Problem):
-    """A layer whose walk ahead is to be run."""
+    """A layer prepared for its forward walks."""
 
     def __init__(self, call: Call, saved: Sequence[Tensor], traced: bool) -> None:
         super().__init__(call)
@@ -259,7 +261,7 @@ class _Ahead(_Problem):
         self.y = call.x.new_empty(*shape, directions * call.size_h)
         others = call.cell.states[1:] if traced else ()
         self.traces = [call.x.new_zeros(*shape, directions * call.hidden_size) for _ in others]
-        self.is_y = False  # whether h goes to its place at once
+        self.is_y = False  # whether h is written directly to y
         if saved:
             self.h_rows = saved[0]
         elif self.lead or self.selection.chosen is not None or self.dtype != dtype:
@@ -279,7 +281,7 @@ class _Ahead(_Problem):
             self.jobs.append(Ahead(direction, self.x, state, h, kept))
 
     def result(self) -> Result:
-        """What the layer gives, once its jobs are done."""
+        """The results of the layer, once its jobs are done."""
         call, selection, count = self.call, self.selection, self.rows.total
         dtype, is_packed = call.x.dtype, selection.chosen is not None
         for d, job in enumerate(self.jobs):
@@ -298,9 +300,9 @@ class _Ahead(_Problem):
 
 
 def forward(call: Call, save: int, traced: bool) -> tuple[Result, list[Tensor]]:
-    """Run a layer; `save` says what to keep for backward, which `fake_saved` describes.
+    """Run a layer; `save` says what to save for backward, in the form that `fake_saved` describes.
 
-    The result has traces only if it is `traced`.
+    The result has traces only if `traced`.
     """
     if saves_nothing(call):
         dtype = call.x.dtype
@@ -320,15 +322,15 @@ def forward(call: Call, save: int, traced: bool) -> tuple[Result, list[Tensor]]:
 
 
 def _by_member(tensors: Sequence[Tensor], members: int) -> list[list[Tensor]]:
-    """Tensors (M, ·) as a list of those of each member."""
+    """Split tensors (M, ·) into a list for each member."""
     return [[part[m] for part in tensors] for m in range(members)]
 
 
 def prepared(call: Call, *, is_step: bool = False) -> Any:
-    """Make what runs all layers of a call in inference, or a step, without a record of the call.
+    """Make a function that runs all layers of a call, or a step, in inference without a record.
 
     It takes input, states and weights like those of the call, and returns output and final states.
-    None if the kernels do not take these as they are.
+    Returns None if the kernels cannot use these tensors directly.
     """
     options = call.options
     if (options.training and options.dropout and call.num_layers > 1) or not _is_simple(call):
@@ -340,11 +342,11 @@ def prepared(call: Call, *, is_step: bool = False) -> Any:
 
 
 def _is_simple(call: Call) -> bool:
-    """Whether the kernels take the tensors of a call as they are, each by one address."""
+    """Whether the kernels can use the tensors of a call directly, each by one address."""
     x = call.x
     if not x.numel() or not _has_kernels(x) or compute_dtype(call) != x.dtype:
         return False
-    # Of noise what is a number, not what is drawn.
+    # Noise may be constant, but not drawn.
     if call.flow.marks is not None or any(part.numel() > 1 for part in call.flow.noise):
         return False
     return all(part.layout == torch.strided for part in call.tensors) and all(
@@ -353,12 +355,12 @@ def _is_simple(call: Call) -> bool:
 
 
 def trains_steps(dtype: torch.dtype) -> bool:
-    """Whether `prepared_step` is for a dtype: one that sums have too."""
+    """Whether `prepared_step` supports a dtype: those in which sums are computed as well."""
     return machine.exact_dtype(dtype) == dtype
 
 
 def prepared_step(call: Call) -> Any:
-    """`prepared` of a step with gradients, a ``stepping.Stepping``."""
+    """`prepared` for a step with gradients, a ``stepping.Stepping``."""
     if not trains_steps(call.x.dtype) or not _is_simple(call):
         return None
     from .stepping import Stepping
@@ -367,7 +369,7 @@ def prepared_step(call: Call) -> Any:
 
 
 def backward(call: Call, given: Cotangents, saved: Sequence[Tensor], asked: Asked) -> Gradients:
-    """Compute the gradients of `forward` from what it saved; if that is nothing, run it again."""
+    """Compute the gradients of `forward` from what it saved, or rerun it if it saved nothing."""
     if saves_nothing(call):
         return _by_reference(call, given, asked)
     saved = saved or forward(call, ALL, False)[1]
@@ -392,7 +394,7 @@ def _of_layers(
     saved: Sequence[Sequence[Tensor]],
     asked: Asked,
 ) -> list[Gradients]:
-    """The gradients of layers of the same sizes."""
+    """Compute the gradients of layers of the same sizes."""
     every = list(zip(calls, given, saved, strict=True))
     found = _backward([(*each, None) for each in every], asked)
     if calls[0].flow.marks is None or all(map(_are_finite, found)):
@@ -408,7 +410,7 @@ def _of_layers(
 
 
 def _are_finite(found: Gradients) -> bool:
-    """Whether gradients are numbers; all of them are if those of the weights are."""
+    """Whether all gradients are finite, which they are if those of the weights are."""
     dx, d_state, d_fresh, d_weights = found
     tensors = d_weights or [*d_state, *d_fresh, *([] if dx is None else [dx])]
     total: Any = sum(part.sum(dtype=torch.float64) for part in tensors)
@@ -419,7 +421,7 @@ _Past = tuple[Call, Cotangents, Sequence[Tensor], Tensor | None]
 
 
 def _backward(layers: Sequence[_Past], asked: Asked) -> list[Gradients]:
-    """`backward` of layers from what was saved, perhaps without some steps."""
+    """Compute `backward` of layers from what was saved, without the steps that are unasked."""
     problems = [_Back(call, given, saved) for call, given, saved, _ in layers]
     jobs = [job for problem in problems for job in problem.jobs]
     found = iter(_backend(layers[0][0].x).backward(jobs) if jobs else ())
@@ -430,7 +432,7 @@ def _backward(layers: Sequence[_Past], asked: Asked) -> list[Gradients]:
 
 
 class _Back(_Problem):
-    """A layer whose walk back is to be run."""
+    """A layer prepared for its backward walks."""
 
     def __init__(self, call: Call, given: Cotangents, saved: Sequence[Tensor]) -> None:
         super().__init__(call)
@@ -438,7 +440,7 @@ class _Back(_Problem):
         selection, dtype = self.selection, self.dtype
         of_final = _as(given.d_final, self.exact)
         self.d_state = _copies([selection.sequences(part) for part in of_final])
-        # What unpacks saved tensors may bring them back in another layout.
+        # Hooks on saved tensors may return them in another layout.
         saved = [part.contiguous() for part in _as(saved, dtype)]
         d_rows = [
             None if part is None else self.of_rows(part).to(dtype)
@@ -457,9 +459,9 @@ class _Back(_Problem):
         ]
 
     def gradients(self, found: Sequence[Found], asked: Asked, unasked: Tensor | None) -> Gradients:
-        """Those of the layer, from what its jobs have found."""
+        """The gradients of the layer, from the results of its jobs."""
         call, selection, given = self.call, self.selection, self.given
-        # The first direction writes all of it; where there are no steps there are no rows.
+        # The first direction overwrites all of it; without steps there are no rows.
         dx = self.x.new_empty(self.x.shape) if asked.x else None
         d_fresh = [torch.zeros_like(part, dtype=self.exact) for part in call.flow.fresh]
         d_weights: list[Tensor] = []
@@ -500,7 +502,7 @@ class _Back(_Problem):
         return rows.unflatten(1, self.rows[:2]).transpose(0, 1).reshape(x.shape)
 
     def _split(self, count: int) -> Split | None:
-        """What makes rows those of so many groups of sequences."""
+        """Make a function that splits rows into those of `count` groups of sequences."""
         if not count or self.lead == (count,):
             return None
         members, steps = max(1, self.call.members), self.call.steps
@@ -525,7 +527,7 @@ def _part_of(given: Cotangents, part: int, parts: int) -> Cotangents:
 
 
 def _joined(parts: Sequence[Gradients], join: Callable[..., Tensor]) -> Gradients:
-    """The gradients of a batch, those of the weights apart, from those of equal parts of it."""
+    """Join the gradients of equal parts of a batch, those of the weights by `join`."""
     dx, d_state, d_fresh, d_weights = zip(*parts, strict=True)
     return Gradients(
         None if dx[0] is None else torch.cat(dx, 1),
@@ -536,19 +538,19 @@ def _joined(parts: Sequence[Gradients], join: Callable[..., Tensor]) -> Gradient
 
 
 def _by_reference(call: Call, given: Cotangents, asked: Asked) -> Gradients:
-    """`backward` by the reference, of every group apart."""
+    """Compute `backward` by the reference, separately for every group."""
     if asked.groups:
         count, of_all = asked.groups, asked._replace(groups=0)
         parts = []
         for g in range(count):
             part = groups.part_of_batch(call, g, count)
-            if call.members:  # of which each has one or several of the groups
+            if call.members:  # each member has one or several of the groups
                 own = g * call.members // count
                 part = part._replace(weights=[weight[own] for weight in call.weights])
             parts.append(_by_reference(part, _part_of(given, g, count), of_all))
         return _joined(parts, torch.stack)
     if call.flow.marks is not None:
-        # A step that is not asked for is as good as none.
+        # A step that no gradient reaches counts as missing.
         marks, _ = without_unasked(call.flow.marks, given, HOLD)
         call = call._replace(flow=call.flow._replace(marks=marks))
     dtype, dy = machine.exact_dtype(call.x.dtype), given.dy
@@ -563,7 +565,7 @@ def _by_reference(call: Call, given: Cotangents, asked: Asked) -> Gradients:
 
 
 def _filled(grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients in the dtypes of the inputs, zeros where there are none."""
+    """Convert gradients to the dtypes of the inputs, with zeros for None."""
     return [
         torch.zeros_like(t) if g is None else g.to(t.dtype)
         for g, t in zip(grads, inputs, strict=True)

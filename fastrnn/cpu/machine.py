@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import os
@@ -10,6 +11,7 @@ import platform
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -211,6 +213,54 @@ def is_forked() -> bool:
     return _is_forked
 
 
+# The OpenMP runtime that torch loaded, whose parallel regions the kernels run in.
+
+#: What the kernels call of it: libgomp's functions, which other runtimes have too.
+OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
+
+
+@functools.cache
+def torch_library() -> ctypes.CDLL | None:
+    """Find torch's library for CPUs, through which the functions of its OpenMP runtime resolve."""
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        if (folder / name).exists():
+            return ctypes.CDLL(str(folder / name))
+    return None
+
+
+@functools.cache
+def openmp_gap() -> str | None:
+    """Say why the kernels cannot use torch's OpenMP runtime; None if they can."""
+    library = torch_library()
+    if library is None:
+        return "torch's library for CPUs was not found"
+    missing = [function for function in OPENMP if not hasattr(library, function)]
+    return f"torch's OpenMP runtime lacks {', '.join(missing)}" if missing else None
+
+
+class _Symbol(ctypes.Structure):
+    """``Dl_info`` of dladdr(3)."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+def openmp_library() -> str:
+    """Name the file of torch's OpenMP runtime; '' if it cannot be found."""
+    symbol, library = _Symbol(), torch_library()
+    try:
+        function = ctypes.cast(library.omp_get_num_threads, ctypes.c_void_p)  # type: ignore[union-attr]
+        found = ctypes.CDLL(None).dladdr(function, ctypes.byref(symbol))
+    except (AttributeError, OSError, TypeError):  # no such runtime, or no dladdr
+        return ""
+    return os.fsdecode(symbol.file) if found and symbol.file else ""
+
+
 def cores() -> int:
     """Count the CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -222,5 +272,5 @@ def describe() -> str:
     """Describe how the kernels run here."""
     found = target()
     assert found is not None
-    count = 1 if _is_forked else min(torch.get_num_threads(), cores())
+    count = 1 if _is_forked or openmp_gap() else min(torch.get_num_threads(), cores())
     return f"{found.name}, {found.lanes} lanes, {count} thread{'s' if count > 1 else ''} at most"

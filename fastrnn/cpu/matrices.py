@@ -1,7 +1,7 @@
-"""Products of large matrices, which the gradients of weights and inputs are.
+"""Products of large matrices, for the gradients of weights and inputs.
 
-As is usual, a block of the inner dimension of b is packed, by all threads for all, and each thread
-multiplies its rows of a with it; where a is given transposed, a tile's rows are packed as well.
+As usual, all threads together pack a block of the inner dimension of b, and each thread multiplies
+its rows of a by it. If a is given transposed, the rows of each tile are packed as well.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class MatrixWriter(Writer):
             self.wait(code, threads)
 
     def _packed_rows(self, a: Any, block: Value, k: Value) -> Value:
-        """Where the rows of a tile are packed."""
+        """The address of the packed rows of a tile."""
         return a.packed + block * k * self.tile_rows
 
     def _pack_columns(
         self, code: Code, a: Any, start: Value, k: Value, first: Value, last: Value
     ) -> None:
-        """Copy columns that are the rows of tiles, those of a tile without what lies between them.
+        """Pack the columns of a transposed matrix, which are the rows of tiles.
 
-        In the order in which they lie there, which is much faster than tile by tile.
+        They are copied in memory order, which is much faster than tile by tile.
         """
         with code.loop(k) as i, code.loop(last, start=first) as block:
             row = block * self.tile_rows
@@ -57,7 +57,7 @@ class MatrixWriter(Writer):
     def _add_tile(
         self, code: Code, a: Any, j: Value, block: Value, start: Value, k: Value, result: Value
     ) -> None:
-        """Multiply a tile's rows with a panel and add that to what c has by now."""
+        """Multiply the rows of a tile by a panel and add the result to the partial sums in c."""
         panel, row = a.panels + j * k * self.units, block * self.tile_rows
         rows, width = (a.m - row).at_most(self.tile_rows), code.integer(self.units)
         with code.either(a.is_transposed != 0) as (transposed, plain):

@@ -1,6 +1,6 @@
-"""Memory that nobody needs after a call, kept for the next one: new pages cost more than much else.
+"""Temporary memory that is kept from call to call, because page faults on new memory are expensive.
 
-What a thread keeps is its own. Two kinds of it are needed at the same time, and do not share.
+Each thread has its own. There are two buffers, because both are needed at the same time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_MOST = 1 << 26  # bytes of a kind, 64 MiB
+_MOST = 1 << 26  # bytes of the largest buffer that is kept, 64 MiB
 
 
 class _Kept(threading.local):
@@ -24,12 +24,12 @@ _kept = _Kept()
 
 
 def take(kind: str, size: int) -> Tensor:
-    """At least so many bytes of a kind, 'work' or 'gradients', as float32."""
+    """Return at least `size` bytes of a kind, 'work' or 'gradients', as float32."""
     kept: Tensor = getattr(_kept, kind)
-    # In deterministic mode torch fills what it allocates, so that the use of old values shows.
+    # In deterministic mode torch fills new memory, which exposes reads of uninitialised values.
     if kept.nbytes < size or torch.are_deterministic_algorithms_enabled():
         with torch.inference_mode(False):
-            # In whole lines of a cache, which are whole numbers of every dtype.
+            # Whole cache lines, which are divisible by the size of every dtype.
             kept = torch.empty(-(-size // 64) * 16, dtype=torch.float32, device="cpu")
         if size <= _MOST:
             setattr(_kept, kind, kept)
@@ -37,7 +37,7 @@ def take(kind: str, size: int) -> Tensor:
 
 
 def work_space(*sizes: int) -> tuple[Tensor, Sequence[int]]:
-    """Memory in parts of so many bytes: all of it, and the addresses, null for nothing."""
+    """Return memory for parts of the given sizes in bytes, and their addresses, null for size 0."""
     whole = [-(-size // 64) * 64 for size in sizes]
     kept = take("work", sum(whole))
     starts = itertools.accumulate(whole[:-1], initial=kept.data_ptr())
@@ -45,7 +45,7 @@ def work_space(*sizes: int) -> tuple[Tensor, Sequence[int]]:
 
 
 def gradients(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """A matrix for the gradients of the gates, until the next one is asked for."""
+    """Return a matrix for the gradients of the gates, which is valid until the next call."""
     size = rows * columns * dtype.itemsize
     kept = take("gradients", size).view(dtype)
     return kept[: rows * columns].view(rows, columns)

@@ -1,9 +1,9 @@
-"""Directions of layers by the compiled kernels: the functions of ``operators.py`` once more.
+"""Directions of layers by the compiled kernels, with the same functions as ``operators.py``.
 
-Tensors are on the CPU and in a dtype that the kernels multiply; states are exact: in float32 where
-that is bfloat16. Everything that a kernel takes by address is allocated, checked and kept alive
-here. Directions, heads and the members of an ensemble are groups to a kernel, which is called once
-for all that run at the same time.
+Tensors are on the CPU and in a dtype that the kernels multiply; states are in the exact dtype,
+which is float32 for bfloat16. Everything that a kernel takes by address is allocated, checked and
+kept alive here. To a kernel, directions, heads and members of an ensemble are groups, and one call
+runs all groups that run at the same time.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from .arguments import (
 from .direction import Ahead, Back, Breaks, Direction, Found, Noise
 from .memory import gradients, work_space
 
-# Numbers of projected input that all threads keep, half of a second-level cache for one of them.
-# Not more for more threads, so that results do not depend on their number.
+# Elements of projected input that are kept, half of the second-level cache of one core. The number
+# does not grow with the threads, so that results do not depend on them.
 _CHUNK = 65536
 
-# Rows whose distance is a multiple of so many floats compete for the same lines of a cache: a GRU
-# of (T, B, H) = (256, 16, 128) took 1.3 times as long in training, by 2 threads.
+# Rows at distances that are multiples of this many floats compete for the same cache lines: a GRU
+# of (T, B, H) = (256, 16, 128) took 1.3 times as long in training, on 2 threads.
 _PAGE = 512
 _PAD = 24
 
-# Packed weights are read a tenth faster, and packing them takes as long as so many products of few
-# rows with the weights as they are. LSTM of (T, B, I = H) = (16, 1, 256) 0.93 times as fast packed,
+# Packed weights are read a tenth faster, and packing takes as long as this many products of few
+# rows with unpacked weights. LSTM of (T, B, I = H) = (16, 1, 256) 0.93 times as fast packed,
 # (32, 1, 1024) 1.05, (128, 1, 512) 1.05, (4, 8, 512) 0.93, (8, 8, 256) 1.03.
 _PACKING = 40
-_UNPACKED_ROWS = 4  # of such a product
+_UNPACKED_ROWS = 4  # rows of such a product
 
 
 def _check(direction: Direction, count: int, inputs: int, states: Sequence[Tensor]) -> None:
-    """Raise unless weights, states and rows are of the sizes that a kernel will assume."""
+    """Raise unless weights, states and rows have the sizes that a kernel will assume."""
     cell, w, rows, hidden = direction.cell, direction.w, direction.rows, direction.hidden
     width, size_h, heads = cell.n_gates * hidden, direction.size_h, direction.num_heads
     lead = direction.lead
@@ -79,22 +79,22 @@ def _check(direction: Direction, count: int, inputs: int, states: Sequence[Tenso
 
 
 class Layout(NamedTuple):
-    """How a direction, or a head of it, is cut into slices.
+    """How a direction, or a head of it, is divided into slices.
 
     Attributes
     ----------
     units : int
-        Hidden units of a slice.
+        Hidden units per slice.
     width, width_h : int
-        Columns of all gates and of h, with the padding.
+        Columns of all gates and of h, with padding.
     exact : int
         Bytes of an exact number, and of a lane of packed weights.
     group : int
-        Numbers in such a lane.
+        Numbers in a lane of packed weights.
     flops, slices, steps : int
-        What the number of threads follows from: operations of a step, its parts, and T.
+        Operations of a step, its slices, and T, which determine the number of threads.
     meets : bool
-        Whether all slices of a step wait for each other, so that their products are kept.
+        Whether all slices of a step wait for each other, so that their products must be kept.
     """
 
     units: int
@@ -109,7 +109,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, direction: Direction) -> Layout:
-        """Of a direction of a layer."""
+        """Make the layout of a direction of a layer."""
         w, dtype, target, cell = (
             direction.w,
             direction.w.w_hh.dtype,
@@ -132,38 +132,38 @@ class Layout(NamedTuple):
 
     @property
     def threads(self) -> int:
-        """How many share a step, now."""
+        """The number of threads that share a step, under the current settings."""
         return engine.threads(self.flops, self.slices)
 
     def packed(self, columns: int, k: int) -> int:
-        """Bytes of packed weights."""
+        """The size of packed weights in bytes."""
         return columns * -(-k // self.group) * self.exact
 
     def launches(self, groups: int) -> list[engine.Launch]:
-        """How so many groups are run."""
+        """Choose how to run a number of groups."""
         return engine.launches(groups, self.threads, self.steps * self.flops)
 
     def of_means(self, batch: int, threads: int) -> tuple[int, int]:
-        """Bytes of the sums of all slices, and of the means that each thread makes of them."""
+        """The sizes in bytes of the sums of all slices, and of the means that each thread makes."""
         if not self.meets:
             return 0, 0
         of_one = self.exact * batch * 2
         return of_one * self.slices, of_one * threads
 
     def scratch(self, batch: int, columns: int, threads: int) -> int:
-        """Bytes of the results of a step's products, of so many columns in a slice."""
-        # Where threads meet each slice of H has its own part, and each of P.
+        """The size in bytes of the results of a step's products, with `columns` per slice."""
+        # If threads meet, each slice of H and of P has its own part.
         slices = max(self.slices, self.width_h // self.units)
         return self.exact * batch * columns * (slices if self.meets else threads)
 
 
 def _pays(rows: int, times: int) -> bool:
-    """Whether packing saves more than it costs, where so many rows are multiplied several times."""
+    """Whether packing saves more than it costs, if `rows` rows are multiplied `times` times."""
     return times * -(-rows // _UNPACKED_ROWS) > _PACKING
 
 
 class Space(NamedTuple):
-    """Bytes of the parts of forward's work space, as its arguments name them, 0 for none."""
+    """The sizes in bytes of the parts of forward's work space, named as its arguments."""
 
     packed_ih: int
     packed_hh: int
@@ -174,7 +174,7 @@ class Space(NamedTuple):
 
     @classmethod
     def of(cls, direction: Direction, layout: Layout, inputs: int) -> tuple[Space, int]:
-        """Of a direction or a head; with the rows whose input projection is kept."""
+        """Return the sizes for a direction or head, and the rows whose input projection is kept."""
         rows, w, cell = direction.rows, direction.w, direction.cell
         width, exact, size_h = layout.width, layout.exact, w.w_hh.shape[-1]
         chunk = rows.batch * max(1, _CHUNK // max(1, width * rows.batch))
@@ -192,7 +192,7 @@ class Space(NamedTuple):
 
 
 def _contiguous(tensors: Sequence[Tensor | None]) -> list[Any]:
-    """Tensors as a kernel reads them."""
+    """Make tensors contiguous, as the kernels require."""
     return [part if part is None else part.contiguous() for part in tensors]
 
 
@@ -205,11 +205,11 @@ def _fresh(breaks: Breaks | None) -> Sequence[Tensor]:
 
 
 def _dropped(h: Tensor, noise: Noise | None) -> Tensor:
-    """What the recurrent product takes of h, (B, P)."""
+    """Apply recurrent dropout to h, (B, P)."""
     return h if noise is None or noise.drop is None else h * noise.drop
 
 
-# What a kernel takes of a direction: numbers; tensors, and how far from head to head each goes.
+# A kernel's arguments for a direction: numbers, tensors, and their distances from head to head.
 _Parts = tuple[list[int], list[Tensor | None], list[int]]
 
 
@@ -231,7 +231,7 @@ def _of_noise(noise: Noise | None, raw: Sequence[Tensor | None], units: int) -> 
 def _by_groups(
     numbers: list[int], pairs: list[Any], heads: int, members: int
 ) -> Iterator[tuple[Any, Any]]:
-    """The arguments of every head of a direction, of one member after another."""
+    """Yield the arguments of every head of a direction, one member after another."""
     tensors = [part for part, _ in pairs]
     yield numbers, tensors
     if heads > 1 or members > 1:
@@ -241,20 +241,20 @@ def _by_groups(
 
 
 def _place(part: Tensor, by: int) -> tuple[int, int, int]:
-    """Where a tensor is, and how many bytes from member to member and from head to head."""
+    """The address of a tensor, and its distances in bytes between members and between heads."""
     size = part.element_size()
-    # A share of zoneout is one number for all members.
+    # Zoneout as a fraction is one number for all members.
     return part.data_ptr(), part.stride(0) * size if part.dim() > 1 else 0, by * size
 
 
 def forward(jobs: Sequence[Ahead]) -> None:
-    """Run directions of layers that are alike but for their rows; see ``operators.forward``."""
+    """Run directions of layers that differ at most in their rows; see ``operators.forward``."""
     for same in _alike(jobs):
         _forward(same)
 
 
 def _alike(jobs: Sequence[Any]) -> list[Any]:
-    """Jobs in lists of those with equally many steps and sequences, which may run together."""
+    """Group jobs with the same numbers of steps and sequences, which can run together."""
     by_sizes = itertools.groupby(jobs, lambda job: job.direction.rows[:2])
     return [list(same) for _, same in by_sizes]
 
@@ -292,7 +292,7 @@ def _run(
 ) -> None:
     """Run a kernel for groups, given as numbers and tensors.
 
-    `sizes` tells the bytes of the parts of a group's work space from how many threads share it.
+    `sizes` returns the sizes in bytes of the parts of a group's work space for a number of threads.
     """
     for first, count, threads in launches:
         parts, slots = sizes(-(-threads // count)), min(count, threads)
@@ -309,7 +309,7 @@ def _run(
 
 
 def _ahead(job: Ahead, chunk: int, full: Tensor | None) -> tuple[list[int], list[Any]]:
-    """Numbers and tensors of forward, in the order of its arguments but for work space."""
+    """The numbers and tensors of forward, in the order of its arguments, without work space."""
     direction, x, state, h_rows, kept = job
     cell, w, rows, breaks, noise = (
         direction.cell, direction.w, direction.rows, direction.breaks, direction.noise
@@ -354,7 +354,7 @@ def _ahead(job: Ahead, chunk: int, full: Tensor | None) -> tuple[list[int], list
 def normalised_input(
     cell: Cell, w: Weights, heads: int, x: Tensor, normal: Sequence[Tensor]
 ) -> Tensor:
-    """The normalised input parts of all rows, with gain and bias, (N, G * H)."""
+    """Compute the normalised input parts of all rows, with gain and bias, (N, G * H)."""
     raw, moments = normal[:2] or (x.new_empty(x.shape[0], w.w_ih.shape[0]), None)
     multiply(cell, raw, x, w.w_ih.t(), False)
     if heads == 1:
@@ -381,7 +381,7 @@ def normalised_input(
 def backward(jobs: Sequence[Back]) -> list[Found]:
     """Compute the gradients of the gates; see ``operators.backward``.
 
-    The next call overwrites them.
+    They are valid until the next call.
     """
     (direction, *_, h_rows, _), cell = jobs[0], jobs[0].direction.cell
     columns = (cell.n_gates + cell.n_apart) * direction.hidden
@@ -422,7 +422,7 @@ def _backward(jobs: Sequence[Back], d_gates: Iterator[Tensor]) -> list[Found]:
 
 
 def _back(job: Back, d_gates: Tensor) -> tuple[Found, list[int], list[Any]]:
-    """What backward finds, and its numbers and tensors, in the order of its arguments."""
+    """The results of backward, and its numbers and tensors, in the order of its arguments."""
     direction, d_rows, d_state, h_rows, kept = job
     cell, w, rows, breaks, noise = (
         direction.cell, direction.w, direction.rows, direction.breaks, direction.noise
@@ -480,7 +480,7 @@ def _back(job: Back, d_gates: Tensor) -> tuple[Found, list[int], list[Any]]:
 
 
 def _add_fresh(direction: Direction, found: Found) -> None:
-    """Add to the gradient of the fresh h what passes by the recurrent product."""
+    """Add the gradient through the recurrent product to that of the fresh h."""
     breaks, noise, cell = direction.breaks, direction.noise, direction.cell
     if breaks is None:
         return
@@ -500,18 +500,18 @@ def _add_fresh(direction: Direction, found: Found) -> None:
 
 
 def _like(part: Tensor, h_rows: Tensor) -> Tensor:
-    """Gradients of every row with the strides of h."""
+    """Give the gradients of every row the strides of h."""
     if part.stride() == h_rows.stride():
         return part
     return h_rows.new_empty_strided(part.shape, h_rows.stride()).copy_(part)
 
 
-# Below so many operations torch's product is as fast.
+# Below this many operations torch's product is as fast.
 _MIN_FLOPS = 2_000_000
 
 
 def multiply(cell: Cell, c: Tensor, a: Tensor, b: Tensor, adds: bool) -> None:
-    """Write a @ b, of (M, K) and (K, N), to c or add it; see ``operators.multiply``."""
+    """Write a @ b, (M, K) times (K, N), to c or add it to c; see ``operators.multiply``."""
     (m, k), n, lead = a.shape[-2:], b.shape[-1], c.shape[:-2]
     is_transposed = a.stride(-1) != 1
     fits = b.stride(-1) == c.stride(-1) == a.stride(-2 if is_transposed else -1) == 1

@@ -1,14 +1,14 @@
 """Our loop of torch operators: one direction of a layer, forward and backward through time.
 
-One loop for every pointwise cell, in each direction of the pass:
+There is one loop for all pointwise cells, forward and backward:
 
-* the input projection of all steps is one GEMM into a buffer to which each step adds its recurrent
-  product, so a step is one GEMM and the cell's arithmetic;
-* backward of a cell is linear in the gradients of its states, and of a unit depends on those of
-  this unit only. So the factors are found first, for all steps at once, from unit gradients; a step
-  backward is a multiplication for each state and one GEMM.
+* Forward, one GEMM computes the input projection of all steps into a buffer, to which each step
+  adds its recurrent product, so a step is one GEMM and the cell's arithmetic.
+* The backward of a cell is linear in the gradients of its states, and for each unit depends only on
+  those of that unit. So the factors are computed first, for all steps at once, from gradients of 1;
+  a step backward is then one multiplication per state and one GEMM.
 
-It runs on every device and in every dtype, and serves where there is no kernel.
+It runs on every device and in every dtype, and is used where there is no kernel.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from ..flow import CUT, FRESH
 from ..reference import TORCH
 from .direction import Ahead, Back, Direction, Found, Kept
 
-# Rows whose distance is a multiple of a page compete for the same lines of a cache.
+# Rows at distances that are multiples of a page compete for the same cache lines.
 _PAD = 24
 
 
 class _Sum:
-    """The input part of a gate to which the recurrent part has been added already."""
+    """The input part of a gate with the recurrent part already added."""
 
     def __init__(self, total: Tensor) -> None:
         self.total = total
@@ -43,7 +43,7 @@ class _Sum:
 
 
 def forward(jobs: Sequence[Ahead]) -> None:
-    """Run directions of layers, of cells that are pointwise, without noise and heads."""
+    """Run directions of layers with pointwise cells, without noise and heads."""
     for job in jobs:
         _forward(*job)
 
@@ -88,7 +88,7 @@ def _forward(
         if w.w_hr is not None:
             new = (full @ w.w_hr.t(), *new[1:])
         every.append((*new, full)[: 1 + len(traces)])
-        # Not in place: these tensors are those of `every`.
+        # Not in place: `every` holds these tensors.
         current = new if n == rows.batch else _with_rest(new, current)
     if direction.reverse:
         every.reverse()
@@ -103,12 +103,12 @@ def _affine(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _with_rest(new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
-    """New states with those of the rows that a step does not have."""
+    """Append the old states of the rows that a step does not have to the new states."""
     return [torch.cat([a, b[a.shape[0] :]]) for a, b in zip(new, old, strict=True)]
 
 
 def _project_input(x: Tensor, w: Weights, folded: int, out: Tensor) -> None:
-    """x @ W_ih^T for all rows, with b_ih and the first `folded` entries of b_hh."""
+    """Compute x @ W_ih^T for all rows, with b_ih and the first `folded` entries of b_hh."""
     if w.b_ih is None or w.b_hh is None:
         torch.mm(x, w.w_ih.t(), out=out)
         return
@@ -134,7 +134,7 @@ def _backward(
     hidden, sizes = direction.hidden, rows.sizes
     states = [h_rows, *traces[: cell.n_states - 1]]
     factors = _factors(direction, states, saved)
-    # Each step multiplies the first factors in place, which become the results of that step.
+    # Each step multiplies its first factors in place, which thus become its results.
     blocks = factors[0].unflatten(1, (-1, hidden))
     d_rh, d_apart, _ = factors[0].split(
         [cell.n_gates * hidden, cell.n_apart * hidden, cell.n_states * hidden], dim=1
@@ -168,7 +168,7 @@ def _backward(
         by_product = d_rh_of_steps[t] @ w.w_hh
         new[0] = new[0].add_(by_product) if w.w_hr is None else by_product
         for d_new, part in zip(d_fresh, new, strict=False):
-            # Not by products: what does not pass may be infinite.
+            # Not by products with a mask: the masked values may be infinite.
             d_new[:n] += part.masked_fill(~is_fresh[t], 0.0)
             part.masked_fill_(ends[t], 0.0)
         current = new if n == rows.batch else _with_rest(new, current)
@@ -179,16 +179,16 @@ def _backward(
 
 
 def multiply(cell: Cell, c: Tensor, a: Tensor, b: Tensor, adds: bool) -> None:
-    """Write a @ b to c, or add it, for the gradients of a layer of a cell."""
+    """Write a @ b to c, or add it to c, for the gradients of a layer with this cell."""
     products.by_torch(c, a, b, adds)
 
 
 def _factors(
     direction: Direction, states: Sequence[Tensor], saved: Sequence[Tensor]
 ) -> list[Tensor]:
-    """What the gradient of each state is multiplied by, of the gates and the states before.
+    """The factors of each state's gradient in the gradients of the gates and previous states.
 
-    For every state (N, (G + A + S) * H), with S states.
+    For each of the S states, (N, (G + A + S) * H).
     """
     cell = direction.cell
     pull_back, extra = TORCH.bind(cell.backward), direction.w.blocks()

@@ -1,4 +1,4 @@
-"""How the rows of a batch of sequences fall into steps."""
+"""How the rows of a batch of sequences are divided into steps."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..flow import HOLD
 
 
 def _arange(stop: int) -> Tensor:
-    # A program's default device may be another one.
+    # The default device may be a different one.
     return torch.arange(stop, device="cpu")
 
 
 class Rows(NamedTuple):
-    """How N rows fall into T steps: all of one size (padded) or shrinking (packed).
+    """How N rows are divided into T steps, all of one size (padded) or shrinking (packed).
 
-    The rows of one step lie together, and row b of every step belongs to sequence b.
+    The rows of one step are contiguous, and row b of every step belongs to sequence b.
     """
 
     steps: int
@@ -28,7 +28,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, call: Call) -> Rows:
-        """Of the input of a layer, or of a member of an ensemble."""
+        """Describe the input of a layer, or of one member of an ensemble."""
         sizes = call.batch_sizes
         sizes = sizes if sizes is None else sizes.to(torch.int64).contiguous()
         return cls(call.steps, call.batch // max(1, call.members), sizes)
@@ -48,7 +48,7 @@ class Rows(NamedTuple):
         return self.batch_sizes.tolist()
 
     def sequence(self) -> Tensor:
-        """The number of the sequence of every row."""
+        """The index of the sequence of every row."""
         if self.batch_sizes is None:
             return _arange(self.batch).repeat(self.steps)
         return _arange(self.total) - self._offsets()[self._step()]
@@ -78,9 +78,9 @@ class Rows(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Which rows and sequences of a padded batch there are, and in which order they are packed.
+    """The rows and sequences of a padded batch that exist, in the order in which they are packed.
 
-    Both are None if all are there, in their own order.
+    Both are None if all of them exist, in which case the order is unchanged.
     """
 
     chosen: Tensor | None = None
@@ -95,21 +95,21 @@ class Selection(NamedTuple):
         return state if self.order is None else state.index_select(1, self.order)
 
     def padded(self, rows: Tensor, count: int) -> Tensor:
-        """The rows of a padded batch, of which there are `count`, zeros where there are none."""
+        """Scatter rows to a padded batch of `count` rows, with zeros elsewhere."""
         if self.chosen is None:
             return rows
         whole = rows.new_zeros(count, rows.shape[1])
         return whole.index_copy_(0, self.chosen, rows)
 
     def put_rows(self, padded: Tensor, rows: Tensor) -> None:
-        """Copy the rows to their places."""
+        """Copy selected rows back to their places."""
         if self.chosen is None:
             padded.copy_(rows)
         else:
             padded.index_copy_(0, self.chosen, rows)
 
     def put_sequences(self, state: Tensor, selected: Tensor) -> None:
-        """Copy the states to their places."""
+        """Copy selected states back to their places."""
         if self.order is None:
             state.copy_(selected)
         else:

@@ -1,16 +1,16 @@
-"""Whole sequences on a CPU: the kernels, as code for LLVM.
+"""The kernels for whole sequences on a CPU, as code for LLVM.
 
-One parallel region runs all steps of one direction of a layer. Hidden units fall into slices of two
-vectors, and a thread owns whole slices: it packs their weights, which then stay in its cache, and
-computes their gates and states. Only h (in backward: the gradient of the gates) crosses between
-threads, at one barrier a step; a projection of h is a second product, with a barrier of its own.
+One parallel region runs all steps of one direction of a layer. Hidden units are divided into slices
+of two vectors, and a thread owns whole slices: it packs their weights, which then stay in its
+cache, and computes their gates and states. Threads exchange only h (in backward the gradients of
+the gates), at one barrier per step; a projection of h is a second product, with its own barrier.
 
-Arrays have torch's layouts; packed weights are padded with zeros. Where so few rows are multiplied
-that packing does not pay, forward takes the weights as they are.
+Arrays have torch's layouts; packed weights are padded with zeros. If too few rows are multiplied
+for packing to pay off, forward uses the weights unpacked.
 
-A packed sequence differs from a padded batch in the number of rows of a step alone: `sizes`. Rows
-that join late (in the order of the pass) start from the initial state, rows that leave early keep
-theirs, so that one rule for "rows which the step before had, and those it had not" is enough.
+A packed sequence differs from a padded batch only in the number of rows of each step, `sizes`. Rows
+that join late (in the order of the pass) start from the initial state, and rows that leave early
+keep theirs, so it is enough to tell rows that the step before had from those that it did not have.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Writer(ForwardWriter, BackwardWriter):
 def module(cell: Cell, target: Target, noisy: bool = False) -> Any:
     """Write the kernels ``forward``, ``backward`` and ``product`` of a cell.
 
-    Noisy ones know recurrent dropout and zoneout.
+    Noisy kernels support recurrent dropout and zoneout.
     """
     result = ir.Module(f"fastrnn_{cell.name}")
     writer = _Writer(result, cell, target, noisy)

@@ -1,9 +1,9 @@
 """Single steps with gradients by the compiled kernels, without the records of ``layers.py``.
 
-As in ``inference.py``, what sizes determine is made once, a `Stepping`. Of backward the kernel does
-the cell's arithmetic alone: packing weights for a single product would take longer than that, so
-all products are torch's. Where one of them comes between two parts of the arithmetic, as a late
-product does, both parts are torch's too.
+As in ``inference.py``, everything that depends only on sizes is prepared once, in a `Stepping`. In
+backward the kernel does only the cell's arithmetic. Packing weights for a single product would take
+longer than the product, so torch computes the products. If a product comes between two parts of the
+arithmetic, as a late product does, torch computes both parts too.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from .walk import Walk
 _AT = {field[0]: getattr(Backward, field[0]).offset // 8 for field in Backward._fields_}
 _D_STATES, _INITIAL = _AT["d_states"], _AT["initial"]
 
-# Operations on a number of a gate, of which the kernel's work consists.
+# Estimated operations per gate element in the backward kernel.
 _FLOPS = 32
 
 
 class StepRows(NamedTuple):
-    """What a step leaves for the gradients of its weights, of every row of the batch.
+    """What a step stores for its weight gradients, for every row of the batch.
 
     Attributes
     ----------
@@ -43,7 +43,7 @@ class StepRows(NamedTuple):
     x, h : Tensor of shape (B, I) and (B, H)
         The input, and h before the step.
     late : Tensor of shape (B, H), optional
-        What the product of the last gates takes of h.
+        Operand of the last gates' product.
     d_extra : Tensor of shape (B, E * H), optional
         Gradients of the extra weights.
     """
@@ -57,7 +57,7 @@ class StepRows(NamedTuple):
 
 
 class Stepping(Stack):
-    """A single step of a checked call, for tensors of its sizes in a dtype that sums have too."""
+    """A single step, prepared for tensors of the same sizes, in float32 or float64."""
 
     def __init__(self, call: Call) -> None:
         super().__init__(call, is_step=True)
@@ -67,8 +67,8 @@ class Stepping(Stack):
         self.shared = (cell.n_gates - cell.n_apart) * hidden
         self.early = (cell.n_gates - (cell.late.n_gates if cell.late else 0)) * hidden
         self.of_gates, self.of_all = cell.n_gates * hidden, (cell.n_gates + cell.n_apart) * hidden
-        # What is kept: h, apart from the result, which may be overwritten; traces; values; and of
-        # what is normalised all that ``Kept`` names.
+        # What is kept: a copy of h, because the result may be overwritten; traces; saved values;
+        # and, for normalised products, all that ``Kept.normal`` lists.
         normal = [self.of_gates, 2, self.of_gates, cell.n_moments] if cell.is_normalised else []
         self.widths = [hidden] * (cell.n_states + cell.n_saved) + normal
         starts = itertools.accumulate((batch * width for width in self.widths), initial=0)
@@ -103,7 +103,7 @@ class Stepping(Stack):
     def forward(
         self, x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]
     ) -> tuple[list[Tensor], Tensor]:
-        """Return the new states, and what backward needs; see `run`."""
+        """Return the new states, and the tensor to keep for backward; see `run`."""
         x, state = x.contiguous(), [*map(Tensor.contiguous, state)]
         final = [*map(Tensor.clone, state)]
         kept = x.new_empty(self.sizes[0] * sum(self.widths))
@@ -116,7 +116,7 @@ class Stepping(Stack):
         return final, kept
 
     def _views(self, kept: Tensor) -> list[Tensor]:
-        """The parts of what is kept, (B, width)."""
+        """Split the kept tensor into its parts, (B, width)."""
         batch = self.sizes[0]
         parts = kept.split([batch * width for width in self.widths])
         return [part.view(batch, -1) for part in parts]
@@ -130,11 +130,11 @@ class Stepping(Stack):
         d_final: Sequence[Tensor | None],
         needs: Sequence[bool],
     ) -> tuple[list[Tensor | None], StepRows | Walk]:
-        """Return the gradients of x and states, as far as they are needed, and a step's rows.
+        """Return the gradients of x and states that are needed, and the step's rows.
 
-        Those of a normalised cell are a walk of one step.
+        For a normalised cell the rows are a walk of one step.
         """
-        # What unpacks saved tensors may bring them back in another layout.
+        # Hooks on saved tensors may return them in another layout.
         kept, *state = map(Tensor.contiguous, (kept, *state))
         d_state = [x.new_zeros(self.sizes) if part is None else _copy(part) for part in d_final]
         if self.cell.late is not None:
@@ -150,7 +150,7 @@ class Stepping(Stack):
             d_input = rows.d_wx
         if needs[1]:
             d_product = found.d_rh if found.d_product is None else found.d_product[0]
-            # A sum that begins at the other part rounds more.
+            # Adding in the other order would round more.
             d_state[0].add_(d_product[:, : self.early].mm(weights[1][: self.early]))
         dx = d_input.mm(weights[0]) if needs[0] else None
         return [dx, *d_state], rows
@@ -183,7 +183,7 @@ class Stepping(Stack):
     def d_weights(
         self, rows: Sequence[StepRows | Walk], needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Return the gradients of the weights, as far as they are needed, of several steps."""
+        """Return the weight gradients of several steps, None for those that are not needed."""
         if self.is_normalised:
             walk = _joined_walks(rows)
             found = walk.d_weights(walk.of_input())
@@ -248,7 +248,7 @@ class Stepping(Stack):
         kept: Tensor,
         d_state: Sequence[Tensor],
     ) -> tuple[Found, list[Tensor]]:
-        """`_launch_back` of a cell with a late product; also return the gradient of the states."""
+        """`_launch_back` for a cell with a late product; also returns the states' gradients."""
         cell, parts = self.cell, self._views(kept)
         assert cell.late is not None
         made, saved = parts[: self.n_states], parts[self.n_states :]
@@ -270,7 +270,7 @@ def _joined(parts: Sequence[Any], dim: int = 0) -> Any:
 
 
 def _joined_walks(walks: Sequence[Any]) -> Walk:
-    """One walk over the rows of all, as if they were of one step."""
+    """Join walks into one, as if all their rows belonged to one step."""
     first: Walk = walks[0]
     if len(walks) == 1:
         return first

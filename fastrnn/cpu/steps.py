@@ -1,4 +1,4 @@
-"""What the kernels of whole sequences share: products of slices, and the walk over the steps."""
+"""Code shared by the sequence kernels: products of slices, and the walk over the steps."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .vector import Code, Value, Variable, where
 
 
 class Step(NamedTuple):
-    """A step of a walk: its rows and those of the steps before and after it in its order."""
+    """A step of a walk: its rows, and those of the steps before and after it in walk order."""
 
     number: Value  # in the order of the walk
-    row: Value  # the first
-    rows: Value  # how many
+    row: Value  # index of the first row
+    rows: Value  # number of rows
     before: Value
     rows_before: Value
     after: Value
@@ -32,22 +32,22 @@ class Vector(NamedTuple):
 
     v: int
     column: Value
-    valid: Value  # lanes
+    valid: Value  # number of valid lanes
 
 
 class Matrix(NamedTuple):
     """Weights (blocks * columns, k), which a product takes transposed."""
 
     weights: Value
-    panels: Value  # null: as they are
-    blocks: int  # gates, whose columns of a slice a product puts side by side
+    panels: Value  # packed weights; null if they are not packed
+    blocks: int  # gates, whose columns of a slice are adjacent in a product
     columns: Value
-    stride: Value  # columns from block to block
+    stride: Value  # columns between blocks
     k: Value
 
 
 class StepWriter(MatrixWriter):
-    """Writes what the kernels of a cell have in common."""
+    """Writes the code that the kernels of a cell have in common."""
 
     def __init__(self, module: Any, cell: Cell, target: Target, noisy: bool) -> None:
         super().__init__(module, target)
@@ -55,23 +55,23 @@ class StepWriter(MatrixWriter):
         self.advance, self.pull_back = VECTORS.bind(cell.forward), VECTORS.bind(cell.backward)
         self.width = cell.n_gates * self.units  # columns of a slice
         self.n_early = cell.n_gates - (cell.late.n_gates if cell.late else 0)
-        # Whether threads meet between a product and what is made of it, so that all slices wait.
+        # Whether threads meet between a product and the use of its result, so that all slices wait.
         self.meets = not cell.is_pointwise
 
     def _panel(self, matrix: Matrix, j: Value, block: int) -> Value:
-        """Where a block of a slice is packed."""
+        """The address of a packed block of a slice."""
         return matrix.panels + (j * matrix.blocks + block) * self.factors.depth(matrix.k) * (
             self.units
         )
 
     def _rows_of(self, matrix: Matrix, j: Value, block: int) -> tuple[Value, Value]:
-        """A block of a slice where it is not packed, and how many rows it has."""
+        """The address of an unpacked block of a slice, and its number of rows."""
         first = j * self.units
         count = (matrix.columns - first).at_most(self.units)
         return matrix.weights + (matrix.stride * block + first) * matrix.k, count
 
     def _pack(self, code: Code, matrix: Matrix, j: Value) -> None:
-        """Pack a slice, if it shall be."""
+        """Pack a slice, if there are panels for it."""
         with code.when(matrix.panels.is_given):
             for block in range(matrix.blocks):
                 weights, count = self._rows_of(matrix, j, block)
@@ -81,7 +81,7 @@ class StepWriter(MatrixWriter):
         self, code: Code, rows: Value, a: Value, pitch: Value, matrix: Matrix, j: Value, c: Value,
         blocks: range | None = None,
     ) -> None:  # fmt: skip
-        """c = a @ (a slice of a matrix)^T for any number of rows; of some of its blocks only."""
+        """Compute c = a @ (slice of a matrix)^T for any number of rows, for all or some blocks."""
         width, blocks = code.integer(matrix.blocks * self.units), blocks or range(matrix.blocks)
         with code.either(matrix.panels.is_given) as (packed, unpacked):
             with packed:
@@ -91,7 +91,7 @@ class StepWriter(MatrixWriter):
                         code, rows, a, pitch, panel, matrix.k, c + block * self.units, width
                     )
             with unpacked:
-                # A block stays in a cache for all rows.
+                # Block by block, so that a block stays in cache for all rows.
                 for block in blocks:
                     weights, count = self._rows_of(matrix, j, block)
                     with code.loop(rows, step=self.dot_rows) as row:
@@ -106,25 +106,25 @@ class StepWriter(MatrixWriter):
         self, code: Code, rows: Value, a: Value, pitch: Value, panel: Value, k: Value, c: Value,
         width: Value,
     ) -> None:  # fmt: skip
-        """c = a @ panel for any number of rows."""
+        """Compute c = a @ panel for any number of rows."""
         with code.loop(rows, step=self.tile_rows) as row:
             height = (rows - row).at_most(self.tile_rows)
             to = c + row * width
             code.call(self.multiply, height, a + row * pitch, pitch, panel, k, to, width)
 
     def _scratch(self, a: Any, j: Value, thread: Value, width: int) -> Value:
-        """Where results of a product wait, of a slice or, if threads do not meet, of a thread."""
+        """The address for results of a product, per slice or, unless threads meet, per thread."""
         return a.scratch + (j if self.meets else thread) * a.batch * width
 
     def _clear(self, code: Code, to: Value, count: Value) -> None:
-        """Store zeros, a multiple of a vector."""
+        """Store `count` zeros, a multiple of the vector width."""
         with code.loop(count, step=self.lanes) as k:
             code.store(to + k, code.zeros())
 
     # The walk over the steps.
 
     def _rows(self, code: Code, a: Any, count: Value, descending: Value) -> Value:
-        """How many rows the step has that comes after `count` others; none beyond the last."""
+        """The number of rows of step `count` of the walk, 0 past the last."""
         rows = Variable(code.integer(0))
         with code.when(count < a.steps):
             rows.set(a.batch)
@@ -135,7 +135,7 @@ class StepWriter(MatrixWriter):
 
     @contextlib.contextmanager
     def _walk(self, code: Code, a: Any, descending: Value, beyond: Any = 0) -> Iterator[Step]:
-        """Repeat the block for every step, up or down the rows, then for `beyond` empty ones."""
+        """Repeat the block for every step, up or down the rows, then for `beyond` empty steps."""
         zero = code.integer(0)
         row = Variable(where(descending, a.rows, zero))
         rows = Variable(self._rows(code, a, zero, descending))
@@ -152,14 +152,14 @@ class StepWriter(MatrixWriter):
             rows.set(rows_after)
 
     def _slices(self, a: Any, thread: Value, threads: Value) -> tuple[Value, Value]:
-        """The slices of a thread."""
+        """The range of slices of a thread."""
         return self.slices(a.hidden, thread, threads)
 
     @contextlib.contextmanager
     def _parts(self, code: Code, step: Step) -> Iterator[tuple[Value, Value, Value, Value]]:
-        """Repeat the block for the rows that both steps have, that begin, and that end in a walk.
+        """Repeat the block for rows that this step and the one before have, that begin, that end.
 
-        They are given as (begins, ends, start, stop).
+        Each range of rows is given as (begins, ends, start, stop).
         """
         known = step.rows.at_most(step.rows_before)
         with code.loop(3) as part:
@@ -169,18 +169,18 @@ class StepWriter(MatrixWriter):
             yield begins, ends, start, stop
 
     def _has_mark(self, code: Code, a: Any, row: Value, bits: int, is_row: Value) -> Value:
-        """Whether a row, if it is one, has one of the marks."""
+        """Whether a row, if `is_row`, has any of the marks."""
         mark = Variable(code.integer(0))
         with code.when(is_row & a.marks.is_given):
             mark.set(code.load_byte(a.marks, row) & code.integer(bits))
         return mark.get() != 0
 
     def _saved(self, a: Any, row: Value, column: Value) -> list[Value]:
-        """Where the saved vectors of a row are."""
+        """The addresses of the saved vectors of a row."""
         return [first + (row * a.width + column) for first in a.saved[: self.cell.n_saved]]
 
     def _extra(self, code: Code, a: Any, column: Value, valid: Value) -> list[Value]:
-        """The vectors of the extra weights."""
+        """Load the vectors of the extra weights."""
         blocks = range(self.cell.n_extra)
         return [code.load(a.extra + (a.width * k + column), valid) for k in blocks]
 
@@ -190,7 +190,7 @@ class StepWriter(MatrixWriter):
         self, code: Code, a: Any, k: int, row: Value, column: Value, valid: Value, old: Value,
         new: Value,
     ) -> Value:  # fmt: skip
-        """State number k of a row: where it is kept the old value, else the new one."""
+        """Apply zoneout to state number k of a row."""
         if not self.noisy:
             return new
         result, pitch = Variable(new), a.width if k else a.width_h
@@ -199,22 +199,22 @@ class StepWriter(MatrixWriter):
             result.set(where(kept, old, new))
         with code.when(a.shares[k].is_given):
             share = code.splat(code.load_number(a.shares[k]))
-            result.set(share * old + (1.0 - share) * new)  # exactly the old value of a share of 1
+            result.set(share * old + (1.0 - share) * new)  # exactly the old value for a share of 1
         return result.get()
 
-    # Means over all units. Each slice puts sums of its own aside; when all have, every thread adds
-    # up those of all slices, in the same order.
+    # Means over all units. Each slice stores its own sums; once all have, every thread adds up the
+    # sums of all slices, in the same order.
 
     def _sums(self, a: Any, j: Value, b: Value) -> Value:
-        """Where the two sums of a row of a slice are."""
+        """The address of the two sums of a row of a slice."""
         return a.sums + (j * a.batch + b) * 2
 
     def _means(self, a: Any, b: Value, thread: Value) -> Value:
-        """Where the two means of a row are."""
+        """The address of the two means of a row."""
         return a.means + (thread * a.batch + b) * 2
 
     def _put_sums(self, code: Code, a: Any, j: Value, b: Value, x: Value, y: Value) -> None:
-        """Put aside the sums of two vectors."""
+        """Store the sums of two vectors."""
         at = self._sums(a, j, b)
         code.store_number(at, code.total(x))
         code.store_number(at + 1, code.total(y))
@@ -222,9 +222,9 @@ class StepWriter(MatrixWriter):
     def _put_moments(
         self, code: Code, a: Any, j: Value, b: Value, vectors: Sequence[tuple[Value, Value]]
     ) -> None:
-        """Put aside the sum of vectors, and of their squared differences from its own mean.
+        """Store the sum of vectors, and the sum of squared differences from their mean.
 
-        A vector comes with its valid lanes; the others are zeros.
+        Each vector comes with its number of valid lanes; the other lanes are zero.
         """
         sum_ = code.total(functools.reduce(operator.add, [x for x, _ in vectors]))
         mean = code.splat(sum_ / self._count(code, a, j, len(vectors) // 2))
@@ -237,14 +237,14 @@ class StepWriter(MatrixWriter):
         code.store_number(at + 1, code.total(squares))
 
     def _count(self, code: Code, a: Any, j: Value, blocks: int) -> Value:
-        """How many numbers a slice has in so many blocks, as a number."""
+        """The number of elements of a slice in `blocks` blocks, as an exact number."""
         return code.number((a.hidden - j * self.units).at_most(self.units) * blocks)
 
     def _n_slices(self, code: Code, a: Any) -> Value:
         return self.slices(a.hidden, code.integer(0), code.integer(1))[1]
 
     def _add_means(self, code: Code, a: Any, b: Value, thread: Value, blocks: int) -> None:
-        """Make the two means of a row, of the numbers of so many blocks."""
+        """Compute the two means of a row over `blocks` blocks."""
         x, y = (Variable(code.number(code.integer(0))) for _ in range(2))
         with code.loop(self._n_slices(code, a)) as j:
             at = self._sums(a, j, b)
@@ -255,7 +255,7 @@ class StepWriter(MatrixWriter):
             code.store_number(to + k, total.get() / count)
 
     def _add_moments(self, code: Code, a: Any, b: Value, thread: Value, blocks: int) -> None:
-        """Make the mean of a row, and 1 / deviation, from the moments of all slices."""
+        """Compute the mean and 1 / deviation of a row from the moments of all slices."""
         zero, count = code.number(code.integer(0)), code.number(a.hidden * blocks)
         total, squares = Variable(zero), Variable(zero)
         n_slices = self._n_slices(code, a)
@@ -272,6 +272,6 @@ class StepWriter(MatrixWriter):
         code.store_number(to + 1, 1.0 / deviation)
 
     def _gains(self, code: Code, a: Any, column: Value, valid: Value) -> list[Value]:
-        """The gains of the recurrent product."""
+        """Load the gains of the recurrent product."""
         blocks = range(self.cell.n_gates, 2 * self.cell.n_gates)
         return [code.load(a.extra + (a.width * k + column), valid) for k in blocks]

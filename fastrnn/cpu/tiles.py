@@ -1,4 +1,4 @@
-"""Products in registers, of which all kernels are made, and what every kernel begins with."""
+"""Products in registers, the building blocks of all kernels, and the entry code of a kernel."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .vector import (
     where,
 )  # fmt: skip
 
-# In one turn of the inner loop; more would not fit the registers of a large tile.
+# Products in one iteration of the inner loop; more would not fit the registers of a large tile.
 _PRODUCTS = 24
 # The parameters of a tile.
 _OF_TILE = (INT, ADDRESS, INT, ADDRESS, INT, ADDRESS, INT)
@@ -38,29 +38,29 @@ _TYPES = {
     torch.float64: (DOUBLE, DOUBLE),
     torch.bfloat16: (BFLOAT, FLOAT),
 }
-# Rows of weights that are multiplied at a time where they are not packed.
+# Rows of unpacked weights that are multiplied at a time.
 _MOST_ROWS = 4
 
 
 class Factors:
-    """How numbers are multiplied: each lane of a vector holds one."""
+    """The factors of products: each lane of a vector holds one number."""
 
-    group = 1  # numbers in a lane
+    group = 1  # numbers per lane
 
     def __init__(self, format: Format) -> None:
-        self.word = format.exact  # what a lane holds
+        self.word = format.exact  # type of a lane
         self.vector = ir.VectorType(self.word, format.lanes)
 
     def depth(self, k: Value) -> Value:
-        """In how many lanes k numbers are."""
+        """The number of lanes that hold k numbers."""
         return k
 
     def load(self, address: Value, valid: Value | None = None) -> Value:
-        """A vector of factors, zeros from `valid` numbers on."""
+        """Load a vector of factors, with zeros from number `valid` on."""
         return address.code.load(address, valid)
 
     def splat(self, row: Value, lane: Value) -> Value:
-        """One factor of a row, for all lanes."""
+        """Broadcast one factor of a row to all lanes."""
         return row.code.splat(row.code.load_number(row + lane))
 
     def multiply_add(self, a: Value, b: Value, total: Value) -> Value:
@@ -68,7 +68,7 @@ class Factors:
 
 
 class Pairs(Factors):
-    """Each lane holds two numbers in half precision, whose products go into one exact sum."""
+    """Each lane holds two half-precision numbers, whose products are added to one exact sum."""
 
     group = 2
 
@@ -92,7 +92,7 @@ class Pairs(Factors):
         return code.splat(Value(code, code.build.load(at.value, typ=INT32, align=2)))
 
     def splat_single(self, row: Value, lane: Value) -> Value:
-        """The last factor of a row of an odd number."""
+        """Broadcast the last factor of a row of odd length."""
         code, at = row.code, row + lane * 2
         half = code.build.load(at.value, typ=INT16)
         return code.splat(Value(code, code.build.zext(half, INT32)))
@@ -107,10 +107,10 @@ class Pairs(Factors):
 
 
 class Writer:
-    """Writes kernels for a target into a module.
+    """Writes kernels for a target to a module.
 
-    A product is a few rows of a matrix times weights, with the results in registers. The weights
-    are a packed panel, (k, 2 vectors), or rows as torch stores them.
+    A product multiplies a few rows of a matrix by weights, with the results in registers. The
+    weights are a packed panel, (k, 2 vectors), or rows in torch's layout.
     """
 
     dot_rows = 4
@@ -127,7 +127,7 @@ class Writer:
         self.multiply_unpacked, self.pack = self.dots(), self.transpose()
 
     def function(self, name: str, parameters: Sequence[Any]) -> Code:
-        """Begin a function that only the module calls."""
+        """Begin a function that is internal to the module."""
         code = Code(self.module, name, parameters, self.format)
         code.function.linkage = "internal"
         return code
@@ -135,12 +135,12 @@ class Writer:
     def kernel(
         self, name: str, structure: type[ctypes.Structure], body: Callable[..., None]
     ) -> None:
-        """Write a kernel and ``<name>_region``, which asks the OpenMP runtime who it is.
+        """Write a kernel, and ``<name>_region``, which gets its thread number from OpenMP.
 
-        Both take the arguments by address; the kernel also its number among the threads and theirs.
-        Of several groups each thread runs one after another by itself, or with others a group, all
-        of which then have equally many barriers. If the runtime gives other threads than planned,
-        one of them runs all groups.
+        Both take the arguments by address; the kernel also takes its thread number and the number
+        of threads. Each thread either runs groups alone, one after another, or shares a group with
+        others, in which case all groups have the same number of barriers. If the runtime provides
+        a different number of threads than planned, one thread runs all groups.
         """
         code = Code(self.module, name, [ADDRESS, INT, INT], self.format)
         arguments, thread, threads = code.parameters
@@ -176,17 +176,17 @@ class Writer:
         return Value(code, code.build.zext(code.build.call(code.declared(name, of), []), INT))
 
     def wait(self, code: Code, threads: Value) -> None:
-        """Wait until all threads have come here."""
+        """Wait until all threads have arrived."""
         with code.when(threads > 1):
             self._runtime(code, "GOMP_barrier")
 
     def slices(self, columns: Value, thread: Value, threads: Value) -> tuple[Value, Value]:
-        """The range of a thread among the slices of columns."""
+        """The range of slices of the columns that a thread owns."""
         count = (columns + (self.units - 1)) // self.units
         return count * thread // threads, count * (thread + 1) // threads
 
     def vectors(self, columns: Value, slice_: Value) -> Any:
-        """For both vectors of a slice: (number, column, how many lanes are columns)."""
+        """Yield, for both vectors of a slice, (number, column, number of valid lanes)."""
         for v in range(2):
             column = slice_ * self.units + v * self.lanes
             yield v, column, columns - column
@@ -196,14 +196,14 @@ class Writer:
     def tile(self) -> Any:
         """Write ``tile(rows, a, pitch, panel, k, c, c_pitch)``: c = a @ panel.
 
-        For up to `tile_rows` rows; `a` and c have so many elements from row to row.
+        It takes up to `tile_rows` rows; the pitches are in elements.
         """
         return self._by_rows("tile", _OF_TILE, self._tile_of, self.tile_rows)
 
     def tile_of_columns(self) -> Any:
-        """Write ``columns(rows, a, pitch, panel, k, c, c_pitch)``, as `tile`, of a transposed.
+        """Write ``columns(rows, a, pitch, panel, k, c, c_pitch)``, like `tile` with a transposed.
 
-        `a` has a row of `pitch` numbers, at least `rows`, for each of k.
+        `a` has k rows of `pitch` numbers, with `pitch` at least `rows`.
         """
 
         def write(rows: int, parameters: Sequence[Any]) -> Any:
@@ -214,7 +214,7 @@ class Writer:
     def _by_rows(
         self, name: str, parameters: Sequence[Any], write: Callable[..., Any], most: int
     ) -> Any:
-        """A function for any number of rows up to the most, from one for each number."""
+        """Write a function for up to `most` rows that dispatches to one for each number."""
         sizes = {rows: write(rows, parameters[1:]) for rows in range(1, most + 1)}
         code = self.function(name, parameters)
         rows, *rest = code.parameters
@@ -234,7 +234,7 @@ class Writer:
         code, factors = self.function(name, parameters), self.factors
         a, pitch, panel, k, c, c_pitch = code.parameters
         a, c, panel = a.of(code.element), c.of(code.exact), panel.of(factors.word)
-        # Few rows are few chains of dependent sums: several k at a time keep the adders busy.
+        # Few rows give few independent accumulators: unroll over k to hide the FMA latency.
         phases = -(-4 // rows)
         sums = [[Variable(code.zeros()) for _ in range(2)] for _ in range(rows * phases)]
         row_of = [a + (row if by_columns else pitch * row) for row in range(rows)]
@@ -266,7 +266,7 @@ class Writer:
         return code.finish()
 
     def transpose(self) -> Any:
-        """Write ``transpose(w, k, units, panel)``: panel[i, u] = w[u, i], zero from `units` on."""
+        """Write ``transpose(w, k, units, panel)``: panel[i, u] = w[u, i], 0 for u >= `units`."""
         code, factors = self.function("transpose", [ADDRESS, INT, INT, ADDRESS]), self.factors
         w, k, units, panel = code.parameters
         w, panel, group = w.of(code.element), panel.of(factors.word), factors.group
@@ -279,7 +279,7 @@ class Writer:
                 to = panel + (first * self.units + v * self.lanes)
                 for n, column in enumerate(_transposed(rows)):
                     code.store_raw(to + n * self.units, column)
-        # What is left: columns beyond the whole blocks, and all those of a half that is not whole.
+        # The rest: columns past the full blocks, and all columns of a half that is not full.
         of_element = panel.of(code.element)
         raw = INT16 if code.element == BFLOAT else code.element
         done = units // self.lanes * self.lanes
@@ -297,7 +297,7 @@ class Writer:
         self, code: Code, b: Value, pitch: Value, k: Value, columns: Value, slice_: Value,
         panel: Value,
     ) -> None:  # fmt: skip
-        """Pack a slice of the columns of b, (k, columns), with zeros beyond them."""
+        """Pack a slice of the columns of b, (k, columns), padded with zeros."""
         group = self.factors.group
         for v, column, valid in self.vectors(columns, slice_):
             to, first = panel + v * self.lanes, b + column
@@ -310,7 +310,7 @@ class Writer:
                     code.store_raw(to + k // 2 * self.units, last)
 
     def _joined(self, code: Code, rows: Sequence[Value], valid: Value) -> Value:
-        """Numbers of one or two rows side by side, as the lanes of a panel."""
+        """Interleave numbers of one or two rows as the lanes of a panel."""
         if self.factors.group == 1:
             return code.load(rows[0], valid)
         build, halves = code.build, ir.VectorType(INT16, self.lanes)
@@ -322,13 +322,13 @@ class Writer:
         shift = ir.Constant(self.factors.vector, [16] * self.lanes)
         return Value(code, build.or_(wide[0], build.shl(wide[1], shift)))
 
-    # Products with weights as they are.
+    # Products with unpacked weights.
 
     def dots(self) -> Any:
         """Write ``dots(rows, a, pitch, w, units, k, c, c_pitch)``: c = a @ w^T.
 
-        For up to `dot_rows` rows; w has `units` rows of k numbers one after another, and c columns
-        for as many, rounded up to four.
+        It takes up to `dot_rows` rows; w has `units` contiguous rows of k numbers, and c a column
+        for each, rounded up to a multiple of four.
         """
         parameters = [INT, ADDRESS, INT, ADDRESS, INT, INT, ADDRESS, INT]
         return self._by_rows("dots", parameters, self._dots_of, self.dot_rows)
@@ -343,7 +343,7 @@ class Writer:
         row_of, step = [a + pitch * row for row in range(rows)], self.lanes * factors.group
         whole = k // step * step
         with code.loop(units, step=count) as u:
-            # Beyond the last one, its results once more.
+            # Past the last row, its results are computed again.
             w_of = [w + (u + n).at_most(units - 1) * k for n in range(count)]
             sums = [[Variable(code.zeros()) for _ in range(count)] for _ in range(rows)]
 
@@ -366,7 +366,7 @@ class Writer:
 
 
 def _transposed(rows: Sequence[Value]) -> list[Value]:
-    """The columns of a square of vectors: blocks change places, of half the size in each turn."""
+    """Transpose a square of vectors by exchanging blocks, of twice the size in each round."""
     result, size = list(rows), len(rows)
     distance = 1
     while distance < size:
@@ -383,7 +383,7 @@ def _transposed(rows: Sequence[Value]) -> list[Value]:
 
 
 def _sums(vectors: Sequence[Value]) -> Value:
-    """The sums of the lanes of vectors, each in a lane of one."""
+    """Sum the lanes of each vector; the results are the lanes of one vector."""
     parts, block = list(vectors), vectors[0].type.count
     while block > 1 or len(parts) > 1:
         is_one = len(parts) == 1

@@ -1,15 +1,15 @@
-"""A language of vectors: Python that writes LLVM's code.
+"""An embedded language for vector code: Python functions that emit LLVM IR.
 
-A kernel is a Python function that is called once, with a `Code` to write to; loops and conditions
-that shall exist in the kernel are ``with`` blocks of it, everything else is Python and is gone
-when the kernel is compiled. Values are 64-bit integers, addresses, numbers and vectors of them;
-Python's operators work on all of these::
+A kernel is a Python function that is called once, with a `Code` to write to. Loops and conditions
+of the kernel are ``with`` blocks of the `Code`; everything else is Python that runs while the
+kernel is generated. Values are 64-bit integers, addresses, numbers and vectors of numbers, and
+Python's operators work on all of them::
 
     with code.loop(count, step=lanes) as k:
         code.store(y + k, code.load(x + k) * 2.0)
 
-The width of a vector is a number like any other, so one source serves every instruction set; and so
-is the dtype, in its `Format`. An address knows what lies there, and loading and storing convert.
+The vector width is a parameter, so one source serves every instruction set; so is the dtype, given
+by a `Format`. An address carries the type of its elements, and loads and stores convert.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llvmlite import ir
 
 
 class _BFloat(ir.Type):
-    """LLVM's bfloat16, which llvmlite does not name."""
+    """LLVM's bfloat16, for which llvmlite has no type."""
 
     intrinsic_name = "bf16"
 
@@ -45,16 +45,16 @@ _FLOATS = (FLOAT, DOUBLE)
 
 
 class Format(NamedTuple):
-    """What a kernel computes in.
+    """The number formats of a kernel.
 
     Attributes
     ----------
     element : llvmlite type
-        Of the large tensors and of the factors of products.
+        Type of large tensors and of the factors of products.
     exact : llvmlite type
-        Of sums, of states, and of all other arithmetic.
+        Type of sums, states and all other arithmetic.
     lanes : int
-        Exact numbers in a vector.
+        Number of exact numbers in a vector.
     """
 
     element: Any
@@ -63,11 +63,11 @@ class Format(NamedTuple):
 
 
 class Value:
-    """Something that a kernel computes.
+    """A value that a kernel computes.
 
-    Arithmetic takes Python's numbers too, which for a vector stand for all of its lanes. Adding
-    to an address counts in what lies there, its `unit`. Of floats, a product and the sum it goes
-    into may be rounded once: plain arithmetic becomes FMAs.
+    Operands may be Python numbers, which are broadcast to all lanes of a vector. Offsets added to
+    an address are in multiples of its `unit`. Multiplications and additions of floats may be
+    contracted to FMAs.
     """
 
     def __init__(self, code: Code, value: Any, unit: Any = None) -> None:
@@ -79,11 +79,11 @@ class Value:
         return of in _FLOATS
 
     def of(self, unit: Any) -> Value:
-        """The same address, of another unit."""
+        """The same address with another unit."""
         return Value(self.code, self.value, unit)
 
     def same(self, other: Any) -> Value:
-        """A number, or None for an address, as a value of this type; a value as it is."""
+        """Convert a number, or None for an address, to a value of this type; keep values."""
         if isinstance(other, Value):
             return other
         if self.type == ADDRESS:
@@ -116,7 +116,7 @@ class Value:
         return self._combine("div", other)
 
     def __floordiv__(self, other: Any) -> Value:
-        """Quotient of integers that are not negative."""
+        """The quotient of non-negative integers."""
         return self._combine("udiv", other)
 
     def __rsub__(self, other: Any) -> Value:
@@ -136,7 +136,7 @@ class Value:
     def _compare(self, operator: str, other: Any) -> Value:
         build = self.code.build
         compare = build.icmp_signed
-        if self.is_float:  # as in Python, only != holds for what is not a number
+        if self.is_float:  # as in Python, only != holds for NaN
             compare = build.fcmp_unordered if operator == "!=" else build.fcmp_ordered
         return Value(self.code, compare(operator, self.value, self.same(other).value))
 
@@ -161,12 +161,12 @@ class Value:
         return self._compare("!=", None)
 
     def at_most(self, limit: Any) -> Value:
-        """The smaller of this and a limit; where this is not a number, this."""
+        """The smaller of this value and a limit; NaN stays NaN."""
         return where(self > limit, limit, self)
 
 
 def where(condition: Value, x: Any, y: Any) -> Value:
-    """x where a condition holds, else y; two numbers are those of vectors."""
+    """Select x where a condition holds, else y; if both are numbers, the result is a vector."""
     code = condition.code
     like = next((part for part in (x, y) if isinstance(part, Value)), code.zeros())
     x, y = like.same(x), like.same(y)
@@ -174,7 +174,7 @@ def where(condition: Value, x: Any, y: Any) -> Value:
 
 
 class Variable:
-    """A value that changes while the kernel runs."""
+    """A mutable variable of the kernel."""
 
     def __init__(self, initial: Value) -> None:
         self.code = initial.code
@@ -191,7 +191,7 @@ class Variable:
 
 
 class Code:
-    """A function that is being written.
+    """A function under construction.
 
     Parameters
     ----------
@@ -213,11 +213,11 @@ class Code:
 
     @property
     def always(self) -> Value:
-        """A condition that holds."""
+        """A condition that is always true."""
         return Value(self, ir.Constant(ir.IntType(1), 1))
 
     def constant(self, number: float) -> Value:
-        """A vector of one number."""
+        """A vector with the same number in all lanes."""
         return Value(self, ir.Constant(self.vector, [number] * self.lanes))
 
     def zeros(self) -> Value:
@@ -232,25 +232,25 @@ class Code:
         self.build.call(function, [argument.value for argument in arguments])
 
     def intrinsic(self, name: str, *arguments: Value) -> Value:
-        """Call LLVM's intrinsic ``llvm.<name>``, of vectors or of exact numbers."""
+        """Call LLVM's intrinsic ``llvm.<name>`` on vectors or exact numbers."""
         typ = arguments[0].type
         of = ir.FunctionType(typ, [typ] * len(arguments))
         function = self.declared(f"llvm.{name}.{_suffix(typ)}", of)
         return Value(self, self.build.call(function, [argument.value for argument in arguments]))
 
     def total(self, vector: Value) -> Value:
-        """The sum of all lanes, in an order that is the same for every call."""
+        """Sum all lanes, in the same order in every call."""
         of = ir.FunctionType(self.exact, [self.exact, self.vector])
         function = self.declared(f"llvm.vector.reduce.fadd.{_suffix(self.vector)}", of)
         arguments = [ir.Constant(self.exact, 0.0), vector.value]
         return Value(self, self.build.call(function, arguments, fastmath=("reassoc",)))
 
     def number(self, integer: Value) -> Value:
-        """An integer as an exact number."""
+        """Convert an integer to an exact number."""
         return Value(self, self.build.sitofp(integer.value, self.exact))
 
     def declared(self, name: str, of: Any) -> Any:
-        """A function of LLVM's, of a type."""
+        """Get or declare an external function of a type."""
         module = self.build.module
         return module.globals.get(name) or ir.Function(module, of, name)
 
@@ -259,7 +259,7 @@ class Code:
     ) -> SimpleNamespace:
         """Load the fields of a structure of 64-bit integers, addresses, and arrays of these.
 
-        `units` are those of the kinds of addresses.
+        `units` maps the types of addresses to their units.
         """
 
         def load(offset: int, of: Any) -> Any:
@@ -288,7 +288,7 @@ class Code:
 
     @contextlib.contextmanager
     def repeat(self, condition: Any) -> Iterator[None]:
-        """Repeat the block while what the function `condition` writes holds."""
+        """Repeat the block while the condition that the function `condition` writes holds."""
         test, body, end = map(self.function.append_basic_block, ("test", "body", "end"))
         self.build.branch(test)
         self.build.position_at_end(test)
@@ -300,20 +300,20 @@ class Code:
 
     @contextlib.contextmanager
     def when(self, condition: Value) -> Iterator[None]:
-        """Do the block if a condition holds."""
+        """Run the block if a condition holds."""
         with self.build.if_then(condition.value):
             yield
 
     @contextlib.contextmanager
     def either(self, condition: Value) -> Iterator[Any]:
-        """Give two blocks, of which one is done: the first if a condition holds."""
+        """Yield two blocks, of which the first runs if a condition holds, else the second."""
         with self.build.if_else(condition.value) as blocks:
             yield blocks
 
     # Memory.
 
     def load_number(self, address: Value) -> Value:
-        """Load a number, as an exact one."""
+        """Load a number and convert it to an exact one."""
         if address.unit != BFLOAT:
             return Value(self, self.build.load(address.value, typ=self.exact))
         return Value(self, self._widened(self.build.load(address.value, typ=INT16)))
@@ -328,7 +328,7 @@ class Code:
         return Value(self, self.build.zext(self.build.load(at, typ=BYTE), INT))
 
     def splat(self, scalar: Value) -> Value:
-        """A vector with one number in all lanes."""
+        """Broadcast a scalar to all lanes of a vector."""
         of = ir.VectorType(scalar.type, self.lanes)
         undefined = ir.Constant(of, ir.Undefined)
         first = self.build.insert_element(undefined, scalar.value, INT32(0))
@@ -336,18 +336,18 @@ class Code:
         return Value(self, self.build.shuffle_vector(first, undefined, zeros))
 
     def shuffle(self, x: Value, y: Value, lanes: Sequence[int]) -> Value:
-        """Lanes of two vectors, those of the second counted on."""
+        """Select lanes of two vectors; indices continue from the first to the second."""
         chosen = ir.Constant(ir.VectorType(INT32, len(lanes)), list(lanes))
         return Value(self, self.build.shuffle_vector(x.value, y.value, chosen))
 
     def load(self, address: Value, valid: Value | None = None) -> Value:
-        """Load a vector of exact numbers; lanes from `valid` on are zero and are not read."""
+        """Load a vector as exact numbers; lanes from `valid` on are not read and become zero."""
         of = INT16 if address.unit == BFLOAT else self.exact
         loaded = self.load_raw(address, ir.VectorType(of, self.lanes), valid)
         return loaded if of != INT16 else Value(self, self._widened(loaded.value))
 
     def load_raw(self, address: Value, of: Any, valid: Value | None = None) -> Value:
-        """Load a vector of a type, with zeros from `valid` on."""
+        """Load a vector of any type, with zeros from lane `valid` on."""
         align = _bytes(of.element)
         if valid is None:
             return Value(self, self.build.load(address.value, typ=of, align=align))
@@ -367,7 +367,7 @@ class Code:
         return result.get()
 
     def load_flags(self, address: Value, valid: Value) -> Value:
-        """Load bytes of a vector's lanes, as conditions."""
+        """Load a byte for each lane, as conditions."""
         flags = self.load_raw(address, ir.VectorType(BYTE, self.lanes), valid)
         zeros = ir.Constant(flags.type, [0] * self.lanes)
         return Value(self, self.build.icmp_unsigned("!=", flags.value, zeros))
@@ -431,12 +431,12 @@ def _bytes(of: Any) -> int:
 
 
 def _suffix(of: Any) -> str:
-    """The part of an intrinsic's name that says a type."""
+    """The type suffix in the name of an intrinsic."""
     if isinstance(of, ir.VectorType):
         return f"v{of.count}{of.element.intrinsic_name}"
     return of.intrinsic_name
 
 
 def fma(a: Value, b: Any, c: Any) -> Value:
-    """``a * b + c``, rounded once."""
+    """Compute ``a * b + c``, rounded once."""
     return a.code.intrinsic("fma", a, a.same(b), a.same(c))

@@ -1,4 +1,4 @@
-"""The gradients of the weights of a direction, from what a walk back through time has found."""
+"""The weight gradients of a direction, from the results of a backward walk through time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .. import groups, products
 from ..reference import TORCH
 from .direction import Direction, Found, Kept
 
-#: Makes of a matrix of rows those of every group of sequences, (groups, rows, columns).
+#: Splits a matrix of rows into those of every group of sequences, (groups, rows, columns).
 Split = Callable[[Tensor], Tensor]
 
 
@@ -22,9 +22,9 @@ class OfInput(NamedTuple):
     Attributes
     ----------
     d_shared, d_apart : Tensor
-        Of all gates that have one gradient of both parts, then of those apart, or of none.
+        Gradients of the gates whose two parts have the same gradient, then of the others, if any.
     d_gain : Tensor, optional
-        Of the gain, where the product is normalised.
+        Gradient of the gain, if the product is normalised.
     """
 
     d_shared: Tensor
@@ -33,20 +33,20 @@ class OfInput(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """What there is once the gradients of the gates of all rows are known.
+    """The operands and results of a direction whose backward walk has been run.
 
     Attributes
     ----------
     direction : Direction
     x : Tensor of shape (N, I)
     states : sequence of Tensor of shape (N, P) and (N, H)
-        After every row, h first.
+        The states after every row, h first.
     kept : Kept
     found : Found
     multiply : callable
-        As ``products`` calls it.
+        A ``products.Multiply``.
     left_out : bool Tensor of shape (N, 1), optional
-        Rows that count for nothing, whatever they are.
+        Rows to ignore, whatever they hold.
     """
 
     direction: Direction
@@ -58,7 +58,7 @@ class Walk(NamedTuple):
     left_out: Tensor | None = None
 
     def without(self, left_out: Tensor) -> Walk:
-        """Leave rows out, of the gradients of the gates in place."""
+        """Ignore rows, zeroing the gradients of their gates in place."""
         found = self.found
         for part in (found.d_rh, found.d_apart, found.d_product, found.d_output):
             if part is not None:
@@ -67,7 +67,7 @@ class Walk(NamedTuple):
         return self._replace(found=found._replace(projected=projected), left_out=left_out)
 
     def of_input(self) -> OfInput:
-        """The gradients from which those of the input and of its weights follow."""
+        """The gradients of the input's product, from which those of input and weights follow."""
         cell, heads, (d_rh, d_apart, *_) = self.direction.cell, self.direction.num_heads, self.found
         shared = d_rh.shape[-1] - d_apart.shape[-1]
         if not cell.is_normalised:
@@ -89,7 +89,7 @@ class Walk(NamedTuple):
         return OfInput(d_raw, d_raw[:, :0], d_gain)
 
     def d_weights(self, of_input: OfInput, split: Split | None = None) -> list[Tensor]:
-        """The gradients, in the order of the weights; with `split` of every group of sequences."""
+        """The gradients in the order of the weights; with `split`, per group of sequences."""
         w, found, x = self.direction.w, self.found, self._left(self.x)
         d_weights = [
             self._stacked([(of_input.d_shared, x), (of_input.d_apart, x)], split),
@@ -104,7 +104,7 @@ class Walk(NamedTuple):
         return d_weights
 
     def _stacked(self, pairs: Sequence[Sequence[Tensor]], split: Split | None) -> Tensor:
-        """Products of the columns of matrices, summed over their rows, below each other."""
+        """Stack the products a^T b of several pairs of matrices."""
         pairs = [pair for pair in pairs if pair[0].shape[-1]]
         if split is not None:
             return torch.cat([split(a).transpose(1, 2) @ split(b) for a, b in pairs], dim=1)
@@ -139,7 +139,7 @@ class Walk(NamedTuple):
         return self._stacked([(d_rh[..., :first], h), (d_rh[..., first:], late)], split)
 
     def _d_w_hh_of_heads(self, h: Tensor, late: Tensor | None, split: Split | None) -> Tensor:
-        """The blocks on the diagonal, gate by gate: so nothing has to be put together before."""
+        """Compute the diagonal blocks gate by gate, which avoids copies of the gate gradients."""
         cell, heads, d_product = self.direction.cell, self.direction.num_heads, self.found.d_product
         n_early = cell.n_gates - (cell.late.n_gates if cell.late else 0)
         by_gate: Sequence[Tensor] = self.found.d_rh.chunk(cell.n_gates, dim=-1)
@@ -172,11 +172,11 @@ class Walk(NamedTuple):
         return rows.sum(-2) if split is None else split(rows).sum(1)
 
     def _left(self, rows: Tensor) -> Tensor:
-        """Rows without those that are left out."""
+        """Zero the rows that are left out."""
         return rows if self.left_out is None else rows.masked_fill(self.left_out, 0.0)
 
     def _h_before(self) -> Tensor:
-        """What the recurrent product of every row has taken of h."""
+        """The operand of the recurrent product of every row."""
         direction = self.direction
         (h,) = direction.before(self.states[:1])
         if direction.noise is not None and direction.noise.drop is not None:
@@ -204,7 +204,7 @@ class Walk(NamedTuple):
         return [*found, *blocks.to(self.x.dtype).split(sizes, dim=-1)]
 
     def _d_gain_rows(self) -> Tensor:
-        """The gradient of the gain of the input's product, of every row."""
+        """The gradient of the gain of the input's product, for every row."""
         cell, heads = self.direction.cell, self.direction.num_heads
         d_rh, d_apart, *_ = self.found
         raw, moments = (self._left(part) for part in self.kept.normal[:2])
@@ -214,7 +214,7 @@ class Walk(NamedTuple):
         return torch.cat([d_rh[:, : raw.shape[1] - d_apart.shape[1]], d_apart], dim=1) * normal
 
     def _d_extra_rows(self) -> list[Tensor]:
-        """Those of the extra weights of every row, but for the gain of the input's product."""
+        """The gradients of the other extra weights, for every row."""
         cell, kept, found = self.direction.cell, self.kept, self.found
         rows = []
         if cell.is_normalised:
@@ -232,7 +232,7 @@ class Walk(NamedTuple):
         return rows
 
     def _made(self) -> list[Tensor]:
-        """The states of every row as the cell has made them, as far as backward looks at them."""
+        """The states of every row, before zoneout where that was saved."""
         states = list(self.states[: self.direction.cell.n_states])
         for k, raw in enumerate(self.kept.raw):
             states[k] = states[k] if raw is None else raw

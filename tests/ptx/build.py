@@ -1,4 +1,4 @@
-"""Compiles the engine, once for each version of it and each kind of CPU."""
+"""Compile the engine, once for each of its versions and each kind of CPU."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fastrnn.cache import cache_folder
 
 ENGINE = Path(__file__).parent / "engine"
 
-# Of the C++ library only headers are used: to build the rest of it takes zig a minute. So C++ is
-# compiled, and linked as C.
+# Only headers of the C++ library are used, since building the library itself takes zig a minute.
+# The engine is therefore compiled as C++ and linked as C.
 _COMPILE = (
     "c++", "-c", "-O2", "-std=c++20", "-march=native", "-fPIC", "-fvisibility=hidden",
     "-fvisibility-global-new-delete=force-hidden", "-fno-exceptions", "-fno-rtti",
-    "-ffp-contract=off",  # products are rounded where PTX rounds them
+    "-ffp-contract=off",  # products are rounded exactly where PTX rounds them
 )  # fmt: skip
 _LINK = ("cc", "-shared", "-s", "-Wl,-z,defs", "-lm")
 
@@ -55,18 +55,18 @@ def library() -> ctypes.CDLL:
     path = kept / f"engine-{digest.hexdigest()[:32]}.so"
     if not path.exists():
         with _locked(kept / "engine.lock"):
-            if not path.exists():  # another process may have compiled it meanwhile
+            if not path.exists():  # another process may have compiled it in the meantime
                 _compile(kept, path)
     return ctypes.CDLL(str(path))
 
 
 def _cpu() -> tuple[str, str]:
-    """What ``-march=native`` depends on."""
+    """Return what ``-march=native`` depends on."""
     return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
 
 
 def folder() -> Path:
-    """Make a folder beside the CPU's compiled kernels, for a user without home a temporary one."""
+    """Make a folder next to the compiled CPU kernels; a temporary one for a user without a home."""
     try:
         path = cache_folder() / "ptx"
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -80,14 +80,14 @@ def folder() -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Let one process in at a time; the lock of one that dies is free."""
+    """Admit one process at a time; the lock of a process that dies is released."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _compile(folder: Path, path: Path) -> None:
-    """Others see all of the library or nothing."""
+    """Compile the library; other processes see either all of it or nothing."""
     with tempfile.TemporaryDirectory(dir=folder) as part:
         built, linked = f"{part}/engine.o", Path(part, path.name)
         _zig(folder, *_COMPILE, "-o", built, str(ENGINE / "engine.cpp"))

@@ -1,4 +1,4 @@
-"""The kernels here are compiled, not interpreted, which Triton decides when it is imported."""
+"""Kernels are compiled here, not interpreted; Triton decides that when it is imported."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,7 +15,7 @@ if triton.knobs.runtime.interpret:
 
 @pytest.fixture
 def replace(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
-    """Replace a function of the persistent kernels, which are then compiled again."""
+    """Replace a function of the persistent kernels, which are then recompiled."""
 
     def replace(name: str, function: Any) -> None:
         monkeypatch.setattr(f"fastrnn.kernels.{name}", function)

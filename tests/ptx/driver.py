@@ -1,7 +1,7 @@
-"""A stand-in for Triton's CUDA driver: launches of JIT functions run in the emulator.
+"""A stand-in for Triton's CUDA driver that runs launches of JIT functions in the emulator.
 
-Arguments, specialisation and compilation are Triton's own. Only ptxas is left out: in the place of
-a cubin there is the PTX itself, which is what is loaded and launched.
+Arguments, specialisation and compilation are Triton's own. Only ptxas is bypassed: instead of a
+cubin, the PTX itself is loaded and launched.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from .machine import Outcome
 from .parser import parse
 from .program import OPS, Program
 
-#: Most bytes of shared memory of a CTA, by compute capability.
+#: Maximum shared memory of a CTA in bytes, by compute capability.
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SHARED_MEMORY |= {103: 227 * 1024, 120: 99 * 1024}
 _SHARED_ACCESSES = ("LDS", "STS", "LDMATRIX", "STMATRIX")
-# Tensors lie this far apart, so that an access beside one is an access to none.
+# Tensors are this far apart, so that an out-of-bounds access never hits another tensor.
 _REGION, _FIRST_BYTE = 1 << 36, 0x10000
-# Programs of a launch that need not all be on the device at once: so many are.
+# Programs resident at a time, in a launch that does not require all to be co-resident.
 _AT_ONCE = 16
 
 
@@ -44,13 +44,13 @@ class EmulationError(RuntimeError):
 
 
 class Schedule(NamedTuple):
-    """In which order things happen; see README.md.
+    """The order of events; see README.md.
 
     Attributes
     ----------
     seed : int
     policy : {'random', 'one', 'starve-warp', 'starve-cta', 'bursts'}
-        Which warp runs, and how far.
+        Which warp runs, and for how long.
     drain : {'at once', 'random', 'lazy'}
         When stores arrive in memory.
     """
@@ -61,14 +61,14 @@ class Schedule(NamedTuple):
 
 
 class Wavefronts(NamedTuple):
-    """What the accesses of a source line to shared memory took, of all warps together.
+    """Shared-memory wavefronts of a source line, over all warps.
 
     Attributes
     ----------
     place : str
         The line, with its callers.
     count, fewest : int
-        Wavefronts, and how many there would be if no words lay in one bank.
+        Wavefronts, and the minimum without bank conflicts.
     """
 
     place: str
@@ -77,7 +77,7 @@ class Wavefronts(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One launch, and what became of it; `tensors` are the names of its arguments by region."""
+    """A launch and its outcome; `tensors` are the names of its arguments by region."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -87,13 +87,13 @@ class Launch(NamedTuple):
     outcome: Outcome
 
     def findings(self) -> list[str]:
-        """Races and other faults, each with its instructions, their source and an example."""
+        """List races and other faults, each with its instructions, their source and an example."""
         return [self._named(found.show(self.program)) for found in self.outcome.findings]
 
     def wavefronts(self) -> list[Wavefronts]:
-        """Of each source line with loads, stores or matrices of shared memory that were executed.
+        """List the executed source lines that load or store shared memory or matrices there.
 
-        Needs `statistics`. What `cp.async` and `wgmma` take is not counted.
+        Needs `statistics`. Accesses by `cp.async` and `wgmma` are not counted.
         """
         counts = self.outcome.statistics
         if counts is None:
@@ -107,11 +107,11 @@ class Launch(NamedTuple):
         return [Wavefronts(place, *total) for place, total in totals.items()]
 
     def conflicts(self) -> list[Wavefronts]:
-        """Source lines with bank conflicts; of a kernel without any, none. Needs `statistics`."""
+        """List source lines with bank conflicts; empty if there are none. Needs `statistics`."""
         return [line for line in self.wavefronts() if line.count > line.fewest]
 
     def stuck(self) -> str:
-        """Where the warps are that did not end, a line for each instruction."""
+        """List the positions of warps that did not end, one line per instruction."""
         places: dict[int, list[str]] = {}
         for x, y, z, warp, pc, _, wait in self.outcome.state:
             where = f"({x},{y},{z}) warp {warp} {machine.WAITS[wait]}"
@@ -128,7 +128,7 @@ class Launch(NamedTuple):
 
 
 class Emulator(contextlib.AbstractContextManager["Emulator"]):
-    """Run what is launched inside on CPU tensors, as a GPU of a compute capability would.
+    """Run launches in this context on CPU tensors, as a GPU of a compute capability would.
 
     Parameters
     ----------
@@ -136,19 +136,19 @@ class Emulator(contextlib.AbstractContextManager["Emulator"]):
         One of those in `SHARED_MEMORY`.
     schedule : Schedule
     mutate : function of str, optional
-        Changes the PTX of a kernel before it runs.
+        Modifies the PTX of a kernel before it runs.
     statistics : bool
         Count executions, wavefronts of shared memory and sectors of global memory.
 
     Attributes
     ----------
     launches : list of Launch
-        What was launched so far.
+        All launches so far.
 
     Raises
     ------
     EmulationError
-        From a launch that hangs, or that a GPU would stop: it says where every warp is.
+        From a launch that hangs, or that a GPU would stop: lists where every warp is.
     """
 
     _current: Emulator | None = None
@@ -171,7 +171,7 @@ class Emulator(contextlib.AbstractContextManager["Emulator"]):
         if self._exits is not None:
             raise RuntimeError("this emulator is entered already")
         with contextlib.ExitStack() as stack:
-            # What is compiled here, no GPU may ever load: it has a cache of its own.
+            # No GPU may ever load what is compiled here, so it has a separate cache.
             stack.enter_context(triton.knobs.cache.scope())
             triton.knobs.cache.dir = str(folder() / "triton")
             triton.knobs.cache.manager_class = FileCacheManager
@@ -188,30 +188,30 @@ class Emulator(contextlib.AbstractContextManager["Emulator"]):
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Fill what torch allocates inside with noise, and know that nobody has written it yet.
+        """Fill memory that torch allocates inside with noise, and track it as unwritten.
 
-        An operator of our own hides what it does from a mode around it: enter this inside.
+        Our operators hide their allocations from an enclosing mode: enter this inside of them.
         """
         with _Watch(self):
             yield
 
     def findings(self) -> list[str]:
-        """Of all launches."""
+        """List the findings of all launches."""
         return [text for launch in self.launches for text in launch.findings()]
 
     def allocated(self, tensor: torch.Tensor) -> None:
-        """Take note of memory that nobody has written; it is filled with noise."""
+        """Register memory that has not been written; it is filled with noise."""
         if tensor.device.type != "cpu" or not tensor.numel():
             return
         storage = tensor.untyped_storage()
         content = (ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr())
         noise = np.random.default_rng(self.schedule.seed + len(self._unwritten))
         np.ctypeslib.as_array(content)[:] = noise.integers(0, 256, storage.nbytes(), np.uint8)
-        # The tensor is kept, so that its address stays its own.
+        # The tensor is kept alive, so that its address is not reused.
         self._unwritten[storage.data_ptr()] = tensor, np.zeros(storage.nbytes(), np.uint8)
 
     def written(self, tensor: torch.Tensor) -> None:
-        """Take note that torch has written a tensor."""
+        """Register that torch has written a tensor."""
         if tensor.device.type == "cpu":
             self._unwritten.pop(tensor.untyped_storage().data_ptr(), None)
 
@@ -221,7 +221,7 @@ class Emulator(contextlib.AbstractContextManager["Emulator"]):
         program, memory = _parsed(ptx), _Memory(self._unwritten)
         for (name, kind), value in zip(source.signature.items(), arguments, strict=True):
             memory.take(name, kind, value)
-        # Beyond the arguments, Triton's kernels have pointers to scratch memory, which none uses.
+        # Beyond the arguments, Triton's kernels take pointers to scratch memory, which is unused.
         scratch = len(program.params) - len(memory.parameters)
         assert scratch in (0, 1, 2), f"{len(memory.parameters)} arguments: {program.params}"
         outcome = machine.run(
@@ -245,17 +245,17 @@ class Emulator(contextlib.AbstractContextManager["Emulator"]):
 
 
 class _Memory:
-    """The arguments of a launch as its parameters, and the tensors that these point into."""
+    """The arguments of a launch as parameters, and the tensors that they point into."""
 
     def __init__(self, unwritten: dict[int, tuple[torch.Tensor, np.ndarray]]) -> None:
         self.parameters: list[int] = []
         self.regions: list[machine.Region] = []
         self.names: list[str] = []
         self._unwritten = unwritten
-        self._index: dict[int, int] = {}  # number of the region of a storage
+        self._index: dict[int, int] = {}  # region number of each storage
 
     def take(self, name: str, kind: Any, value: Any) -> None:
-        """Add an argument; of a tuple, its parts. What is compiled in is no parameter."""
+        """Add an argument, or the parts of a tuple. Compiled-in constants are not parameters."""
         if isinstance(kind, tuple):
             for i, parts in enumerate(zip(kind, value, strict=True)):
                 self.take(f"{name}[{i}]", *parts)
@@ -281,14 +281,14 @@ class _Memory:
         return self.regions[i].base + tensor.storage_offset() * tensor.element_size()
 
 
-# Types of numbers as arguments, with what packs them.
+# Types of numeric arguments, with their struct format.
 _PACKED = {"fp16": "e", "fp32": "f", "fp64": "d", "i1": "?", "u1": "?"}
 _PACKED |= {"i8": "b", "i16": "h", "i32": "i", "i64": "q"}
 _PACKED |= {"u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
 
 
 def _bits(kind: str, value: Any) -> int:
-    """The bits of a number, or of a pointer that is none."""
+    """Return the bits of a number, or of a null pointer."""
     if kind not in _PACKED and value is not None:
         raise TypeError(f"an argument of type {kind!r} is not known here: {value!r}")
     packed = b"" if value is None else struct.pack(f"<{_PACKED[kind]}", value)
@@ -296,7 +296,7 @@ def _bits(kind: str, value: Any) -> int:
 
 
 class _Watch(TorchDispatchMode):
-    """Tells an emulator what torch allocates and what it writes."""
+    """Report torch's allocations and writes to an emulator."""
 
     _ALLOCATE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
@@ -320,14 +320,14 @@ class _Watch(TorchDispatchMode):
 
 
 class _Driver:
-    """What Triton's runtime asks of a driver."""
+    """The interface that Triton's runtime expects of a driver."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
         self.utils, self.launcher_cls = _Utils(capability), _Launcher
 
     def get_current_device(self) -> int:
-        return self.capability  # whose compiled kernels are remembered apart
+        return self.capability  # compiled kernels are cached separately for each
 
     def get_current_stream(self, device: object = None) -> int:
         return 0
@@ -345,7 +345,7 @@ class _Utils(NamedTuple):
     def load_binary(
         self, name: str, kernel: bytes, *_: object
     ) -> tuple[object, str, int, int, int]:
-        """Module, function, registers, spills and most threads; a function is its PTX."""
+        """Return module, function, registers, spills and maximum threads; a function is its PTX."""
         return None, kernel.decode(), 0, 0, 1024
 
     def get_device_properties(self, device: object) -> dict[str, int]:
@@ -353,7 +353,7 @@ class _Utils(NamedTuple):
 
 
 class _Launcher(NamedTuple):
-    """Launches a compiled kernel by the emulator that is entered then."""
+    """Launch a compiled kernel in the currently entered emulator."""
 
     source: Any
     metadata: Any

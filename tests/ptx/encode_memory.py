@@ -1,4 +1,4 @@
-"""Loads, stores, atomics, fences, asynchronous copies."""
+"""Encode loads, stores, atomics, fences and asynchronous copies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .statements import (
 )
 
 _STORED = MOVED | {"b8": 1, "u8": 1, "s8": 1}
-# The engine fills registers with zeros, not with signs.
+# The engine zero-extends into registers; it does not sign-extend.
 _LOADED = [name for name in _STORED if name not in ("s8", "s16")]
 
 
@@ -44,9 +44,9 @@ def _ld_param(statement: Statement) -> list[Word]:
     ]
 
 
-# Hints which lines L1 should keep.
+# L1 eviction hints.
 _HINTS = {f"L1::{hint}": 0 for hint in ("evict_first", "evict_last", "no_allocate")}
-# Of cs, a hint as well. Not nc: what it reads must not be written meanwhile, which nobody checks.
+# cs is a hint as well. Not nc: the data it reads must not change meanwhile, which is not checked.
 _LOAD_CACHES = {"ca": 0, "cg": CG, "cs": 0}
 _STORE_CACHES = {"wb": 0, "cg": CG, "cs": 0}
 
@@ -74,7 +74,7 @@ class _Access(NamedTuple):
         return "r" if self.is_shared else "d"
 
     def is_narrower(self, statement: Statement, register: str) -> bool:
-        """Whether a register of 64 bits is given for less."""
+        """Return whether a 64-bit register is given for a narrower element."""
         return self.size < 8 and statement.assembler.is_wide(register)
 
     def word(
@@ -196,7 +196,7 @@ def _fence(statement: Statement) -> list[Word]:
 
 @encodes("fence.proxy.async")
 def _fence_proxy(statement: Statement) -> list[Word]:
-    # .global would leave out shared memory, which is all that the engine's fence is for.
+    # .global would exclude shared memory, the only memory that the engine's fence covers.
     statement.has("shared::cta")
     statement.operands(0)
     return [statement.word("FENCEPROXY")]

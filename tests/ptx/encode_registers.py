@@ -1,4 +1,4 @@
-"""Arithmetic, moves, comparisons, jumps."""
+"""Encode arithmetic, moves, comparisons and jumps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _simple(statement: Statement) -> list[Word]:
     return [statement.word(operation, [destination], sources)]
 
 
-# On sm_100: all operands but the last are of 16 bits, sums and products of float32.
+# On sm_100: all operands but the last have 16 bits; sums and products are in float32.
 _MIXED = {"add": "ADDF", "add.rn": "ADDF", "sub": "SUBF", "sub.rn": "SUBF", "fma.rn": "FMAF"}
 
 
@@ -51,7 +51,7 @@ def _maximum_or_nan(statement: Statement) -> list[Word]:
 
 @encodes("max.f16", "min.f16", "max.bf16", "min.bf16")
 def _maximum_of_halves(statement: Statement) -> list[Word]:
-    """By way of float32, which has all of them."""
+    """Compute a maximum of halves via float32, which represents all of them."""
     first, *others = statement.operands(3)
     destination, sources = statement.destination(first, "r"), statement.sources(others)
     operation, _, kind = statement.name.upper().partition(".")
@@ -74,9 +74,9 @@ def _maximum_of_halves(statement: Statement) -> list[Word]:
     )
 )
 def _arithmetic_of_halves(statement: Statement) -> list[Word]:
-    """By way of float32, from which a sum or product is rounded to what it would be at once.
+    """Compute via float32, from which a sum or product rounds to the same half as directly.
 
-    A product to which something is added is rounded twice, but for the -0 that makes it a product.
+    A fused multiply-add is rounded twice, except with a summand of -0, which is a plain product.
     """
     operation, *_, kind = statement.name.upper().split(".")
     first, *others = statement.operands(4 if operation == "FMA" else 3)
@@ -102,7 +102,7 @@ def _arithmetic_of_halves(statement: Statement) -> list[Word]:
 
 @encodes("mul.wide.u16", "mul.wide.s16", "mad.wide.u16", "mad.wide.s16")
 def _wide_product_of_halves(statement: Statement) -> list[Word]:
-    """Of 32 bits, by way of factors of 32 bits."""
+    """Compute a 32-bit product of halves from factors extended to 32 bits."""
     first, *factors = statement.operands(4 if statement.name.startswith("mad") else 3)
     summands = statement.sources(factors[2:])
     destination = statement.destination(first, "r")
@@ -118,7 +118,7 @@ def _wide_product_of_halves(statement: Statement) -> list[Word]:
 
 
 _ORDERED = ("eq", "ne", "lt", "le", "gt", "ge")
-# By the first letter of the type.
+# Comparisons, by the first letter of the type.
 _COMPARISONS = {"b": ("eq", "ne"), "s": _ORDERED, "u": (*_ORDERED, "lo", "ls", "hi", "hs")}
 _FLOAT_COMPARISONS = (*_ORDERED, "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan")
 _SETP = {f"{letter}{bits}": f"SETPU{bits}" for letter in "bu" for bits in (16, 32, 64)}
@@ -150,7 +150,7 @@ def _setp(statement: Statement) -> list[Word]:
 
 
 def _setp_of_pairs(statement: Statement, operation: str) -> list[Word]:
-    """Compare two halves of each operand, with a predicate for each."""
+    """Compare the two halves of each operand, with a predicate for each."""
     comparison = statement.choose({name: CMP[name] for name in _FLOAT_COMPARISONS})
     first, *others = statement.operands(3)
     results = first.split("|")

@@ -1,4 +1,4 @@
-"""What the lanes of a warp do together: products, matrices, barriers, shuffles, votes."""
+"""Encode operations across the lanes of a warp: products, matrices, barriers, shuffles, votes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import NamedTuple
 from .program import PtxError
 from .statements import SHARED, Statement, Word, count_of, elements, encodes, integer
 
-# That lanes wait for each other is part of the operations; that all take part, the engine checks.
+# Synchronising the lanes is part of these operations; the engine checks that all participate.
 _COLLECTIVE = ("sync", "aligned")
 
 
 def _matrix_suffixes(statement: Statement) -> tuple[int, int]:
-    """How many matrices, and whether they are transposed."""
+    """Return the number of matrices, and whether they are transposed."""
     statement.require(*_COLLECTIVE, "m8n8", "b16")
     statement.choose(SHARED)
     return statement.choose({"x1": 1, "x2": 2, "x4": 4}), int(statement.has("trans"))
@@ -90,7 +90,7 @@ def _wgmma(statement: Statement) -> list[Word]:
     if signs != ["1", "1"]:
         raise PtxError("negated factors are not known")
     in_registers = a.startswith("{")
-    # Of factors that may be transposed, whether they are: in shared memory, of 16 bits.
+    # Flags for those factors that may be transposed: 16-bit factors in shared memory.
     if len(transposed) != (0 if factor == "tf32" else 1 if in_registers else 2):
         raise PtxError(f"{len(transposed)} factors cannot be transposed")
     if not {"0", "1"}.issuperset(transposed):
@@ -135,7 +135,7 @@ def _wgmma_wait(statement: Statement) -> list[Word]:
 @encodes("bar.sync", "barrier.sync")
 def _bar_sync(statement: Statement) -> list[Word]:
     if statement.name == "barrier.sync":
-        statement.require("aligned")  # else each lane would arrive for itself
+        statement.require("aligned")  # otherwise each lane would arrive separately
     first, *second = statement.operands(1, 2)
     number, threads = integer(first), integer(second[0]) if second else 0
     if number not in range(16):

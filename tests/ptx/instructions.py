@@ -1,18 +1,18 @@
-"""Instructions that only compute: for each operation of the engine, what PTX calls it.
+"""Instructions that only compute: the PTX names of each operation of the engine.
 
-Kinds of operands, the destination first: ``r`` is a register of 32 bits, of which one of 16 is the
-low half, ``d`` one of 64 bits, ``p`` a predicate.
+Kinds of operands, the destination first: ``r`` is a 32-bit register, whose low half is a 16-bit
+one, ``d`` a 64-bit register, ``p`` a predicate.
 
-A name stands here only if the operation does all that its suffixes say. Two things are more exact
+A name is listed only if the operation implements all of its suffixes. Two operations are more exact
 than what they stand for: ``.approx`` and ``.full`` are rounded like ``.rn``, and ``.ftz`` of an
-approximation keeps the small numbers that a GPU would make 0.
+approximation keeps the small numbers that a GPU would flush to 0.
 """
 
 from __future__ import annotations
 
-#: Operation, kinds of operands, names.
+#: Operation, operand kinds, names.
 TABLE: tuple[tuple[str, str, str], ...] = (
-    # integers of 32 bits
+    # 32-bit integers
     ("ADD32", "rrr", "add.s32 add.u32"),
     ("SUB32", "rrr", "sub.s32 sub.u32"),
     ("MULLO32", "rrr", "mul.lo.s32 mul.lo.u32"),
@@ -29,7 +29,7 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     ("MAXS32", "rrr", "max.s32"),
     ("MINU32", "rrr", "min.u32"),
     ("MAXU32", "rrr", "max.u32"),
-    # bits; of registers of 16 bits the upper half does no harm
+    # bitwise; for 16-bit registers the upper half does not matter
     ("AND32", "rrr", "and.b32 and.b16"),
     ("OR32", "rrr", "or.b32 or.b16"),
     ("XOR32", "rrr", "xor.b32 xor.b16"),
@@ -47,7 +47,7 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     ("POPC32", "rr", "popc.b32"),
     ("CLZ32", "rr", "clz.b32"),
     ("BREV32", "rr", "brev.b32"),
-    # integers of 16 bits
+    # 16-bit integers
     ("ADD16", "rrr", "add.s16 add.u16"),
     ("SUB16", "rrr", "sub.s16 sub.u16"),
     ("MULLO16", "rrr", "mul.lo.s16 mul.lo.u16"),
@@ -62,7 +62,7 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     ("MAXU16", "rrr", "max.u16"),
     ("MINU16X2", "rrr", "min.u16x2"),
     ("MAXU16X2", "rrr", "max.u16x2"),
-    # integers of 64 bits
+    # 64-bit integers
     ("ADD64", "ddd", "add.s64 add.u64"),
     ("SUB64", "ddd", "sub.s64 sub.u64"),
     ("MULLO64", "ddd", "mul.lo.s64 mul.lo.u64"),
@@ -105,12 +105,12 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     ("TANHF", "rr", "tanh.approx.f32"),
     ("SINF", "rr", "sin.approx.f32"),
     ("COSF", "rr", "cos.approx.f32"),
-    # two float32 in a register of 64 bits
+    # two float32 in a 64-bit register
     ("ADDF2", "ddd", "add.f32x2 add.rn.f32x2"),
     ("SUBF2", "ddd", "sub.f32x2 sub.rn.f32x2"),
     ("MULF2", "ddd", "mul.f32x2 mul.rn.f32x2"),
     ("FMAF2", "dddd", "fma.rn.f32x2"),
-    # choices and predicates
+    # selects and predicates
     ("SELP32", "rrrp", "selp.b32 selp.f32 selp.s32 selp.u32 selp.b16 selp.s16 selp.u16"),
     ("SELP64", "dddp", "selp.b64 selp.s64 selp.u64"),
     ("MOVP", "pp", "mov.pred"),
@@ -146,7 +146,7 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     ("CVT_S16_S8", "rr", "cvt.s16.s8"),
 )
 
-#: Operation and kinds of operands by name.
+#: Operation and operand kinds by name.
 SIMPLE: dict[str, tuple[str, str]] = {
     name: (operation, kinds) for operation, kinds, names in TABLE for name in names.split()
 }

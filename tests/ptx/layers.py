@@ -1,8 +1,8 @@
-"""Layers as a user calls them, whose kernels run in the emulator, beside float64.
+"""Run layers as a user calls them on emulated kernels, and compare them with float64.
 
-A `Case` is a module of fastrnn, a call of it, and the GPU that it thinks it is on; what is planned,
-launched and returned is the package's own. `emulate` gives all outputs and gradients by name,
-`check` compares them with `reference.py` in float64, `faults` are what the emulator found.
+A `Case` is a module of fastrnn, a call, and the GPU on which it claims to run; plan, launches and
+results are the package's own. `emulate` returns all outputs and gradients by name, `check` compares
+them with `reference.py` in float64, and `faults` lists what the emulator found.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ POINTWISE = [name for name, cell in CELLS.items() if cell.is_pointwise]
 #: GPUs that can be emulated.
 GPUS = {name: device for name, device in DEVICES.items() if device.target == "cuda"}
 
-#: Cells in which a gradient jumps.
+#: Cells whose gradient is discontinuous.
 HAVE_MAXIMUM = ("rnn_relu", "slstm")
 
 
@@ -50,29 +50,29 @@ class Case:
     hidden, batch, steps : int
     dtype : str
     precision : {'ieee', 'tf32', 'tf32x3'}
-        Of products of float32.
+        Of float32 products.
     directions : {1, 2}
     flow : {'', 'marked', 'fresh'}
-        Whether there are lengths, resets and truncated gradients; and states after a reset and all
-        states as a result too.
+        Whether there are lengths, resets and truncated gradients; 'fresh' also has states after a
+        reset, and returns all states.
     heads : int
-        Into which `hidden` is divided.
+        Number of heads that `hidden` is divided into.
     members : int
-        Of an ensemble, as the operator takes it, each with `batch` rows; 0 for none.
+        Members of an ensemble, as the operator takes it, each with `batch` rows; 0 for none.
     noise : {'', 'drop', 'units', 'share', 'drop units', 'drop share'}
         Recurrent dropout; zoneout in some units of every state, or as a share of all.
     bias, recompute, training : bool
         Without `training` there are no gradients.
     gpu : str
-        Of `GPUS`.
+        A key of `GPUS`.
     schedule : str, optional
-        As planned if not given.
+        Chosen by the planner if not given.
     processors : int, optional
-        Of that GPU, instead of its own: fewer take several launches.
+        Number of processors, instead of that GPU's own: with fewer there are several launches.
     configs : (Config, Config), optional
-        How the forward and the backward kernel are launched, instead of as planned.
+        Configurations of the forward and the backward kernel, instead of the planned ones.
     seed : int
-        Of the numbers.
+        Seed of the random numbers.
     """
 
     cell: str = "lstm"
@@ -130,12 +130,12 @@ class Case:
         return self.directions * self.heads * max(1, self.members)
 
     def candidates(self, **fields: Any) -> Iterator[tuple[Config, Config]]:
-        """Ways to launch its kernels: those of both, of which the fewer are taken again.
+        """Pair up the configurations of both kernels; the shorter list is reused.
 
         Parameters
         ----------
         **fields
-            What they have in common, of the fields of `Config`.
+            Fields of `Config` that they have in common.
         """
         found = [
             [
@@ -150,7 +150,7 @@ class Case:
             yield forward, backward
 
     def chunks(self, config: Config, backward: bool) -> int:
-        """Count the chunks of columns of a persistent kernel."""
+        """Count the chunks of columns of a persistent kernel's product."""
         columns = self.units * (self.shape.n_gates if backward else 1)
         return -(-columns // (config.num_warps * config.block_k))
 
@@ -161,12 +161,12 @@ class Case:
 
     @property
     def eps(self) -> float:
-        """The machine epsilon: of TF32 that of float16, which has as many bits."""
+        """The machine epsilon; for TF32 that of float16, which has as many mantissa bits."""
         return torch.finfo(torch.float16 if self.is_tf32 else getattr(torch, self.dtype)).eps
 
 
 def described(config: Config) -> str:
-    """Tell a configuration: schedule, tile and columns, warps, chunks in registers."""
+    """Format a configuration: schedule, tile and columns, warps, chunks in registers."""
     schedule, block_b, block_h, block_k, num_warps, in_registers, _ = config
     return f"{schedule} {block_b}x{block_h}x{block_k}, {num_warps}, {in_registers}"
 
@@ -178,7 +178,7 @@ def emulate(
     mutate: Callable[[str], str] = str,
     statistics: bool = False,
 ) -> tuple[dict[str, Tensor], Emulator]:
-    """Run a case: outputs and gradients by name, and the emulator with its launches."""
+    """Run a case; return outputs and gradients by name, and the emulator with its launches."""
     emulator = Emulator(case.device.capability, schedule, mutate=mutate, statistics=statistics)
     path = case.schedule or "kernels"
     with contextlib.ExitStack() as stack:
@@ -193,9 +193,9 @@ def emulate(
         return _run(case, getattr(torch, case.dtype)), emulator
 
 
-@functools.lru_cache(maxsize=4)  # large, and asked for again at once
+@functools.lru_cache(maxsize=4)  # large, and requested again soon
 def expected(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The results of plain torch operations in the case's dtype, and in float64."""
+    """Return the results of plain torch operations in the case's dtype, and in float64."""
     with use_path("reference"):
         dtypes = getattr(torch, case.dtype), torch.float64
         by_torch, exact = (_run(case, dtype) for dtype in dtypes)
@@ -203,11 +203,11 @@ def expected(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def stable(case: Case) -> Case:
-    """The case with the first numbers by which a result can be judged.
+    """Return the case with the first seed whose results can be judged.
 
-    Rounding to few bits may decide a maximum, and with it a gradient, of cells that have one.
-    So torch's own error must be small, and the results in float64 no other if the numbers are moved
-    by two roundings.
+    In cells with a maximum, rounding to few bits may decide it, and with it a gradient. Therefore
+    torch's own error must be small, and the results in float64 must not change if the inputs are
+    moved by two roundings.
     """
     moves = range(1, 21) if case.cell in HAVE_MAXIMUM and case.eps > 1e-4 else ()
     for seed in range(case.seed, case.seed + 50):
@@ -224,17 +224,17 @@ def stable(case: Case) -> Case:
 
 
 def check(case: Case, results: dict[str, Tensor], *, gradients: bool = True) -> None:
-    """Compare with float64: at most twice torch's error and two or four units of the dtype.
+    """Compare with float64: at most twice torch's error plus two or four units of the dtype.
 
-    Of TF32, which torch's own operations here do not round to, two units: those of a float16, which
-    has as many bits.
+    For TF32, to which torch's own operations here do not round, two units of float16, which has as
+    many mantissa bits.
     """
     results, by_torch, exact = (
         {name: part for name, part in parts.items() if gradients or not name.startswith("d_")}
         for parts in (results, *expected(case))
     )
     if not case.is_tf32:
-        # A sum of so many products in float32 one after another, where torch adds up in blocks.
+        # Long float32 sums, which kernels accumulate sequentially and torch in blocks.
         terms = case.hidden if case.dtype == "float32" and case.hidden > 256 else 0
         return assert_accurate(results, by_torch, exact, str(case), terms)
     assert results.keys() == exact.keys()
@@ -246,7 +246,7 @@ def check(case: Case, results: dict[str, Tensor], *, gradients: bool = True) -> 
 
 
 def faults(emulator: Emulator) -> list[str]:
-    """The findings that are faults."""
+    """Return the findings that are faults."""
     return [
         text
         for launch in emulator.launches
@@ -255,7 +255,7 @@ def faults(emulator: Emulator) -> list[str]:
     ]
 
 
-# Threads that store one value twice: layouts with more threads than elements make them do it.
+# Threads that store the same value twice, due to layouts with more threads than elements.
 _HARMLESS = (
     "shared write-write race of the same value (benign)",
     "two lanes store the same value to one address",
@@ -264,7 +264,7 @@ _HARMLESS = (
 
 @contextlib.contextmanager
 def _watched(emulator: Emulator) -> Iterator[None]:
-    """Watch the memory that the kernels are given, inside of the operator."""
+    """Watch the memory that the operator gives to the kernels, from inside of it."""
 
     def watch(function: Callable[..., Any]) -> Any:
         @functools.wraps(function)
@@ -284,7 +284,7 @@ def _watched(emulator: Emulator) -> Iterator[None]:
 def _run(case: Case, dtype: torch.dtype, move: int = 0) -> dict[str, Tensor]:
     """Call the module on random numbers, the same in every dtype, rounded to the case's own.
 
-    With `move`, each is up to two roundings off, as that seed has it.
+    With `move`, each is shifted by up to two roundings, using that seed.
     """
     moving = torch.Generator().manual_seed(move)
     generator = torch.Generator().manual_seed(case.hidden + case.seed)
@@ -292,7 +292,7 @@ def _run(case: Case, dtype: torch.dtype, move: int = 0) -> dict[str, Tensor]:
 
     def random(*shape: int, scale: float = 1.0, name: str = "") -> Tensor:
         numbers = torch.randn(shape, generator=generator, dtype=torch.float32) * scale
-        numbers = numbers.abs() + 1 if name == "n" else numbers  # of an sLSTM's state
+        numbers = numbers.abs() + 1 if name == "n" else numbers  # the normaliser of an sLSTM
         numbers = numbers.to(own).to(dtype)
         if move:
             away = torch.rand(shape, generator=moving, dtype=dtype) * 2 - 1
@@ -348,7 +348,7 @@ def _run(case: Case, dtype: torch.dtype, move: int = 0) -> dict[str, Tensor]:
 def _ensemble(
     case: Case, weights: list[Tensor], x: Tensor, hx: Any
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Layers of weights that have a dimension of members."""
+    """Run layers whose weights have a dimension of members."""
     state = hx if isinstance(hx, tuple) else (hx,)
     call = Call(CELLS[case.cell], x, state, weights, bidirectional=case.directions == 2)
     layer = reference.layer if planner.forced.path == "reference" else ops.layer
@@ -363,7 +363,7 @@ def _noise(
     own: torch.dtype,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The same noise in every dtype, for states of a shape."""
+    """Draw the same noise in every dtype, for states of a shape."""
     kept = torch.rand(shape, generator=generator) < 0.6
     drop = (kept / 0.6).to(own).to(dtype) if "drop" in case.noise else torch.empty(0, dtype=dtype)
     found = [drop]

@@ -1,4 +1,4 @@
-"""Runs a program of the parser in the engine."""
+"""Run a parsed program in the engine."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .program import Program
 if TYPE_CHECKING:
     from .driver import Schedule
 
-# In the order of the engine's numbers.
+# In the order of the engine's enumerations.
 POLICIES = ("random", "one", "starve-warp", "starve-cta", "bursts")
 DRAINS = ("at once", "random", "lazy")
 STATUSES = ("ended", "HANG", "FATAL", "ENDLESS")
 WAITS = ("ready", "at barrier", "waits for lanes", "done")
 KINDS = tuple(re.findall(r'^X\(\w+, "(.*)"\)', (ENGINE / "findings.inc").read_text(), re.M))
 
-# Each warp has two clocks, with 4 bytes for each warp: 2 GiB. (Their numbers have 16 bits.)
+# Each warp has two clocks of 4 bytes per warp, 2 GiB in all. (Warp numbers have 16 bits.)
 _MOST_WARPS = math.isqrt((2 << 30) // (2 * 4))
 _MOST_WARPS_OF_CTA = 32
 _WARP = 32
@@ -33,24 +33,24 @@ _WARP = 32
 class Region(NamedTuple):
     """A tensor's storage in the address space of a launch."""
 
-    base: int  # its address in the kernel, in the 64 GiB from (its index + 1) << 36
+    base: int  # its address in the kernel, within the 64 GiB from (its index + 1) << 36
     size: int
-    data: int  # its address here
-    written: np.ndarray  # uint8, for each of its bytes: whether somebody has written it
+    data: int  # its address in this process
+    written: np.ndarray  # uint8, for each of its bytes: whether it has been written
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong, counted by its kind and by the instructions that take part."""
+    """A fault, counted by its kind and by the instructions involved."""
 
     kind: str  # one of KINDS
     first: int  # pc of the earlier access
-    second: int  # pc of the one that was noticed; the same where there is only one
+    second: int  # pc of the access that was noticed; the same if there is only one
     count: int
-    example: str  # the first time: which bytes, which threads
+    example: str  # the first occurrence: which bytes, which threads
 
     def show(self, program: Program) -> str:
-        """Describe it with the instructions' text and source."""
+        """Describe it with the text and source of its instructions."""
         where = program.show(self.second)
         if self.first != self.second:
             where = f"{program.show(self.first)}  THEN  {where}"
@@ -58,7 +58,7 @@ class Finding:
 
 
 class Lanes(NamedTuple):
-    """Lanes of a warp that stand at one instruction when a launch stops early."""
+    """Lanes of a warp at the same instruction when a launch stops early."""
 
     x: int  # the CTA
     y: int
@@ -71,12 +71,12 @@ class Lanes(NamedTuple):
 
 @dataclass(frozen=True)
 class Counters:
-    """How much happened in a launch."""
+    """Event counts of a launch."""
 
-    instructions: int  # of warps
+    instructions: int  # warp instructions
     l1_hits: int
-    stale_hits: int  # of other bytes than memory held
-    drained: int  # stores, by element
+    stale_hits: int  # L1 hits that differ from memory
+    drained: int  # stores, counted by element
     barriers: int
 
 
@@ -87,16 +87,16 @@ class Statistics:
     executions: np.ndarray
     first_warp: np.ndarray  # executions by warp 0 of CTA 0
     transactions: np.ndarray  # wavefronts of shared memory, sectors of global memory
-    least: np.ndarray  # transactions if the same bytes lay side by side
+    least: np.ndarray  # transactions if the same bytes were contiguous
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a launch went."""
+    """The result of a launch."""
 
     code: int  # index of STATUSES: 0 if all warps ended
     findings: list[Finding]
-    state: list[Lanes]  # of those that did not end
+    state: list[Lanes]  # of the warps that did not end
     counters: Counters
     statistics: Statistics | None
 
@@ -107,11 +107,11 @@ class Outcome:
 
     @property
     def instructions(self) -> int:
-        """Instructions of warps."""
+        """Executed warp instructions."""
         return self.counters.instructions
 
 
-# The records of machine.hpp, program.hpp and engine.cpp.
+# Mirrors of the records in machine.hpp, program.hpp and engine.cpp.
 
 
 def _record(name: str, **fields: Any) -> type[ctypes.Structure]:
@@ -168,32 +168,32 @@ def run(
     statistics: bool = False,
     most_instructions: int = 300_000_000,
 ) -> Outcome:
-    """Launch a kernel and run it to its end, or until it cannot go on.
+    """Launch a kernel and run it until it ends or cannot continue.
 
     Parameters
     ----------
     program : Program
     grid : tuple of int
-        Numbers of CTAs.
+        Number of CTAs in each dimension.
     parameters : list of int
-        The bits of each.
+        The bits of each parameter.
     regions : list of Region
-        What the kernel's pointers point into.
+        The memory that the kernel's pointers refer to.
     shared : int
-        Bytes of shared memory of a CTA.
+        Bytes of shared memory per CTA.
     schedule : Schedule
-        All choices of the engine follow from it.
+        Determines all choices of the engine.
     at_once : int
-        CTAs that run at a time, at most; 0 for all.
+        Maximum number of co-resident CTAs; 0 for all.
     statistics : bool
         Count by instruction.
     most_instructions : int
-        Of all warps together; with more the launch is given up as ENDLESS.
+        Limit for all warps together, beyond which the launch is aborted as ENDLESS.
 
     Raises
     ------
     ValueError
-        If the launch is beyond the engine's limits.
+        If the launch exceeds the engine's limits.
     """
     warps, rest = divmod(program.threads, _WARP)
     ctas = grid[0] * grid[1] * grid[2]
@@ -207,7 +207,7 @@ def run(
         at_once=at_once, statistics=statistics, seed=schedule.seed,
         most_instructions=most_instructions,
     )  # fmt: skip
-    values = np.array([*parameters, 0], np.uint64)  # not empty
+    values = np.array([*parameters, 0], np.uint64)  # never empty
     tables = (program.code, program.pool, program.const32, program.const64, values)
     kernel = _Program(
         *(table.ctypes.data for table in tables), len(program.code), len(program.const32),
@@ -226,7 +226,7 @@ def run(
 
 
 def _outcome(result: Any, n_code: int | None) -> Outcome:
-    """Copy a result, whose pointers end with the run."""
+    """Copy a result, whose pointers are only valid during the run."""
     findings = [
         Finding(KINDS[f.kind], f.first, f.second, f.count, f.example.decode())
         for f in result.findings[: result.n_findings]

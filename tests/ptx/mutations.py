@@ -1,7 +1,7 @@
-"""Ways to break the PTX of a kernel: functions of its text.
+"""Ways to break the PTX of a kernel, as functions of its text.
 
-Each raises `LookupError` if there is nothing to break, so that a change of the compiler or of a
-kernel cannot make a mutation empty.
+Each raises `LookupError` if there is nothing to break, so that a mutation cannot silently become
+empty when the compiler or a kernel changes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ AGAIN = r"^bra AGAIN;$"
 
 
 def in_kernel(kernel: str, change: Change) -> Change:
-    """Change one kernel and leave the others as they are."""
+    """Change one kernel and leave the others unchanged."""
     return lambda ptx: change(ptx) if f".entry {kernel}(" in ptx else ptx
 
 
 def replaced(pattern: str, new: Any, *, count: int = 0) -> Change:
-    """Replace the first or all places of a pattern."""
+    """Replace the first, or every, match of a pattern."""
 
     def change(ptx: str) -> str:
         text, n = re.subn(pattern, new, ptx, count=count, flags=re.M)
@@ -39,7 +39,7 @@ def replaced(pattern: str, new: Any, *, count: int = 0) -> Change:
 
 
 def without(pattern: str, *, before: str = "", after: str = "", last: bool = False) -> Change:
-    """Remove a line: the first, or the nearest one before or after one of another pattern."""
+    """Remove a line: the first match, or the nearest one before or after another pattern."""
 
     def change(ptx: str) -> str:
         lines = ptx.split("\n")
@@ -57,7 +57,7 @@ def without(pattern: str, *, before: str = "", after: str = "", last: bool = Fal
 
 
 def stored_by_halves(ptx: str) -> str:
-    """Publish the halves of each word one after another."""
+    """Publish the halves of each word separately."""
     halves = (
         r"mov.b32 {low, high}, \2;\n@p st.relaxed.gpu.global.b16 [\1], low;\n"
         r"@p st.relaxed.gpu.global.b16 [\1+2], high;"
@@ -66,7 +66,7 @@ def stored_by_halves(ptx: str) -> str:
 
 
 def waiting_for_words(ptx: str) -> str:
-    """Take a word to be there as soon as one of its halves is."""
+    """Treat a word as present as soon as one of its halves is."""
     test = (
         r"add\.u32 x, (%r\d+), 0x00010001;\nnot\.b32 x, x;\nand\.b32 x, x, %r\d+;\n"
         r"and\.b32 x, x, 0x80008000;\nsetp\.ne(\S*)\.s32 (missing\d+), x, 0(.*);"
@@ -75,7 +75,7 @@ def waiting_for_words(ptx: str) -> str:
 
 
 def with_one_set_of_buffers(size: int) -> Change:
-    """Let the second of two sets of buffers of so many bytes, for partial sums, be the first."""
+    """Redirect the second of two sets of partial-sum buffers, of `size` bytes, to the first."""
 
     def change(ptx: str) -> str:
         buffers = set(re.findall(r"st\.shared\.v4\.b32 \[ (%r\d+) ", ptx))
@@ -95,7 +95,7 @@ def with_one_set_of_buffers(size: int) -> Change:
 
 
 def without_each(pattern: str, ptx: str) -> Iterator[tuple[str, Change]]:
-    """Remove each line of a pattern in turn: the file and line that it was made of, the change."""
+    """Remove each match of a pattern in turn; yield its source file and line, and the change."""
     lines, place = ptx.split("\n"), ""
     for i, line in enumerate(lines):
         place = _place(line) or place
@@ -110,14 +110,14 @@ def _without_line(number: int, ptx: str) -> str:
 
 
 def place_of(function: Any, text: str) -> str:
-    """The file and line of a JIT function in which a text is first."""
+    """Return the file and line where a text first occurs in a JIT function."""
     source, first = inspect.getsourcelines(function.fn)
     number = first + next(n for n, line in enumerate(source) if text in line)
     return f"{Path(inspect.getsourcefile(function.fn) or '').name}:{number}"
 
 
 def _place(line: str) -> str:
-    """The file and line of the innermost function that a line of PTX tells, if it does."""
+    """Return the file and line of the innermost function for a line of PTX, if known."""
     found = re.search(r"\.loc.*?//\s*(\S+?:\d+):\d+", line)
     return found[1] if found else ""
 

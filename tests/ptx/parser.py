@@ -1,9 +1,9 @@
-"""PTX, as Triton's LLVM back end prints it, to the words that the engine runs.
+"""Translate PTX, as Triton's LLVM back end prints it, to the words that the engine runs.
 
-Nothing but debugging information is skipped: a directive, an instruction or a suffix that is not
-known is a `PtxError`, also before and behind the kernel. An encoder takes the suffixes of its
-instruction one by one, and what it leaves is not known. Their order is not looked at, which
-Triton's own is not always that of the manual.
+Only debugging information is skipped: an unknown directive, instruction or suffix raises
+`PtxError`, also before and after the kernel. An encoder consumes the suffixes of its instruction
+one by one, and any that remain are unknown. Their order is not checked, since Triton's own order is
+not always that of the manual.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def parse(ptx: str) -> Program:
     Parameters
     ----------
     ptx : str
-        With one kernel.
+        The text, with exactly one kernel.
 
     Returns
     -------
@@ -34,7 +34,7 @@ def parse(ptx: str) -> Program:
     Raises
     ------
     PtxError
-        If there is anything in the kernel that is not known.
+        If anything in the kernel is unknown.
     """
     header = _read_header(ptx)
     _check_outside(ptx[: header.start], 1)
@@ -80,7 +80,7 @@ def parse(ptx: str) -> Program:
 
 
 class _Header(NamedTuple):
-    """What stands before the body of a kernel, where it begins, and where the body does."""
+    """What precedes the body of a kernel, and where kernel and body begin."""
 
     name: str
     params: list[str]
@@ -93,12 +93,12 @@ _ENTRY = re.compile(r"^\s*(?:\.visible\s+)?\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]
 _PARAMETER = re.compile(
     r"\.param\s+\.[busf](?:8|16|32|64)\s+(?:\.ptr\s+)?(?:\.global\s+)?(?:\.align\s+\d+\s+)?([\w$]+)"
 )
-# Bounds for the allocation of registers, which the engine has no use for.
+# Bounds for register allocation, which the engine does not need.
 _BOUNDS = re.compile(r"\.(maxnreg|maxntid|minnctapersm)\b.*")
 
 
-# Outside of the kernel, without comments. A section holds what debuggers read, and the string was
-# asked for by the compiler's own library, which is inlined.
+# Allowed outside of the kernel, without comments. Sections are for debuggers, and the string
+# belongs to the compiler's own library, which is inlined.
 _OUTSIDE = re.compile(
     r"""\.version\s+\d+\.\d+ | \.target\s+sm_\w+(,\s*debug)? | \.address_size\s+64
     | \.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+global_smem\[\]; | \.file\s+\d+\s+".*"
@@ -109,7 +109,7 @@ _OUTSIDE = re.compile(
 
 
 def _check_outside(text: str, line: int) -> None:
-    """Raise if there is anything unknown before or behind a kernel; the line of the first."""
+    """Raise if there is anything unknown before or after a kernel; `line` is that of the text."""
     text = re.sub(r'("[^"\n]*")|//.*', r"\1", text)
     at = 0
     while rest := text[at:].lstrip():
@@ -150,7 +150,7 @@ def _read_header(ptx: str) -> _Header:
 
 
 class _Token(NamedTuple):
-    """A part of a kernel's body: label, brace or statement; its line in the PTX, and its source."""
+    """A part of a kernel's body: label, brace or statement, with its PTX line and its source."""
 
     kind: str
     text: str
@@ -167,10 +167,10 @@ _NEXT = re.compile(r"(?P<label>[\w$]+)\s*:(?!:)|(?P<brace>[{}])|(?P<statement>[^
 
 
 def _tokens(ptx: str, start: int) -> Iterator[_Token]:
-    """Split the body of a kernel, up to the brace that closes it.
+    """Split the body of a kernel, up to its closing brace.
 
-    A brace where a statement may begin opens or closes a block, as inline assembly does for
-    registers and labels of its own; others belong to operands.
+    A brace where a statement may begin opens or closes a block, which inline assembly uses for its
+    own registers and labels; other braces belong to operands.
     """
     first = ptx.count("\n", 0, start) + 1
     rest, source, depth, begun = "", "?", 1, first
@@ -178,7 +178,7 @@ def _tokens(ptx: str, start: int) -> Iterator[_Token]:
     for number, line in enumerate(lines, first):
         code, _, comment = line.partition("//")
         code = code.strip()
-        # Only these do not end with a semicolon.
+        # The only directives without a semicolon.
         if found := re.match(r"\.(loc|file)\b", code):
             if rest:
                 raise _failure(_Token("", rest, begun, source), "no ; ends it")
@@ -203,7 +203,7 @@ def _tokens(ptx: str, start: int) -> Iterator[_Token]:
     raise _failure(_Token("", rest or "}", begun, source), "the kernel does not end")
 
 
-# They tell ptxas not to unroll a loop, and which bytes of a load are used.
+# Directives for ptxas: not to unroll a loop, and which bytes of a load are used.
 _PRAGMA = re.compile(r'\.pragma\s+"(nounroll|used_bytes_mask 0x[0-9a-f]+)"')
 _DECLARATION = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.S)
 

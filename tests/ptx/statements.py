@@ -1,4 +1,4 @@
-"""One instruction of PTX while it is encoded: its suffixes, its operands, its words."""
+"""A PTX instruction while it is encoded: its suffixes, operands and words."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import NamedTuple, TypeVar
 
 from .program import OPS, SINK, PtxError
 
-# The one variable in shared memory, which begins at its address 0.
+# The only variable in shared memory, at address 0.
 _SHARED_MEMORY = "global_smem"
 
-#: Kinds of registers by the types that PTX gives them.
+#: Kinds of registers by their PTX types.
 REGISTERS = {"pred": "p"}
 REGISTERS |= dict.fromkeys(("b8", "b16", "u16", "s16", "b32", "u32", "s32", "f32"), "r")
 REGISTERS |= dict.fromkeys(("b64", "u64", "s64", "f64"), "d")
 _KINDS = {"r": "a register of at most 32 bits", "d": "a register of 64 bits", "p": "a predicate"}
-#: Bytes of what moves between registers, and from and to memory.
+#: Sizes in bytes of the types that move between registers, or to and from memory.
 MOVED = {"b16": 2, "u16": 2, "s16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4}
 MOVED |= {"b64": 8, "u64": 8, "s64": 8, "f64": 8}
 
@@ -34,17 +34,17 @@ _T = TypeVar("_T")
 
 
 class Register(NamedTuple):
-    """A register: its kind, one of r, d and p, and its number among those."""
+    """A register: its kind, r, d or p, and its number among those."""
 
     kind: str
     number: int
 
 
 class Assembler:
-    """What the encoded instructions refer to: registers, constants, parameters, labels.
+    """What encoded instructions refer to: registers, constants, parameters, labels.
 
-    Names of registers and labels are those of the block that is open, which hide those of the
-    blocks around it; a label may stand behind the jumps to it.
+    Names of registers and labels belong to the open block and hide those of the enclosing blocks; a
+    label may come after the jumps to it.
     """
 
     def __init__(self, params: Sequence[str]) -> None:
@@ -64,7 +64,7 @@ class Assembler:
         self.registers, self.labels = self.registers.parents, self.labels.parents
 
     def declare(self, kind: str, name: str) -> None:
-        """Add a register, or with ``<n>`` behind the name so many."""
+        """Declare a register, or with ``<n>`` after the name, n of them."""
         found = re.fullmatch(r"([%\w$]+)(?:<(\d+)>)?", name)
         if found is None:
             raise PtxError(f"{name!r} is not the name of a register")
@@ -75,7 +75,7 @@ class Assembler:
             self.registers[each] = Register(kind, self.temporary(kind))
 
     def temporary(self, kind: str = "r") -> int:
-        """Add a register without a name."""
+        """Allocate an unnamed register."""
         self.counts[kind] += 1
         return self.counts[kind] - 1
 
@@ -85,15 +85,15 @@ class Assembler:
         self.labels[name] = len(self.code)
 
     def jump(self, label: str) -> None:
-        """The next instruction goes there."""
+        """Make the next instruction jump to a label."""
         self.jumps.append((len(self.code), label, self.labels))
 
     def is_wide(self, text: str) -> bool:
-        """Whether this is a register of 64 bits."""
+        """Return whether this is a 64-bit register."""
         return text in self.registers and self.registers[text].kind == "d"
 
     def operand(self, text: str, kind: str) -> int:
-        """The entry in the pool for a register or a literal."""
+        """Return the pool entry for a register or a literal."""
         if text in self.registers:
             register = self.registers[text]
             if register.kind != kind:
@@ -119,7 +119,7 @@ class Assembler:
 
 
 class Statement:
-    """An instruction while it is encoded: first its suffixes are taken, then its operands."""
+    """An instruction while it is encoded: first its suffixes are consumed, then its operands."""
 
     def __init__(
         self,
@@ -133,16 +133,16 @@ class Statement:
         self._suffixes, self._operands = suffixes, operands
 
     def has(self, suffix: str) -> bool:
-        """Take a suffix if it is there."""
+        """Consume a suffix if present."""
         there = suffix in self._suffixes
         if there:
             self._suffixes.remove(suffix)
         return there
 
     def choose(self, choices: Mapping[str, _T], default: _T | None = None) -> _T:
-        """Take the one suffix that is among the choices, and say what it stands for.
+        """Consume the one suffix that is among the choices, and return what it stands for.
 
-        If two are, the other stays.
+        If there are two, the other remains.
         """
         for suffix in self._suffixes:
             if suffix in choices:
@@ -153,12 +153,12 @@ class Statement:
         return default
 
     def require(self, *suffixes: str) -> None:
-        """Take suffixes that such an instruction cannot be without, and that say nothing else."""
+        """Consume suffixes that the instruction must have and that carry no information."""
         for suffix in suffixes:
             self.choose({suffix: True})
 
     def take_last(self, count: int) -> tuple[str, ...]:
-        """Take the last suffixes, which are types."""
+        """Consume the last suffixes, which are types."""
         if len(self._suffixes) < count:
             raise PtxError(f"needs {count} types")
         taken = self._suffixes[-count:]
@@ -166,7 +166,7 @@ class Statement:
         return tuple(taken)
 
     def operands(self, *counts: int) -> list[str]:
-        """Say that all suffixes are taken; the operands, of which there are so many."""
+        """Check that all suffixes are consumed; return the operands, whose count must match."""
         if self._suffixes:
             raise PtxError(f"suffix .{' .'.join(self._suffixes)} is not known")
         if len(self._operands) not in counts:
@@ -189,11 +189,11 @@ class Statement:
         return [self.source(text, kind) for text in texts]
 
     def vector(self, text: str, count: int, kind: str = "r") -> list[int]:
-        """Sources in braces."""
+        """Return the sources in braces."""
         return self.sources(elements(text, count), kind)
 
     def address(self, text: str, kind: str) -> tuple[int, int]:
-        """Base and offset of an operand in brackets."""
+        """Return base and offset of an operand in brackets."""
         base, offset = address(text)
         return self.source(base, kind), offset
 
@@ -208,7 +208,7 @@ class Statement:
         aux: int = 0,
         aux2: int = 0,
     ) -> Word:
-        """Put operands into the pool and make an instruction of the engine."""
+        """Add operands to the pool and make an instruction of the engine."""
         if operation not in OPS:
             raise PtxError(f"the engine has no operation {operation}")
         pool = self.assembler.pool
@@ -219,12 +219,12 @@ class Statement:
 
 
 def encode(assembler: Assembler, text: str) -> list[Word]:
-    """Encode an instruction: to more than one word, where the engine has no such operation."""
+    """Encode an instruction, as several words where the engine has no single operation for it."""
     (guard, negated), rest = guard_and_rest(text)
     opcode, _, operands = rest.replace("\t", " ").partition(" ")
     names = opcode.split(".")
     predicate = assembler.operand(guard, "p") if guard else -1
-    # The longest name that is known; what follows are suffixes.
+    # Find the longest known name; the rest are suffixes.
     for count in range(len(names), 0, -1):
         name = ".".join(names[:count])
         if name in _ENCODERS:
@@ -241,13 +241,13 @@ def guard_and_rest(text: str) -> tuple[tuple[str, bool], str]:
 
 
 def _split(text: str) -> list[str]:
-    """Operands, at commas outside of braces and brackets."""
+    """Split operands at commas outside of braces and brackets."""
     parts = re.split(r",(?![^{]*\}|[^[]*\])", text)
     return [part.strip() for part in parts] if text.strip() else []
 
 
 def elements(text: str, count: int) -> list[str]:
-    """Elements of a vector in braces; of a single one, itself."""
+    """Return the elements of a vector in braces; a single operand is its own element."""
     braced = text.startswith("{") and text.endswith("}")
     parts = [part.strip() for part in text[1:-1].split(",")] if braced else [text]
     if len(parts) != count:
@@ -256,14 +256,14 @@ def elements(text: str, count: int) -> list[str]:
 
 
 def integer(text: str) -> int:
-    """Read a literal."""
+    """Parse a literal."""
     if not _INTEGER.fullmatch(text):
         raise PtxError(f"{text} is not an integer")
     return int(text.rstrip("U"), 0)
 
 
 def count_of(text: str) -> int:
-    """Read a literal that is not negative."""
+    """Parse a literal that must not be negative."""
     number = integer(text)
     if number < 0:
         raise PtxError(f"{text} is negative")
@@ -271,7 +271,7 @@ def count_of(text: str) -> int:
 
 
 def address(text: str) -> tuple[str, int]:
-    """Read an address in brackets: a name and an offset."""
+    """Parse an address in brackets: a name and an offset."""
     found = _ADDRESS.fullmatch(text)
     if found is None:
         raise PtxError(f"{text} is not an address")
@@ -286,7 +286,7 @@ _ENCODERS: dict[str, _Encoder] = {}
 
 
 def encodes(*names: str) -> Callable[[_Encoder], _Encoder]:
-    """Register an encoder for instructions whose names begin so."""
+    """Register an encoder for instructions whose names begin with one of these."""
 
     def register(encoder: _Encoder) -> _Encoder:
         _ENCODERS.update(dict.fromkeys(names, encoder))

@@ -1,9 +1,9 @@
-"""Every kernel of the compile budget in the emulator, under many schedules: ``make emulate``.
+"""Run all kernels of the compile budget in the emulator, under many schedules: ``make emulate``.
 
-``bench/compile_budget.py`` lists the kernels that may be planned. Here each of them for an NVIDIA
-GPU runs in a layer whose batch fills one program all but a row, a forward and a backward kernel at
-a time, until all schedules or the seconds of a layer are used up. A row of the file says what came
-of it.
+``bench/compile_budget.py`` lists the kernels that may be planned. Here each of those for an NVIDIA
+GPU runs in a layer whose batch fills one program except for a row, one forward and one backward
+kernel at a time, until all schedules or the layer's time are used up. A row of the file states the
+outcome.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .layers import GPUS, HAVE_MAXIMUM, Case, check, described, emulate, faults
 from .machine import DRAINS, POLICIES
 from .program import PtxError
 
-# Each policy with each way of draining, the most different ones first, then again with other seeds.
+# Each policy with each way of draining, the most different ones first, then with other seeds.
 _WAYS = sorted(
     itertools.product(range(len(POLICIES)), range(len(DRAINS))),
     key=lambda way: (sum(way) % len(DRAINS), way),
@@ -44,23 +44,23 @@ _UNKNOWN = "not emulated"
 
 
 class Row(NamedTuple):
-    """A layer, its kernels and what came of them.
+    """A layer, its kernels and their outcome.
 
     Attributes
     ----------
     cell, run, dtype, precision, hidden_size, gpu
-        As in the compile budget, whose runs are two here: forward and backward.
+        As in the compile budget, with two of its runs in one: forward and backward.
     batch, steps : int
     forward, backward : str
         Schedule, block_b x block_h x block_k, warps, chunks of the weights in registers.
     schedules : int
         How many were run.
     instructions : int
-        Of warps, under the first schedule.
+        Warp instructions under the first schedule.
     result : str
-        'ok': right, the same bits under all schedules, no fault; perhaps 'without gradients', of
-        which rounding decides some in cells with a maximum. Or what was not; or,
-        'not emulated', which instruction is not known.
+        'ok': correct, bitwise identical under all schedules, and no fault; possibly 'without
+        gradients', where rounding decides some in cells with a maximum. Otherwise what failed; or,
+        with 'not emulated', which instruction is unknown.
     triton, commit, date : str
         The commit is the last that changed a kernel.
     """
@@ -84,7 +84,7 @@ class Row(NamedTuple):
 
 
 def cases() -> Iterator[tuple[str, Case]]:
-    """List layers that together have every kernel: what is run, and the layer."""
+    """List runs and layers that together cover every kernel."""
     devices = [name for name in compile_budget.DEVICES if name in GPUS]
     kernels: dict[Any, tuple[list[Config], list[Config]]] = defaultdict(lambda: ([], []))
     for variant in compile_budget.plan(devices):
@@ -101,7 +101,7 @@ def cases() -> Iterator[tuple[str, Case]]:
     for (gpu, cell, run, dtype, precision, hidden), (forward, backward) in kernels.items():
         if run == "recompute":
             forward, _ = kernels[gpu, cell, "training", dtype, precision, hidden]
-        # One kind of kernel may be planned in fewer ways: then with one of the other again.
+        # If one pass has fewer planned kernels than the other, they are reused.
         for n in range(max(len(forward), len(backward))):
             pair = [of[min(n, len(of) - 1)] for of in (forward or backward, backward or forward)]
             yield (
@@ -124,19 +124,19 @@ def cases() -> Iterator[tuple[str, Case]]:
 
 
 def schedule(n: int) -> Schedule:
-    """The n-th schedule."""
+    """Return the n-th schedule."""
     policy, drain = _WAYS[n % len(_WAYS)]
     return Schedule(n, POLICIES[policy], DRAINS[drain])
 
 
 def measure(case: Case, schedules: int, seconds: float) -> tuple[int, int, str]:
-    """Run a layer: how many schedules, how many instructions, what came of it."""
+    """Run a layer; return the number of schedules, the instructions and the result."""
     start, first, instructions = time.monotonic(), None, 0
     good = "ok"
     if case.cell in HAVE_MAXIMUM and case.eps > 1e-4:
-        good = "ok, without gradients"  # see `stable`: of so many numbers rounding decides some
+        good = "ok, without gradients"  # see `stable`: with so many numbers, rounding decides some
     for n in range(schedules):
-        # Of one alone no bits could be compared.
+        # At least two runs, to compare bits.
         if n >= 2 and time.monotonic() - start > seconds:
             return n, instructions, good
         try:
@@ -163,7 +163,7 @@ def _measured(arguments: tuple[Case, int, float]) -> tuple[int, int, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 1 if anything is not right, else 0."""
+    """Run the command line; return 1 if any result is wrong, else 0."""
     parser = argparse.ArgumentParser(prog="python -m ptx.sweep", description=__doc__)
     parser.add_argument("--schedules", type=int, default=20, help="of each layer")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of each layer")
@@ -176,10 +176,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     known = _known(args.out, commit) if args.missing else {}
     wanted = [(run, case) for run, case in cases() if re.search(args.only, f"{run} {case}")]
-    wanted.sort(key=lambda pair: pair[1].hidden)  # the quick ones first
+    wanted.sort(key=lambda pair: pair[1].hidden)  # quick ones first
     todo = [(run, case) for run, case in wanted if _key(_row(run, case)) not in known]
     rows, since = list(known.values()), time.monotonic()
-    context = multiprocessing.get_context("spawn")  # a fork of torch's threads may hang
+    context = multiprocessing.get_context("spawn")  # forking torch's threads may hang
     with (
         ProcessPoolExecutor(args.jobs, mp_context=context) as pool,
         args.out.open("w", encoding="utf-8", newline="") as file,
@@ -220,7 +220,7 @@ def _key(row: Row) -> tuple[str, ...]:
 
 
 def _known(path: Path, commit: str) -> dict[tuple[str, ...], Row]:
-    """The good rows of a file that are of the same kernels and compiler."""
+    """Read the good rows of a file that match the current kernels and compiler."""
     if not path.exists():
         return {}
     with path.open(encoding="utf-8", newline="") as file:

@@ -1,4 +1,4 @@
-"""The emulator on kernels of its own: right where they are right, and what it finds where not."""
+"""The emulator on small kernels: correct results, and faults found where kernels have them."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ def test_reductions_across_warps(capability, warps):
     assert [text for text in emulator.findings() if "(benign)" not in text] == []
 
 
-# The largest error of a product, of its largest element: of sums in float32; of operands cut off to
-# TF32's 11 bits, and of three such products.
+# The maximum error of a product, relative to its largest element: for float32 sums; for operands
+# truncated to TF32's 11 bits, and for three such products.
 PRODUCTS = [
     (torch.bfloat16, "tf32", 1e-6),
     (torch.float16, "tf32", 1e-6),
@@ -124,7 +124,7 @@ PRODUCTS = [
     (torch.float32, "tf32", 2**-10),
     (torch.float32, "tf32x3", 3e-6),
 ]
-# Block, warps, stages: of 64 rows and more, sm_90 makes warp-group products.
+# Block, warps, stages: from 64 rows on, sm_90 uses warp-group products.
 TILES = [((16, 32, 32), 4, 1), ((32, 64, 64), 8, 3), ((64, 32, 64), 4, 3)]
 
 
@@ -135,7 +135,7 @@ def test_products(capability, dtype, precision, tolerance, block, warps, stages)
     m, n, k = 2 * block[0] - 8, block[1] + 8, 3 * block[2]
     a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
     if block[0] == 64 or dtype == torch.float16:
-        b = b.t().contiguous().t()  # another layout of it in shared memory
+        b = b.t().contiguous().t()  # a different layout in shared memory
     with Emulator(capability, Schedule(m)) as emulator, emulator.watching():
         c = torch.empty(m, n)
         constants = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), block, strict=True))
@@ -158,7 +158,7 @@ def test_products(capability, dtype, precision, tolerance, block, warps, stages)
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_conversions(dtype):
-    """All numbers of 16 bits to float32, and float32 to them, as torch rounds."""
+    """All 16-bit numbers to float32, and float32 to them, rounded as torch does."""
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     between = torch.randint(-(2**31), 2**31, (2**16,)).int().view(torch.float32)
     exactly = halves.float().nan_to_num(0.0, 1.0, -1.0)
@@ -233,7 +233,7 @@ def test_what_it_does_not_know_is_named():
 
 
 def test_statistics():
-    """A warp's load is 4 sectors of 32 bytes, or one for each thread if they lie apart."""
+    """A warp's load takes 4 sectors of 32 bytes, or one per thread if they are scattered."""
     for stride, sectors in ((1, 4), (2, 8), (8, 32), (32, 32)):
         with Emulator(90, statistics=True) as emulator:
             strided_kernel[(1,)](torch.ones(256 * stride), torch.empty(128), stride, BLOCK=128)
@@ -255,7 +255,7 @@ def test_launched_outside():
 
 
 def test_what_it_leaves_behind(monkeypatch):
-    """Nothing, also if it cannot be entered: what is compiled here must not reach a GPU."""
+    """Nothing, even if it cannot be entered: what is compiled here must not reach a GPU."""
 
     def state():
         cache = triton.knobs.cache
@@ -311,7 +311,7 @@ def gluon_kernel(x_ptr, out_ptr, BLOCK: gl.constexpr):  # noqa: N803
 
 
 def test_gluon():
-    """Kernels whose layouts are written out."""
+    """Kernels with explicit layouts."""
     with Emulator(90) as emulator:
         out = torch.empty(256)
         gluon_kernel[(1,)](torch.arange(256.0), out, BLOCK=256)
@@ -347,7 +347,7 @@ def transpose_kernel(x_ptr, out_ptr, SHARED: gl.constexpr):  # noqa: N803
 
 @pytest.mark.parametrize(("phases", "expected"), [(1, 1024), (32, 32)])
 def test_conflicts(phases, expected):
-    """A warp stores rows of 32 words and loads columns, which lie in one bank or are swizzled."""
+    """A warp stores rows of 32 words and loads columns, which share a bank or are swizzled."""
     x, out = torch.randn(32, 32), torch.empty(32, 32)
     shared = gl.SwizzledSharedLayout(1, 1, phases, [1, 0])
     with Emulator(90, statistics=True) as emulator:
@@ -390,7 +390,7 @@ def assembled(asm, x, out_dtype=torch.int32):
     ("asm", "expected"),
     [
         ("mov.u32 $0, %laneid;", lambda x: torch.arange(128) % 32),
-        # bytes 3 2 1 0 of x; the first two of it behind those of itself
+        # bytes 3 2 1 0 of x; the low two of x above those of 7
         ("prmt.b32 $0, $1, $1, 0x0123;", lambda x: x.view(torch.uint8).view(-1, 4).flip(1)),
         ("prmt.b32 $0, $1, 7, 0x1054;", lambda x: (x << 16) | 7),
         ("{ .reg .b16 a, b; mov.b32 {a, b}, $1; mov.b32 $0, {b, a}; }", lambda x: x.roll(1, 0)),
@@ -443,12 +443,12 @@ def test_approximations(asm, expected):
     torch.testing.assert_close(found, exact, rtol=2**-23, atol=0, equal_nan=True)
 
 
-# How a thread's four words are stored and loaded; halves of a word one by one.
+# How a thread's four words are stored and loaded; 0 means by halves.
 PIECES = {"b16": 0, "b32": 1, "v2.b32": 2, "v4.b32": 4}
 
 
 def publish_asm(form):
-    """Store four words, $4 and on, at the address $8; what they were is also the result."""
+    """Store four words, from $4 on, at the address $8; the result is the same words."""
     lines = ["{", ".reg .b16 low, high;"]
     for i in range(0, 4, PIECES[form] or 1):
         words = [f"${4 + n}" for n in range(i, i + (PIECES[form] or 1))]
@@ -465,7 +465,7 @@ def publish_asm(form):
 
 
 def poll_asm(form):
-    """Load the four words at the address $4, those that are missing again until all are there."""
+    """Load the four words at the address $4, and reload missing ones until all are there."""
     size = PIECES[form] or 1
     lines = ["{", ".reg .pred missing<4>, any;", ".reg .b16 low, high;", ".reg .b32 x;"]
     lines += [f"mov.b32 ${n}, -1;" for n in range(4)]
@@ -493,9 +493,9 @@ def poll_asm(form):
 
 @gluon.jit
 def relay_kernel(box_ptr, out_ptr, rounds, PUBLISH: gl.constexpr, POLL: gl.constexpr):  # noqa: N803
-    """Every program tells the one before it its words and takes those of the next, twice a round.
+    """Every program sends its words to the previous one and receives the next one's, twice a round.
 
-    Beside the words, their sum, which all lanes of a warp make together.
+    It also sums them over the lanes of a warp.
     """
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [2], [0])
     at = gl.arange(0, 256, layout=layout)
@@ -561,7 +561,7 @@ POLLED = "global write-read other CTA"
     ],
 )
 def test_pieces_that_are_polled(stored, loaded, kind):
-    """Vectors are accesses of their elements; who loads a part of a word that is stored, races."""
+    """Vectors are accesses of their elements; loading part of a stored word is a race."""
     for seed in range(3):
         emulator, is_right = relay(stored, loaded, Schedule(seed, "random", "lazy"))
         assert is_right
@@ -570,7 +570,7 @@ def test_pieces_that_are_polled(stored, loaded, kind):
 
 
 def test_halves_that_are_polled_as_a_word():
-    """One half may be there and look like all of it."""
+    """One half may be present while the word looks complete."""
     rights, kinds = set(), set()
     for seed in range(5):
         emulator, is_right = relay("b16", "v4.b32", Schedule(seed, "random", "random"))
@@ -591,7 +591,7 @@ def test_weak_words_that_are_polled(old, new):
 
 
 def test_words_that_are_polled_in_vain():
-    """It says where, by the line of the copy of the assembly."""
+    """The report locates it, by the line of this copy of the assembly."""
     with pytest.raises(EmulationError, match=r"(?s)relay_kernel: HANG.*ld\.relaxed.*test_emulator"):
         relay("b32", "b32", Schedule(), mutate=lambda ptx: re.sub(r"st\.relaxed.*", "", ptx))
 
@@ -616,7 +616,7 @@ def test_stores_under_predicates():
 
 
 def test_schedules_differ():
-    """A seed decides what happens, and nothing else does."""
+    """The seed decides what happens, and nothing else does."""
     orders = [
         meet(Emulator(90, Schedule(seed)))[1].launches[0].outcome.counters for seed in (0, 0, 1)
     ]

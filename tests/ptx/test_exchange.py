@@ -1,4 +1,4 @@
-"""How programs wait for each other: when what they wait for never comes, is NaN, or is far away."""
+"""How programs wait for each other, if the awaited data never arrive, are NaN, or are far apart."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from fastrnn.planner import use_path
 from .driver import EmulationError, Emulator, Schedule
 from .layers import Case, emulate, faults
 
-# Of mmap, on Linux: no memory is set aside for what may never be touched.
+# Linux's MAP_NORESERVE: no memory is reserved for pages that may never be touched.
 NORESERVE = 0x4000
 LSTM, GRU, TANH, IDENTITY = (CELLS[name] for name in ("lstm", "gru", "rnn_tanh", "rnn_identity"))
 HIDDEN = 20  # two programs
@@ -47,7 +47,7 @@ STEPWISE = Config("stepwise", 16, 16, 32, 4, 0, 99)
 ONE_TILE = Config("persistent", 16, 16, 16, 4, 1, 99)
 TWO_TILES = ONE_TILE._replace(block_b=32)
 EIGHT_WARPS = ONE_TILE._replace(num_warps=8, in_registers=0)
-# Words of 32 bits, of two halves, and those of which each half comes by itself.
+# 32-bit words, words of two halves, and words whose halves arrive separately.
 SIZES = [(torch.float32, HIDDEN), (torch.bfloat16, HIDDEN), (torch.float16, HIDDEN + 1)]
 WORDS = pytest.mark.parametrize(("dtype", "hidden"), SIZES, ids=["float32", "pairs", "halves"])
 
@@ -60,12 +60,12 @@ def emulator():
 
 @pytest.mark.parametrize("config", [ONE_TILE, EIGHT_WARPS], ids=["4", "8"])
 def test_new_cell(emulator, config):
-    """One that no file of the package knows."""
+    """A cell that is not part of the package."""
     check(Layer(MGU, hidden=HIDDEN, dtype=torch.bfloat16), config)
     assert faults(emulator) == []
 
 
-# Nothing hangs.
+# Waits that cannot succeed.
 
 
 @gluon.jit
@@ -75,9 +75,9 @@ def publish_nothing(pointers, tile, mask, hidden: gl.constexpr):
 
 @pytest.fixture(params=["forward", "backward"])
 def silent(request, replace):
-    """A layer and configurations of which one waits in vain, for the first of two steps.
+    """Return a layer and configurations where one program waits in vain, at the first of two steps.
 
-    Backward waits for the second too, for the gradient of the initial state.
+    Backward also waits at the second, for the gradient of the initial state.
     """
     replace("persistent.publish", publish_nothing)
     layer = Layer(TANH, steps=2, hidden=HIDDEN, dtype=torch.bfloat16)
@@ -108,7 +108,7 @@ def publish_positive(pointers, tile, mask, hidden: gl.constexpr):
 @pytest.mark.parametrize("missing", [0, 1])
 @pytest.mark.parametrize("schedule", [Schedule(), Schedule(1, "starve-cta", "lazy")], ids=str)
 def test_bounded_spin_names_the_step(emulator, replace, missing, schedule):
-    """That of which something never came, also where it is the first one."""
+    """The step whose data never arrive, including the first."""
     emulator.schedule = schedule
     replace("persistent.publish", publish_positive)
     numbers = draw(Layer(IDENTITY, steps=missing + 2, hidden=HIDDEN, dtype=torch.bfloat16))
@@ -139,7 +139,7 @@ def test_bounded_spin_refuses_no_polls():
         pass
 
 
-# NaN and infinity go through the exchange as any other number.
+# NaN and infinity are exchanged like any other number.
 
 
 @pytest.mark.parametrize("bits", [MISSING, 0x7FFF], ids=["missing", "other"])
@@ -166,7 +166,7 @@ def publish_as_it_is(pointers, tile, mask, hidden: gl.constexpr):
 
 @WORDS
 def test_nan_that_says_missing(replace, dtype, hidden):
-    """Arithmetic makes another one, but a row holds its h at the steps that it does not have."""
+    """Arithmetic produces another NaN, but a row keeps its h at the steps that it does not have."""
     layer = Layer(IDENTITY, hidden=hidden, dtype=dtype)
     numbers = convert(draw(layer), dtype)
     fill(numbers.initial[0][:, 1], MISSING)
@@ -179,7 +179,7 @@ def test_nan_that_says_missing(replace, dtype, hidden):
 
     for state in run():
         assert state.isnan().any(-1).tolist() == [False, True, False]
-    if dtype == torch.float32:  # of 16 bits a cast to them makes it another one
+    if dtype == torch.float32:  # a cast to 16 bits changes the NaN
         replace("persistent.publish", publish_as_it_is)
         with pytest.raises(EmulationError, match=r"(?i)hang"):
             run()
@@ -217,12 +217,12 @@ def test_nan_does_not_pass_a_reset(cell):
     assert found[0][0].isnan().any(-1).nonzero().tolist() == [[2, 0]]
 
 
-# What is in memory, and where.
+# Contents and location of memory.
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
 def test_what_nobody_wrote_is_noticed(monkeypatch, emulator, kernel):
-    """Noise that was not filled with MISSING would be taken for words that have come."""
+    """Noise not overwritten with MISSING would be taken for words that have arrived."""
     layer = Layer(TANH, hidden=HIDDEN, dtype=torch.bfloat16)
     configs = [STEPWISE, STEPWISE]
     configs[kernel == "backward"] = ONE_TILE
@@ -235,7 +235,7 @@ def test_what_nobody_wrote_is_noticed(monkeypatch, emulator, kernel):
 
 @pytest.fixture
 def sparse(emulator):
-    """Make large tensors of which only what is touched takes memory, with values in a corner."""
+    """Make large tensors that take memory only where touched, with values in a corner."""
     pages = functools.partial(
         mmap.mmap, -1, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
     )
@@ -243,7 +243,7 @@ def sparse(emulator):
     def make(shape, values=None):
         size = torch.Size(shape).numel() * 2
         tensor = torch.frombuffer(pages(size), dtype=torch.bfloat16).view(shape)
-        # As many bytes again say what was written: nothing else, to the emulator.
+        # The emulator's write map has as many bytes; nothing else is needed.
         written = np.frombuffer(pages(size), np.uint8)
         if values is not None:
             corner = tuple(slice(0, n) for n in values.shape)
@@ -256,9 +256,9 @@ def sparse(emulator):
 
 
 def test_steps_may_be_far_apart(emulator, sparse):
-    """Offsets beyond 2**31 elements, as of 100,000 steps of a large batch: of 64 bits.
+    """Offsets beyond 2**31 elements, as with 100,000 steps of a large batch, need 64 bits.
 
-    Of the first tile of a batch so large that steps are as far apart as that.
+    Runs the first tile of a batch so large that steps are that far apart.
     """
     rows, steps = 16, 3
     batch = 2**31 // HIDDEN + 3
@@ -299,7 +299,7 @@ def test_steps_may_be_far_apart(emulator, sparse):
 
 
 def test_forward_for_inference():
-    """What is not asked for is not returned, and the rest is the same in every bit."""
+    """Outputs that are not requested are not returned, and the rest is bitwise identical."""
     layer = Layer(LSTM, hidden=HIDDEN, dtype=torch.bfloat16)
     numbers = draw(layer)
     trained = by_kernels(layer, numbers, ONE_TILE)
@@ -337,12 +337,12 @@ def test_the_empty_exchange_of_the_benchmark(monkeypatch, emulator):
     empty_gpu.loop(torch.device("cpu"), 5)()
     (state,) = states
     assert state.shape == (5, 16, 64)
-    # Each step hands on one more than what it got.
+    # Each step passes on one more than it received.
     assert torch.equal(state.float(), torch.arange(5.0).view(5, 1, 1).expand(5, 16, 64))
     assert faults(emulator) == []
 
 
-# What a step takes.
+# The cost of a step.
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_the_empty_exchange_of_the_benchmark(monkeypatch, emulator):
     ],
 )
 def test_a_step_has_one_barrier_and_no_bank_conflicts(dtype, hidden, block_b, num_warps, kept):
-    """Of each tile. What there is beyond these is before the steps: it does not grow with them."""
+    """For each tile. Anything beyond precedes the steps: it does not grow with their number."""
     config = Config("persistent", block_b, 16, 16, num_warps, kept, 9)
     case = Case("lstm", hidden, block_b, 5, dtype, schedule="persistent", configs=(config, config))
     tiles, counted = block_b // 16, {}
@@ -373,6 +373,6 @@ def test_a_step_has_one_barrier_and_no_bank_conflicts(dtype, hidden, block_b, nu
     for backward, kernel in enumerate(("forward_kernel", "backward_kernel")):
         (few, conflicts), (more, more_conflicts) = counted[kernel, 5], counted[kernel, 8]
         assert more - few == 3 * tiles
-        # Backward, a chunk of weights changes its layout.
+        # Backward, each chunk of weights is converted to another layout.
         assert few - 5 * tiles <= 3 + backward * case.chunks(config, backward=True)
         assert conflicts == more_conflicts

@@ -1,4 +1,4 @@
-"""What the emulator found in compiled kernels, and that nothing of it is planned any more."""
+"""Faults that the emulator found in compiled kernels, none of which may be planned any more."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from fastrnn.kernels.configs import DEVICES, PRECISIONS, Config, Shape
 
 from .layers import Case, emulate, expected, faults
 
-# Triton PR 9610: between cp.async and a warp-group product.
+# Triton PR 9610: the fence between cp.async and a warp-group product.
 IS_FENCED = tuple(map(int, triton.__version__.split("+")[0].split(".")[:3])) >= (3, 7, 1)
 UNFENCED = "shared: generic write read by wgmma without fence.proxy.async"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_warp_group_products_lack_a_fence_before_triton_3_7_1(dtype):
-    """What cp.async writes is not ordered before what wgmma reads, through another proxy.
+    """cp.async writes are not ordered before wgmma reads, which use another proxy.
 
-    Not so of float32, which passes through registers to be rounded.
+    This does not affect float32, which passes through registers for rounding.
     """
     config = Config("stepwise", 64, 32, 64, 4, 0, 65535)
     _, emulator = emulate(Case("lstm", 96, 50, 2, dtype, configs=(config, config)))
@@ -49,7 +49,7 @@ def test_steps_of_many_rows_use_products_of_one_warp(dtype):
 
 @pytest.mark.parametrize("schedule", ["resident", "persistent", "stepwise"])
 def test_tf32_operands_are_rounded(schedule):
-    """Not cut off, which doubles the error and draws every product towards zero."""
+    """Truncation would double the error and bias every product towards zero."""
     hidden = 32 if schedule == "resident" else 136
     case = Case("rnn_identity", hidden, 16, 2, "float32", schedule=schedule, bias=False)
     results, _ = emulate(case)
@@ -57,9 +57,9 @@ def test_tf32_operands_are_rounded(schedule):
     for name in ("y", "d_h_0"):
         error = (results[name].double() - exact[name]).flatten()
         towards_zero = -error * exact[name].sign().flatten()
-        # As of so many numbers whose signs are independent; cut off, it is 8 or more.
+        # As for that many numbers with independent signs; with truncation it is 8 or more.
         assert towards_zero.mean().abs() <= 4 * error.std() / error.numel() ** 0.5
-        # An operand is off by half a unit of 2**-10 at most, uniformly, which is 0.4 * 2**-11 of it
-        # in the root mean square; two are multiplied, in each of two steps.
+        # An operand is off by at most half a unit of 2**-10, uniformly, which has a root mean
+        # square of 0.4 * 2**-11 relative to it; two are multiplied, in each of two steps.
         rms = exact[name].square().mean().sqrt()
         assert error.square().mean().sqrt() <= 1.2 * 0.4 * 2**-11 * 4**0.5 * rms

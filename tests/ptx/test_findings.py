@@ -1,4 +1,4 @@
-"""Small programs of one warp, and what the engine says of them."""
+"""Small programs of one warp, and what the engine reports."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_kinds(body, kinds):
 
 @pytest.mark.parametrize("drain", machine.DRAINS)
 def test_bytes_that_nobody_wrote(drain):
-    """Also beside those that are still on their way."""
+    """Also next to bytes that are still in flight."""
     store = "shl.b64 %rd2, %rd2, 1; add.s64 %rd3, %rd1, %rd2; st.global.b32 [%rd3], %r1;"
     outcome = run(store + "ld.global.b32 %r2, [%rd3];", is_written=False, drain=drain)
     assert outcome.findings == []
@@ -122,17 +122,17 @@ LOAD_FOUR = f"{LD}.v4.b32 {{%r2, %r3, %r4, %r5}}, [%rd1];"
         ("st.global.b32 [%rd3], %r1;", f"{LD}.b32 %r2, [%rd3];", MIXED),
         ("st.global.b32 [%rd3], %r1;", LOAD_FOUR, MIXED),
         (f"{ST}.b32 [%rd3], %r1;", "ld.global.b32 %r2, [%rd3];", MIXED),
-        # the same bytes by strong operations
+        # the same bytes, with strong operations
         (f"{ST}.b32 [%rd3], %r1;", f"{LD}.b32 %r2, [%rd3];", None),
         (HALVES, f"{LD}.b16 %rs3, [%rd3+2];", None),
         ("red.relaxed.gpu.global.add.u32 [%rd3], %r1;", f"{LD}.b32 %r2, [%rd3];", None),
-        # of vectors, each element
+        # each element of vectors
         (f"{ST}.b32 [%rd3], %r1;", LOAD_FOUR, None),
         (f"{ST}.v2.b32 [%rd2], {{%r1, %r1}};", f"{LD}.b32 %r2, [%rd3];", None),
         (f"{ST}.v2.b32 [%rd2], {{%r1, %r1}};", LOAD_FOUR, None),
         (FOUR, LOAD_FOUR, None),
         (HALVES, f"{LD}.v2.b16 {{%rs1, %rs2}}, [%rd3];", None),
-        # some of the same bytes
+        # partly the same bytes
         (f"{ST}.b32 [%rd3], %r1;", f"{LD}.b16 %rs1, [%rd3];", SIZES),
         (f"{ST}.b32 [%rd3], %r1;", f"{LD}.b16 %rs1, [%rd3+2];", SIZES),
         (f"{ST}.b32 [%rd3], %r1;", f"{LD}.v2.b16 {{%rs1, %rs2}}, [%rd3];", SIZES),
@@ -167,7 +167,7 @@ def test_two_programs(store, load, how):
 
 
 def test_two_programs_store():
-    """Words, and halves of them."""
+    """Words, and halves of words."""
     body = f"""
         mov.u32 %r6, %ctaid.x;
         setp.eq.s32 %p3, %r6, 0;
@@ -183,7 +183,7 @@ def test_two_programs_store():
 @pytest.mark.parametrize(("release", "kinds"), [("release", set()), ("relaxed", {WEAK})])
 @pytest.mark.parametrize("place", [0, 4])
 def test_an_element_of_a_vector_releases(release, kinds, place):
-    """A vector is an operation for each of its elements, of release patterns too."""
+    """A vector is one operation per element, in release patterns too."""
     body = f"""
         setp.ne.s32 %p1, %r1, 0;
         @%p1 ret;

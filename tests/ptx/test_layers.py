@@ -1,4 +1,4 @@
-"""Layers on the kernels as they are compiled: right, free of races, the same in every order."""
+"""Layers on compiled kernels: correct, free of races, and identical in every order of events."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fastrnn.kernels.configs import Config
 from .driver import Schedule
 from .layers import GPUS, HAVE_MAXIMUM, POINTWISE, Case, check, emulate, faults, stable
 
-# Beside the first, which every case runs: stores that arrive late in memory, a program or a warp
-# that gets little time, one program far ahead.
+# In addition to the first schedule, which every case runs: stores that reach memory late, a program
+# or a warp that gets little time, one program far ahead.
 ORDERS = (
     Schedule(1, "starve-cta", "lazy"),
     Schedule(2, "starve-warp", "random"),
@@ -30,7 +30,7 @@ FORMATS = {
     "tf32x3": ("float32", "tf32x3"),
     "ieee": ("float32", "ieee"),
 }
-# Schedule and format, as far as there are kernels.
+# Schedule and format, where kernels exist.
 KINDS = [
     *itertools.product(("resident", "stepwise"), FORMATS),
     *itertools.product(("persistent",), ("bf16", "fp16", "tf32")),
@@ -38,15 +38,15 @@ KINDS = [
 UNSAVED = [name for name in POINTWISE if not CELLS[name].n_saved]
 NAMES = ("a100", "h100", "rtx5090")  # sm_80, sm_90, sm_120
 FLOWS = ("", "marked", "fresh")
-# Rows that start at multiples of 16, 4, 2 and 8 bytes in 16 bits; in 32 of 16, 8, 4 and 16.
+# 16-bit rows aligned to 16, 4, 2 and 8 bytes; 32-bit rows to 16, 8, 4 and 16.
 UNITS = (40, 50, 33, 36)
 
 
 def launched(case: Case, block_b: int = 16, num_warps: int = 4, kept: float = 1) -> Case:
-    """The case on persistent kernels that have a part of the weights in registers.
+    """Return the case on persistent kernels that keep part of the weights in registers.
 
-    Not more than that part of them, of which some chunk may be left for shared memory. Whether they
-    would spill in registers of a GPU plays no part here.
+    `kept` is the maximum share, so that some chunks may be left for shared memory. Whether they
+    would spill in the registers of a GPU does not matter here.
     """
     tiles = case.device.processors // (-(-case.units // 16) * case.groups)
     configs = []
@@ -62,7 +62,7 @@ def launched(case: Case, block_b: int = 16, num_warps: int = 4, kept: float = 1)
 
 
 def cases_of_everything() -> Iterator[Case]:
-    """Every cell by every schedule and format; the rest, which costs little, in turn."""
+    """Generate every cell with every schedule and format, varying the other options in turn."""
     for (c, cell), (k, (schedule, name)) in itertools.product(
         enumerate(POINTWISE), enumerate(KINDS)
     ):
@@ -88,9 +88,9 @@ def cases_of_everything() -> Iterator[Case]:
 
 
 def cases_of_features() -> Iterator[Case]:
-    """What a call may ask for beyond that."""
+    """Generate further options of a call."""
     for schedule, cell, hidden in (("resident", "lstm", 21), ("stepwise", "gru", 45)):
-        # Rows that start anywhere; a second tile of one row.
+        # Unaligned rows; a second tile of one row.
         yield Case(cell, hidden, 17, 4, directions=2, gpu="a100", schedule=schedule)
         yield Case(cell, hidden, 17, 2, "float32", schedule=schedule)
         yield Case("rnn_tanh", 24, 1, 1, schedule=schedule)
@@ -103,9 +103,9 @@ def cases_of_features() -> Iterator[Case]:
 
 
 def cases_of_exchanges() -> Iterator[Case]:
-    """What makes another program of a persistent kernel, or another way through it."""
-    # Batches of one row, of one more than a tile or two, of less than a pair at the end; a step or
-    # few, even and odd; units that fill no program, no chunk, no word.
+    """Generate variants of persistent kernels' code, and of the paths through it."""
+    # Batches of one row, of one more than one or two tiles, of less than a pair at the end; one
+    # step or a few, even and odd; units that do not fill a program, a chunk or a word.
     lstm = Case(schedule="persistent")
     for hidden, batch, steps, block_b, num_warps, kept, fields in (
         (1, 1, 1, 16, 4, 1, {"dtype": "float16"}),
@@ -145,7 +145,7 @@ def cases_of_exchanges() -> Iterator[Case]:
 
 
 def cases_of_groups() -> Iterator[Case]:
-    """Heads, ensembles, and noise."""
+    """Generate heads, ensembles and noise."""
     for schedule, gpu in (("resident", "h100"), ("stepwise", "a100"), ("persistent", "rtx5090")):
         for cell, fields in (
             ("lstm", {"hidden": 48, "heads": 2, "flow": "fresh", "directions": 2}),
@@ -167,7 +167,7 @@ def cases_of_groups() -> Iterator[Case]:
 
 
 def cases_of_candidates() -> Iterator[Case]:
-    """All that may be chosen for some shapes."""
+    """Generate all candidates for some shapes."""
     for case in (
         Case("lstm", 64, 33, 3),
         Case("gru", 66, 17, 2, "float32", gpu="a100"),
@@ -207,7 +207,7 @@ def test_layer(case, number):
 
 
 def assert_launched(case, emulator):
-    """What ran is what the case says."""
+    """Check that the kernels that ran are those of the case."""
     launches = emulator.launches
     assert {launch.kernel for launch in launches} == {
         "forward_kernel", *(["backward_kernel"] if case.training else [])
@@ -236,7 +236,7 @@ def assert_launched(case, emulator):
 
 
 def test_cases_are_of_every_kind():
-    """Each schedule and format on every GPU, of every flow and in both directions."""
+    """Each schedule and format on every GPU, with every flow and in both directions."""
     cases = list(cases_of_everything())
     assert len(cases) == len(POINTWISE) * len(KINDS)
     for name, facts in (("gpu", NAMES), ("directions", (1, 2)), ("flow", FLOWS)):
@@ -246,7 +246,7 @@ def test_cases_are_of_every_kind():
 
 
 def test_exchanges_are_of_every_kind():
-    """Persistent kernels of one tile and of two, of 4 and 8 warps, of all places of weights."""
+    """Persistent kernels with one and two tiles, 4 and 8 warps, and every placement of weights."""
     cases = [c for c in [*cases_of_everything(), *cases_of_exchanges()] if c.configs]
     for backward in (False, True):
         found = set()
@@ -260,14 +260,14 @@ def test_exchanges_are_of_every_kind():
 
 
 def test_launch_after_launch():
-    """As many programs at a time as a GPU of three processors holds."""
+    """As many programs at a time as a GPU with three processors holds."""
     _, emulator = emulate(launched(Case("gru", 40, 33, 3, schedule="persistent", processors=3)))
     assert [launch.grid for launch in emulator.launches] == [(3, 1, 1)] * 6
 
 
 @pytest.mark.parametrize("gpu", NAMES)
 def test_planned(gpu):
-    """Without a schedule that is asked for."""
+    """With no schedule requested."""
     case = Case("gru", 40, 20, 3, gpu=gpu)
     assert GPUS[gpu].capability in (80, 90, 120)
     results, emulator = emulate(case)

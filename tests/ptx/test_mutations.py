@@ -1,6 +1,6 @@
-"""A kernel that is broken is noticed: by what the emulator finds, or by its numbers.
+"""Every broken kernel is noticed: by what the emulator finds, or by wrong numbers.
 
-What is harmless on purpose stays unnoticed; the reason is beside it.
+Changes that are harmless by design are not noticed; the reason is given with each.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ KERNELS = ("forward_kernel", "backward_kernel")
 def persistent_case(cell, hidden, batch, dtype, *tile):
     block_b, num_warps, in_registers = tile
     config = Config("persistent", block_b, 16, 16, num_warps, in_registers, 9)
-    # After the first step, some pairs of steps, and one more.
+    # The first step, some pairs of steps, and one more.
     return Case(cell, hidden, batch, 4, dtype, schedule="persistent", configs=(config, config))
 
 
-# Words of a pair of elements; vectors of 16 bytes, and weights in shared memory; words of which
-# each half comes by itself; two tiles of a program, the second of four rows, and several chunks.
+# Words of two elements; 16-byte vectors, with weights in shared memory; words whose halves arrive
+# separately; two tiles per program, the second with four rows, and several chunks.
 PAIRS = persistent_case("gru", 50, 16, "bfloat16", 16, 4, 9)
 VECTORS = persistent_case("lstm", 40, 16, "float32", 16, 8, 0)
 HALVES = persistent_case("gru", 33, 16, "float16", 16, 4, 9)
 TILES = persistent_case("lstm", 72, 20, "bfloat16", 32, 4, 1)
 NAMES = {PAIRS: "pairs", VECTORS: "vectors", HALVES: "halves", TILES: "tiles"}
 STEPS = Case("lstm", 96, 20, 3, schedule="stepwise")
-# Not planned, but what a kernel for sm_90 would use.
+# Not planned, but possible on sm_90.
 ROWS_64 = Config("stepwise", 64, 32, 32, 4, 0, 65535)
 WARP_GROUP = Case("lstm", 96, 50, 3, "float32", configs=(ROWS_64, ROWS_64))
 
@@ -65,7 +65,7 @@ ANY = r"or\.pred any, missing0, missing1;"
 
 
 def of_waits():
-    """Name, cases, change."""
+    """Yield name, cases, change."""
     yield "the wait is not repeated", NAMES, replaced(AGAIN, "")
     yield "only the first row is waited for", NAMES, replaced(ANY, "mov.pred any, missing0;")
     yield "only the second row is waited for", NAMES, replaced(ANY, "mov.pred any, missing1;")
@@ -73,10 +73,10 @@ def of_waits():
     yield "a word of a vector is not waited for", (PAIRS, VECTORS, TILES), untested
     yield "halves are waited for as words", (HALVES,), waiting_for_words
     yield "the load is plain", NAMES, replaced(LOAD, "ld.global")
-    # The last of those that a wait repeats.
+    # The last load that a wait repeats.
     last = rf"({LOAD}.*, \[%rd\d+\+)\d+\];(?=\n(.*mov\.b32.*\n)*bra AGAIN;)"
     yield "other words are loaded again", NAMES, replaced(last, r"\g<1>32];")
-    # Those that are looked at later, as each wait begins.
+    # The loads examined later, at the start of each wait.
     first = r"(setp\.gt\.s32 inside, %r\d+, 0;\n(?:mov.*\n)?@inside ld\.relaxed.*\+)0\];"
     yield "other words are loaded at first", NAMES, replaced(first, r"\g<1>32];")
     beyond = replaced(r"min\.s32\s+(%r\d+), (%r\d+), %r\d+;", r"mov.b32 \1, \2;")
@@ -84,7 +84,7 @@ def of_waits():
 
 
 def of_publishing():
-    """Name, cases, change."""
+    """Yield name, cases, change."""
     yield "the store is plain", NAMES, replaced(STORE, "st.global")
     yield "a store is missing", NAMES, without(rf"@p {STORE}")
     last = replaced(rf"@p {STORE}.*(?![\s\S]*{STORE})", "")
@@ -92,13 +92,13 @@ def of_publishing():
     bare = replaced(rf"@p {STORE}", "st.relaxed.gpu.global", count=1)
     yield "a store without its mask", (PAIRS, HALVES, TILES), bare
     yield "words are stored by halves", (PAIRS, VECTORS, TILES), stored_by_halves
-    # Of all lanes, the next one's; of the last, another warp's.
+    # For every lane but the last the next lane's, for the last another warp's.
     kept = replaced(r"(ld\.shared\.v4\.b32\s+\{.*\}, \[%r\d+\+)512\]", r"\g<1>528]")
     yield "a kept chunk from another place", (VECTORS,), kept
 
 
 def of_steps():
-    """Name, case, change, of forward kernels."""
+    """Yield name, case, change, of forward kernels."""
     less = replaced(
         r"cp\.async\.wait_group\s+(\d)", lambda m: f"cp.async.wait_group {int(m[1]) + 2}"
     )
@@ -141,7 +141,7 @@ def test_mutation(case, kernel, change):
 
 
 def notice(case, schedule, change=None):
-    """How a change shows, or nothing."""
+    """Return how a change shows, or nothing."""
     expected, changed = unbroken(case), []
 
     def mutate(ptx):
@@ -164,7 +164,7 @@ publish = words.publish
 
 @gluon.jit
 def publish_early(pointers, tile, mask, hidden: gl.constexpr):
-    """Before the cell has run, as it were: something else first."""
+    """Publish something else first, as if before the cell had run."""
     publish(pointers, tile + tile, mask, hidden)
     publish(pointers, tile, mask, hidden)
 
@@ -178,18 +178,18 @@ def test_published_early(replace, case):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_one_set_of_buffers(kernel):
-    """Which the compiler would not make of one: it would put another barrier into each step."""
+    """The compiler itself would not merge them: it would add a barrier to each step."""
     tiles = 3 if kernel == "forward_kernel" else 1
     change = in_kernel(kernel, with_one_set_of_buffers(tiles * 4 * 16 * 16 * 4))
     assert any(notice(PAIRS, schedule, change) for schedule in SCHEDULES)
 
 
-OF_KEPT = fragments.kept, "memory.load"  # a thread loads what it stored itself
-# At the other end of the first step that uses these buffers again is another barrier.
+OF_KEPT = fragments.kept, "memory.load"  # a thread loads only what it stored itself
+# The first step that uses these buffers again has another barrier before its end.
 OF_FIRST_STEP = persistent.forward_kernel, "_barrier()  # before others overwrite"
-# A step may begin without, but that the compiler would put one into each.
+# A step could begin without it, but then the compiler would insert one into each step.
 OF_PROLOGUE = persistent.backward_kernel, "_barrier()  # else the compiler"
-# The second of two tiles used the other buffers last, behind the barrier of its step.
+# The second of two tiles last used the other buffers, before the barrier of its step.
 OF_LAST_TILE = persistent.backward_kernel, "_barrier()  # others may still read the sums"
 
 
@@ -206,7 +206,7 @@ OF_LAST_TILE = persistent.backward_kernel, "_barrier()  # others may still read 
     ids=[f"{name}-{kernel}" for name in ("pairs", "vectors", "tiles") for kernel in KERNELS],
 )
 def test_every_barrier_is_needed(case, kernel, redundant):
-    """Each is removed in turn."""
+    """Each barrier is removed in turn."""
     _, emulator = emulate(case)
     ptx = next(launch.ptx for launch in emulator.launches if launch.kernel == kernel)
     every = list(without_each(BARRIER, ptx))

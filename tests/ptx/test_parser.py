@@ -1,4 +1,4 @@
-"""PTX becomes the expected words, and what is not known is an error that says where."""
+"""PTX is translated to the expected words, and unknown PTX is an error that says where."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HEADER = """\
 )
 .reqntid 128
 """
-# Registers of 16 bits are counted behind those of 32.
+# 16-bit registers are numbered after those of 32 bits.
 DECLARATIONS = """\
 	.reg .pred 	%p<4>;
 	.reg .b32 	%r<40>;
@@ -46,7 +46,7 @@ DECLARATIONS = """\
 	.reg .b64 	%rd<4>;
 	.loc	1 7 5                          // kernel.py:7:5
 """
-R, RS, D, P = 44, 40, 4, 4  # counts, but for RS, the number of %rs0
+R, RS, D, P = 44, 40, 4, 4  # counts, except RS, which is the number of %rs0
 AT = 17  # line of the first instruction
 GPU, SYS = SCOPE["gpu"] << 8, SCOPE["sys"] << 8
 BOTH = ACQUIRE | RELEASE
@@ -60,7 +60,7 @@ def ptx_of(body: str, *, header: str = HEADER) -> str:
 
 
 def words(program: Program) -> list[tuple[str, list[int], list[int], dict[str, int]]]:
-    """Operation, destinations, sources and other words that are not 0, without the two returns."""
+    """Return operation, destinations, sources and other nonzero words, without the two returns."""
     found = []
     for row in program.code[:-2].tolist():
         op, _, _, n_to, to, n_of, of, *others = row
@@ -76,7 +76,7 @@ def words(program: Program) -> list[tuple[str, list[int], list[int], dict[str, i
     return found
 
 
-# A constant is the complement of its place: ~0 is the first, of a predicate False.
+# A constant is the complement of its index: ~0 is the first one, or False for a predicate.
 ONE_WORD = [
     ("add.s32 	%r1, %r2, 7;", "ADD32", [1], [2, ~0], {}),
     ("add.s32 	%r1, %r2, global_smem;", "ADD32", [1], [2, ~0], {}),
@@ -333,7 +333,7 @@ def test_table_names_each_instruction_once():
 
 
 def test_several_words():
-    """What the engine has no operation for is made of others, with registers of its own."""
+    """Operations that the engine lacks are composed of others, with temporary registers."""
     mixed = parse(ptx_of("fma.rn.f32.bf16 %r1, %rs1, %rs2, %r3;"))
     assert words(mixed) == [
         ("CVT_F32_BF16", [R], [41], {}),
@@ -418,7 +418,7 @@ def test_constants():
 
 
 def test_program():
-    """A kernel with a loop, and with inline assembly that has registers of its own."""
+    """A kernel with a loop, and with inline assembly that has its own registers."""
     program = parse(
         ptx_of(
             """\
@@ -678,7 +678,7 @@ def test_unfinished_kernel():
         parse(f"{text} add")
 
 
-# Waits for a word; as inline assembly of its own, with names that every copy of it has.
+# Waits for a word, as inline assembly with local names that are the same in every copy.
 WAIT = """\
 	// begin inline asm
 	{
@@ -696,7 +696,7 @@ DONE:
 
 
 def test_one_block_several_times():
-    """Each copy of inline assembly has registers and labels of its own."""
+    """Each copy of inline assembly has its own registers and labels."""
     program = parse(ptx_of(f"{WAIT}{WAIT}DONE:\n{WAIT}\tbra DONE;\n$L__END:"))
     copies = 3
     assert program.counts == (R + 3 * copies, D, P + 2 * copies)
@@ -717,7 +717,7 @@ def test_one_block_several_times():
 
 
 def test_blocks_in_blocks():
-    """A name is that of the innermost block that has it, also if it comes later."""
+    """A name refers to the innermost block that defines it, even further down."""
     program = parse(
         ptx_of(
             """\

@@ -1,4 +1,4 @@
-"""Steps of more than a product on the kernels as they are compiled: right, and free of races."""
+"""Steps with more than one product on compiled kernels: correct, and free of races."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_cell(cell, size_h):
 
 @pytest.mark.parametrize("cell", CELLS_OF_THIS_KIND)
 def test_all_steps_in_one_launch(cell):
-    """With marks and noise, of more groups than one; and as a user calls it."""
+    """With marks and noise and several groups; and as a user calls it."""
     layer = Layer(cell, 3, 3, 20, directions=2, zones="masks", **EVERYTHING)
     config = Config("resident", 16, 32, 32, 8, 0, 65535)
     emulator = check_layer(layer, config, 80, Schedule(1, "starve-warp", "lazy"))
@@ -70,7 +70,7 @@ def test_all_steps_in_one_launch(cell):
     ],
 )
 def test_what_is_planned_in_one_launch_fits(cell, run, dtype, precision, hidden, device):
-    """Nothing to speak of is spilled, and shared memory is foreseen."""
+    """Hardly anything spills, and shared memory is as predicted."""
     variant = problem(cell, f"{run} cell", dtype, precision, hidden, device)
     shape, backward = variant.shape(16), variant.is_backward
     choice = configs.choose(shape, variant.gpu, backward=backward, schedule="resident")

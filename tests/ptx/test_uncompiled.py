@@ -1,4 +1,4 @@
-"""Gluon is young: where this Triton does not compile it, layers run by another schedule."""
+"""Where this version of Triton cannot compile Gluon kernels, layers run with another schedule."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .driver import Emulator
 
 @pytest.fixture(autouse=True)
 def forget(monkeypatch):
-    """What is noted of this process, what was chosen, and what was compiled."""
+    """Forget what this process noted, chose and compiled."""
     monkeypatch.setattr(devices, "_gap", "")
     monkeypatch.setattr(devices, "_gpu", lambda index: DEVICES["h100"])
     kernels = persistent.forward_kernel, persistent.backward_kernel
@@ -68,7 +68,7 @@ def test_another_schedule_runs(monkeypatch, change):
         grads = torch.autograd.grad(y.sum(), [x, *gru.parameters()])
     torch.testing.assert_close(y, expected, atol=2e-3, rtol=0)
     torch.testing.assert_close(grads, wanted, atol=1e-2, rtol=0)
-    # A persistent kernel would be two programs.
+    # A persistent kernel would have two programs.
     assert [run.grid for run in emulator.launches] == [(1, 1, 1)] * 2
 
 
