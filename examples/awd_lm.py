@@ -1,12 +1,12 @@
 """A word-level language model with every regulariser of AWD-LSTM, and with zoneout.
 
-The text is that which every Python brings along. The network is that of Merity, Keskar & Socher 2018,
-"Regularizing and optimizing LSTM language models", arXiv:1708.02182; each mask m of dropout is drawn
-once for a window:
+The text comes with every Python. The network is that of Merity, Keskar & Socher 2018,
+"Regularizing and optimizing LSTM language models", arXiv:1708.02182; each dropout mask m is drawn
+once per window:
 
     e_t = m_0 * (m_E E)[x_t]                  E without some words (Gal & Ghahramani 2016)
     h_t, c_t = LSTM(e_t, h_{t-1}, c_{t-1})    "weights": m_W * W_hh in place of W_hh
-    p(x_{t+1}) = softmax(E (m_1 * h_t) + b)   tied weights: the last layer is as wide as E
+    p(x_{t+1}) = softmax(E (m_1 * h_t) + b)   tied weights: the last layer has the width of E
     loss = -mean log p(x_{t+1}) + alpha mean (m_1 * h_t)^2 + beta mean (h_t - h_{t-1})^2
 
 In place of weight dropout, "recurrent" drops h_{t-1} by one mask for all steps (Gal & Ghahramani

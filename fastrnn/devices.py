@@ -1,7 +1,8 @@
-"""What a GPU has: kernels of ours, algorithms of cuDNN, and which of them to take.
+"""Choose between our kernels and cuDNN on a GPU, and which of our kernels to run.
 
-Where ``fastrnn tune`` has measured a GPU, its table decides. Otherwise the figures are not our own:
-what cuDNN does was measured by others, what the kernels take is simulated (see kernels/configs.py).
+Where ``fastrnn tune`` has measured a GPU, its table decides. Otherwise nothing was measured here:
+the behaviour of cuDNN is taken from figures published by others, and step times of our kernels are
+simulated (see kernels/configs.py).
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from .kernels import configs
 from .kernels.configs import Choice, Device, Shape
 from .problem import Decision, Problem
 
-# Below this our launches, from Python, are expected to cost more than the steps save.
+# Below this, launching our kernels from Python is expected to cost more than the steps save.
 _GPU_MIN_STEPS = 16
 
 
 def choose(problem: Problem, forward: Choice, backward: Choice) -> Decision:
     """Choose between torch's path and ours for a plain layer on a GPU, and say why.
 
-    `forward` and `backward` are how our kernels, which the problem must have, would run.
+    `forward` and `backward` are the configurations our kernels would run in; they must exist.
     """
     last = backward if problem.training else forward
     best = _best(problem)
-    # What torch asks of cuDNN for the layer that was measured must be what it asks for this one.
+    # The measured layer and this one must use the same cuDNN algorithm.
     alike = problem._replace(layers=1, directions=1, input_size=problem.hidden_size)
     if (
         best is not None
@@ -44,17 +45,17 @@ def choose(problem: Problem, forward: Choice, backward: Choice) -> Decision:
 
 def _simulated(problem: Problem, forward: Choice, backward: Choice) -> tuple[str, str]:
     if problem.is_step:
-        return "torch", "one step is one fused ATen call; ours was not measured against it"
+        return "torch", "a single step is one fused ATen call, against which our kernels were not measured"
     if problem.steps < _GPU_MIN_STEPS:
-        return "torch", f"below {_GPU_MIN_STEPS} steps launching our kernels costs what they save"
-    # Not the small one: where it is, our kernels need no or little exchange.
+        return "torch", f"below {_GPU_MIN_STEPS} steps, launching our kernels costs what they save"
+    # The small persistent kernel does not count: at its sizes ours need little or no exchange.
     if "persistent" in cudnn_algorithm(problem).split(", "):
-        return "torch", "cuDNN has a persistent kernel for this shape, ours was only simulated"
+        return "torch", "cuDNN has a persistent kernel for this shape, and ours was only simulated"
     if is_staged(problem):
-        return "torch", "a step of ours is several launches; torch launches them with less ado"
+        return "torch", "our kernels take several launches per step, which cost less in torch"
     choices = (forward, backward) if problem.training else (forward,)
     if any(choice.config.schedule == "stepwise" for choice in choices):
-        return "torch", f"{_why_stepwise(problem)}; torch launches single steps with less ado"
+        return "torch", f"{_why_stepwise(problem)}; launches per step cost less in torch"
     times = [choice.step_us for choice in choices]
     known = "" if any(map(math.isnan, times)) else "; simulated: {} us a step"
     return "kernels", "recurrent weights on chip" + known.format(
@@ -63,7 +64,7 @@ def _simulated(problem: Problem, forward: Choice, backward: Choice) -> tuple[str
 
 
 def _why_stepwise(problem: Problem) -> str:
-    """Why no kernel keeps the weights on chip, which must be so of one pass."""
+    """Say why no kernel keeps the weights on chip; one of the passes must have none."""
     assert problem.gpu is not None
     shape = _shape(problem)
     if gap := configs.persistent_gap(shape, problem.gpu):
@@ -73,7 +74,7 @@ def _why_stepwise(problem: Problem) -> str:
         for backward in (False, True)
     )
     if fits:
-        return "a launch for each step is faster, as simulated"
+        return "one launch per step is faster in simulation"
     return "the weights do not fit on chip"
 
 
@@ -88,8 +89,8 @@ def cudnn_algorithm(problem: Problem) -> str:
     Returns
     -------
     {'standard', 'small persistent', 'persistent'}
-        'standard' is launches for each step, the others keep the recurrent weights on chip. If
-        forward and backward differ, 'forward, backward'.
+        'standard' launches kernels for each step; the others keep the recurrent weights on chip. If
+        forward and backward differ, both names: 'forward, backward'.
     """
     if problem.packed or problem.projected:
         return "standard"
@@ -150,9 +151,11 @@ def kernel_gap(problem: Problem) -> str | None:
 
 
 def is_staged(problem: Problem) -> bool:
-    """Tell whether a step of a problem is more than a product and arithmetic on each hidden unit by
-    itself: several products, or all hidden units between two of them. So is float64, for which
-    there is nothing faster. Such a step is several launches unless all steps fit into one program.
+    """Tell whether a step is more than one product followed by arithmetic on single hidden units.
+
+    It may have several products, or an operation over all hidden units between two of them.
+    float64 counts too, for lack of anything faster. Such a step takes several launches, unless one
+    program can run all steps.
     """
     is_pointwise = CELLS[problem.cell].is_pointwise
     return problem.projected or not is_pointwise or problem.dtype == torch.float64
@@ -165,13 +168,13 @@ def choose_kernels(problem: Problem, schedule: str | None = None) -> tuple[Choic
     """
     assert problem.gpu is not None
     shape = _shape(problem)
-    # A tracer's sizes have no hash to be remembered by.
+    # Symbolic sizes cannot be hashed, so the cache does not take them.
     choose = configs.choose if isinstance(problem.batch, int) else configs.choose.__wrapped__
 
     def chosen(backward: bool) -> Choice | None:
         if schedule is None and (best := _best(problem._replace(training=backward))):
             found = choose(shape, problem.gpu, backward=backward, schedule=best.path)
-            if found is not None:  # as it is with one direction, which is what was measured
+            if found is not None:  # what was measured has one direction; this may not fit
                 return found
         return choose(shape, problem.gpu, backward=backward, schedule=schedule)
 
@@ -201,12 +204,12 @@ def schedules(problem: Problem) -> list[str]:
 
 
 def schedule_gaps(problem: Problem) -> dict[str, str | None]:
-    """Say for each schedule why no LSTM runs by it, whatever its sizes; None where one does.
+    """Say for each schedule why it can run no LSTM of any size, or None if it can run one.
 
-    `problem` says on which GPU, in which dtype and precision; `kernel_gap` must have found none.
+    `problem` gives GPU, dtype and precision; `kernel_gap` must have found none.
     """
     assert problem.gpu is not None
-    # The smallest is the first to fit into one program, the other is shared by several.
+    # The small one fits into one program, the large one is shared by several.
     small, large = (
         problem._replace(cell="lstm", batch=8, hidden_size=hidden) for hidden in (16, 512)
     )
@@ -245,27 +248,27 @@ def _shape(problem: Problem) -> Shape:
 
 
 def float32_precision() -> str:
-    """Tell how products of float32 are computed on a GPU, by torch's own switches.
+    """Tell how float32 products are computed on a GPU, following torch's switches.
 
     Returns
     -------
     {'tf32', 'tf32x3', 'ieee'}
         'tf32' where cuDNN may use it for recurrent layers (``torch.backends.cudnn.allow_tf32``,
-        torch's default). Where only matrix products may
-        (``torch.backends.cuda.matmul.allow_tf32``), 'tf32x3', three products of tf32 that are
-        nearly as exact as float32. Otherwise 'ieee'.
+        torch's default). 'tf32x3', three TF32 products that together are nearly as accurate as
+        float32, where only matrix products may (``torch.backends.cuda.matmul.allow_tf32``).
+        Otherwise 'ieee'.
     """
     if torch.backends.cudnn.rnn.fp32_precision == "tf32":  # type: ignore[attr-defined]
         return "tf32"
     return "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-# Why this version of Triton does not compile the persistent kernels, once that was tried in vain.
+# Why this version of Triton failed to compile the persistent kernels, once that has happened.
 _gap = ""
 
 
 def note_gap(reason: str) -> None:
-    """Plan no persistent kernel any more, in this process, for a reason."""
+    """Stop planning persistent kernels in this process, for the reason given."""
     global _gap
     if not _gap:
         warnings.warn(f"{reason}; other schedules run in their place", stacklevel=2)
@@ -273,9 +276,9 @@ def note_gap(reason: str) -> None:
 
 
 def gpu(index: int | None = None) -> Device | None:
-    """Describe a GPU, by default the current one, to the planner.
+    """Describe a GPU to the planner, by default the current one.
 
-    None if it is not there, or Triton is not installed.
+    None if there is none, or Triton is not installed.
     """
     found = _gpu(index)
     return found if found is None else found._replace(gap=_gap)
@@ -298,15 +301,15 @@ def _gpu(index: int | None) -> Device | None:
 
 
 def _gfx(name: str) -> int:
-    """942 of 'gfx942:sramecc+'; 0 where there is a letter in the number."""
+    """Parse 942 from 'gfx942:sramecc+'; 0 if the number contains a letter."""
     number = name.partition(":")[0].removeprefix("gfx")
     return int(number) if number.isdecimal() else 0
 
 
 def facts(x: Tensor) -> tuple[Device | None, str]:
-    """Tell the fields `gpu` and `precision` of ``Problem`` for a tensor."""
+    """Return the fields `gpu` and `precision` of ``Problem`` for a tensor."""
     if not x.is_cuda:
         return None, "tf32"
-    # Of other dtypes there is nothing to choose.
+    # Other dtypes leave nothing to choose.
     precision = float32_precision() if x.dtype == torch.float32 else "tf32"
     return gpu(x.device.index), precision

@@ -163,10 +163,11 @@ def lstm(
         Truncated backpropagation through time: states carry over, but gradients are cut after
         every `bptt` steps, counted from the first step, in both directions.
     recompute : bool or int, default False
-        Whether to store less between forward and backward. With True, each layer keeps its output
-        and, on a GPU, its cell states, but no gates; backward recomputes the rest, on a GPU with
-        one more product over all steps, on a CPU with another forward pass. A number does this in
-        chunks of that many steps, so that backward also needs memory for one chunk only.
+        Whether to store less between forward and backward. With True, no gates are kept: a layer
+        keeps its input only, and on a GPU its output and cell states. Backward recomputes the
+        rest, on a GPU with one more product over all steps, on a CPU with another forward pass. A
+        number does this in chunks of that many steps, so that backward also needs memory for one
+        chunk only.
     recurrent_dropout : float, default 0.0
         Probability of zeroing an element of h in the recurrent product, if `training`, with one
         mask for all steps of a sequence (Gal and Ghahramani 2016, arXiv:1512.05287), drawn from

@@ -34,7 +34,9 @@ class Block(NamedTuple):
 
 
 def blocks(page, *languages):
-    found = re.finditer(r"^```(\w+)(?: title=\"(.*)\")?\n(.*?)^```$", page.read_text(), re.M | re.S)
+    found = re.finditer(
+        r"^```(\w+)(?: title=\"([^\"\n]*)\")?\n(.*?)^```$", page.read_text(), re.M | re.S
+    )
     return [
         Block(str(page.relative_to(ROOT)), match[1], match[2] or "", match[3])
         for match in found

@@ -135,7 +135,7 @@ def exchange() -> Drawing:
             picture.line([(left + 78, 226), (left + 78, 206)], color="blue", dashed=True)
         picture.line([(left + 78, 206), (left + 78, 148)], arrow=True, dashed=True, color="blue")
     picture.text(450, 178, "poll all of h", size=14, color="blue")
-    picture.text(94, 178, "publish", size=14, color="orange")
+    picture.text(144, 178, "publish", size=14, color="orange")
     picture.text(280, 334, "rows t and t+1 of y in memory: a word not yet written is all ones",
                  size=14, color="soft")  # fmt: skip
     return picture

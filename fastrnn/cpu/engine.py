@@ -22,7 +22,7 @@ from .machine import Target
 
 _log = logging.getLogger("fastrnn")
 
-_RUNTIME = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
+_RUNTIME = machine.OPENMP[1:]
 _HERE = Path(__file__).parent
 # The sources that determine the compiled code and its arguments.
 _SOURCES = sorted(_HERE.glob("*.py"))
@@ -35,17 +35,14 @@ _SOURCES = sorted(_HERE.glob("*.py"))
 @functools.cache
 def openmp() -> ctypes.CDLL | None:
     """Find the OpenMP runtime in this process: libgomp, or another one with its interface."""
-    folder = Path(torch.__file__).parent / "lib"
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        if (folder / name).exists():
-            library = ctypes.CDLL(str(folder / name))
-            if all(hasattr(library, function) for function in ("GOMP_parallel", *_RUNTIME)):
-                library.GOMP_parallel.restype = None
-                library.GOMP_parallel.argtypes = [
-                    ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint,
-                ]  # fmt: skip
-                return library
-    return None
+    library = machine.torch_library()
+    if library is None or machine.openmp_gap() is not None:
+        return None
+    library.GOMP_parallel.restype = None
+    library.GOMP_parallel.argtypes = [
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint,
+    ]  # fmt: skip
+    return library
 
 
 # Operations between two barriers, which take 0.3 us or more, that justify another thread.
