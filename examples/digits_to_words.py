@@ -10,7 +10,7 @@ network feeds a recurrent network that writes. (Theirs takes the image as the fi
 the initial state.) In training, each step is given the correct previous letter ("teacher forcing");
 in use, the letter it wrote. Taking the best letter each time ("greedy") can miss the likeliest
 name: t, with which many begin, can be the likeliest letter without starting that name. Beam search
-(beam.py) follows the five best prefixes. With so few names both mostly agree, but it has more.
+(beam.py) follows the five best prefixes; with so few names both mostly agree on the best one.
 
 Two handwritten digits side by side, with noise, form a number; below ten the left half is empty.
 The digits are real, from the UCI repository as included in scikit-learn. The last third, by other

@@ -142,11 +142,11 @@ def check_command(words, monkeypatch):
             assert_has_options(Path(spec.origin), options)
         case ["python", script, *options]:
             assert_has_options(ROOT / script, options)
-        case ["torchrun", *options, script] if script.endswith(".py"):
-            assert {option.partition("=")[0] for option in options} <= {
-                "--standalone", "--nproc-per-node", "--nnodes",
-            }, words  # fmt: skip
-            assert (ROOT / script).exists(), words
+        case ["torchrun", *options] if any((ROOT / word).is_file() for word in options):
+            known = ("--standalone", "--nproc-per-node", "--nnodes")
+            script = next(word for word in options if (ROOT / word).is_file())
+            own = [word for word in options if not word.startswith(known)]
+            assert_has_options(ROOT / script, own)
         case ["pytest", *arguments] | ["python", "-m", "pytest", *arguments]:
             for path in arguments:
                 assert path.startswith("-") or (ROOT / path).exists(), words
