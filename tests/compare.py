@@ -1,12 +1,11 @@
 """Run one of our modules and its torch.nn counterpart on the same numbers, and compare.
 
-Errors are measured against an oracle: the torch.nn module in float64, with the very same
-(rounded) weights and inputs. A result passes if its largest error is at most twice that of
-torch.nn in the dtype under test, plus a floor of a few units, one unit being the machine
-epsilon of that dtype times the largest element of the exact tensor; or times 1, the scale of
-the inputs and cotangents, where what is computed from them cancels to less. The floor is
-there because torch.nn's own error can be small by luck, while another order of the same sums
-is as right.
+Errors are measured against an oracle: the torch.nn module in float64, with the same (rounded)
+weights and inputs. A result passes if its largest error is at most twice that of torch.nn in
+the dtype under test, plus a floor of a few units. A unit is the machine epsilon of that dtype
+times the largest element of the exact tensor, or times 1 (the scale of the inputs and
+cotangents) if cancellation makes that element smaller. The floor is needed because torch.nn's
+own error can be small by luck, while summing in another order is equally valid.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ import fastrnn.call
 from fastrnn.cells import CELLS as DEFINITIONS
 from fastrnn.planner import use_path
 
-#: Units. In float64 torch.nn is the oracle and has no error to be compared with; in half
-#: precision most sums are wider than their results, which are rounded once.
+#: In units. In float64 torch.nn is itself the oracle, so the floor is the whole bound; in half
+#: precision most sums are accumulated in a wider dtype and rounded once.
 FLOOR = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
 PATHS = (None, "kernels", "operators", "reference", "torch")
 
 
 class IdentityRNN(torch.nn.RNN):
-    """What torch.nn.RNN would be without a nonlinearity, one sequence and one step at a time."""
+    """torch.nn.RNN without a nonlinearity, one sequence and one step at a time."""
 
     def forward(self, input: Any, hx: Tensor | None = None) -> Any:
         packed = isinstance(input, PackedSequence)
@@ -103,7 +102,7 @@ class IdentityRNN(torch.nn.RNN):
 
 
 class IdentityRNNCell(torch.nn.RNNCell):
-    """What torch.nn.RNNCell would be without a nonlinearity."""
+    """torch.nn.RNNCell without a nonlinearity."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         new = torch.nn.functional.linear(input, self.weight_ih, self.bias_ih)
@@ -112,7 +111,7 @@ class IdentityRNNCell(torch.nn.RNNCell):
         return new + torch.nn.functional.linear(hx, self.weight_hh, self.bias_hh)
 
 
-#: Our class and its options, by a name for test ids.
+#: Our class and its options, by test id.
 LAYERS: dict[str, tuple[type, dict[str, Any]]] = {
     "lstm": (fastrnn.LSTM, {}),
     "lstm_proj": (fastrnn.LSTM, {"proj_size": 2}),
@@ -139,7 +138,7 @@ def stock_class(ours: type) -> type:
 
 
 def paths_of(kind: str) -> tuple[str | None, ...]:
-    """torch itself has no identity activation."""
+    """The paths that run a kind; torch has no identity activation."""
     return PATHS[:-1] if "identity" in kind else PATHS
 
 
@@ -158,7 +157,7 @@ def on_paths(kinds: Sequence[str]) -> Any:
 def pair(
     kind: str, input_size: int = 5, hidden_size: int = 4, **options: Any
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Our module and its counterpart, built from the same seed."""
+    """Build our module and its counterpart from the same seed."""
     cls, own = KINDS[kind]
     stock, of_stock = stock_class(cls), dict(own)
     if of_stock.get("nonlinearity") == "identity":
@@ -220,7 +219,7 @@ class Call:
         return self.cotangents[name].to(like.dtype)
 
     def wrap(self, x: Tensor) -> Any:
-        """The input as the module takes it."""
+        """The input as a tensor or a PackedSequence, according to the form."""
         if not self.form.startswith("packed"):
             return x
         return pack_padded_sequence(
@@ -230,14 +229,14 @@ class Call:
     def forward(
         self, module: Any, dtype: torch.dtype | None = None
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """The results by name, and the leaves that the call was made from."""
+        """Return the results by name, and the leaves they were computed from."""
         x, *hx = (
             tensor.to(dtype or self.dtype).clone().requires_grad_()
             for tensor in (self.x, *(self.hx or ()))
         )
         state = tuple(self.layout(part) for part in hx)
         args = [state[0] if len(state) == 1 else state] if state else []
-        torch.manual_seed(2)  # of dropout
+        torch.manual_seed(2)  # for dropout
         result = module(self.wrap(self.layout(x)), *args)
         if self.is_cell:
             parts = result if isinstance(result, tuple) else (result,)
@@ -257,7 +256,7 @@ class Call:
         used: Sequence[str] = ("output", "h_n", "c_n"),
         order: int = 1,
     ) -> dict[str, Tensor]:
-        """Results, and gradients of the `used` ones in all leaves and parameters.
+        """Results, and gradients of the `used` ones with respect to all leaves and parameters.
 
         Up to `order`, also the derivatives of those gradients, contracted with random numbers.
         """
@@ -276,13 +275,13 @@ class Call:
             )
             used = [f"{'d' * k}_{name}" for name in named]
             results |= dict(zip(used, grads, strict=True))
-            # What does not depend on anything any more has no derivatives to go on with.
+            # A constant gradient has no further derivatives.
             used = [name for name in used if results[name].requires_grad]
         return {name: tensor.detach() for name, tensor in results.items()}
 
 
 def call_of(cell: str, *arguments: Any, **fields: Any) -> fastrnn.call.Call:
-    """The record of a call of a layer, or of a step, by the name of its cell."""
+    """Create the record of a call to a layer or a step from the name of its cell."""
     return fastrnn.call.Call(DEFINITIONS[cell], *arguments, **fields)
 
 
@@ -293,7 +292,7 @@ def assert_accurate(
     what: object = "",
     terms: int = 0,
 ) -> None:
-    """Compare with the oracle; `terms` is the length of the longest sum, if that is long.
+    """Compare with the oracle; `terms` is the length of the longest sum, if it is long.
 
     Rounding a sum of n terms step by step is a random walk of sqrt(n) half units.
     """
@@ -328,7 +327,7 @@ def check(
 ) -> None:
     """Compare outputs and all gradients of one call, on each path, against the oracle.
 
-    The reference is left to autograd, which adds a weight's gradients up step by step.
+    Autograd differentiates the reference, summing the gradients of a weight step by step.
     """
     exact = call.run(oracle_of(stock), torch.float64, **options)
     theirs = call.run(stock, **options)
@@ -340,7 +339,7 @@ def check(
 
 
 def outcome(function: Callable[[], Any]) -> tuple[type, str]:
-    """The class and text of the exception that a call raises."""
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - the comparison is with torch's
+    """The class and message of the exception that a call raises."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - compared with torch's
         function()
     return caught.type, str(caught.value)

@@ -1,21 +1,22 @@
-"""Settings and fixtures of all tests."""
+"""Settings and fixtures for all tests."""
 
 import importlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-# What torch's deterministic mode asks for on a GPU, before CUDA starts.
+# Required by torch's deterministic mode on a GPU; must be set before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import hypothesis
 import pytest
 import torch
 
-# Whether kernels are compiled or run in Triton's interpreter is decided when triton is imported, so
-# the tests of the compiled ones are a session of their own: TRITON_INTERPRET=0 pytest tests/ptx
+# Importing triton decides whether kernels are compiled or interpreted, so tests of compiled kernels
+# need a session of their own: TRITON_INTERPRET=0 pytest tests/ptx
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 _IS_COMPILED = os.environ.get("TRITON_INTERPRET", "").lower() in ("0", "false", "off", "no")
@@ -34,9 +35,30 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run sweeps whole, not a sample of each")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep every n-th case of a test marked ``sweep(n)``, beginning with the first."""
+    if config.getoption("--all"):
+        return
+    seen: Counter[str] = Counter()
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    for item in items:
+        marker = item.get_closest_marker("sweep")
+        name = item.nodeid.partition("[")[0]
+        is_kept = marker is None or seen[name] % marker.args[0] == 0
+        seen[name] += 1
+        (kept if is_kept else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
+
+
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
-    """Fix the seed, and fill all memory that an operator allocates and may not write with NaN."""
+    """Fix the seed, and fill memory that operators allocate but may not write with NaN."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -46,14 +68,14 @@ def _reproducible() -> Iterator[None]:
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """Import an example as running it would, with its folder first on sys.path."""
+    """Import an example as if it were run, with its folder first on sys.path."""
     folder = Path(__file__).parent.parent / "examples"
     monkeypatch.syspath_prepend(str(folder))
     names = [path.stem for path in folder.glob("*.py")]
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # such small matrices gain nothing from more
+    torch.set_num_threads(1)  # matrices this small gain nothing from more
     yield importlib.import_module
     torch.set_num_threads(threads)
     for name in names:

@@ -1,4 +1,4 @@
-"""Random calls of a layer on a CPU, their results, and the right ones."""
+"""Random calls of a layer on a CPU, their results, and the exact results."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fastrnn.cells import CELLS
 from fastrnn.cpu import ALL
 from fastrnn.flow import PLAIN, Flow, make_marks
 
-#: Those whose h may be projected.
+#: Cells that support a projection.
 PROJECTED = ("lstm", "layernorm_lstm", "peephole_lstm", "slstm")
 SIZES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 65)
-# Of one product with weights as they are, of more than one, of a tile and of more than one.
+# One or more blocks of rows of a product with unpacked weights; one or more tiles.
 BATCHES = (1, 2, 3, 4, 5, 7, 13)
 
 
 def random_state(name: str, lead: Sequence[int], hidden: int, size_h: int) -> list[Tensor]:
-    """A state as steps leave it: of an sLSTM, n >= 1, or 0 with nothing in c.
+    """A state that steps can produce: in an sLSTM, n >= 1, or both n and c are 0.
 
-    By an empty one whose m is large, derivatives grow as exp(m - i), and so do their errors;
-    test_variants.py has those in float64.
+    If an empty state has a large m, derivatives and their errors grow as exp(m - i);
+    test_variants.py covers that case in float64.
     """
     others = CELLS[name].states[1:]
     state = [torch.randn(*lead, size_h), *[torch.randn(*lead, hidden) for _ in others]]
@@ -40,9 +40,9 @@ def random_state(name: str, lead: Sequence[int], hidden: int, size_h: int) -> li
 
 
 def random_noise(rng: random.Random, steps: int, state: Sequence[Tensor]) -> list[Tensor]:
-    """Recurrent dropout, and zoneout of every kind, for states like these.
+    """Recurrent dropout, and zoneout of every kind, for such states.
 
-    Of an sLSTM's states that of h only: the others mean nothing without each other.
+    In an sLSTM, zoneout applies to h alone: the other states depend on each other.
     """
     none = torch.empty(0)
     noise = [torch.dropout(torch.ones_like(state[0]), 0.4, True) if rng.random() < 0.5 else none]
@@ -55,7 +55,7 @@ def random_noise(rng: random.Random, steps: int, state: Sequence[Tensor]) -> lis
 
 
 def random_flow(rng: random.Random, steps: int, lead: Sequence[int], fresh: Any) -> Flow:
-    """Lengths, resets and truncation, each of them or not; `fresh` makes a state."""
+    """Lengths, resets and truncation, each present at random; `fresh` makes a state."""
     lengths, reset, bptt = (rng.random() < 0.5 for _ in range(3))
     directions, batch = lead
     marks = make_marks(
@@ -74,7 +74,7 @@ def draw(name: str, seed: int) -> tuple[Call, Cotangents]:
     """Draw a call of a layer and gradients of its results."""
     rng, cell = random.Random(f"{name}{seed}"), CELLS[name]
     torch.manual_seed(seed)
-    # The deviation of a few numbers may be next to nothing, and what it divides is mostly error.
+    # The standard deviation of a few numbers can be near 0, which amplifies errors.
     inputs, hidden, batch = (
         rng.choice(sizes) for sizes in (SIZES, SIZES[6 * cell.is_normalised :], BATCHES)
     )
@@ -128,13 +128,13 @@ def convert(value: Any, dtype: torch.dtype) -> Any:
 
 @functools.cache
 def drawn(name: str, seed: int, dtype: torch.dtype) -> tuple[Call, Cotangents]:
-    """What `draw` draws, rounded to a dtype."""
+    """The result of `draw`, rounded to a dtype."""
     call, given = draw(name, seed)
     return convert(call, dtype), convert(given, dtype)
 
 
 def run(call: Call, given: Cotangents) -> list[Tensor]:
-    """All results of a layer, and all gradients; nobody asks for that of a state not given."""
+    """All results and gradients of a layer, except gradients of a state that is not given."""
     result, saved = cpu.forward(call, ALL, True)
     fakes = cpu.fake_saved(call, ALL)
     assert [(t.shape, t.dtype) for t in saved] == [(t.shape, t.dtype) for t in fakes]
@@ -144,7 +144,7 @@ def run(call: Call, given: Cotangents) -> list[Tensor]:
 
 
 def exact(call: Call, given: Cotangents) -> list[Tensor]:
-    """The same by the definition, in float64."""
+    """The same from the reference, in float64."""
     call, given = convert(call, torch.float64), convert(given, torch.float64)
     result, found = reference.layer(call), gradients.first(call, given)
     inputs = [call.x, *call.state, *call.flow.fresh, *call.weights]
@@ -157,12 +157,12 @@ def exact(call: Call, given: Cotangents) -> list[Tensor]:
 
 @functools.cache
 def exact_of(name: str, seed: int, dtype: torch.dtype) -> list[Tensor]:
-    """Of what `drawn` draws."""
+    """`exact` for the result of `drawn`."""
     return exact(*drawn(name, seed, dtype))
 
 
 @functools.cache
 def operators_of(name: str, seed: int, dtype: torch.dtype) -> list[Tensor]:
-    """Of what `drawn` draws, by torch's operators: half precision in float32, rounded once."""
+    """`run` for the result of `drawn`, with torch's operators: half precision is rounded once."""
     with cpu.kernels_allowed(False):
         return run(*drawn(name, seed, dtype))

@@ -1,16 +1,16 @@
-"""What test_gpu.py runs by a schedule, where a test without a GPU sees whether it is there."""
+"""Cases of test_gpu.py by schedule; a test that needs no GPU checks that each is supported."""
 
 from __future__ import annotations
 
 import itertools
 from typing import NamedTuple
 
-# Formats that persistent kernels have.
+# Formats that persistent kernels support.
 FORMATS = ("bf16", "fp16", "tf32")
 
-# By every schedule: T, B, I, H, directions.
+# For every schedule: T, B, I, H, directions.
 SMALL = [(5, 3, 7, 7, 2), (9, 17, 24, 129, 1)]
-# With marks: cells; schedule, format and shape.
+# With marks: cells; then schedule, format and shape.
 MARKED = ["lstm", "gru", "rnn_tanh", "peephole_lstm", "slstm"]
 MARKED_LAYERS = [
     ("resident", "bf16", (33, 37, 24, 60, 2)),
@@ -23,8 +23,8 @@ MARKED_LAYERS = [
     ("stepwise", "ieee", (33, 37, 24, 127, 2)),
 ]
 
-# Layers whose step is more than a product and arithmetic on single units: by each of these
-# schedules that a layer has; cells, and the size of h if there is a projection.
+# Layers whose step is more than one product followed by pointwise arithmetic, run with each of
+# these schedules that supports the layer: cells and projection sizes, 0 for none.
 INVOLVED_SCHEDULES = ("staged", "resident")
 INVOLVED_CELLS = [
     *[(cell, 0) for cell in ("layernorm_lstm", "layernorm_gru", "gru_reset_before")],
@@ -33,11 +33,11 @@ INVOLVED_CELLS = [
 
 
 class Involved(NamedTuple):
-    """Such a layer: T, B, I, H and directions.
+    """Such a layer, with `shape` T, B, I, H and directions.
 
-    If `marked`, it has lengths, resets and truncated gradients, states after a reset, and the
-    states of all steps. `noise` is '', 'masks' (recurrent dropout, and zoneout in some units) or
-    'shares' (zoneout as a share of all).
+    If `marked`, it has lengths, resets with reset states, truncated gradients, and returns the
+    states of all steps. `noise` is '', 'masks' (recurrent dropout, and zoneout by random masks) or
+    'shares' (zoneout as its expected value).
     """
 
     cell: str
@@ -54,26 +54,26 @@ class Involved(NamedTuple):
         return f"{self.cell}-{self.size_h}-{sizes}-{self.format}{options}"
 
 
-_ODD = 12, 17, 24, 33, 2  # more steps than gradients pass
+_ODD = 12, 17, 24, 33, 2  # more steps than truncated gradients cross
 INVOLVED = [
     *[Involved(*of, _ODD, name) for of in INVOLVED_CELLS for name in ("bf16", "tf32", "fp64")],
     *[Involved(*INVOLVED_CELLS[n], _ODD, name) for n in (0, 3) for name in ("tf32x3", "ieee")],
-    # Which one program does in these formats too.
+    # Small enough for one program in these formats too.
     *[
         Involved(cell, 0, (12, 17, 24, 31, 2), name)
         for cell in ("layernorm_gru", "gru_reset_before")
         for name in ("tf32x3", "ieee")
     ],
-    # By torch's operators the derivative of a normalisation overflows.
+    # No normalised cells: their derivative overflows in torch's own operators.
     *[Involved(*INVOLVED_CELLS[n], _ODD, "fp16") for n in (2, 3)],
-    # What is plain in other dtypes.
+    # Cells that other schedules run in other dtypes.
     *[Involved(cell, 0, _ODD, "fp64") for cell in ("lstm", "gru", "rnn_tanh", "slstm")],
-    # With all that a layer may have.
+    # With every option of a layer.
     *[Involved(*of, _ODD, "bf16", True, "masks") for of in INVOLVED_CELLS],
     Involved("layernorm_lstm", 0, _ODD, "fp64", True, "masks"),
     Involved("lstm", 0, _ODD, "fp64", True, "masks"),
     Involved("layernorm_gru", 0, _ODD, "bf16", True, "shares"),
-    # The largest that fit one program, with more rows than it has; many programs; whole rows.
+    # The largest for one program, with several tiles of rows; many programs; very long rows.
     *[Involved(*of, (33, 40, 24, 128, 2), "bf16") for of in INVOLVED_CELLS[:3]],
     Involved("layernorm_lstm", 0, (12, 64, 64, 512, 1), "bf16"),
     Involved("gru_reset_before", 0, (12, 64, 64, 512, 1), "bf16"),
@@ -84,7 +84,7 @@ INVOLVED = [
 
 
 class Case(NamedTuple):
-    """A layer, T, B, I, H and directions, by kernels of so many rows and warps a program."""
+    """A layer (`shape` is T, B, I, H, directions), and the rows and warps of a program."""
 
     cell: str
     shape: tuple[int, int, int, int, int]
@@ -109,15 +109,15 @@ PERSISTENT = [
         ("lstm", (33, 16, 24, 256, 1), 16, 4),
         ("gru", (33, 32, 24, 512, 1), 32, 8),
         ("gru", (33, 1, 24, 256, 2), 16, 4),
-        # A second tile that is half empty; one that is empty; launch after launch.
+        # A half-empty second tile; an empty one; several launches.
         ("rnn_tanh", (33, 24, 24, 384, 1), 32, 8),
         ("lstm", (17, 35, 24, 256, 2), 32, 8),
         ("gru", (9, 300, 8, 768, 1), 16, 8),
-        # Rows that begin anywhere, and columns that are not there.
+        # Unaligned rows and masked columns.
         ("lstm", (33, 17, 24, 99, 2), 32, 8),
         ("gru", (33, 5, 24, 130, 1), 16, 8),
         ("rnn_relu", (5, 3, 7, 1, 1), 16, 4),
-        # Further states and weights.
+        # Additional states and weights.
         ("peephole_lstm", (17, 16, 24, 256, 1), 16, 8),
         ("slstm", (17, 20, 24, 128, 1), 32, 8),
         ("slstm", (17, 5, 24, 128, 1), 16, 4),
@@ -125,7 +125,7 @@ PERSISTENT = [
         ("gru", (1, 16, 24, 256, 1), 16, 8),
         ("lstm", (2, 32, 24, 256, 1), 32, 8),
         ("lstm", (2000, 16, 16, 512, 1), 16, 8),
-        # All chunks of the weights that there can be; in TF32 those of an LSTM fit up to here.
+        # The largest numbers of weight chunks; in TF32 an LSTM fits up to this size.
         ("gru", (33, 16, 24, 1024, 1), 16, 8),
         ("lstm", (33, 16, 24, 896, 1), 16, 8),
     ),
@@ -136,7 +136,7 @@ PERSISTENT = [
     ),
 ]
 
-# Two tiles have no kernels with marks.
+# No kernel of two tiles takes marks.
 WITH_MARKS = in_every_format(
     ("lstm", (40, 20, 16, 320, 2), 16, 8),
     ("gru", (40, 20, 16, 127, 2), 16, 8),

@@ -1,4 +1,4 @@
-"""Layers on a CPU's tensors as if on a GPU: its plans, its kernels, its operators."""
+"""Run layers on CPU tensors as if on a GPU: with its plans, kernels and operators."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fastrnn.planner import use_path
 
 @contextlib.contextmanager
 def as_on_a_gpu(device: Device = DEVICES["h100"], precision: str = "ieee") -> Iterator[None]:
-    """Let the operators' CPU implementation be that of a GPU.
+    """Replace the operators' CPU implementation with that of a GPU.
 
-    Where kernels run, Triton decides: its interpreter, or a driver that a test put in its place.
+    Triton decides where kernels run: in its interpreter, or with a driver a test substituted.
     """
     on_cpu, problem_of = (cpu.forward, cpu.backward), planner.problem_of
 
     def fall_back(function):
-        # gpu.py hands over what has no kernel by these names, which must then mean themselves.
+        # gpu.py calls these names where it has no kernel; there they must be the originals.
         def call(*args):
             with pytest.MonkeyPatch.context() as inner:
                 inner.setattr(cpu, "forward", on_cpu[0])
@@ -35,13 +35,13 @@ def as_on_a_gpu(device: Device = DEVICES["h100"], precision: str = "ieee") -> It
 
         return call
 
-    def as_gpu_asks(call, *dtype, **is_step):  # which the planner itself tells apart
+    def as_gpu_asks(call, *dtype, **is_step):  # steps stay on the CPU
         problem = problem_of(call, *dtype, **is_step)
         return problem if is_step else problem._replace(gpu=device, precision=precision)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(planner, "problem_of", as_gpu_asks)
-        # The short way of a call on a CPU.
+        # A CPU's fast path for prepared calls.
         for name in ("run_prepared", "step_prepared"):
             patched.setattr(forms, name, lambda *_: None)
         patched.setattr(cpu, "forward", fall_back(gpu.forward))
@@ -50,11 +50,11 @@ def as_on_a_gpu(device: Device = DEVICES["h100"], precision: str = "ieee") -> It
         yield
 
 
-# What layers do by every schedule, whether their kernels are interpreted or emulated.
+# Checks of layers for every schedule, with interpreted or emulated kernels.
 
 
 def check_layers(schedule: str, atol: float | None = None) -> None:
-    """Two layers in both directions, forward and backward; `atol` for products of TF32."""
+    """Two bidirectional layers, forward and backward; `atol` is for TF32 products."""
     gru = fastrnn.GRU(3, 40, num_layers=2, bidirectional=True, batch_first=True)
     x = torch.randn(2, 4, 3)
     with use_path("reference"):
@@ -67,7 +67,7 @@ def check_layers(schedule: str, atol: float | None = None) -> None:
 
 
 def check_empty_batch(cell: str, schedule: str) -> None:
-    """No rows at all."""
+    """A batch of size 0."""
     module = getattr(fastrnn, cell.upper())(3, 40, bidirectional=True)
     x = torch.randn(4, 0, 3, requires_grad=True)
     with use_path(schedule):
@@ -79,7 +79,7 @@ def check_empty_batch(cell: str, schedule: str) -> None:
 
 
 def check_dtypes(schedule: str) -> None:
-    """Results and gradients in half precision are in it."""
+    """Half-precision layers return half-precision results and gradients."""
     lstm, hidden = CELLS["lstm"], 24
     x = torch.zeros(5, 3, 3, dtype=torch.bfloat16)
     state = [torch.zeros(1, 3, hidden, dtype=x.dtype) for _ in lstm.states]

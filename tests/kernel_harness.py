@@ -1,11 +1,11 @@
-"""Run a layer by the Triton kernels and by the reference, on the same numbers.
+"""Run a layer with the Triton kernels and with the reference, on the same numbers.
 
-The kernels take the input's projection and give the gradients of the gates. The GEMMs before and
-after them are done here, the latter in float64, so that a whole layer is compared: output, states
-and every gradient. The oracle is `reference.layer` in float64 with autograd; it is also run in the
-dtype under test, for the error that torch makes there (see compare.py).
+The kernels take the projected input and return the gradients of the gates. The GEMMs before and
+after them run here, the latter in float64, so a whole layer is compared: output, states and every
+gradient. The oracle is `reference.layer` in float64 with autograd; it also runs in the dtype under
+test, to measure the error torch makes there (see compare.py).
 
-Results go by names: y, h_n, c_n; trace_c, which is c after every step; saved; and d_ of an input.
+Results are named y, h_n, c_n; trace_c, which is c after every step; saved; and d_ plus an input.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from fastrnn.cells import Cell
 from fastrnn.kernels import launch
 from fastrnn.kernels.configs import Config
 
-#: The schedules that Triton's interpreter runs; the third is in Gluon, which it does not.
+#: The schedules that Triton's interpreter runs; it cannot run the persistent one, in Gluon.
 MODES = ("resident", "stepwise")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A problem; its numbers follow from it."""
+    """A problem, which determines its numbers."""
 
     cell: Cell
     steps: int = 3
@@ -53,7 +53,7 @@ class Layer:
 
 
 class Numbers(NamedTuple):
-    """Input and its projection, initial states, weights of each direction, cotangents."""
+    """Input and its projection, initial states, weights of each direction, and cotangents."""
 
     x: Tensor
     wx: Tensor
@@ -66,7 +66,7 @@ class Numbers(NamedTuple):
 def tiled(
     mode: str, hidden: int, slices: int = 2, *, block_b: int = 4, block_k: int = 0, tiles: int = 99
 ) -> Config:
-    """A configuration of so many slices, its tiles by default far smaller than a GPU's."""
+    """A configuration with `slices` slices; by default, tiles are far smaller than a GPU's."""
     whole, part = (1 << (n - 1).bit_length() for n in (hidden, -(-hidden // slices)))
     if mode == "resident":
         return Config(mode, block_b, whole, whole, 4, 0, tiles)
@@ -75,7 +75,7 @@ def tiled(
 
 @functools.cache
 def draw(layer: Layer) -> Numbers:
-    """Random numbers in the layer's dtype; the weights are so small that errors do not grow."""
+    """Random numbers in the layer's dtype; weights are small enough that errors do not grow."""
     generator = torch.Generator().manual_seed(layer.hidden)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
@@ -105,7 +105,7 @@ def draw(layer: Layer) -> Numbers:
 
 
 def as_states(cell: Cell, drawn: Sequence[Tensor]) -> list[Tensor]:
-    """What can be states of a cell, of random numbers: an n is at least 1."""
+    """Turn random numbers into valid states of a cell: n is at least 1."""
     pairs = zip(cell.states, drawn, strict=False)
     return [part.abs() + 1 if name == "n" else part for name, part in pairs]
 
@@ -154,7 +154,7 @@ def by_reference(layer: Layer, numbers: Numbers, dtype: torch.dtype) -> dict[str
 
 
 def weights_of(weights: Weights) -> dict[str, Tensor]:
-    """The weights that there are, by name."""
+    """The weights that are present, by name."""
     names = {name: part for name, part in weights._asdict().items() if isinstance(part, Tensor)}
     return names | {f"extra{k}": part for k, part in enumerate(weights.extras)}
 
@@ -165,14 +165,14 @@ def named(layer: Layer, states: Sequence[Tensor], form: str) -> dict[str, Tensor
 
 
 def recompute(numbers: Numbers, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The input part and the recurrent part of the gates with their biases, (D, T, B, G * H)."""
+    """The input and recurrent parts of the gates with their biases, (D, T, B, G * H)."""
     wx = [linear(numbers.x, w.w_ih, w.b_ih) for w in numbers.weights]
     befores = zip(numbers.weights, before(numbers, [y], 0), strict=True)
     return torch.stack(wx), torch.stack([linear(h, w.w_hh, w.b_hh) for w, h in befores])
 
 
 def before(numbers: Numbers, sequences: Sequence[Tensor], s: int) -> list[Tensor]:
-    """A state before every step of each direction, (T, B, H), from those after every step."""
+    """A state before every step of each direction, (T, B, H), from the state after every step."""
     start = numbers.initial[s]
     first, *second = sequences[s].chunk(len(start), dim=-1)
     return [torch.cat([start[:1], first[:-1]]), *(torch.cat([v[1:], start[1:]]) for v in second)]
@@ -186,10 +186,10 @@ def by_kernels(
     *,
     save: bool = True,
 ) -> dict[str, Tensor]:
-    """What the kernels return: like `by_reference`, but d_gates is not multiplied out.
+    """The kernels' results: like `by_reference`, but with d_gates instead of its products.
 
-    Without `save`, backward computes the activations again. Checks that both leave what they are
-    given as it was.
+    Without `save`, backward recomputes the activations. Checks that forward and backward leave
+    their arguments unchanged.
     """
     operands = operands_of(numbers)
     with unchanged(numbers.wx, *operands), as_on_a_device():
@@ -210,17 +210,17 @@ def by_kernels(
 
 @contextlib.contextmanager
 def as_on_a_device() -> Iterator[None]:
-    """Let the interpreter go on silently with infinity and NaN, and prepare it only once."""
+    """Silence the interpreter's warnings about infinity and NaN, and patch it only once."""
     if not triton.knobs.runtime.interpret:
         yield
         return
-    # It does at each call of a function, which takes longer than all the rest.
+    # By default it patches at each function call, which takes longer than everything else.
     everything = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     with contextlib.ExitStack() as undo:
         undo.callback(interpreter._patch_lang(everything).restore)
         nothing = SimpleNamespace(restore=lambda: None)
         undo.enter_context(mock.patch.object(interpreter, "_patch_lang", return_value=nothing))
-        # As triton 3.9 has it. That of 3.6 does not work with NumPy 2.4.
+        # As in triton 3.9; the version in 3.6 does not work with NumPy 2.4.
         undo.enter_context(mock.patch.object(tl.tensor, "__index__", _as_index))
         undo.enter_context(np.errstate(over="ignore", invalid="ignore"))
         yield
@@ -231,7 +231,7 @@ def _as_index(tensor: tl.tensor) -> int:
 
 
 def operands_of(numbers: Numbers) -> launch.Operands:
-    """Weights and initial states as the kernels take them."""
+    """Weights and initial states in the layout that the kernels take."""
 
     def stacked(parts: Iterable[Tensor | None]) -> Tensor | None:
         found = [part for part in parts if part is not None]
@@ -248,7 +248,7 @@ def operands_of(numbers: Numbers) -> launch.Operands:
 
 @contextlib.contextmanager
 def unchanged(*arguments: object) -> Iterator[None]:
-    """Check that a call leaves all bits of the tensors that it is given, also in sequences."""
+    """Check that a call changes no bit of its tensor arguments, including those in sequences."""
     parts = [part for a in arguments for part in (a if isinstance(a, (list, tuple)) else [a])]
     tensors = [part for part in parts if isinstance(part, Tensor)]
     before = [tensor.clone() for tensor in tensors]
@@ -257,13 +257,13 @@ def unchanged(*arguments: object) -> Iterator[None]:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal, where a NaN is equal to itself."""
+    """Whether two tensors are bitwise equal, NaNs included."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
     return a.dtype == b.dtype and a.view(integer).equal(b.view(integer))
 
 
 def whole(layer: Layer, numbers: Numbers, results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Multiply d_gates out, in float64; everything rounded to the layer's dtype."""
+    """Multiply out d_gates in float64, then round everything to the layer's dtype."""
     exact, results = convert(numbers, torch.float64), dict(results)
     width, apart = layer.cell.n_gates * layer.hidden, layer.cell.n_apart * layer.hidden
     d_gates = results.pop("d_gates").double()
@@ -290,7 +290,7 @@ def whole(layer: Layer, numbers: Numbers, results: dict[str, Tensor]) -> dict[st
 
 @functools.cache
 def expected(layer: Layer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The layer's results by torch in its dtype, and the exact ones."""
+    """Torch's results in the layer's dtype, and the exact ones."""
     by_torch, exact = (
         by_reference(layer, draw(layer), dtype) for dtype in (layer.dtype, torch.float64)
     )
@@ -298,7 +298,7 @@ def expected(layer: Layer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def assert_right(layer: Layer, results: dict[str, Tensor], what: object = "") -> None:
-    """Compare all that the kernels returned for the numbers of `draw` with the oracle."""
+    """Compare everything the kernels returned for the numbers of `draw` with the oracle."""
     mine = whole(layer, draw(layer), results)
     by_torch, exact = (
         {name: tensor for name, tensor in theirs.items() if name in mine or name != "saved"}
@@ -315,7 +315,7 @@ def check(layer: Layer, *configs: Config, **options: object) -> dict[str, Tensor
 
 
 def check_nan(layer: Layer, bits: int, *configs: Config) -> None:
-    """NaN in wx of row 1, h_0 of row 2 and dy of row 3 stays in these rows."""
+    """NaN in wx of row 1, h_0 of row 2 and dy of row 3 stays in those rows."""
     clean = draw(layer)
     dirty = convert(clean, layer.dtype)
     for part in (dirty.x[1, 1], dirty.wx[:, 1, 1], dirty.initial[0][:, 2], dirty.dy[1, 3]):

@@ -1,7 +1,7 @@
-"""Layers whose step is more than a product, as ``gpu_staged.py`` runs them, and by the reference.
+"""Run layers that need several products per step with ``gpu_staged.py`` and with the reference.
 
-The oracle is `reference.layer` in float64 with autograd, on the same numbers, of which there is
-everything that a layer may have: marks, noise, heads, members of an ensemble.
+The oracle is `reference.layer` in float64 with autograd, on the same numbers, with every option
+of a layer: marks, noise, heads, ensemble members.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from fastrnn.cells import CELLS
 from fastrnn.flow import Flow, make_marks
 from fastrnn.kernels.configs import Config
 
-#: Cells that run in this way without a projection, and then in one launch too.
+#: Cells that need several products even without a projection; they can also run in one launch.
 CELLS_OF_THIS_KIND = ("layernorm_lstm", "layernorm_gru", "gru_reset_before")
-#: Cells and sizes of h, 0 without a projection.
+#: Cells and projection sizes, 0 for none.
 PROBLEMS = [
     *[(cell, 0) for cell in CELLS_OF_THIS_KIND],
     *[(cell, 3) for cell in ("lstm", "peephole_lstm", "slstm", "layernorm_lstm")],
 ]
-#: And schedules.
+#: The same with schedules.
 RUNS = [
     *[(*problem, "staged") for problem in PROBLEMS],
     *[(cell, 0, "resident") for cell in CELLS_OF_THIS_KIND],
@@ -34,9 +34,9 @@ RUNS = [
 
 
 class Layer(NamedTuple):
-    """A problem; its numbers follow from it.
+    """A problem, which determines its numbers.
 
-    `batch` is that of a member; `size_h` is 0 without a projection, `members` without an ensemble.
+    `batch` is per member; `size_h` is 0 without a projection, `members` is 0 without an ensemble.
     """
 
     cell: str
@@ -67,7 +67,7 @@ class Numbers(NamedTuple):
 
 @functools.cache
 def draw(layer: Layer) -> Numbers:
-    """Random numbers; rows with all steps and with none, resets at the first and one by one."""
+    """Random numbers; full and empty rows, resets at the first step and at consecutive steps."""
     generator = torch.Generator().manual_seed(layer.hidden)
 
     def random(*shape, scale=1.0):
@@ -160,25 +160,25 @@ def named(**results):
     }
 
 
-#: Tiles far smaller than a GPU's.
+#: Tiles far smaller than on a GPU.
 CONFIG = Config("staged", 4, 16, 4, 4, 0, 65535)
 
 
 def config_of(layer: Layer, schedule: str) -> Config:
-    """Likewise, by either schedule."""
+    """A configuration with such small tiles for either schedule."""
     units = triton.next_power_of_2(layer.hidden // layer.heads)
     return CONFIG if schedule == "staged" else Config("resident", 4, units, units, 4, 0, 65535)
 
 
 def by_kernels(layer: Layer, schedule: str = "staged", **options):
-    """All results of the kernels."""
+    """All results from the kernels."""
     options = {"config": config_of(layer, schedule), **options}
     results = run(*draw(layer), traced=layer.traced, **options)
     return {n: part for n, part in results.items() if layer.state or not n.startswith("d_state")}
 
 
 def run(call, given, *, traced=True, groups=0, config=CONFIG, precision="ieee"):
-    """All results for a call and its cotangents, of which no bit is changed."""
+    """All results for a call and its cotangents; checks that no bit of either changes."""
     tensors = [part for part in call.flat() if part is not None]
     with as_on_a_device(), unchanged(*tensors, given.dy, given.d_final, given.d_traces):
         (y, final, traces), saved = gpu_staged.forward(call, config, precision, cpu.ALL, traced)
@@ -192,7 +192,7 @@ def run(call, given, *, traced=True, groups=0, config=CONFIG, precision="ieee"):
 
 
 def assert_right(layer: Layer, results: dict[str, torch.Tensor]) -> None:
-    """Compare with float64."""
+    """Compare with the float64 oracle."""
     exact = by_reference(layer)
     assert results.keys() == exact.keys()
     units = 8 if layer.dtype.itemsize == 2 else 64

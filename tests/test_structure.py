@@ -1,4 +1,4 @@
-"""The shape of the package: who imports whom, what importing costs, what is documented."""
+"""The structure of the package: allowed imports, their cost, and documentation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ import fastrnn.tune
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Each file of the package may import these and nothing else of ours.
+# The only modules of ours that each file of the package may import.
 ALLOWED = {
     "__init__": {
         "_version",
@@ -163,7 +163,7 @@ ALLOWED = {
     "variants": {"cells", "forms", "nn"},
 }
 
-# Within fastrnn.cpu; of the package, only these beyond it.
+# The same within fastrnn.cpu; from the rest of the package it may import BEYOND_CPU.
 ALLOWED_IN_CPU = {
     "__init__": {"layers", "machine"},
     "activations": {"vector"},
@@ -208,7 +208,7 @@ BEYOND_CPU = {"cache", "call", "cells", "flow", "gradients", "groups", "products
 
 
 def imports(path: Path) -> set[str]:
-    """First component of every import, relative ones with a leading dot."""
+    """First component of every import; relative imports keep their leading dots."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -242,7 +242,7 @@ def test_import_direction_of_the_cpu_backend():
 
 
 def test_cells_import_no_engine():
-    """A cell is its own file, with the formula in its docstring."""
+    """Each cell has its own file, with the formula in its docstring."""
     common = {"cell", "engine", "functions", "__init__"}
     for path in (ROOT / "fastrnn" / "cells").glob("*.py"):
         found = imports(path)
@@ -255,7 +255,7 @@ def test_cells_import_no_engine():
         assert not any(name.startswith("..") for name in found), path
 
 
-# What is told many things one by one: the public functions, and what torch calls with a schema.
+# Files with more parameters: public functions, and functions that torch calls by a schema.
 WITH_MANY_PARAMETERS = {"functional": 18, "flops": 17, "ops": 16}
 
 
@@ -285,7 +285,7 @@ def test_kernels_import_nothing_of_the_package_but_cells():
 
 
 def test_only_the_launchers_import_torch():
-    """Kernels can be read, interpreted and compiled, and plans be made, without it."""
+    """Kernels can be read, interpreted and compiled, and plans made, without torch."""
     for path in (ROOT / "kernels").rglob("*.py"):
         found = {module for module in imports(path) if not module.startswith(".")}
         if path.name in ("launch.py", "launch_staged.py"):
@@ -295,14 +295,14 @@ def test_only_the_launchers_import_torch():
 
 
 def test_top_level_folders_are_imported_through_the_package():
-    """`import kernels` or `import bench` would make a second copy of every module."""
+    """`import kernels` or `import bench` would load a second copy of every module."""
     for folder in ("fastrnn", "kernels", "bench", "tests", "examples"):
         for path in (ROOT / folder).glob("*.py"):
             assert not imports(path) & {"kernels", "bench", "tests"}, path
 
 
 def test_what_is_read_beside_the_code_is_installed():
-    """An editable install has every file, a wheel those of package-data."""
+    """An editable install has every file; a wheel has only those in package-data."""
     tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
     declared = settings["package-data"]
@@ -347,7 +347,7 @@ def test_import_and_run_without_triton():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-# What users call, or read to add a cell or a path: numpydoc, with all sections.
+# Modules that users call, or read to add a cell or a path: numpydoc, with all sections.
 DOCUMENTED = [
     fastrnn.functional,
     fastrnn.nn,
@@ -358,7 +358,7 @@ DOCUMENTED = [
     fastrnn.cells.cell,
     fastrnn.compile,
     fastrnn.convert,
-    sys.modules["fastrnn.diagnose"],  # the name in the package is that of the function
+    sys.modules["fastrnn.diagnose"],  # fastrnn.diagnose is the function
     fastrnn.flow,
     fastrnn.info,
     fastrnn.options,
@@ -366,7 +366,7 @@ DOCUMENTED = [
     fastrnn.problem,
     fastrnn.testing,
 ]
-# What only the package calls: what signatures and records say is not said again.
+# Modules that only the package calls: docstrings need not repeat signatures and records.
 INTERNAL = [
     fastrnn.autocast,
     fastrnn.cache,
@@ -409,10 +409,10 @@ def objects_of(modules):
                 yield f"{module.__name__}.{name}"
 
 
-# What numpydoc would have us write that would only repeat the signature or the summary.
+# numpydoc errors whose fix would only repeat the signature or the summary.
 IGNORED = {
     "ES01",  # no extended summary
-    "EX01",  # no example: asked for below, where it matters
+    "EX01",  # no example: required below, where it matters
     "GL01",  # the summary starts on the first line
     "GL08",  # private members of public classes
     "PR01",  # a tuple's fields and torch's own signature
