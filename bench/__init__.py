@@ -2,5 +2,6 @@
 
 ``registry`` defines the cases and ``providers`` the implementations; ``measure`` checks and times a
 case, ``limits`` measures what the device can do; ``results`` holds and stores the rows, ``report``,
-``plots`` and ``page`` present them, and ``cli`` ties them together.
+``plots`` (with ``heatmap`` and ``drawing``), ``page`` and ``readme`` present them, and ``cli`` ties
+them together.
 """

@@ -1,4 +1,4 @@
-"""``fastrnn bench``: measure, print, write files, compare."""
+"""``fastrnn bench``: measure, print, write files, compare with earlier results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .measure import measure_all
 from .providers import BASELINE, PROVIDERS, default_providers
 from .results import Results, Row
 
-# A GPU repeats its times more closely than a CPU that other programs use too.
+# Times on a GPU vary less than on a CPU, which other programs use too.
 _SECONDS = {"cpu": 3.0, "cuda": 1.0}
 _ALL = "all"
 
@@ -35,97 +35,96 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     suite = parser.add_mutually_exclusive_group()
     for name, help in (
-        ("quick", "some 40 cases in about two minutes (default)"),
+        ("quick", "about 40 cases in about two minutes (default)"),
         ("full", "hundreds of cases over T, B, H and dtypes"),
-        ("published", "sizes that others published figures for, everybody side by side"),
-        ("runtimes", "inference on a CPU beside onnxruntime and openvino"),
-        ("variants", "what torch.nn has not, beside plain layers and loops of torch operators"),
+        ("published", "sizes with published figures, measured with all available libraries"),
+        ("runtimes", "inference on a CPU, compared with onnxruntime and openvino"),
+        ("variants", "options and cells that torch.nn lacks, against plain layers and torch loops"),
     ):
         suite.add_argument(f"--{name}", dest="suite", action="store_const", const=name, help=help)
-    only = parser.add_argument_group("cases", "only these of the suite, or of the grid")
+    only = parser.add_argument_group("cases", "restrict the suite or the grid to these")
     _add_list(only, "--cells", _one_of("cell", registry.CELLS), "CELL", ", ".join(registry.CELLS))
     _add_list(only, "--mode", _one_of("mode", registry.MODES), "MODE", ", ".join(registry.MODES))
     _add_list(only, "--dtype", _dtype, "DTYPE", ", ".join(_arguments.DTYPES))
-    grid = parser.add_argument_group("grid", "the product of these is measured instead of a suite")
+    grid = parser.add_argument_group("grid", "measure all combinations of these instead of a suite")
     for flag, metavar, help in (
-        ("--T", "STEPS", "numbers of time steps (default 128)"),
-        ("--B", "BATCH", "batch sizes (default 1 8 64)"),
-        ("--H", "HIDDEN", "hidden sizes (default 64 256)"),
-        ("--I", "INPUT", "sizes of the input (default as hidden)"),
+        ("--T", "STEPS", "numbers of time steps (default: 128)"),
+        ("--B", "BATCH", "batch sizes (default: 1 8 64)"),
+        ("--H", "HIDDEN", "hidden sizes (default: 64 256)"),
+        ("--I", "INPUT", "input sizes (default: the hidden size)"),
     ):
         _add_list(grid, flag, _arguments.positive, metavar, help)
-    grid.add_argument("--layers", type=_arguments.positive, metavar="N", help="default 1")
+    grid.add_argument("--layers", type=_arguments.positive, metavar="N", help="default: 1")
     grid.add_argument("--bidirectional", action="store_true")
-    grid.add_argument("--ragged", action="store_true", help="sequences of lengths from T/4 to T")
+    grid.add_argument("--ragged", action="store_true", help="sequence lengths from T/4 to T")
     names = [name for name in PROVIDERS if name != BASELINE]
     _add_list(
         parser, "--providers", _one_of("provider", (*names, _ALL)), "NAME",
-        f"whom to measure beside torch.nn: {_ALL}, {', '.join(names)} (default: fastrnn; with "
+        f"what to measure besides torch.nn: {_ALL}, {', '.join(names)} (default: fastrnn; with "
         "--published all but fastrnn:reference and fastrnn:plain; with --runtimes also onnxruntime "
         "and openvino; with --variants also fastrnn:plain, loop, torch.compile, flashrnn, haste; "
-        "with --full on a GPU also its schedules)",
+        "with --full on a GPU also each schedule)",
     )  # fmt: skip
     parser.add_argument(
-        "--device", type=_arguments.device, help="cpu, cuda or cuda:N (default: cuda if any)"
+        "--device", type=_arguments.device, help="cpu, cuda or cuda:N (default: cuda if available)"
     )
     parser.add_argument(
         "--seconds",
         type=_positive_float,
-        help="time spent on each case and provider (default: 3 on a CPU, 1 on a GPU)",
+        help="time per case and provider (default: 3 on a CPU, 1 on a GPU)",
     )
     parser.add_argument(
         "--out",
         type=terminal.path,
         metavar="DIR",
-        help="folder for the files (default: bench/results/latest, or that of --render)",
+        help="output folder (default: bench/results/latest, or the folder of --render)",
     )
     parser.add_argument(
-        "--compare", type=terminal.path, metavar="OLD.json", help="a results.json to compare with"
+        "--compare", type=terminal.path, metavar="OLD.json", help="compare with these results"
     )
     parser.add_argument(
         "--threshold",
         type=_positive_float,
         metavar="PERCENT",
         default=10.0,
-        help="drop of a case's ratio since OLD.json that is a regression (default: 10)",
+        help="drop in a case's ratio since OLD.json that counts as a regression (default: 10)",
     )
     parser.add_argument(
         "--render",
         type=terminal.path,
         metavar="RESULTS.json",
-        help="measure nothing, show these results",
+        help="show these results instead of measuring",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark that the options ask for.
+    """Run the benchmark that the options specify.
 
     Parameters
     ----------
     args : argparse.Namespace
-        From a parser with `add_arguments`.
+        From a parser set up by `add_arguments`.
 
     Returns
     -------
     int
-        Exit status: 0, or 1 if fastrnn was wrong or failed in a case, or became slower than in the
-        old benchmark, or has no time in common with it, or if the run was interrupted.
+        Exit status: 0, or 1 if fastrnn gave wrong results or failed in a case, became slower than
+        in the old results, has no measurement in common with them, or if the run was interrupted.
 
     Raises
     ------
     UsageError
-        If rich or matplotlib is missing, options do not go together, no case is left, the folder
-        cannot be written to, or a file cannot be read or has none of the cases; before anything is
-        measured.
+        Before anything is measured: if rich or matplotlib is missing, options conflict, no case is
+        left, the folder is not writable, or a file cannot be read or has none of the cases.
     """
-    # Imported only where used: matplotlib takes a second, and both may be missing.
+    # Imported only where used: matplotlib takes a second to import, and both may be missing.
     _arguments.require("bench", "rich", "matplotlib")
     old = results.load(args.compare).rows if args.compare else None
     if args.render:
         for flag in ("--suite", *_ONLY, *_GRID, "--providers", "--device", "--seconds"):
             if value := getattr(args, flag.lstrip("-")):
                 flag = f"--{value}" if flag == "--suite" else flag
-                raise _arguments.UsageError(f"{flag} has no meaning with --render")
+                raise _arguments.UsageError(f"{flag} cannot be combined with --render")
         shown = results.load(args.render)
         paths = _write(_made(args.out or args.render.parent), shown)
         return _show(shown, paths, old, args.threshold / 100)
@@ -136,7 +135,9 @@ def run(args: argparse.Namespace) -> int:
     if old is not None and not {(row.case, row.provider) for row in old} & {
         (case, name) for case in cases for name in providers
     }:
-        raise _arguments.UsageError(f"{args.compare} has none of the {len(cases)} cases to measure")
+        raise _arguments.UsageError(
+            f"{args.compare} contains none of the {len(cases)} cases to measure"
+        )
     args.out = _made(args.out or Path("bench/results/latest"))
     found = _measure_all(args, cases, providers, device)
     paths = _write(args.out, found)  # before anything is printed, which may fail
@@ -150,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _made(folder: Path) -> Path:
-    """A folder to write to, made if it is not there."""
+    """Return a writable folder, creating it if it does not exist."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -163,7 +164,7 @@ def _made(folder: Path) -> Path:
 def _show(
     found: Results, paths: Sequence[Path], old: Sequence[Row] | None, threshold: float
 ) -> int:
-    """Print everything; the exit status."""
+    """Print everything; return the exit status."""
     from rich.console import Console
 
     from . import report
@@ -192,7 +193,7 @@ def _show(
         changes = results.compare(old, found.rows, threshold)
         console.print(report.to_rich(report.changes_table(changes, threshold)))
         regressions = sum(change.is_regression for change in changes)
-        console.print(f"{len(changes)} cases in both, {regressions} regressions")
+        console.print(f"{len(changes)} cases in common, {regressions} regressions")
         bad = bad or regressions > 0 or not changes
     return 1 if bad else 0
 
@@ -206,14 +207,14 @@ def _providers(args: argparse.Namespace, device: torch.device) -> list[str]:
 def _gaps(
     cases: Sequence[registry.Case], providers: Sequence[str], device: torch.device
 ) -> list[str]:
-    """A line for each reason why a provider was not measured."""
+    """Return a line for each reason why a provider was not measured."""
     reasons = Counter(
         (name, gap)
         for case in cases
         for name in providers
         if (gap := PROVIDERS[name].gap(case, device)) is not None
     )
-    return [f"not run, {count} cases: {name}, {gap}" for (name, gap), count in reasons.items()]
+    return [f"skipped in {count} cases: {name}: {gap}" for (name, gap), count in reasons.items()]
 
 
 def _cases(args: argparse.Namespace, device: torch.device) -> list[registry.Case]:
@@ -234,8 +235,8 @@ def _cases(args: argparse.Namespace, device: torch.device) -> list[registry.Case
     axes = {name: value for name, value in axes.items() if value}
     if axes and args.suite:
         raise _arguments.UsageError(
-            f"--{args.suite} is a suite, and --T, --B, --H, --I, --layers, --bidirectional and "
-            "--ragged make a grid instead of one"
+            f"--{args.suite} selects a suite and cannot be combined with --T, --B, --H, --I, "
+            "--layers, --bidirectional or --ragged, which define a grid"
         )
     if axes:
         return registry.grid(**only, **axes)
@@ -243,7 +244,8 @@ def _cases(args: argparse.Namespace, device: torch.device) -> list[registry.Case
     cases = registry.select(suite, device.type, **only)
     if not cases:
         raise _arguments.UsageError(
-            f"no case of --{suite} has such cells, modes and dtypes; --T, --B or --H make a grid"
+            f"no case of --{suite} matches --cells, --mode and --dtype; "
+            "to measure a grid instead, give --T, --B or --H"
         )
     return cases
 
@@ -254,7 +256,7 @@ def _measure_all(
     providers: Sequence[str],
     device: torch.device,
 ) -> Results:
-    """Measure with a progress bar; when it is interrupted, what there is by then."""
+    """Measure with a progress bar; if interrupted, return the results so far."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -292,7 +294,7 @@ def _makes_grid(args: argparse.Namespace) -> bool:
 
 
 def _write(folder: Path, found: Results) -> list[Path]:
-    """Write the files of a benchmark; their paths."""
+    """Write the files of a benchmark and return their paths."""
     from . import page, plots
 
     paths = [folder / "results.json", folder / "results.csv"]
@@ -304,13 +306,13 @@ def _write(folder: Path, found: Results) -> list[Path]:
     return [*paths, *files, folder / "report.html"]
 
 
-# Options of the cases and of the grid, as `_command` repeats them.
+# The options for cases and for the grid, in the order in which `_command` repeats them.
 _ONLY = ("--cells", "--mode", "--dtype")
 _GRID = ("--T", "--B", "--H", "--I", "--layers", "--bidirectional", "--ragged")
 
 
 def _command(args: argparse.Namespace, device: torch.device) -> str:
-    """The command line without the options that name files of this machine."""
+    """Return the command line without the options that name local files."""
     words = ["fastrnn bench"]
     if not _makes_grid(args):
         words.append(f"--{args.suite or 'quick'}")

@@ -1,4 +1,4 @@
-"""Where a benchmark was run."""
+"""The environment a benchmark was run in."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ class Environment:
     Attributes
     ----------
     fastrnn, torch, triton, python : str
-        Versions; 'none' if there is no triton.
+        Versions; `triton` is 'none' if it is not installed.
     cudnn, driver : str
         Versions; 'none' on a CPU.
     device : str
         Name of the GPU or the CPU.
     device_type : {'cpu', 'cuda'}
     threads : int
-        Of torch on the CPU.
+        Number of threads torch uses on the CPU.
     date : str
         UTC, ISO 8601.
     commit : str
         Short hash of fastrnn's checkout, or 'unknown'.
     dirty : bool
-        Whether the checkout had changes that are not committed.
+        Whether the checkout had uncommitted changes.
     command : str
-        What repeats the benchmark.
+        Command line that repeats the benchmark.
     """
 
     fastrnn: str
@@ -56,7 +56,7 @@ class Environment:
 
 
 def environment(device: torch.device, command: str) -> Environment:
-    """Describe this process.
+    """Describe the environment of this process.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def version(package: str) -> str:
     Returns
     -------
     str
-        'none' if it is not installed.
+        The version, or 'none' if the package is not installed.
     """
     try:
         return importlib.metadata.version(package)
@@ -104,12 +104,12 @@ def version(package: str) -> str:
 
 
 def driver() -> str:
-    """Ask nvidia-smi for the version of NVIDIA's driver.
+    """Query nvidia-smi for the version of the NVIDIA driver.
 
     Returns
     -------
     str
-        'unknown' if it does not answer.
+        The version, or 'unknown' if nvidia-smi fails.
     """
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
@@ -129,7 +129,7 @@ def checkout() -> tuple[str, bool]:
     commit : str
         Short hash, or 'unknown' if this is not a checkout.
     dirty : bool
-        Whether it has changes that are not committed.
+        Whether it has uncommitted changes.
     """
 
     def git(*args: str) -> str:
@@ -145,7 +145,7 @@ def checkout() -> tuple[str, bool]:
 
     here = Path(__file__).resolve()
     try:
-        # Fails where fastrnn is installed below some other project's checkout.
+        # Fails if fastrnn is installed inside another project's checkout.
         git("ls-files", "--error-unmatch", here.name)
         described = git("describe", "--always", "--dirty", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):

@@ -22,18 +22,12 @@ from .._arguments import UsageError
 from . import terminal
 from .providers import BASELINE, LOOP, OURS, PLAIN
 from .registry import MODES, Case
-from .report import quotient, totals
+from .report import LABELS, MODE_LABELS, quotient, totals
 from .results import Results, Row, by_case, load, of_provider
 
 _ROOT = Path(__file__).resolve().parents[1]
 PAGES = (_ROOT / "README.md", _ROOT / "docs" / "speed.md")
 BLOCK = re.compile(r"(<!-- (\w+): (\w+) -->\n)(.*?)(<!-- /\2 -->)", re.DOTALL)
-_NAMES = {
-    "lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "peephole_lstm": "peephole LSTM",
-    "slstm": "sLSTM", "layernorm_lstm": "layer-norm LSTM", "layernorm_gru": "layer-norm GRU",
-    "gru_reset_before": "GRU, reset before the product",
-}  # fmt: skip
-_MODES = {"forward": "inference", "training": "training"}
 _RUNTIMES = ("onnxruntime", "openvino")
 # Shorter sequences measure the overhead of a call rather than its steps.
 _SHORTEST = 16
@@ -121,7 +115,7 @@ def summary(found: Results, name: str) -> str:
     timed = [row for row in ours if row.times is not None]
     kinds = dict.fromkeys(_kind(row.case, main_dtype) for row in timed)
     lines = ["| | inference | training | slower |", "|---|---|---|---|"]
-    for kind in sorted(kinds, key=[*_NAMES.values(), *kinds].index):
+    for kind in sorted(kinds, key=[*LABELS.values(), *kinds].index):
         rows = [row for row in timed if _kind(row.case, main_dtype) == kind]
         cells = [_spread(row for row in rows if row.case.mode == mode) for mode in MODES]
         slower = sum(row.verdict == "slower" for row in rows)
@@ -202,7 +196,7 @@ def runtimes(found: Results, name: str) -> str:
             band = quotient(providers.get(OURS), providers.get(other))
             if band is not None:
                 size = f"T{case.steps} B{case.batch} H{case.hidden_size}"
-                bands.setdefault((other, _NAMES[case.cell]), {})[size] = band.median
+                bands.setdefault((other, LABELS[case.cell]), {})[size] = band.median
     lines = [
         "| time of the other / time of fastrnn | mean | worst | at | best | at |",
         "|---|---|---|---|---|---|",
@@ -241,7 +235,7 @@ def prices(found: Results, name: str) -> str:
         if (case.steps, case.batch, case.hidden_size) == sizes:
             rows.setdefault(_option(case), {})[case.mode] = providers
     header = ["cost", "loop", "compiled"]
-    names = [f"{_MODES[mode]}: {column}" for mode in MODES for column in header]
+    names = [f"{MODE_LABELS[mode]}: {column}" for mode in MODES for column in header]
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for option, by_mode in rows.items():
         cells = []
@@ -302,7 +296,7 @@ def _option(case: Case) -> str:
         f"{case.num_heads} heads": case.num_heads > 1, f"ensemble of {case.members}": case.members,
         "bidirectional": case.bidirectional, f"projected to {case.proj_size}": case.proj_size,
     }  # fmt: skip
-    return ", ".join([_NAMES[case.cell], *(name for name, is_on in options.items() if is_on)])
+    return ", ".join([LABELS[case.cell], *(name for name, is_on in options.items() if is_on)])
 
 
 def _kind(case: Case, main_dtype: str) -> str:
@@ -315,15 +309,15 @@ def _kind(case: Case, main_dtype: str) -> str:
         return "LSTM with projections"
     if case.stack:
         return "two layers, bidirectional, or both"
-    return _NAMES[case.cell] if case.dtype == main_dtype else case.dtype
+    return LABELS[case.cell] if case.dtype == main_dtype else case.dtype
 
 
 def _group(case: Case, main_dtype: str) -> str:
     """A finer division than that of `_kind`."""
-    kind, mode = _kind(case, main_dtype), _MODES[case.mode]
-    if kind not in (_NAMES.get(case.cell), case.dtype):
+    kind, mode = _kind(case, main_dtype), MODE_LABELS[case.mode]
+    if kind not in (LABELS[case.cell], case.dtype):
         return f"{kind}, {mode}"
-    group = f"{_NAMES[case.cell]} {mode}, {case.dtype}"
+    group = f"{LABELS[case.cell]} {mode}, {case.dtype}"
     if case.dtype != main_dtype:
         return group
     if case.steps < _SHORTEST:

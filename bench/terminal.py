@@ -1,4 +1,4 @@
-"""Shared by the command-line programs: output in any encoding, and paths with ``~``."""
+"""Helpers for the command-line programs: output in any encoding, and paths with ``~``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def printing() -> Iterator[None]:
-    """Keep output from failing on its encoding, or with a traceback when its reader is gone.
+    """Keep output from failing because of its encoding or a closed pipe.
 
-    Use it around ``main``, as a context manager or decorator. Characters that the output's encoding
-    lacks are printed as '?'. If the reader of a pipe is gone, as with ``| head``, the exit status
-    is 1.
+    Use it around ``main``, as a context manager or decorator. Characters that the output encoding
+    cannot represent are printed as '?'. If the reader of a pipe has exited, as with ``| head``, the
+    exit status is 1, without a traceback.
     """
     for stream in (sys.stdout, sys.stderr):
-        # Replacements for the streams may have no encoding, and other error handlers do not fail.
+        # Replacement streams may have no encoding; other error handlers do not raise.
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
     try:
@@ -32,13 +32,13 @@ def printing() -> Iterator[None]:
     except BrokenPipeError:
         if not isinstance(sys.stdout, io.TextIOWrapper):
             raise
-        # Python flushes once more at exit, and would report an error then.
+        # Python flushes once more at exit, which would report an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
 
 
 def path(text: str) -> Path:
-    """Parse a path that may begin with ``~``, which not every shell expands in ``--out=~/x``.
+    """Parse a path, expanding a leading ``~``, which not every shell does in ``--out=~/x``.
 
     Parameters
     ----------

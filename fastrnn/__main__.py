@@ -19,14 +19,14 @@ from .bench.terminal import printing
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a bad argument in one line, with exit status 2."""
+    """Reports an invalid argument in one line, with exit status 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="as JSON, with every field")
+    parser.add_argument("--json", action="store_true", help="print JSON with every field")
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -42,34 +42,34 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     from .kernels.configs import DEVICES, PRECISIONS
 
     parser.add_argument("--cell", required=True, choices=CELLS)
-    parser.add_argument("--T", type=positive, default=128, help="time steps (default 128)")
-    parser.add_argument("--B", type=positive, default=1, help="batch (default 1)")
+    parser.add_argument("--T", type=positive, default=128, help="time steps (default: 128)")
+    parser.add_argument("--B", type=positive, default=1, help="batch size (default: 1)")
     parser.add_argument("--H", type=positive, required=True, help="hidden size")
-    parser.add_argument("--I", type=positive, help="input size (default H)")
-    parser.add_argument("--dtype", type=dtype, default=torch.float32, help="default float32")
+    parser.add_argument("--I", type=positive, help="input size (default: H)")
+    parser.add_argument("--dtype", type=dtype, default=torch.float32, help="default: float32")
     parser.add_argument(
         "--device", default="cpu",
-        help=f"device type, or one of {', '.join(DEVICES)}, which need not be there (default cpu)",
+        help=f"device type, or a GPU, present or not: {', '.join(DEVICES)} (default: cpu)",
     )  # fmt: skip
-    parser.add_argument("--layers", type=positive, default=1, help="default 1")
+    parser.add_argument("--layers", type=positive, default=1, help="default: 1")
     parser.add_argument("--bidirectional", action="store_true")
     parser.add_argument(
         "--precision", choices=PRECISIONS,
-        help="of float32 products on a GPU (default as torch is set)",
+        help="precision of float32 products on a GPU (default: torch's current setting)",
     )  # fmt: skip
     parser.add_argument("--training", action="store_true", help="with gradients")
-    chained = "of --step, in a loop: its state comes from others, with gradients"
+    chained = "with --step and --training: a step in a loop, whose state also has gradients"
     parser.add_argument("--chained", action="store_true", help=chained)
     parser.add_argument("--packed", action="store_true", help="sequences of different lengths")
     parser.add_argument("--projected", action="store_true", help="an LSTM with proj_size")
-    parser.add_argument("--step", action="store_true", help="a cell module: one step")
+    parser.add_argument("--step", action="store_true", help="a single step of a cell module")
     parser.add_argument(
         "--marked", action="store_true",
-        help="with lengths, resets, bptt, all states or heads",
+        help="with lengths, resets, bptt, states of all steps, or heads",
     )  # fmt: skip
     parser.add_argument("--noisy", action="store_true", help="with recurrent dropout or zoneout")
     parser.add_argument(
-        "--transform", choices=("func", "forward"), help="inside of torch.func or forward-mode AD"
+        "--transform", choices=("func", "forward"), help="inside torch.func or forward-mode AD"
     )
 
 
@@ -79,7 +79,7 @@ def _plan(args: argparse.Namespace) -> int:
     from .planner import Problem, plan
 
     if args.projected and args.cell != "lstm":
-        raise UsageError(f"--projected is for lstm, not {args.cell}")
+        raise UsageError(f"--projected applies to lstm only, not {args.cell}")
     facts = DEVICES.get(args.device)
     try:
         named = torch.device("cuda" if facts else args.device)
@@ -88,7 +88,7 @@ def _plan(args: argparse.Namespace) -> int:
     if named.type == "cuda" and facts is None:
         facts = gpu(named.index)
         if facts is None:
-            raise UsageError(f"no device {args.device!r} here; name one of {', '.join(DEVICES)}")
+            raise UsageError(f"no device {args.device!r} here; use one of {', '.join(DEVICES)}")
     chosen = plan(
         Problem(
             args.cell,
@@ -125,16 +125,16 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "--cells", nargs="+", choices=MODULES, default=list(MODULES), metavar="CELL",
-        help=f"any of {', '.join(MODULES)} (default all)",
+        help=f"any of {', '.join(MODULES)} (default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", nargs="+", type=dtype, default=[torch.float32, torch.float64],
-        help="default float32 float64",
+        help="default: float32 float64",
     )  # fmt: skip
-    parser.add_argument("--device", type=device, default=torch.device("cpu"), help="default cpu")
-    parser.add_argument("--cases", type=positive, default=100, help="for each dtype (default 100)")
+    parser.add_argument("--device", type=device, default=torch.device("cpu"), help="default: cpu")
+    parser.add_argument("--cases", type=positive, default=100, help="per dtype (default: 100)")
     parser.add_argument("--seed", type=natural, default=0)
-    parser.add_argument("--only", type=natural, metavar="K", help="just case K of each cell")
+    parser.add_argument("--only", type=natural, metavar="K", help="run only case K of each cell")
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -146,7 +146,7 @@ def _verify(args: argparse.Namespace) -> int:
     from .testing import LIMIT, WORST, verify
 
     errors, out = Console(stderr=True), Console()
-    # The table's, with what folds in it where that is unwieldy; a pipe would get 80.
+    # The width of the table, folded where a terminal is narrower; a pipe would default to 80.
     out.width = max(out.width, 110 if out.is_terminal else 132)
     total = (len(args.cells) if args.only is not None else args.cases) * len(args.dtype)
     columns = ("verify", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -167,7 +167,7 @@ def _verify(args: argparse.Namespace) -> int:
     )
     for heading in ("cell", "dtype", "path"):
         table.add_column(heading, overflow="fold")
-    for heading in ("cases", "tensors", "rms ours / torch.nn", "worst units"):
+    for heading in ("cases", "tensors", "rms fastrnn / torch.nn", "worst units"):
         table.add_column(heading, justify="right")
     for heading in ("worst tensor", ""):
         table.add_column(heading, overflow="fold")
@@ -199,13 +199,13 @@ def _add_warmup(parser: argparse.ArgumentParser) -> None:
     names = list(CELLS)
     parser.add_argument(
         "--cells", nargs="+", choices=names, default=names, metavar="CELL",
-        help=f"any of {', '.join(names)} (default all)",
+        help=f"any of {', '.join(names)} (default: all)",
     )  # fmt: skip
     parser.add_argument(
-        "--noisy", action="store_true", help="those with recurrent dropout and zoneout"
+        "--noisy", action="store_true", help="kernels with recurrent dropout and zoneout"
     )
     parser.add_argument(
-        "--dtype", nargs="+", type=dtype, default=[torch.float32], help="default float32"
+        "--dtype", nargs="+", type=dtype, default=[torch.float32], help="default: float32"
     )
 
 
@@ -220,7 +220,7 @@ def _warmup(args: argparse.Namespace) -> int:
     from .cells import CELLS
     from .cpu import engine, machine
 
-    # What the kernels do not multiply runs by those for float32.
+    # Dtypes that the kernels do not multiply natively use the float32 kernels.
     wanted: dict[tuple[torch.dtype, str], None] = {}
     for of, cell in itertools.product(args.dtype, args.cells):
         multiplies = machine.multiplies(of) and CELLS[cell].is_pointwise
@@ -230,22 +230,22 @@ def _warmup(args: argparse.Namespace) -> int:
         engine.kernels(CELLS[cell], of, noisy=args.noisy)
         took = time.perf_counter() - start
         print(f"{cell:16} {str(of).removeprefix('torch.'):8} {took:6.2f} s")
-    with contextlib.suppress(OSError):  # which was logged
-        print(f"kept in {cache.cache_folder()}")
+    with contextlib.suppress(OSError):  # already logged
+        print(f"saved to {cache.cache_folder()}")
     return 0
 
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
     from .bench.terminal import path
 
-    parser.add_argument("--device", type=device, help="cpu or cuda (default all that are there)")
+    parser.add_argument("--device", type=device, help="cpu or cuda (default: all available)")
     parser.add_argument(
-        "--seconds", type=positive, default=110, help="to measure for, in all (default 110)"
+        "--seconds", type=positive, default=110, help="total time to measure for (default: 110)"
     )
     one = parser.add_mutually_exclusive_group()
-    one.add_argument("--show", action="store_true", help="print the table in force")
-    one.add_argument("--forget", action="store_true", help="remove what was measured here")
-    one.add_argument("--out", type=path, metavar="FOLDER", help="write tables there too")
+    one.add_argument("--show", action="store_true", help="print the table in use")
+    one.add_argument("--forget", action="store_true", help="delete the table measured here")
+    one.add_argument("--out", type=path, metavar="FOLDER", help="also write tables to this folder")
 
 
 def _tune(args: argparse.Namespace) -> int:
@@ -257,7 +257,7 @@ def _tune(args: argparse.Namespace) -> int:
             print(tune.shown(machine))
         elif args.forget:
             was_there = tuned.forget(machine)
-            print(f"{machine}: {'forgotten' if was_there else 'nothing was measured here'}")
+            print(f"{machine}: {'table deleted' if was_there else 'no table to delete'}")
         else:
             table = tune.measured(each, machine, args.seconds / len(found))
             print(tune.kept(table, args.out))
@@ -278,11 +278,11 @@ def _bench(args: argparse.Namespace) -> int:
 
 _COMMANDS: dict[str, tuple[str, Any, Any]] = {
     "info": ("show what fastrnn finds on this machine, for bug reports", _add_info, _info),
-    "bench": ("time our modules beside torch.nn's", _add_bench, _bench),
-    "verify": ("check our modules against float64 and torch.nn", _add_verify, _verify),
-    "warmup": ("compile the kernels for this CPU ahead of their first use", _add_warmup, _warmup),
-    "tune": ("measure what the planner needs to know of this machine", _add_tune, _tune),
-    "plan": ("show which path would run, and why", _add_plan, _plan),
+    "bench": ("benchmark fastrnn against torch.nn and other libraries", _add_bench, _bench),
+    "verify": ("check fastrnn against a float64 oracle and torch.nn", _add_verify, _verify),
+    "warmup": ("compile the CPU kernels ahead of their first use", _add_warmup, _warmup),
+    "tune": ("measure what the planner needs to know about this machine", _add_tune, _tune),
+    "plan": ("show which path a call would take, and why", _add_plan, _plan),
 }
 
 
@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit status: 0, or 1 if something is wrong. Bad arguments exit with status 2.
+        Exit status: 0, or 1 if something is wrong. Invalid arguments exit with status 2.
     """
     parser = _Parser(prog="fastrnn", description="Recurrent layers for PyTorch.")
     parser.add_argument("--version", action="version", version=__version__)

@@ -1,4 +1,4 @@
-"""Parsers for command-line values; each rejects a bad value with a one-line message."""
+"""Parsers for command-line values; each rejects an invalid value with a one-line message."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class UsageError(ValueError):
 
 
 def require(extra: str, *packages: str) -> None:
-    """Raise UsageError if a package that an extra installs is missing."""
+    """Raise UsageError if a package installed by an extra is missing."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise UsageError(f"fastrnn {extra} needs {package}: install fastrnn[{extra}]")
+            raise UsageError(f"fastrnn {extra} needs {package}: pip install 'fastrnn[{extra}]'")
 
 
 DTYPES = {
@@ -29,7 +29,7 @@ _ALIASES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "f
 
 
 def dtype(text: str) -> torch.dtype:
-    """Parse torch's name of a floating-point dtype, or fp16, bf16, fp32, fp64."""
+    """Parse a floating-point dtype by its torch name or as fp16, bf16, fp32 or fp64."""
     name = _ALIASES.get(text, text)
     if name not in DTYPES:
         accepted = ", ".join((*DTYPES, *_ALIASES))
@@ -63,5 +63,5 @@ def natural(text: str) -> int:
     """Parse a non-negative integer."""
     # Unlike int(), isdecimal rejects signs and spaces.
     if not text.isdecimal():
-        raise ArgumentTypeError(f"{text!r} is not an integer from 0 on")
+        raise ArgumentTypeError(f"{text!r} is not a non-negative integer")
     return int(text)

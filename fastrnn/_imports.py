@@ -19,14 +19,14 @@ def when_imported(name: str, add: Callable[[ModuleType], None]) -> None:
     add : callable
     """
     if name in sys.modules:
-        # Not read from sys.modules, where it is incomplete while another thread imports it.
+        # The entry in sys.modules may be incomplete while another thread imports the module.
         add(importlib.import_module(name))
     else:
         sys.meta_path.insert(0, _Finder(name, add))
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module as Python does, and calls a function each time it has been executed."""
+    """Finds one module the default way, and calls a function after each time it is executed."""
 
     def __init__(self, name: str, add: Callable[[ModuleType], None]) -> None:
         self.name, self.add = name, add

@@ -1,16 +1,16 @@
-"""Files kept between runs, and read only if nobody but the user can have written them.
+"""Files kept between runs, which are read only if no other user can have written them.
 
-What is read may be executed, so it is held to what OpenSSH asks of a file of keys: the file and its
-folder belong to the user, who alone can write them; the folders above belong to the user or root,
-and nobody else can write those either. Else others could put another folder of the user's in that
-place, such as what an archive of theirs was unpacked to. They cannot where one may remove only what
-is one's own, as in ``/tmp``.
+Their contents may be executed, so they must pass the checks that OpenSSH applies to key files: the
+file and its folder belong to the user and are writable only by the user; the parent folders belong
+to the user or root and are not writable by anyone else either. Otherwise another user could replace
+the folder with a different one that the user owns, such as one unpacked from a crafted archive. A
+sticky folder such as ``/tmp`` may be a parent, because users can only remove their own entries.
 
-A link to a folder is followed if it, what it leads to and all folders above the two are such. What
-access control lists grant shows in the mode of the group.
+A link to a folder is followed if the link, its target and all parent folders of both pass. Rights
+granted by access control lists show up in the group mode bits.
 
-Windows has no such owners and modes, and nothing is checked there: a user's folders are private to
-begin with.
+Windows has no such owners and modes, so nothing is checked there: user folders are private by
+default.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _log = logging.getLogger("fastrnn")
 
 
 def cache_folder() -> Path:
-    """Say where compiled kernels are kept: ``$FASTRNN_CACHE_DIR``, else in the user's cache.
+    """Return the cache folder: ``$FASTRNN_CACHE_DIR``, or by default one in the user's cache.
 
-    That variable may begin with ``~`` or ``~user``, which not everything that sets variables
-    expands. A relative path is one from the working directory, but a relative
-    ``$XDG_CACHE_HOME`` is ignored, as its specification asks.
+    The variable may begin with ``~`` or ``~user``, which not every tool that sets environment
+    variables expands. A relative path is resolved against the working directory, but a relative
+    ``$XDG_CACHE_HOME`` is ignored, as its specification requires.
 
     Raises
     ------
     OSError
-        If the user has no home.
+        If the user has no home directory.
     """
     source = folder_source()
     try:
@@ -54,27 +54,27 @@ _OWN, _SHARED = "FASTRNN_CACHE_DIR", "XDG_CACHE_HOME"
 
 
 def folder_source() -> str:
-    """Name what decides where `cache_folder` is: a variable of the environment, or 'home'."""
+    """Return what determines `cache_folder`: the name of an environment variable, or 'home'."""
     if os.environ.get(_OWN):
         return _OWN
     return _SHARED if Path(os.environ.get(_SHARED, "")).is_absolute() else "home"
 
 
 def read(path: Path) -> bytes | None:
-    """Read a file of the user's; None if it is not there or, with a warning, if it is not safe."""
+    """Read a file; None if it does not exist or, with a warning, if it is not safe to read."""
     try:
         return _read_own(path) if hasattr(os, "geteuid") else path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
-        _warn(f"not loaded from the cache: {error}")
+        _warn(f"cached file not loaded: {error}")
         return None
 
 
 def read_gap(folder: Path, name: str = "") -> str | None:
-    """Say why `read` refuses all files of a folder, or the one of a name; None if it does not.
+    """Return why `read` refuses all files in a folder, or the named one; None if it does not.
 
-    A folder that does not exist yet is judged by those above it.
+    For a folder that does not exist yet, the existing parent folders are checked.
     """
     if not hasattr(os, "geteuid"):
         return None
@@ -92,9 +92,9 @@ def read_gap(folder: Path, name: str = "") -> str | None:
 
 
 def write_gap(folder: Path) -> str | None:
-    """Say why `write` cannot write to a folder, which it would create; None if it can.
+    """Return why `write` cannot write to a folder or create it; None if it can.
 
-    Nothing is written to find out, so a full disk goes unnoticed.
+    Nothing is written to find out, so a full disk goes undetected.
     """
     try:
         place = _existing(folder)
@@ -109,7 +109,7 @@ def write_gap(folder: Path) -> str | None:
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
+    """Return the path, or its nearest existing parent."""
     place = path.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -117,15 +117,15 @@ def _existing(path: Path) -> Path:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file that `read` will read; other processes see all of it or nothing.
+    """Atomically write a file that `read` accepts; other processes see all of it or nothing.
 
     Raises
     ------
     OSError
-        If it cannot be written.
+        If the file cannot be written.
     """
     _make(path.parent)
-    handle, part = tempfile.mkstemp(dir=path.parent)  # of mode 0600
+    handle, part = tempfile.mkstemp(dir=path.parent)  # with mode 0600
     try:
         with open(handle, "wb") as file:
             file.write(data)
@@ -136,7 +136,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def _make(folder: Path) -> None:
-    """Those above are private too: with a umask of 002 the group could write them otherwise."""
+    """Create a folder; new parents are private too, or a umask of 002 would let the group write."""
     if not folder.exists():
         _make(folder.parent)
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -147,7 +147,7 @@ def _read_own(path: Path) -> bytes:
         return file.read()
 
 
-# What was checked is what is read: by descriptors, whatever the names mean meanwhile.
+# Checks and reads use the same descriptors, so a path that is replaced in between has no effect.
 
 
 @contextlib.contextmanager
@@ -170,7 +170,7 @@ def _opened_file(path: Path) -> Iterator[BinaryIO]:
         status = os.fstat(file.fileno())
         _require_safe(path, status)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(f"{path} is no regular file")
+            raise OSError(f"{path} is not a regular file")
         yield file
 
 
@@ -180,12 +180,12 @@ def _require_safe_above(path: Path) -> None:
 
 
 def _open_in(folder: int, name: str, flags: int) -> int:
-    # A pipe would wait for someone to write otherwise.
+    # Without O_NONBLOCK, opening a pipe would block until it has a writer.
     return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
 
 
 def _on_the_way(path: Path) -> Iterator[Path]:
-    """All folders and links by which a path leads to where it does, itself included."""
+    """Yield every folder and link that resolving a path passes through, the path included."""
     for place in (*reversed(path.parents), path):
         yield place
         if place.is_symlink():
@@ -196,13 +196,13 @@ def _require_safe(place: Path, status: os.stat_result, is_above: bool = False) -
     user = os.geteuid()
     if status.st_uid not in ((user, 0) if is_above else (user,)):
         raise PermissionError(f"{place} belongs to another user")
-    # The rights of a link are not used.
+    # The mode of a link has no effect.
     is_exempt = is_above and (stat.S_ISLNK(status.st_mode) or status.st_mode & stat.S_ISVTX)
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not is_exempt:
-        raise PermissionError(f"{place} can be written by others (chmod go-w)")
+        raise PermissionError(f"{place} is writable by other users (chmod go-w)")
 
 
 @functools.cache
 def _warn(message: str) -> None:
-    """Once for each message."""
+    """Log each message once."""
     _log.warning(message)

@@ -1,4 +1,4 @@
-"""Whether our path or torch's is faster on a CPU, by measurements or else by a model."""
+"""Predict whether fastrnn's or torch's path is faster on a CPU, by measurements or a model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .problem import Decision, Problem
 
 
 def choose(problem: Problem) -> Decision:
-    """Choose between torch's path and ours for a plain layer or a cell on a CPU, and say why."""
+    """Choose torch's or fastrnn's path for a plain layer or a cell on a CPU, with the reason."""
     path, here = ours(problem), hardware.cpu()
     if not tuned.has_sizes(problem):
-        reason = "the tracer leaves the sizes open: one operator serves all"
+        reason = "sizes are symbolic under the tracer, so one choice serves all sizes"
         return Decision("torch" if problem.is_step else path, reason)
     ratio, source = expected_ratio(problem, path, here), tuned.MODEL
     # Only single, unchained steps are measured.
@@ -28,7 +28,7 @@ def choose(problem: Problem) -> Decision:
     if factor is not None:
         ratio, source = ratio * factor, tuned.source(here)
     gap = cpu.kernel_gap(problem.dtype)
-    what = f"our loop, {gap}" if gap else f"compiled kernels, {cpu.describe()}"
+    what = f"a loop of torch operators ({gap})" if gap else f"fastrnn's kernels ({cpu.describe()})"
     return tuned.Measured(path, ratio, source).decision(path, what)
 
 
@@ -37,11 +37,11 @@ def _expected(machine: Machine, point: tuned.Point, path: str) -> float:
 
 
 def ours(problem: Problem) -> str:
-    """Name our path for a problem: the kernels, or the operators where there are none."""
+    """Return fastrnn's path for a problem: 'kernels', or 'operators' where there are none."""
     return "operators" if cpu.kernel_gap(problem.dtype) else "kernels"
 
 
-# The model: the time of a call is a sum over the parts of its work, in units derived from the CPU.
+# The model: the time of a call is the sum of the times of its parts, in units derived from the CPU.
 # The factors were fitted to the tables; for each implementation they are the same on all CPUs.
 
 
@@ -57,10 +57,10 @@ class Cost(NamedTuple):
     elements : float
         Cycles per vector of gate elements in a step.
     products : float
-        Factor of the time of the multiplications at peak speed or, if longer, of reading the
+        Multiple of the time of the multiplications at peak speed or, if longer, of reading the
         weights.
     weights : float
-        Factor of the time of reading all weights once.
+        Multiple of the time of reading all weights once.
     """
 
     call: float
@@ -70,17 +70,17 @@ class Cost(NamedTuple):
     weights: float
 
 
-# In inference and in training. Calls that are packed or in half precision take "the longer way".
+# For inference and for training. Calls that are packed or in half precision take "the longer way".
 _COSTS = {
     "kernels": (Cost(18, 0.19, 85, 1.1, 0.08), Cost(570, 0.76, 360, 2.9, 7.2)),
     "kernels, the longer way": (Cost(200, 0.28, 35, 1.8, 1.0), Cost(860, 1.5, 230, 4.7, 7.3)),
-    # Unchained, 0.87 to 1.07 times as fast as ATen's, and for RNN 0.55 to 0.87 times.
+    # Unchained: 0.87 to 1.07 times as fast as ATen's cell; RNN 0.55 to 0.87 times.
     "kernels, a step": (Cost(18, 0.19, 85, 1.1, 0.08), Cost(195, 7, 600, 5.5, 4.5)),
     # Chains of eight steps, (B, H) = (1, 32) (4, 128) (64, 128) (1, 512) (16, 512) (64, 512): LSTM
     # 1.17, 1.26, 0.91, 2.7, 1.8, 1.2 times as fast as ATen's, GRU 1.0, 1.0, 0.85, 1.8, 1.5, 1.1,
     # RNN 0.65, 0.71, 0.68, 1.3, 1.2, 1.0, on one thread of a 2.8 GHz Xeon with AVX-512. The cost of
-    # a call is 105 us above the measured one, to cover chains of two steps, which are slower: LSTM
-    # of (1, 32) 0.77, (4, 128) 0.85.
+    # a call is set 105 us above the measured one to account for chains of two steps, which are
+    # slower: LSTM (1, 32) 0.77, (4, 128) 0.85.
     "kernels, chained steps": (Cost(18, 0.19, 85, 1.1, 0.08), Cost(270, 6, 700, 5.5, 1.0)),
     "operators": (Cost(140, 4.4, 260, 1.7, 0.9), Cost(600, 11, 950, 2.9, 3.4)),
     "oneDNN": (Cost(94, 0.42, 98, 1.2, 4.7), Cost(380, 1.1, 118, 5, 25)),
@@ -90,13 +90,13 @@ _COSTS = {
 
 _CYCLES_PER_US = 3000
 _FLOPS_PER_LANE = 4  # two FMA units
-_BYTES_PER_CYCLE = 10, 3.3  # per thread from the last-level cache, for all threads from memory
-_MIN_FLOPS = 30_000  # per step, below which a single thread is used
-_EMULATED = 8  # slowdown of torch's products on a CPU without instructions for the dtype
+_BYTES_PER_CYCLE = 10, 3.3  # from the last-level cache per thread, from memory for all threads
+_MIN_FLOPS = 30_000  # per step; below this, a single thread is used
+_EMULATED = 8  # slowdown of torch's products on a CPU that lacks instructions for the dtype
 
 
 def expected_ratio(problem: Problem, path: str, on: Machine) -> float:
-    """Return the ratio of torch.nn's time to ours by the model."""
+    """Return the modelled ratio of torch.nn's time to fastrnn's."""
     times = [
         _us(problem, _COSTS[name][problem.training], on, is_native)
         for name, is_native in (
@@ -119,7 +119,7 @@ def _ours_in_full(problem: Problem, path: str) -> str:
 
 
 def torchs(problem: Problem) -> str:
-    """Name the implementation that torch runs on a CPU."""
+    """Return the name of the implementation that torch runs on a CPU."""
     if problem.is_step:
         return "ATen's cell"
     is_fused = (
@@ -138,7 +138,7 @@ def _is_native(dtype: torch.dtype) -> bool:
 
 
 def _us(problem: Problem, cost: Cost, on: Machine, is_native: bool) -> float:
-    """Microseconds of a layer at 3 GHz."""
+    """Return the time of a layer in microseconds at 3 GHz."""
     gates, hidden = CELLS[problem.cell].n_gates, problem.hidden_size
     width = hidden // 2 if problem.projected else hidden
     itemsize = problem.dtype.itemsize if is_native else 4
@@ -160,7 +160,7 @@ def _us(problem: Problem, cost: Cost, on: Machine, is_native: bool) -> float:
 
 
 def _reading_us(size: int, on: Machine, threads: int, level: int = 2) -> float:
-    """Microseconds for reading `size` bytes, or 0 if a cache up to `level` holds them."""
+    """Return the microseconds to read `size` bytes; 0 if a cache up to `level` holds them."""
     if level and size <= threads * max(on.caches[:level], default=size):
         return 0.0
     per_thread, of_memory = _BYTES_PER_CYCLE
@@ -170,7 +170,7 @@ def _reading_us(size: int, on: Machine, threads: int, level: int = 2) -> float:
 
 @functools.cache
 def multiplies(dtype: torch.dtype) -> bool:
-    """Tell whether oneDNN has fast products of bfloat16 or float16 on this CPU."""
+    """Return whether oneDNN has fast bfloat16 or float16 products on this CPU."""
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:

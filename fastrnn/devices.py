@@ -1,8 +1,8 @@
-"""Choose between our kernels and cuDNN on a GPU, and which of our kernels to run.
+"""Choose between fastrnn's kernels and cuDNN on a GPU, and between fastrnn's schedules.
 
-Where ``fastrnn tune`` has measured a GPU, its table decides. Otherwise nothing was measured here:
-the behaviour of cuDNN is taken from figures published by others, and step times of our kernels are
-simulated (see kernels/configs.py).
+Where ``fastrnn tune`` has measured a GPU, its table decides. Otherwise the choice is not based on
+measurements: the behaviour of cuDNN is inferred from published figures, and the step times of
+fastrnn's kernels are simulated (see kernels/configs.py).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from .kernels import configs
 from .kernels.configs import Choice, Device, Shape
 from .problem import Decision, Problem
 
-# Below this, launching our kernels from Python is expected to cost more than the steps save.
+# With fewer steps, launching the kernels from Python is expected to cost more than they save.
 _GPU_MIN_STEPS = 16
 
 
 def choose(problem: Problem, forward: Choice, backward: Choice) -> Decision:
-    """Choose between torch's path and ours for a plain layer on a GPU, and say why.
+    """Choose torch's or fastrnn's path for a plain layer on a GPU, with the reason.
 
-    `forward` and `backward` are the configurations our kernels would run in; they must exist.
+    `forward` and `backward` are the configurations in which fastrnn's kernels would run.
     """
     last = backward if problem.training else forward
     best = _best(problem)
@@ -39,32 +39,38 @@ def choose(problem: Problem, forward: Choice, backward: Choice) -> Decision:
         and best.path == last.config.schedule
         and cudnn_algorithm(problem) == cudnn_algorithm(alike)
     ):
-        return best.decision("kernels", f"{best.path} kernels")
+        return best.decision("kernels", f"fastrnn's {best.path} kernels")
     return Decision(*_simulated(problem, forward, backward), tuned.MODEL)
 
 
 def _simulated(problem: Problem, forward: Choice, backward: Choice) -> tuple[str, str]:
     if problem.is_step:
-        return "torch", "a single step is one fused ATen call, against which our kernels were not measured"
+        return "torch", (
+            "torch runs a single step as one fused ATen call, which fastrnn has not been measured "
+            "against"
+        )
     if problem.steps < _GPU_MIN_STEPS:
-        return "torch", f"below {_GPU_MIN_STEPS} steps, launching our kernels costs what they save"
-    # The small persistent kernel does not count: at its sizes ours need little or no exchange.
+        return "torch", (
+            f"below {_GPU_MIN_STEPS} steps, launching fastrnn's kernels is expected to cost more "
+            "than they save"
+        )
+    # The small persistent kernel does not count: at its sizes, fastrnn's kernels exchange little.
     if "persistent" in cudnn_algorithm(problem).split(", "):
-        return "torch", "cuDNN has a persistent kernel for this shape, and ours was only simulated"
+        return "torch", "cuDNN has a persistent kernel for this shape; fastrnn's was only simulated"
     if is_staged(problem):
-        return "torch", "our kernels take several launches per step, which cost less in torch"
+        return "torch", "fastrnn takes several launches per step, which cost less in torch"
     choices = (forward, backward) if problem.training else (forward,)
     if any(choice.config.schedule == "stepwise" for choice in choices):
-        return "torch", f"{_why_stepwise(problem)}; launches per step cost less in torch"
+        return "torch", f"{_why_stepwise(problem)}; a launch per step costs less in torch"
     times = [choice.step_us for choice in choices]
-    known = "" if any(map(math.isnan, times)) else "; simulated: {} us a step"
-    return "kernels", "recurrent weights on chip" + known.format(
+    known = "" if any(map(math.isnan, times)) else "; simulated: {} us per step"
+    return "kernels", "recurrent weights stay on chip" + known.format(
         " + ".join(f"{time:.2f}" for time in times)
     )
 
 
 def _why_stepwise(problem: Problem) -> str:
-    """Say why no kernel keeps the weights on chip; one of the passes must have none."""
+    """Return why the kernels of at least one pass cannot keep the weights on chip."""
     assert problem.gpu is not None
     shape = _shape(problem)
     if gap := configs.persistent_gap(shape, problem.gpu):
@@ -74,12 +80,12 @@ def _why_stepwise(problem: Problem) -> str:
         for backward in (False, True)
     )
     if fits:
-        return "one launch per step is faster in simulation"
-    return "the weights do not fit on chip"
+        return "one launch per step is faster in the simulation"
+    return "the recurrent weights do not fit on chip"
 
 
 def cudnn_algorithm(problem: Problem) -> str:
-    """Name the algorithm that torch asks cuDNN for (ATen/native/cudnn/RNN.cpp, Ampere and later).
+    """Return the algorithm that torch requests from cuDNN (cudnn/RNN.cpp in ATen, from Ampere on).
 
     Parameters
     ----------
@@ -90,7 +96,7 @@ def cudnn_algorithm(problem: Problem) -> str:
     -------
     {'standard', 'small persistent', 'persistent'}
         'standard' launches kernels for each step; the others keep the recurrent weights on chip. If
-        forward and backward differ, both names: 'forward, backward'.
+        forward and backward differ, both names are returned: 'forward, backward'.
     """
     if problem.packed or problem.projected:
         return "standard"
@@ -124,38 +130,44 @@ _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def kernel_gap(problem: Problem) -> str | None:
-    """Say why no Triton kernel can run a problem.
+    """Return why no Triton kernel can run a problem.
 
     Returns
     -------
     str or None
-        A clause, or None if there are kernels.
+        The reason as a clause, or None if there are kernels.
     """
     gpu = problem.gpu
     if gpu is None:
-        return f"no kernel of ours for device type {problem.device!r}"
+        return f"fastrnn has no kernels for device type {problem.device!r}"
     if gpu.target == "cuda" and gpu.capability < 80:
-        return f"our kernels need compute capability 8.0, {gpu.name} has {gpu.capability / 10}"
+        return (
+            f"fastrnn's kernels need compute capability 8.0 or higher, {gpu.name} has "
+            f"{gpu.capability / 10}"
+        )
     if gpu.target == "hip" and (gpu.capability != 942 or problem.precision == "tf32x3"):
-        return f"no kernel of ours for {gpu.name} in {problem.precision}"
+        return f"fastrnn has no kernels for {gpu.name} in {problem.precision}"
     if problem.batch > configs.MAX_BATCH:
-        return f"no kernel of ours for a batch of more than {configs.MAX_BATCH}"
+        return f"fastrnn has no kernels for batches of more than {configs.MAX_BATCH} rows"
     if problem.directions * problem.parts > configs.MAX_GROUPS:
-        return f"no kernel of ours for more than {configs.MAX_GROUPS} heads and members"
+        return (
+            f"fastrnn has no kernels for more than {configs.MAX_GROUPS} directions x heads x "
+            "ensemble members"
+        )
     most = configs.MAX_NORMALISED_ROW // max(4, problem.dtype.itemsize)
     if CELLS[problem.cell].is_normalised and problem.hidden_size > most:
-        return f"no kernel of ours normalises more than {most} hidden units in {problem.dtype}"
+        return f"fastrnn's kernels normalise at most {most} hidden units in {problem.dtype}"
     if problem.dtype not in _KERNEL_DTYPES:
-        return f"no kernel of ours for {problem.dtype}"
+        return f"fastrnn has no kernels for {problem.dtype}"
     return None
 
 
 def is_staged(problem: Problem) -> bool:
-    """Tell whether a step is more than one product followed by arithmetic on single hidden units.
+    """Return whether a step is more than one product followed by pointwise arithmetic.
 
-    It may have several products, or an operation over all hidden units between two of them.
-    float64 counts too, for lack of anything faster. Such a step takes several launches, unless one
-    program can run all steps.
+    It may have several products, or an operation over all hidden units between two products.
+    float64 is included for lack of a faster schedule. Such a step takes several launches, unless
+    one program can run all steps.
     """
     is_pointwise = CELLS[problem.cell].is_pointwise
     return problem.projected or not is_pointwise or problem.dtype == torch.float64
@@ -164,17 +176,18 @@ def is_staged(problem: Problem) -> bool:
 def choose_kernels(problem: Problem, schedule: str | None = None) -> tuple[Choice, Choice]:
     """Choose how the forward and the backward kernel of a layer are launched.
 
-    `kernel_gap` must have found none. Raises ValueError if the device cannot run it by `schedule`.
+    `kernel_gap` must have returned None. Raises ValueError if `schedule` cannot run the problem on
+    the device.
     """
     assert problem.gpu is not None
     shape = _shape(problem)
-    # Symbolic sizes cannot be hashed, so the cache does not take them.
+    # Symbolic sizes cannot be hashed, so they bypass the cache.
     choose = configs.choose if isinstance(problem.batch, int) else configs.choose.__wrapped__
 
     def chosen(backward: bool) -> Choice | None:
         if schedule is None and (best := _best(problem._replace(training=backward))):
             found = choose(shape, problem.gpu, backward=backward, schedule=best.path)
-            if found is not None:  # what was measured has one direction; this may not fit
+            if found is not None:  # the measured layer has one direction; with two it may not fit
                 return found
         return choose(shape, problem.gpu, backward=backward, schedule=schedule)
 
@@ -190,7 +203,7 @@ def choose_kernels(problem: Problem, schedule: str | None = None) -> tuple[Choic
 
 
 def schedules(problem: Problem) -> list[str]:
-    """List the schedules by which both passes can run; `kernel_gap` must have found none."""
+    """List the schedules that can run both passes; `kernel_gap` must have returned None."""
     assert problem.gpu is not None
     shape = _shape(problem)
     return [
@@ -204,12 +217,12 @@ def schedules(problem: Problem) -> list[str]:
 
 
 def schedule_gaps(problem: Problem) -> dict[str, str | None]:
-    """Say for each schedule why it can run no LSTM of any size, or None if it can run one.
+    """Return for each schedule why it cannot run an LSTM of any size; None if it can.
 
-    `problem` gives GPU, dtype and precision; `kernel_gap` must have found none.
+    `problem` gives GPU, dtype and precision; `kernel_gap` must have returned None.
     """
     assert problem.gpu is not None
-    # The small one fits into one program, the large one is shared by several.
+    # The small one fits in one program; the large one is distributed over several.
     small, large = (
         problem._replace(cell="lstm", batch=8, hidden_size=hidden) for hidden in (16, 512)
     )
@@ -219,13 +232,13 @@ def schedule_gaps(problem: Problem) -> dict[str, str | None]:
     if is_staged(small):
         gap = f"a step in {str(problem.dtype).removeprefix('torch.')} takes several launches"
     return {
-        name: None if name in found else gap or "the weights do not fit on chip"
+        name: None if name in found else gap or "the recurrent weights do not fit on chip"
         for name in configs.SCHEDULES
     }
 
 
 def _best(problem: Problem) -> tuned.Measured | None:
-    """The fastest schedule by measurement; None if nothing like this was measured."""
+    """Return the fastest measured schedule; None if nothing comparable was measured."""
     if problem.gpu is None or not tuned.has_sizes(problem):
         return None
     here = hardware.gpu(problem.gpu)
@@ -248,14 +261,14 @@ def _shape(problem: Problem) -> Shape:
 
 
 def float32_precision() -> str:
-    """Tell how float32 products are computed on a GPU, following torch's switches.
+    """Return how float32 products are computed on a GPU, following torch's settings.
 
     Returns
     -------
     {'tf32', 'tf32x3', 'ieee'}
-        'tf32' where cuDNN may use it for recurrent layers (``torch.backends.cudnn.allow_tf32``,
+        'tf32' if cuDNN may use TF32 for recurrent layers (``torch.backends.cudnn.allow_tf32``,
         torch's default). 'tf32x3', three TF32 products that together are nearly as accurate as
-        float32, where only matrix products may (``torch.backends.cuda.matmul.allow_tf32``).
+        float32, if only matrix products may (``torch.backends.cuda.matmul.allow_tf32``).
         Otherwise 'ieee'.
     """
     if torch.backends.cudnn.rnn.fp32_precision == "tf32":  # type: ignore[attr-defined]
@@ -263,22 +276,22 @@ def float32_precision() -> str:
     return "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-# Why this version of Triton failed to compile the persistent kernels, once that has happened.
+# Why this version of Triton failed to compile the persistent kernels, if it has.
 _gap = ""
 
 
 def note_gap(reason: str) -> None:
-    """Stop planning persistent kernels in this process, for the reason given."""
+    """Stop planning persistent kernels in this process, for the given reason."""
     global _gap
     if not _gap:
-        warnings.warn(f"{reason}; other schedules run in their place", stacklevel=2)
+        warnings.warn(f"{reason}; using other schedules instead", stacklevel=2)
     _gap = reason
 
 
 def gpu(index: int | None = None) -> Device | None:
-    """Describe a GPU to the planner, by default the current one.
+    """Describe a GPU for the planner, by default the current one.
 
-    None if there is none, or Triton is not installed.
+    Returns None if there is no GPU or Triton is not installed.
     """
     found = _gpu(index)
     return found if found is None else found._replace(gap=_gap)
@@ -310,6 +323,6 @@ def facts(x: Tensor) -> tuple[Device | None, str]:
     """Return the fields `gpu` and `precision` of ``Problem`` for a tensor."""
     if not x.is_cuda:
         return None, "tf32"
-    # Other dtypes leave nothing to choose.
+    # For other dtypes there is no choice of precision.
     precision = float32_precision() if x.dtype == torch.float32 else "tf32"
     return gpu(x.device.index), precision

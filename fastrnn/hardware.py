@@ -1,4 +1,4 @@
-"""What a machine is, as far as the speed of a path depends on it."""
+"""The properties of a machine that determine how fast a path is."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .kernels.configs import Device
 
 
 class Machine(NamedTuple):
-    """A CPU with so many threads, or a GPU.
+    """A CPU with a number of threads, or a GPU.
 
     Attributes
     ----------
     device : {'cpu', 'cuda'}
     name : str
-        As its maker, or who virtualises it, calls it.
+        As reported by the vendor or the hypervisor.
     family : str
-        Vendor, family and model of a CPU, which its name may hide; the target of a GPU.
+        Vendor, family and model of a CPU, which its name may not reveal; the target of a GPU.
     vectors : str
-        Instruction set of a CPU, as far as torch and the kernels use it; what a GPU is capable of.
+        Instruction set of a CPU that torch and the kernels use; compute capability of a GPU.
     threads : int
-        That torch uses on a CPU; 0 for a GPU.
+        Number of threads torch uses on a CPU; 0 for a GPU.
     caches : tuple of int
-        Bytes of a CPU's caches for data, the first level first; empty if nobody tells.
+        Sizes of a CPU's data caches in bytes, from level 1 up; empty if unknown.
     """
 
     device: str
@@ -47,7 +47,7 @@ class Machine(NamedTuple):
 
 
 def cpu() -> Machine:
-    """Describe the CPU of this process with the threads that torch uses now."""
+    """Describe this machine's CPU and the number of threads torch currently uses."""
     name, family = _cpu_name()
     target = machine.target()
     vectors = torch.backends.cpu.get_cpu_capability() if target is None else target.name
@@ -56,20 +56,20 @@ def cpu() -> Machine:
 
 
 def gpu(device: Device) -> Machine:
-    """Describe a GPU, which need not be there."""
+    """Describe a GPU, which need not be present."""
     return Machine("cuda", device.name, device.target, str(device.capability))
 
 
 @functools.cache
 def _cpu_name() -> tuple[str, str]:
-    """Name and family."""
+    """Return the name and the family."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         text = ""
     pairs = (line.partition(":")[::2] for line in text.splitlines())
-    facts = {key.strip(): value.strip() for key, value in reversed([*pairs])}  # of the first CPU
-    # x86-64 has the first three, ARM the others.
+    facts = {key.strip(): value.strip() for key, value in reversed([*pairs])}  # for the first CPU
+    # x86-64 reports the first three, ARM the others.
     keys = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
     family = " ".join(facts[key] for key in keys if key in facts)
     name = facts.get("model name") or platform.processor() or platform.machine()
@@ -87,7 +87,7 @@ def _caches() -> tuple[int, ...]:
             )
             if kind != "Instruction":
                 sizes[int(level)] = int(text.removesuffix("K")) * 1024
-        except (OSError, ValueError):  # a system that has some of them only
+        except (OSError, ValueError):  # a system that reports only some of them
             continue
     if not sizes:
         known = getattr(os, "sysconf_names", {})

@@ -1,9 +1,9 @@
-"""What a bug report needs, and what fastrnn can do on this machine: ``fastrnn info``.
+"""``fastrnn info``: what fastrnn can do on this machine, and what a bug report needs.
 
-`info` collects it in one record, which is printed as text or as JSON: the keys of the JSON are the
-fields below, which keep their names and meanings while `Info.schema` keeps its number. Looking
-compiles nothing and writes nothing, and needs neither a GPU nor triton, llvmlite, a cache or a home
-directory. Reports are public, so ``~`` stands for the user's home directory wherever it occurs.
+`info` collects everything in one record, which is printed as text or JSON. The keys of the JSON are
+the fields below, which keep their names and meanings as long as `Info.schema` does not change.
+Collecting it compiles and writes nothing, and needs neither a GPU nor triton, llvmlite, a cache or
+a home directory. Reports are public, so the user's home directory is replaced by ``~`` throughout.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _log = logging.getLogger("fastrnn")
 
 
 class Versions(NamedTuple):
-    """What is installed; None for what is not.
+    """Installed versions; None for what is not installed.
 
     Attributes
     ----------
@@ -48,10 +48,10 @@ class Versions(NamedTuple):
     python, system : str
     torch : str
     cuda, hip, cudnn : str or None
-        Those that torch was built for, and the cuDNN that it loads.
+        The CUDA or HIP that torch was built for, and the cuDNN that it loads.
     triton, llvmlite, llvm : str or None
     blas, onednn : str or None
-        Of torch, for matrix products and layers on a CPU.
+        torch's libraries for matrix products and layers on a CPU.
     """
 
     fastrnn: str
@@ -77,22 +77,22 @@ class Cpu(NamedTuple):
     ----------
     name, family : str
     instructions : str
-        Instruction set of the kernels; where there are none, the one that torch uses.
+        Instruction set that the kernels use, or torch if there are no kernels.
     lanes : int or None
-        float32 numbers in a vector of the kernels; None if there are none for this CPU.
+        float32 elements per vector in the kernels; None if there are none for this CPU.
     caches : list of int
-        Bytes of the data caches of one core, the first level first; empty if unknown.
+        Sizes of one core's data caches in bytes, from level 1 up; empty if unknown.
     cores : int
-        CPUs that this process may use.
+        Number of CPUs that this process may use.
     threads, interop_threads : int
-        Of torch.
+        torch's intra-op and inter-op threads.
     openmp : str or None
-        File of the OpenMP runtime that torch loaded.
+        Path of the OpenMP runtime that torch loaded.
     openmp_gap : str or None
         Why the kernels cannot use that runtime, and run on one thread; None if they can.
     narrow_blas : list of str
         Dtypes in which torch's matrix products leave part of each vector unused, so that
-        the kernels do those products as well.
+        the kernels compute those products too.
     onednn : bool
         Whether torch may use oneDNN.
     onednn_half : list of str
@@ -121,11 +121,11 @@ class Format(NamedTuple):
     ----------
     dtype : str
     precision : str or None
-        How products of float32 are computed, by torch's switches; None for other dtypes.
+        How float32 products are computed under torch's settings; None for other dtypes.
     gap : str or None
         Why there are no kernels; None if there are.
     schedules : dict of str to (str or None)
-        For each schedule why no layer can use it; None if some can.
+        For each schedule, why no layer can use it; None if some can.
     """
 
     dtype: str
@@ -140,7 +140,7 @@ class Gpu(NamedTuple):
     Attributes
     ----------
     number : int
-        N of torch's ``cuda:N``.
+        N in torch's ``cuda:N``.
     name : str
     capability : str
         Compute capability, or the architecture of an AMD GPU.
@@ -150,9 +150,9 @@ class Gpu(NamedTuple):
         Streaming multiprocessors or compute units.
     driver : str
     alike : list of str
-        Devices of ``fastrnn plan --device`` with the same architecture and number of processors.
+        Names for ``fastrnn plan --device`` with the same architecture and number of processors.
     simulated : bool
-        Whether the planner has simulated times of a step for this architecture.
+        Whether the planner has simulated step times for this architecture.
     formats : list of Format
     """
 
@@ -168,7 +168,7 @@ class Gpu(NamedTuple):
 
 
 class Triton(NamedTuple):
-    """Triton.
+    """The state of Triton.
 
     Attributes
     ----------
@@ -194,18 +194,18 @@ class Cache(NamedTuple):
     Attributes
     ----------
     folder : str or None
-        None if there is no home directory to put it in.
+        None if there is no home directory for it.
     source : str
-        The environment variable that it comes from, or 'home'.
+        The environment variable that sets the folder, or 'home'.
     exists : bool
     kernels, tables, bytes : int
-        Number of files of each kind, and the size of all files.
+        Number of files of each kind, and the total size of all files.
     read_gap : str or None
-        Why nothing is read from there; None if files are.
+        Why no file is read from the folder; None if files are read.
     refused : list of str
-        Why single files are not read.
+        Why individual files are not read.
     write_gap : str or None
-        Why nothing can be written there; None if files can.
+        Why nothing can be written to the folder; None if files can.
     """
 
     folder: str | None
@@ -220,15 +220,15 @@ class Cache(NamedTuple):
 
 
 class TableInForce(NamedTuple):
-    """What decides between torch's path and ours on a device.
+    """What decides between torch's and fastrnn's paths on a device.
 
     Attributes
     ----------
     device : str
     machine : str
-        The device as tables name it.
+        The device as named in tables.
     source : str
-        The table in force and its date, or 'model'.
+        The table in use and its date, or 'model'.
     date, torch, fastrnn : str or None
         When and with which versions it was measured; None for a model.
     """
@@ -242,7 +242,7 @@ class TableInForce(NamedTuple):
 
 
 class PathState(NamedTuple):
-    """Whether a path of the planner is open on a device.
+    """Whether one of the planner's paths is available on a device.
 
     Attributes
     ----------
@@ -253,11 +253,11 @@ class PathState(NamedTuple):
     dtype : str
         Or 'any'.
     how : str or None
-        What runs there, if the path is open.
+        What runs on the path, if it is available.
     gap : str or None
-        Why it is closed; None if it is open.
+        Why it is unavailable; None if it is available.
     remedy : str or None
-        What opens it, if anything does.
+        What would make it available, if anything.
     """
 
     path: str
@@ -274,7 +274,7 @@ class Info(NamedTuple):
     Attributes
     ----------
     schema : int
-        Number of this set of fields; it changes if one of them changes its name or meaning.
+        Version of this set of fields; it changes when the name or meaning of a field does.
     versions : Versions
     cpu : Cpu
     gpus : list of Gpu
@@ -285,11 +285,11 @@ class Info(NamedTuple):
     tables : list of TableInForce
     paths : list of PathState
     settings : dict of str to (str or bool or int)
-        Switches of torch that change what runs or how exact it is.
+        torch settings that affect what runs or how accurate it is.
     environment : dict of str to str
-        Environment variables that do so, of those that are set.
+        Environment variables with such effects, if they are set.
     warnings : list of str
-        What fastrnn and torch warned of while this was collected.
+        Warnings from fastrnn and torch while this was collected.
     """
 
     schema: int
@@ -310,7 +310,7 @@ class Info(NamedTuple):
 
 
 def info() -> Info:
-    """Collect what there is to know about this process and its machine.
+    """Collect all information about this process and its machine.
 
     Returns
     -------
@@ -330,7 +330,7 @@ def info() -> Info:
         if gpu_gap is None:
             try:
                 gpus = _gpus()
-            except RuntimeError as error:  # from CUDA, such as a device in exclusive use
+            except RuntimeError as error:  # from CUDA, for instance for a device in exclusive use
                 gpu_gap = f"torch cannot use the GPU: {str(error).partition(chr(10))[0]}"
         found = Info(
             1,
@@ -350,7 +350,7 @@ def info() -> Info:
 
 
 def as_json(value: Any) -> Any:
-    """Turn a record into what ``json.dumps`` takes.
+    """Convert a record to types that ``json.dumps`` accepts.
 
     Parameters
     ----------
@@ -371,7 +371,7 @@ def as_json(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _collected() -> Iterator[list[str]]:
-    """Collect the warnings given inside instead of showing them, since they may name the home."""
+    """Collect warnings instead of showing them, because they may contain the home directory."""
     messages: list[str] = []
 
     def keep(record: logging.LogRecord) -> bool:
@@ -390,11 +390,11 @@ def _collected() -> Iterator[list[str]]:
 
 
 def _without_home(value: Any) -> Any:
-    """Put ``~`` for the home directory in all texts of a record."""
+    """Replace the home directory by ``~`` in all strings of a record."""
     try:
         home = Path.home()
         homes = {str(home), str(home.resolve())}
-    except (OSError, RuntimeError):  # no home, or one in a loop of links
+    except (OSError, RuntimeError):  # no home directory, or one in a loop of links
         return value
     names = "|".join(re.escape(each) for each in homes if len(Path(each).parts) > 1)
     whole = re.compile(rf"(?<![\w./\\-])(?:{names})(?![\w.-])") if names else None
@@ -412,7 +412,7 @@ def _without_home(value: Any) -> Any:
     return replaced(value)
 
 
-# What there is.
+# Collecting the facts.
 
 ENVIRONMENT = (
     "FASTRNN_CACHE_DIR", "XDG_CACHE_HOME",
@@ -427,7 +427,7 @@ ENVIRONMENT = (
 
 
 def _import_gap(name: str) -> str | None:
-    """Import a module; say why that fails, or None if it does not."""
+    """Import a module; return why that fails, or None if it succeeds."""
     package = name.partition(".")[0]
     try:
         importlib.import_module(package)
@@ -476,7 +476,7 @@ def _none(version: str) -> str | None:
 def _cudnn() -> str | None:
     try:
         version = torch.backends.cudnn.version()
-    except RuntimeError as error:  # one that torch cannot use
+    except RuntimeError as error:  # a version that torch cannot use
         return str(error).partition("\n")[0]
     return None if version is None else str(version)
 
@@ -516,14 +516,14 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _triton() -> tuple[Triton, str | None]:
-    """Triton, and its version."""
+    """Return the state of Triton, and its version."""
     version = _none(environment.version("triton"))
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     gap = _import_gap("triton")
     if gap is not None:
         return Triton(gap, False, None, compiler), version
     triton = importlib.import_module("triton")
-    # The packages for AMD's GPUs have other names.
+    # The packages for AMD GPUs have other names.
     version = version or getattr(triton, "__version__", None)
     knobs = getattr(triton, "knobs", None)
     try:
@@ -535,13 +535,13 @@ def _triton() -> tuple[Triton, str | None]:
 
 
 def _gpu_gap() -> tuple[str | None, str | None]:
-    """Why torch has no GPU, and what may be done about it."""
+    """Return why torch has no GPU, and what may fix that."""
     if torch.cuda.is_available():
         return None, None
     if torch.version.cuda is None and torch.version.hip is None:
         where = "https://pytorch.org/get-started/locally"
         remedy = f"if there is a GPU, install a build of torch that supports it, see {where}"
-        return "this build of torch is for CPUs only", remedy
+        return "this build of torch is CPU-only", remedy
     return (
         "torch finds no GPU",
         "if there is one, check its driver (nvidia-smi) and CUDA_VISIBLE_DEVICES",
@@ -616,7 +616,7 @@ def _cache() -> Cache:
 
 
 def _files(folder: Path) -> dict[str, int]:
-    """The sizes of what is in a folder, by names; nothing if it cannot be listed."""
+    """Return the sizes of a folder's entries by name; empty if it cannot be listed."""
     try:
         with os.scandir(folder) as entries:
             found = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries}
@@ -635,7 +635,7 @@ def _tables(gpus: Iterable[Gpu]) -> Iterator[TableInForce]:
 
 
 def _paths(found: Iterable[PathState]) -> tuple[PathState, ...]:
-    """Sort them as the planner does."""
+    """Sort paths in the planner's order."""
     return tuple(sorted(found, key=lambda state: planner.PATHS.index(state.path)))
 
 
@@ -713,11 +713,11 @@ def _settings() -> dict[str, Any]:
 def _switch(read: Callable[[], Any]) -> Any:
     try:
         return read()
-    except RuntimeError:  # where old and new switches for TF32 were used together
+    except RuntimeError:  # old and new switches for TF32 were used together
         return "unknown, old and new switches are mixed"
 
 
-# As text.
+# Formatting as text.
 
 _WIDTH = 100
 
@@ -780,21 +780,21 @@ def _version_rows(of: Versions) -> Rows:
 
 def _cpu_rows(of: Cpu, versions: Versions) -> Rows:
     lanes = of.lanes and f"{of.lanes} float32 lanes"
-    threads = f"{of.threads} for torch, {of.interop_threads} between operators"
+    threads = f"{of.threads} intra-op, {of.interop_threads} inter-op"
     openmp = of.openmp or "none found"
     if of.openmp_gap:
         openmp += f"; kernels run on one thread: {of.openmp_gap}"
     blas = versions.blas or "none"
     if of.narrow_blas:
         narrow = " and ".join(of.narrow_blas)
-        blas += f"; uses only part of each vector in {narrow}: fastrnn's products replace it"
-    halves = f"fast products of {' and '.join(of.onednn_half)}" if of.onednn_half else None
+        blas += f"; uses only part of each vector in {narrow}, so fastrnn's products replace it"
+    halves = f"fast matrix products in {' and '.join(of.onednn_half)}" if of.onednn_half else None
     onednn = _joined(versions.onednn or "version unknown", halves) if of.onednn else "off"
     if not of.onednn and versions.onednn:
         onednn = _joined("off", versions.onednn, halves)
     return [
         ("name", f"{of.name} ({of.family})"),
-        ("vectors", _joined(of.instructions, lanes or "no kernels for it")),
+        ("vectors", _joined(of.instructions, lanes or "fastrnn has no kernels for it")),
         ("caches", ", ".join(map(_size, of.caches)) or "unknown"),
         ("cores", str(of.cores)),
         ("threads", threads),
@@ -814,8 +814,8 @@ def _size(count: float) -> str:
 
 def _gpu_rows(of: Gpu) -> Rows:
     alike = f"same architecture and size as {' and '.join(of.alike)}" if of.alike else None
-    times = "simulated" if of.simulated else "not simulated: the first kernel that fits runs"
-    planner = _joined(alike or "not among the planner's GPUs", f"step times {times}")
+    times = "simulated" if of.simulated else "not simulated: the first kernel that fits is used"
+    planner = _joined(alike or "not in the planner's device list", f"step times {times}")
     rows = [
         ("name", of.name),
         ("device", _joined(
@@ -879,17 +879,17 @@ def _count(number: int, what: str) -> str:
 
 def _source(of: TableInForce) -> str:
     if of.date is None:
-        return f"none: a {of.source} decides; fastrnn tune measures one"
+        return f"none: a {of.source} decides; run fastrnn tune to measure one"
     return f"{of.source}; torch {of.torch}, fastrnn {of.fastrnn}"
 
 
 def _path_rows(paths: Iterable[PathState]) -> Iterator[tuple[str, str]]:
-    """One row for all dtypes in the same state."""
+    """Yield one row for all dtypes in the same state."""
     dtypes: dict[tuple[Any, ...], list[str]] = {}
     for path, device, dtype, *state in paths:
         dtypes.setdefault((path, device, *state), []).append(dtype)
     for (path, device, how, gap, remedy), names in dtypes.items():
-        word = "open" if gap is None else "closed"
+        word = "available" if gap is None else "unavailable"
         of = "" if names == ["any"] else f" in {', '.join(names)}"
         yield f"{path:12}{device}", f"{word}{of}: {how if gap is None else gap}"
         if remedy is not None:

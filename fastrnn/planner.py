@@ -3,12 +3,12 @@
 ``plan`` maps a `Problem` to a `Plan` without compiling or allocating anything; ``fastrnn plan``
 prints the result. The paths are:
 
-- ``torch``: torch's kernels, that is oneDNN and ATen on a CPU, cuDNN on an NVIDIA GPU.
-- ``kernels``: our kernels, forward and backward. On a CPU they are compiled by ``fastrnn.cpu``; on
-  a GPU they are Triton kernels with one of four schedules, ``resident``, ``persistent``,
-  ``stepwise`` and ``staged`` (see ``fastrnn.kernels``).
-- ``operators``: our loop of torch operators (``fastrnn.cpu``), for every device and dtype, where
-  there is no kernel.
+- ``torch``: torch's kernels: oneDNN and ATen on a CPU, cuDNN on an NVIDIA GPU.
+- ``kernels``: fastrnn's kernels, forward and backward. On a CPU they are compiled by
+  ``fastrnn.cpu``; on a GPU they are Triton kernels with one of four schedules, ``resident``,
+  ``persistent``, ``stepwise`` and ``staged`` (see ``fastrnn.kernels``).
+- ``operators``: fastrnn's loop of torch operators (``fastrnn.cpu``), for every device and dtype,
+  where there is no kernel.
 - ``reference``: the differentiable loop in ``reference.py``, for forward-mode AD, complex numbers,
   and on request.
 """
@@ -28,7 +28,7 @@ from .context import are_known, differentiated, is_plain, is_ragged, is_traced, 
 from .kernels.configs import SCHEDULES, Choice
 from .problem import Decision, Problem
 
-#: Our paths; the planner uses the operators where there are no kernels.
+#: fastrnn's paths; the planner uses the operators where there are no kernels.
 OURS = ("kernels", "operators")
 PATHS = ("torch", *OURS, "reference")
 
@@ -41,9 +41,9 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class Plan(NamedTuple):
     """The chosen path, the reason in one sentence, and the configuration of the GPU kernels.
 
-    `kernels` holds the configurations for forward and backward, whatever the path, or is None if
-    no GPU kernel can run the problem. `source` is that of the ``Decision`` between torch's path
-    and ours.
+    `kernels` holds the configurations for forward and backward, whichever path was chosen, or is
+    None if no GPU kernel can run the problem. `source` is that of the ``Decision`` between torch's
+    and fastrnn's paths.
     """
 
     path: str
@@ -63,13 +63,13 @@ forced = _Forced()
 
 @contextlib.contextmanager
 def use_path(path: str | None) -> Iterator[None]:
-    """Run every layer and cell called inside, in this thread, on one path.
+    """Run every layer and cell called inside the context, in this thread, on one path.
 
     Parameters
     ----------
     path : str or None
         'torch', 'kernels', 'operators' or 'reference'; or one of 'resident', 'persistent',
-        'stepwise' and 'staged', which mean 'kernels' with that schedule on a GPU. None restores
+        'stepwise' and 'staged', which select 'kernels' with that schedule on a GPU. None restores
         the planner's own choice.
 
     Raises
@@ -79,13 +79,13 @@ def use_path(path: str | None) -> Iterator[None]:
 
     Notes
     -----
-    A call that the path cannot run is run by another. If torch has no kernel, the planner ignores
-    'torch' and chooses a path itself. 'kernels' falls back to 'operators' where there is no kernel;
-    on a GPU, 'operators' uses the kernels where there are some. In forward-mode AD and for complex
-    numbers, 'kernels' and 'operators' fall back to 'reference'.
+    A call that cannot run on the path takes another one. If torch has no kernel, the planner
+    ignores 'torch' and chooses a path itself. 'kernels' falls back to 'operators' where there is no
+    kernel; on a GPU, 'operators' uses the kernels where there are any. In forward-mode AD and for
+    complex numbers, 'kernels' and 'operators' fall back to 'reference'.
 
-    The setting does not apply to what ``torch.compile`` traces, nor to what autograd runs in its
-    own threads, as it does in backward on a GPU unless
+    The setting does not apply to code that ``torch.compile`` traces, nor to code that autograd runs
+    in its own threads, as it does in backward on a GPU unless
     ``torch.autograd.set_multithreading_enabled(False)`` is set.
 
     Examples
@@ -125,13 +125,13 @@ def plan(problem: Problem) -> Plan:
     Returns
     -------
     Plan
-        The path and the reason for it; a path that an enclosing `use_path` forces is respected.
+        The path and the reason for it. A path forced by an enclosing `use_path` is respected.
 
     Examples
     --------
     >>> from fastrnn.planner import Problem, plan
     >>> plan(Problem("lstm", 64, 8, input_size=256, hidden_size=256, marked=True)).reason
-    'torch has no lengths, resets, truncated gradients, states of all steps or heads'
+    'torch does not support lengths, resets, truncated gradients, states of all steps or heads'
     """
     gap = devices.kernel_gap(problem)
     kernels = None if gap else devices.choose_kernels(problem, forced.schedule)
@@ -140,7 +140,7 @@ def plan(problem: Problem) -> Plan:
 
 
 def problem_of(call: Call, dtype: torch.dtype | None = None, *, is_step: bool = False) -> Problem:
-    """Describe a call, or a single step, computed in `dtype`, by default that of its input."""
+    """Describe a call, or a single step, computed in `dtype`, by default the input's dtype."""
     x, options, hidden, num_heads = call.x, call.options, call.hidden_size, call.num_heads
     gpu, precision = devices.facts(x)
     return Problem(
@@ -168,16 +168,16 @@ def problem_of(call: Call, dtype: torch.dtype | None = None, *, is_step: bool = 
 
 
 def path_of(call: Call, dtype: torch.dtype | None = None, *, is_step: bool = False) -> str:
-    """Choose the path for the problem that `problem_of` describes."""
+    """Choose the path for a call, that is for the problem that `problem_of` returns for it."""
     x, options, tensors, known = call.x, call.options, call.tensors, call.known
     if known is None:
-        assert torch.compiler.is_compiling() or is_traced(), "only of calls that were checked"
+        assert torch.compiler.is_compiling() or is_traced(), "the call was not checked"
         return _recorded_path(call, x.dtype if dtype is None else dtype, is_step)
     asked = forced.path
     if asked is None and not are_known(*tensors) and _has_stock(call):
         return "torch"
     packed = call.batch_sizes is not None and is_ragged(call.batch_sizes)
-    # Everything a problem depends on that `known` does not cover; making a problem is slower.
+    # Everything a problem depends on that `known` does not cover; building a problem is slower.
     key = (
         asked, forced.schedule, x.dtype, dtype, differentiated(*tensors), transform(), packed,
         is_step and _is_chained(call),
@@ -191,7 +191,7 @@ def path_of(call: Call, dtype: torch.dtype | None = None, *, is_step: bool = Fal
 
 
 def _is_chained(call: Call) -> bool:
-    """Whether a step's state has a gradient, and nothing rules out the fast path for steps."""
+    """Whether a step's state requires a gradient and nothing rules out the fast path for steps."""
     is_chained = differentiated(*call.state) and is_plain(*call.tensors)
     return is_chained and all(weight.is_contiguous() for weight in call.weights)
 
@@ -204,9 +204,9 @@ def _has_stock(call: Call) -> bool:
 
 
 def _recorded_path(call: Call, dtype: torch.dtype, is_step: bool) -> str:
-    """The path of a call that a compiler or torch.jit traces, without reading its sizes."""
+    """Choose the path for a call traced by a compiler or torch.jit, without reading its sizes."""
     if not torch.compiler.is_compiling():
-        # A loop over T would be recorded for one T only; an operator is not.
+        # A trace of a loop would fix T; a single operator does not.
         return "torch" if _has_stock(call) else "reference" if is_step else "kernels"
     if is_step and call.cell.name in _TORCH_CELLS:
         return "torch"
@@ -224,10 +224,10 @@ def _choose_path(
         asked = None
     if asked in (None, *OURS):
         if problem.transform == "forward":
-            return Decision("reference", "our operators have no rule for forward mode")
+            return Decision("reference", "fastrnn's operators do not support forward-mode AD")
         if problem.dtype not in _FLOATS:
             path = "reference" if missing or asked or problem.transform else "torch"
-            return Decision(path, f"our operators have no derivatives in {problem.dtype}")
+            return Decision(path, f"fastrnn's operators have no derivatives for {problem.dtype}")
     if asked is not None:
         path = _ours(problem, kernels) if asked in OURS else asked
         return Decision(path, "forced by fastrnn.planner.use_path")
@@ -235,7 +235,9 @@ def _choose_path(
         is_gap = kernels is None and problem.device != "cpu"
         return Decision(_ours(problem, kernels), f"{missing}; {gap}" if is_gap else missing)
     if problem.transform:
-        return Decision(_ours(problem, kernels), "torch's kernels have no batching rules")
+        return Decision(
+            _ours(problem, kernels), "torch's kernels have no torch.func batching rules"
+        )
     if problem.device == "cpu":
         return crossover.choose(problem)
     if kernels is None:
@@ -244,16 +246,19 @@ def _choose_path(
 
 
 def _ours(problem: Problem, kernels: tuple[Choice, Choice] | None) -> str:
-    """Kernels if there are any; on a CPU this is checked last, because it imports the compiler."""
+    """Return 'kernels' if there are any; checked late on a CPU, as it imports the compiler."""
     if problem.device == "cpu":
         return "operators" if cpu.kernel_gap(problem.dtype) else "kernels"
     return "operators" if kernels is None else "kernels"
 
 
 def _missing_in_torch(problem: Problem) -> str | None:
-    """Say what torch has no kernel for, None if it has one."""
+    """Return why torch has no kernel for a problem; None if it has one."""
     if problem.cell not in _TORCH_CELLS:
         return f"torch has no kernel for {problem.cell}"
     if problem.marked or problem.parts > 1:
-        return "torch has no lengths, resets, truncated gradients, states of all steps or heads"
-    return "torch has no recurrent dropout and no zoneout" if problem.noisy else None
+        return (
+            "torch does not support lengths, resets, truncated gradients, states of all steps or "
+            "heads"
+        )
+    return "torch does not support recurrent dropout or zoneout" if problem.noisy else None

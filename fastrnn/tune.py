@@ -1,4 +1,4 @@
-"""``fastrnn tune``: measure where our kernels or torch's are faster on this machine."""
+"""``fastrnn tune``: measure where fastrnn's or torch's kernels are faster on this machine."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def machines(device: torch.device | None) -> list[tuple[torch.device, Machine]]:
 
 
 def measured(device: torch.device, machine: Machine, seconds: float) -> Table:
-    """Measure a machine within a number of seconds, and show progress."""
+    """Measure a machine within a time limit in seconds, showing progress."""
     tasks = tasks_of(device)
     with _progress(str(machine), len(tasks)) as progress:
         rows = tune(tasks, measure_on(device), seconds, progress)
@@ -56,13 +56,13 @@ def measured(device: torch.device, machine: Machine, seconds: float) -> Table:
 
 
 def _limits() -> str:
-    """The environment variables by which the user restricts the instructions that torch uses."""
+    """Return the environment variables that restrict which instructions torch uses."""
     names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
     return " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
 
 
 def kept(table: Table, folder: Path | None) -> str:
-    """Save a table in the user's cache and, if given, in a folder; say where."""
+    """Save a table to the user's cache and, optionally, to a folder; return a message."""
     try:
         paths = [tuned.keep(table)]
         if folder is not None:
@@ -70,19 +70,19 @@ def kept(table: Table, folder: Path | None) -> str:
             paths.append(folder / f"{'-'.join(words)}.csv")
             paths[-1].write_text(tuned.text_of(table), encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"cannot keep the table: {error}") from None
-    return f"{len(table.rows)} points, kept in {' and '.join(map(str, paths))}"
+        raise UsageError(f"cannot save the table: {error}") from None
+    return f"{len(table.rows)} points, saved to {' and '.join(map(str, paths))}"
 
 
 def shown(machine: Machine) -> str:
     """Format the table in use."""
     table = tuned.table_of(machine)
     if table is None:
-        return f"{machine}: {tuned.MODEL}"
+        return f"{machine}: no table, a {tuned.MODEL} decides; run fastrnn tune to measure one"
     lines = [
         f"{machine}: {table.source}",
         f"torch {table.torch}, fastrnn {table.fastrnn} {table.limits}".rstrip(),
-        "times torch.nn takes of ours, by T",
+        "speedup over torch.nn (torch.nn's time / fastrnn's) by T",
     ]
     rows = sorted(table.rows, key=lambda row: (row.point.group, row.path, row.point.sizes[1:]))
     for (group, path), of_group in itertools.groupby(rows, lambda row: (row.point.group, row.path)):
@@ -97,7 +97,7 @@ def shown(machine: Machine) -> str:
 
 
 class Task(NamedTuple):
-    """A point, and the path of ours that is measured against torch.nn."""
+    """A point, and fastrnn's path that is measured against torch.nn."""
 
     point: Point
     path: str
@@ -106,7 +106,7 @@ class Task(NamedTuple):
         return " ".join(map(str, (*self.point, self.path)))
 
 
-#: Measures a task, given its share of the time in seconds and the time left for all tasks. Returns
+#: Measures a task, given its share of the time and the time left for all tasks, in seconds. Returns
 #: None if the path gives wrong results, cannot run, or would take too long.
 Measure = Callable[[Task, float, float], Row | None]
 
@@ -114,9 +114,9 @@ Measure = Callable[[Task, float, float], Row | None]
 def tune(
     tasks: Sequence[Task], measure: Measure, seconds: float, progress: Callable[[int], None]
 ) -> list[Row]:
-    """Measure tasks in their order while there is time, and report progress after each.
+    """Measure tasks in order until time runs out, and report progress after each.
 
-    Time that a task does not use of its share goes to the tasks after it.
+    The unused part of a task's share goes to the tasks after it.
     """
     rows, end = [], time.perf_counter() + seconds
     for done, task in enumerate(tasks):
@@ -132,7 +132,7 @@ def tune(
 
 @contextlib.contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show progress by a bar, or by lines if rich is not installed."""
+    """Show a progress bar, or lines of text if rich is not installed."""
     try:
         from rich.console import Console
         from rich.progress import Progress
@@ -153,24 +153,24 @@ _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
 
 
 def tasks_of(device: torch.device) -> list[Task]:
-    """List the tasks of a device in the order in which they are measured."""
+    """List the tasks for a device in the order in which they are measured."""
     return _cpu_tasks() if device.type == "cpu" else list(_gpu_tasks(device))
 
 
-# Operations in the products of an inference call: about 20 ms on two cores. Larger sizes, like
-# their neighbours in the grid, are bound by these products alone.
+# Floating-point operations in the products of an inference call: about 20 ms on two cores. Larger
+# sizes, like their neighbours in the grid, are bound by these products alone.
 _MOST_FLOPS = 5e9
 
 # Steps, batches and hidden sizes, by kind. The grid is fine only for plain layers in float32, whose
 # behaviour the other kinds and formats share.
 _FINE = ((1, 4, 16, 64, 256), (1, 8, 64), (64, 256, 1024))
 _COARSE = ((1, 16, 64), (1, 8, 64), (64, 256))
-_PACKED = ((4, 16, 64), (2, 8, 64), (64, 256))  # with fewer steps or rows, lengths are equal
+_PACKED = ((4, 16, 64), (2, 8, 64), (64, 256))  # with fewer steps or rows, all lengths are equal
 _STEP = ((1,), (1, 8, 64), (64, 256, 1024))
 
 
 def _cpu_tasks() -> list[Task]:
-    """The cheapest tasks first, so that the largest are dropped if time runs out."""
+    """List the cheapest tasks first, so that the largest are dropped if time runs out."""
     halves = (name for name in ("bfloat16", "float16") if crossover.multiplies(DTYPES[name]))
     formats = ("float64", *halves)
     groups = [
@@ -198,7 +198,7 @@ def _flops(point: Point) -> float:
 
 
 def _cost(point: Point) -> float:
-    """The number of operations, with an allowance for the fixed cost of a step."""
+    """Return the number of operations plus an allowance for the fixed cost of a step."""
     passes = 3 if point.mode == "training" else 1
     return passes * (_flops(point) + 1e6 * point.steps)
 
@@ -207,7 +207,7 @@ _GPU_SIZES = ((512, 128, 1024, 256, 64), (16, 64, 1), (256, 16))  # H, B, T
 
 
 def _gpu_tasks(device: torch.device) -> Iterator[Task]:
-    """The most informative tasks first: compiling takes seconds each, so time runs out early."""
+    """Yield the most informative tasks first: compiling each takes seconds, so few may run."""
     gpu, of_float32 = devices.gpu(device.index), devices.float32_precision()
     formats = ("bfloat16", of_float32, "float16")
     order = itertools.product(formats, _CELLS, *_GPU_SIZES, _MODES)
@@ -222,20 +222,20 @@ def _gpu_tasks(device: torch.device) -> Iterator[Task]:
 
 # How it is measured.
 
-_SAMPLE_SECONDS = 1e-3  # long enough to neglect the cost of reading the clock
+_SAMPLE_SECONDS = 1e-3  # long enough to make the cost of reading the clock negligible
 _MIN_PAIRS, _MAX_PAIRS = 5, 200
 _MOST = 0.2  # largest fraction of the remaining time for one task
 
 
 def measure_on(device: torch.device) -> Measure:
-    """Make the function that measures on a device."""
+    """Return the function that measures on a device."""
 
     def measure(task: Task, seconds: float, left: float) -> Row | None:
         try:
             with on_equal_terms(device), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "LSTM with projections is not supported")
                 return _measure(task, device, seconds, left)
-        except Exception as failure:  # mostly out of memory: the other tasks can be measured
+        except Exception as failure:  # usually out of memory: the other tasks can still be measured
             _log.warning("%s failed: %s", task, str(failure).partition("\n")[0])
             return None
 
@@ -245,7 +245,7 @@ def measure_on(device: torch.device) -> Measure:
 def _measure(task: Task, device: torch.device, seconds: float, left: float) -> Row | None:
     end = time.perf_counter() + seconds
     case, (stock, ours), inputs = _made(task.point, device)
-    # A path is forced around a sample, not in each call, which would add to its time.
+    # A path is forced around a whole sample, because forcing it per call would add to the time.
     sides = (stock, None), (ours, task.path)
     calls, results = [], []
     for module, path in sides:
@@ -262,7 +262,7 @@ def _measure(task: Task, device: torch.device, seconds: float, left: float) -> R
             return seconds_of(calls[side], repeats, device)
 
     if not error <= tolerance:  # a NaN is wrong
-        _log.warning("%s is wrong: error %.1e, allowed %.1e", task, error, tolerance)
+        _log.warning("%s is wrong: error %.1e, tolerance %.1e", task, error, tolerance)
         return None
     singles = [sample(side, 1) for side in (0, 1)]
     if _MIN_PAIRS * sum(singles) > _MOST * left:
@@ -274,7 +274,7 @@ def _measure(task: Task, device: torch.device, seconds: float, left: float) -> R
         for side in (0, 1) if len(pairs) % 2 else (1, 0):
             times[side] = sample(side, repeats)
         pairs.append(times)
-    # Other load on the machine only adds time, so the minimum is the best estimate.
+    # Other load on the machine can only add time, so the minimum is the best estimate.
     theirs, mine = map(min, zip(*pairs, strict=True))
     return Row(task.point, task.path, 1e6 * mine, theirs / mine)
 
@@ -286,7 +286,7 @@ def _on(path: str | None) -> contextlib.AbstractContextManager[None]:
 def _made(
     point: Point, device: torch.device
 ) -> tuple[Case, tuple[torch.nn.Module, torch.nn.Module], list[torch.Tensor]]:
-    """Make the benchmark case of a point, torch.nn's module and ours, and the inputs."""
+    """Make the benchmark case of a point, torch.nn's and fastrnn's modules, and the inputs."""
     (steps, batch, hidden), is_step = point.sizes, point.kind == "step"
     dtype, cell = tuned.dtype_of(point), point.cell.removesuffix("_tanh")
     name = cell + "_cell" * is_step
@@ -302,7 +302,7 @@ def _made(
     ours.load_state_dict(stock.state_dict())
     rows = (batch,) if is_step else (sum(case.lengths),) if case.ragged else (steps, batch)
     inputs = [torch.randn(*rows, hidden, device=device, dtype=dtype)]
-    if is_step:  # a loop over steps passes a state; a layer is mostly called without
+    if is_step:  # a loop over steps passes a state; a layer is usually called without one
         inputs += [torch.zeros_like(inputs[0]) for _ in range(2 if cell == "lstm" else 1)]
     return case, (stock, ours), inputs
 

@@ -1,9 +1,9 @@
-"""Tables of what was measured on a machine: torch's time beside ours, over a grid of sizes.
+"""Measurement tables: fastrnn's times on a machine, compared with torch.nn's over a grid of sizes.
 
-A table is a CSV file below lines that say what was measured and when. ``fastrnn tune`` writes that
-of this machine to the user's cache; nothing else changes it, so the same call takes the same path
-tomorrow. Those in ``fastrnn/tables`` were measured on other machines and stand in for machines like
-these. Tables are read once in a process, when the first plan needs one.
+A table is a CSV file with a header that says what was measured and when. ``fastrnn tune`` writes
+the table for this machine to the user's cache; nothing else changes it, so the same call takes the
+same path tomorrow. The tables in ``fastrnn/tables`` were measured on other machines and apply to
+similar ones. A process reads each table once, when a plan first needs it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .problem import Decision, Problem
 
 _log = logging.getLogger("fastrnn")
 
-#: The tables of machines measured so far, which come with the package.
+#: The tables that are shipped with the package.
 SHIPPED = Path(__file__).with_name("tables")
 
 _TITLE = "# fastrnn tune: microseconds of a call of ours, and torch.nn's time over ours"
@@ -43,14 +43,14 @@ Sizes = tuple[int, ...]
 
 
 class Point(NamedTuple):
-    """One thing to measure: a layer whose input is as wide as it, or one step of a cell module.
+    """One measurement: a layer with input size equal to hidden size, or a step of a cell module.
 
     Attributes
     ----------
     cell : {'lstm', 'gru', 'rnn_tanh'}
     mode : {'forward', 'training'}
     format : str
-        A dtype; of float32 on a GPU, how it is multiplied.
+        A dtype; for float32 on a GPU, the precision of its products.
     kind : {'plain', 'packed', 'projected', 'step'}
     steps, batch, hidden_size : int
     """
@@ -65,7 +65,7 @@ class Point(NamedTuple):
 
     @property
     def group(self) -> Group:
-        """What is not a size: between points that differ in it nothing is interpolated."""
+        """The fields other than the sizes; points are interpolated only within a group."""
         return self[:4]
 
     @property
@@ -75,17 +75,17 @@ class Point(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What was measured of a point.
+    """The measurement of a point.
 
     Attributes
     ----------
     point : Point
     path : str
-        Ours, or a schedule of a GPU.
+        fastrnn's path, or the schedule on a GPU.
     us : float
-        Microseconds of a call of ours.
+        Microseconds per call of fastrnn.
     ratio : float
-        torch.nn's time over ours.
+        torch.nn's time divided by fastrnn's.
     """
 
     point: Point
@@ -95,7 +95,7 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The rows of a machine, with what they were measured with.
+    """The rows measured on a machine, and the versions they were measured with.
 
     Attributes
     ----------
@@ -105,7 +105,7 @@ class Table(NamedTuple):
     date : str
         ISO 8601.
     limits : str
-        Variables of the environment that had torch do without some of what the CPU has.
+        Environment variables that restricted torch to part of the CPU's instruction set.
     rows : tuple of Row
     is_shipped : bool
     """
@@ -120,14 +120,14 @@ class Table(NamedTuple):
 
     @property
     def source(self) -> str:
-        """Where a decision by this table comes from."""
+        """The origin of a decision based on this table."""
         if self.is_shipped:
-            return f"measured on {self.machine}, {self.date}, shipped"
-        return f"measured here, {self.date}"
+            return f"table shipped with fastrnn, measured on {self.machine}, {self.date}"
+        return f"table measured on this machine, {self.date}"
 
 
 def point_of(problem: Problem) -> Point:
-    """Find the point that stands for a problem."""
+    """Return the point that represents a problem."""
     kind = "plain"
     for name in ("is_step", "projected", "packed"):
         if getattr(problem, name):
@@ -147,18 +147,18 @@ def point_of(problem: Problem) -> Point:
 
 
 def has_sizes(problem: Problem) -> bool:
-    """Whether sizes are numbers, as those of a tracer are not."""
+    """Whether all sizes are concrete integers, unlike those of a tracer."""
     sizes = problem.steps, problem.batch, problem.input_size, problem.hidden_size
     return all(isinstance(size, int) for size in sizes)
 
 
 def dtype_of(point: Point) -> torch.dtype:
-    """Name the dtype of a point."""
+    """Return the dtype of a point."""
     return DTYPES.get(point.format, torch.float32)
 
 
 def problem_of(point: Point, **others: Any) -> Problem:
-    """Make the problem that a point stands for; `others` are fields of it that a point has not."""
+    """Make the problem that a point represents; `others` sets fields that a point lacks."""
     return Problem(
         point.cell,
         point.steps,
@@ -174,18 +174,18 @@ def problem_of(point: Point, **others: Any) -> Problem:
     )
 
 
-#: The source of a decision for which nothing was measured.
+#: The source of a decision that is not based on measurements.
 MODEL = "model"
 
 
 class Measured(NamedTuple):
-    """What a path of ours takes beside torch.nn, as measured or by a model.
+    """The speed of one of fastrnn's paths relative to torch.nn, measured or modelled.
 
     Attributes
     ----------
     path : str
     ratio : float
-        torch.nn's time over ours.
+        torch.nn's time divided by fastrnn's.
     source : str
     """
 
@@ -194,32 +194,32 @@ class Measured(NamedTuple):
     source: str
 
     def decision(self, path: str, what: str) -> Decision:
-        """Choose between torch's path and ours, of which it is said what runs there."""
+        """Choose between torch's path and `path`; `what` describes what runs on the latter."""
         if self.ratio < 1.0:
             return Decision("torch", f"{1 / self.ratio:.3g} times as fast as {what}", self.source)
         return Decision(path, f"{what}; {self.ratio:.3g} times as fast as torch's", self.source)
 
 
-#: The ratio that a model expects of a path at a point, on a machine.
+#: The ratio that a model predicts for a path at a point, on a machine.
 Expected = Callable[[Machine, Point, str], float]
 
 
 def factor(
     machine: Machine, point: Point, path: str, expected: Expected | None = None
 ) -> float | None:
-    """Say how far the ratio of a path is from the expected one near a point, by measurement.
+    """Return the measured ratio of a path near a point, divided by the expected ratio.
 
-    None if nothing of the kind was measured. Between the sizes that were measured logarithms are
-    interpolated, and beyond them the nearest count. With a model, only what it leaves unexplained
-    is; without one, the factor is the ratio itself.
+    None if the group was not measured. The logarithms are interpolated between the measured sizes;
+    beyond them, the nearest size counts. With a model, only the deviation from the model is
+    interpolated; without one, the factor is the measured ratio itself.
     """
     points = _logarithms(machine, point.group, path, expected)
     return math.exp(interpolated(points, point.sizes)) if points else None
 
 
-@functools.lru_cache(maxsize=4096)  # asked at every call of a layer on a GPU
+@functools.lru_cache(maxsize=4096)  # needed in every call of a layer on a GPU
 def best(machine: Machine, point: Point) -> Measured | None:
-    """Find the path of ours that was the fastest near a point; None if none was measured."""
+    """Return fastrnn's fastest path near a point; None if none was measured."""
     table = table_of(machine)
     if table is None:
         return None
@@ -232,7 +232,7 @@ def best(machine: Machine, point: Point) -> Measured | None:
 
 
 def interpolated(points: Mapping[Sizes, float], at: Sizes) -> float:
-    """Interpolate in the logarithms of sizes, between those points of a grid that are there.
+    """Interpolate in the logarithms of sizes between the available points of a grid.
 
     Examples
     --------
@@ -252,7 +252,7 @@ def interpolated(points: Mapping[Sizes, float], at: Sizes) -> float:
 
 
 def _beside(axis: Sequence[int], at: int) -> list[tuple[int, float]]:
-    """The sizes of an axis next to another, and the shares that they have in it."""
+    """Return the sizes of an axis adjacent to `at`, with their interpolation weights."""
     n = bisect.bisect_left(axis, at)
     if n == len(axis):
         return [(axis[-1], 1.0)]
@@ -271,7 +271,7 @@ def _distance(sizes: Sizes, at: Sizes) -> float:
 def _logarithms(
     machine: Machine, group: Group, path: str, expected: Expected | None
 ) -> dict[Sizes, float]:
-    """The logarithms of all factors of a group and path by sizes."""
+    """Return the logarithms of all factors for a group and path, keyed by sizes."""
     table = table_of(machine)
     return {
         row.point.sizes: math.log(
@@ -284,18 +284,18 @@ def _logarithms(
 
 @functools.cache
 def table_of(machine: Machine) -> Table | None:
-    """Find the table in force for a machine: measured here, else shipped for one like it."""
+    """Return the table in use for a machine: measured here, or shipped for a similar one."""
     return _kept(machine) or _shipped(machine)
 
 
 def source(machine: Machine) -> str:
-    """Say where decisions for a machine come from."""
+    """Return the origin of the decisions for a machine."""
     table = table_of(machine)
     return MODEL if table is None else table.source
 
 
 def forget_what_was_read() -> None:
-    """Read the tables anew when the next plan needs one."""
+    """Drop cached tables, so that the next plan reads them again."""
     best.cache_clear()
     _logarithms.cache_clear()
     table_of.cache_clear()
@@ -305,13 +305,13 @@ def forget_what_was_read() -> None:
 
 
 def file_of(machine: Machine) -> Path:
-    """Name the file of a machine in the user's cache; OSError if there is no cache."""
+    """Return the path of a machine's table in the user's cache; OSError if there is no cache."""
     digest = hashlib.sha256(repr(_key(machine, torch.__version__, __version__)).encode())
     return cache.cache_folder() / f"tuned-{machine.device}-{digest.hexdigest()[:16]}.csv"
 
 
 def keep(table: Table) -> Path:
-    """Write a table to the user's cache; OSError if that cannot be."""
+    """Write a table to the user's cache; OSError if that fails."""
     path = file_of(table.machine)
     cache.write(path, text_of(table).encode())
     forget_what_was_read()
@@ -319,7 +319,7 @@ def keep(table: Table) -> Path:
 
 
 def forget(machine: Machine) -> bool:
-    """Remove the table that was measured on this machine; False if there was none."""
+    """Remove the table measured on this machine; False if there was none."""
     try:
         file_of(machine).unlink()
     except FileNotFoundError:
@@ -329,7 +329,7 @@ def forget(machine: Machine) -> bool:
 
 
 def _key(machine: Machine, *versions: str) -> tuple[object, ...]:
-    """What must be the same of a table that was measured here."""
+    """Return what must match for a table in the user's cache to apply."""
     return *machine._replace(caches=()), *versions
 
 
@@ -337,20 +337,20 @@ def _kept(machine: Machine) -> Table | None:
     try:
         path = file_of(machine)
         content = cache.read(path)
-    except OSError:  # no home
+    except OSError:  # no home directory
         return None
     table = None if content is None else _parsed(content, path)
     if table is None:
         return None
     key = _key(table.machine, table.torch, table.fastrnn)
     if key != _key(machine, torch.__version__, __version__):
-        _log.warning("ignored %s: it is of another machine or version", path)
+        _log.warning("ignored %s: it was measured on another machine or with other versions", path)
         return None
     return table
 
 
 def _shipped(machine: Machine) -> Table | None:
-    """The first table of a machine of the same family, vectors and threads."""
+    """Return the first table for a machine with the same family, vectors and threads."""
     for path in sorted(SHIPPED.glob("*.csv")):
         table = _parsed(path.read_bytes(), path)
         if table is not None and _kin(table.machine) == _kin(machine):
@@ -359,8 +359,8 @@ def _shipped(machine: Machine) -> Table | None:
 
 
 def _kin(machine: Machine) -> Machine:
-    """What must be the same of a table that was measured on a machine like this."""
-    # All GPUs of a kind have one name, and CPUs of a family many.
+    """Return what must match for a table from a similar machine to apply."""
+    # All GPUs of a model share one name; CPUs of a family have many.
     is_named = machine.device == "cuda"
     return machine._replace(name=machine.name if is_named else "", caches=())
 
@@ -369,7 +369,7 @@ def _parsed(content: bytes, path: Path) -> Table | None:
     try:
         return table_in(content.decode())
     except (ValueError, csv.Error) as error:
-        _log.warning("ignored %s, which is no table of fastrnn tune: %s", path, error)
+        _log.warning("ignored %s, which is not a valid fastrnn tune table: %s", path, error)
         return None
 
 
@@ -380,7 +380,7 @@ _COLUMNS = (*Point._fields, *Row._fields[1:])
 
 
 def text_of(table: Table) -> str:
-    """Write a table as a file has it."""
+    """Format a table as the text of a file."""
     machine = table.machine
     caches = " ".join(f"{size // 1024}K" for size in machine.caches)
     facts = dict(zip(_MACHINE, (*machine[:-1], caches), strict=True))
@@ -396,25 +396,25 @@ def text_of(table: Table) -> str:
 
 
 def table_in(text: str) -> Table:
-    """Read a table from the text of a file; ValueError if it is none."""
+    """Parse a table from the text of a file; ValueError if it is invalid."""
     first, *lines = text.splitlines() or [""]
     if first != _TITLE:
-        raise ValueError("its first line is another")
+        raise ValueError("unexpected first line")
     facts = {}
     for line in itertools.takewhile(lambda line: line.startswith("# "), lines):
         name, _, value = line.removeprefix("# ").partition(":")
         facts[name] = value.strip()
     lines = lines[len(facts) :]
     if missing := {*_MACHINE, *_MADE} - facts.keys():
-        raise ValueError(f"it does not say {', '.join(sorted(missing))}")
+        raise ValueError(f"missing {', '.join(sorted(missing))}")
     caches = tuple(1024 * int(size.removesuffix("K")) for size in facts["caches"].split())
     device, name, family, vectors, threads, _ = (facts[name] for name in _MACHINE)
     if device not in _PATHS:
-        raise ValueError(f"its device is {device!r}")
+        raise ValueError(f"unknown device {device!r}")
     machine = Machine(device, name, family, vectors, int(threads), caches)
     header, *rows = csv.reader(lines)
     if tuple(header) != _COLUMNS:
-        raise ValueError(f"its columns are {','.join(header)}")
+        raise ValueError(f"unexpected columns {','.join(header)}")
     torch, fastrnn, date, limits = (facts[name] for name in _MADE)
     return Table(machine, torch, fastrnn, date, limits, tuple(_rows_in(rows, _PATHS[device])))
 
@@ -428,5 +428,5 @@ def _rows_in(rows: Iterable[Sequence[str]], paths: Sequence[str]) -> Iterable[Ro
         )
         is_known = cell in CELLS and path in paths
         if not is_known or min(row.point.sizes) < 1 or not 0 < row.ratio < math.inf:
-            raise ValueError(f"in {','.join(fields)}")
+            raise ValueError(f"invalid row {','.join(fields)}")
         yield row

@@ -149,8 +149,8 @@ class Choice(NamedTuple):
 
     def __str__(self) -> str:
         schedule, block_b, block_h, _, num_warps, *_ = self.config
-        time = "" if math.isnan(self.step_us) else f": {self.step_us:.2f} us a step, simulated"
-        return f"{schedule}, {block_b} rows x {block_h} units a program, {num_warps} warps{time}"
+        time = "" if math.isnan(self.step_us) else f": {self.step_us:.2f} us per step, simulated"
+        return f"{schedule}, {block_b} rows x {block_h} units per program, {num_warps} warps{time}"
 
 
 SCHEDULES = ("resident", "persistent", "stepwise", "staged")
@@ -227,9 +227,9 @@ def candidates(shape: Shape, device: Device, *, backward: bool = False) -> Itera
 def persistent_gap(shape: Shape, device: Device) -> str | None:
     """Return why no persistent kernel can run a shape, whatever its size; None if one can."""
     if device.target != "cuda":
-        return f"no persistent kernel of ours for {device.name}"
+        return f"fastrnn has no persistent kernels for {device.name}"
     if shape.itemsize == 4 and shape.precision != "tf32":
-        return f"no persistent kernel of ours for float32 in {shape.precision}"
+        return f"fastrnn has no persistent kernels for float32 in {shape.precision}"
     return device.gap or None
 
 

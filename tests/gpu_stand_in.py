@@ -41,7 +41,7 @@ def as_on_a_gpu(device: Device = DEVICES["h100"], precision: str = "ieee") -> It
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(planner, "problem_of", as_gpu_asks)
-        # A CPU's fast path for prepared calls.
+        # No prepared calls, which are for a CPU.
         for name in ("run_prepared", "step_prepared"):
             patched.setattr(forms, name, lambda *_: None)
         patched.setattr(cpu, "forward", fall_back(gpu.forward))

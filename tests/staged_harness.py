@@ -19,7 +19,7 @@ from fastrnn.cells import CELLS
 from fastrnn.flow import Flow, make_marks
 from fastrnn.kernels.configs import Config
 
-#: Cells that need several products even without a projection; they can also run in one launch.
+#: Cells of this kind without a projection; without one they can also run in a single launch.
 CELLS_OF_THIS_KIND = ("layernorm_lstm", "layernorm_gru", "gru_reset_before")
 #: Cells and projection sizes, 0 for none.
 PROBLEMS = [

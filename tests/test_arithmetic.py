@@ -1,4 +1,4 @@
-"""The arithmetic of the cells: each backward against autograd of its forward, on every engine."""
+"""The arithmetic of cells: each backward against autograd of its forward, on every engine."""
 
 import inspect
 
@@ -22,7 +22,7 @@ def values(count: int, *, scale: float = 1.0) -> tuple[torch.Tensor, ...]:
 
 
 def states(cell: Cell) -> tuple[torch.Tensor, ...]:
-    """Some of them empty, where that means something."""
+    """States of a cell, some of them empty if the cell has empty states."""
     made = values(cell.n_states)
     if "n" in cell.states:
         with torch.no_grad():
@@ -66,7 +66,7 @@ def test_backward_is_the_derivative_of_forward(cell: Cell, scale: float) -> None
 
 @of_cell
 def test_backward_is_linear_in_the_gradients_of_the_state(cell: Cell) -> None:
-    """Which the loop of torch operators makes use of."""
+    """The loop of torch operators relies on this."""
     torch.manual_seed(0)
     drawn = *(values(n) for n in (cell.n_gates, cell.n_gates, cell.n_extra)), states(cell)
     wx, rh, extra, state = ([part.detach() for part in group] for group in drawn)
@@ -82,7 +82,7 @@ def test_backward_is_linear_in_the_gradients_of_the_state(cell: Cell) -> None:
 
 
 def test_backward_of_a_normalised_cell() -> None:
-    """Of what h is made of, and of h from a state that is normalised."""
+    """Backward of the part before normalisation, and of h as a function of the normalised state."""
     torch.manual_seed(0)
     cell = CELLS["layernorm_lstm"]
     output = cell.output
@@ -103,7 +103,7 @@ def test_backward_of_a_normalised_cell() -> None:
 
 
 def test_backward_of_a_late_product() -> None:
-    """The last gate's recurrent part is a product of h and a factor; here, of each unit alone."""
+    """The last gate's recurrent part is a product with factor * h; here it is elementwise."""
     torch.manual_seed(0)
     cell = CELLS["gru_reset_before"]
     late = cell.late
@@ -147,7 +147,7 @@ def test_every_function_has_a_docstring_and_is_one_of_torchs_engine() -> None:
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("path", [None, "kernels", "operators"])
 def test_a_cell_of_ones_own(path: str | None, bidirectional: bool, monkeypatch) -> None:
-    """One entry in the registry, and it runs everywhere; in the interpreter in test_kernels.py."""
+    """One registry entry is enough to run everywhere; test_kernels.py has the interpreter."""
     monkeypatch.setitem(CELLS, "mgu", MGU)
     torch.manual_seed(0)
     steps, batch, inputs, hidden, directions = 7, 3, 5, 19, 1 + bidirectional

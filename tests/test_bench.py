@@ -22,6 +22,8 @@ from fastrnn.__main__ import main
 from fastrnn.bench import (
     built,
     cli,
+    drawing,
+    heatmap,
     measure,
     others,
     page,
@@ -458,7 +460,7 @@ def draw(folder: Path, found: Results) -> dict[str, plots.Picture]:
     assert tuple(pictures) == plots.NAMES
     for path in itertools.chain.from_iterable(pictures.values()):
         assert path.read_bytes().startswith(b"\x89PNG")
-        assert plots.origin(path) == plots.origin_of(source)
+        assert drawing.origin(path) == drawing.origin_of(source)
         with Image.open(path) as image:
             assert image.width == 2000
     return pictures
@@ -502,18 +504,18 @@ def test_a_heat_map_has_the_sizes_of_most_columns():
     dense = [Case(cell, "forward", "float32", 16, b, 8, 8) for cell in cells for b in (1, 2, 3, 4)]
     alone = [Case("lstm", "forward", "float32", 32, 1, 8, 8), Case(
         "rnn", "forward", "float64", 16, 1, 8, 8)]  # fmt: skip
-    shown = plots._map_of([make_row(case, 1.5) for case in (*dense, *alone)])
+    shown = heatmap._map_of([make_row(case, 1.5) for case in (*dense, *alone)])
     assert [column.cell for column in shown.columns] == [*cells]
     assert shown.sizes == [(16, b, 8) for b in (1, 2, 3, 4)]
     assert shown.n_left_out == 1
-    half = plots._map_of([make_row(case, 1.5) for case in alone[:1]])
+    half = heatmap._map_of([make_row(case, 1.5) for case in alone[:1]])
     assert (half.sizes, half.n_left_out) == ([(32, 1, 8)], 0)
 
 
 @pytest.mark.parametrize("across", [1, 2, 3, 7])
 def test_blocks_of_a_heat_map_have_every_size_under_its_heading(across):
-    sizes = [plots._Size(t, b, 8) for t, n in ((1, 4), (16, 13), (64, 1)) for b in range(n)]
-    blocks = plots._flow(sizes, across)
+    sizes = [heatmap._Size(t, b, 8) for t, n in ((1, 4), (16, 13), (64, 1)) for b in range(n)]
+    blocks = heatmap._flow(sizes, across)
     assert 1 <= len(blocks) <= across
     assert [line for block in blocks for line in block if not isinstance(line, str)] == sizes
     for block in blocks:
@@ -541,9 +543,9 @@ def test_pictures_of_the_documentation_are_of_its_results(tmp_path, capsys):
     assert files == ["heatmap-dark.png", "heatmap.png", "speedup-dark.png", "speedup.png"]
     assert all(file in capsys.readouterr().out for file in files[:1])
     for file in files:
-        expected = plots.origin(tmp_path / file)
+        expected = drawing.origin(tmp_path / file)
         assert expected.startswith(f"{name}/results.json sha256:")
-        assert plots.origin(committed / file) == expected, f"redraw with {plots.__name__}"
+        assert drawing.origin(committed / file) == expected, f"redraw with {plots.__name__}"
         assert (committed / file).stat().st_size < 150_000
     for wrong in ([str(source), "--out", str(tmp_path / "none")], [str(tmp_path / "none.json")]):
         with pytest.raises(SystemExit):
@@ -567,6 +569,11 @@ def test_pictures_of_the_documentation_are_of_its_results(tmp_path, capsys):
             Case("lstm", "training", "float32", 1, 1, 8, 8, proj_size=2),
             "LSTM with projections, training",
             "LSTM with projections",
+        ),
+        (
+            Case("gru_cell", "forward", "float32", 1, 1, 8, 8),
+            "single steps (cell modules), inference",
+            "single steps (cell modules)",
         ),
     ],
 )
@@ -672,7 +679,7 @@ TINY_GRID = {"steps": [3], "batches": [2], "hidden": [8]}
 def test_run_writes_all_files(tmp_path, capsys):
     out = tmp_path / "new" / "folder"
     assert cli.run(parse(*TINY, "--out", str(out), "--providers", "fastrnn,fastrnn:torch")) == 0
-    names = [f"{name}{theme.suffix}.png" for name in plots.NAMES for theme in plots.THEMES]
+    names = [f"{name}{theme.suffix}.png" for name in plots.NAMES for theme in drawing.THEMES]
     names += ["report.html", "results.csv", "results.json"]
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
     printed = capsys.readouterr().out
@@ -862,7 +869,10 @@ def test_a_home_in_an_option_is_expanded(tmp_path, monkeypatch, found):
         monkeypatch.setenv(name, str(tmp_path))
     for option in ("out", "compare", "render"):
         assert getattr(parse(f"--{option}=~/x"), option) == tmp_path / "x"
-        with pytest.raises(argparse.ArgumentError, match="'~nobody-here/x' is in a home that is"):
+        with pytest.raises(
+            argparse.ArgumentError,
+            match="'~nobody-here/x' is in a home directory that does not exist",
+        ):
             parse(f"--{option}=~nobody-here/x")
     assert parse("--out=x/~").out == Path("x/~")
     results.write_json(tmp_path / "results.json", found)

@@ -1,4 +1,4 @@
-"""Files kept between runs: where they are, and which of them are read."""
+"""Cache files: where they are kept, and which ones are read."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fastrnn.cpu import machine
 from fastrnn.planner import use_path
 
 has_owners = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners and modes")
-OTHER = 12345  # a user, and a group, that nobody is
+OTHER = 12345  # an unused user and group ID
 
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
-    """A file of the cache."""
+    """A file in the cache."""
     path = tmp_path / "above" / "folder" / "file"
     cache.write(path, b"content")
     return path
@@ -86,7 +86,7 @@ def test_a_file_that_cannot_be_written(kept):
     assert {path.name for path in kept.parent.iterdir()} == {"file", "taken"}, "a part was left"
 
 
-# What makes a file unsafe, and what the warning says of it.
+# What makes a file unsafe, and the warning about it.
 
 
 def _chown(path: Path) -> None:
@@ -96,7 +96,7 @@ def _chown(path: Path) -> None:
 
 
 def _linked(path: Path, place: Path) -> None:
-    """Move what is at a path, and leave a link to its new place."""
+    """Move a file or folder, and leave a link to its new place."""
     path.rename(place)
     path.symlink_to(place)
 
@@ -108,7 +108,7 @@ def _linked_elsewhere(file: Path) -> None:
 
 
 def _linked_through_elsewhere(file: Path) -> None:
-    """A link of the user's to a link in a folder that anybody can write, to one of the user's."""
+    """Link via a link in a world-writable folder; both ends belong to the user."""
     top = file.parents[2]
     (top / "open").mkdir()
     _linked(file.parent, top / "moved")
@@ -189,7 +189,7 @@ def test_without_owners(kept, monkeypatch):
 
 @pytest.fixture
 def compiled(tmp_path, monkeypatch, caplog):
-    """Run a layer as a new process would: what it gave, what it logged and its file."""
+    """Run a layer as a new process would; return its output, its log and the cache file."""
     engine = pytest.importorskip("fastrnn.cpu.engine")
     if machine.target() is None:
         pytest.skip("no kernels for this CPU")

@@ -1,4 +1,4 @@
-"""Single steps with gradients by the kernels: the short way against the others."""
+"""Single steps with gradients by the kernels: prepared steps against the other paths."""
 
 import gc
 import threading
@@ -59,7 +59,7 @@ def leaf(part: Tensor) -> Tensor:
 
 
 def chain(module: Any, x: Tensor, state: Any) -> tuple[Tensor, list[Tensor]]:
-    """A loop over steps whose every output and final state counts; with all that it gave."""
+    """A loss that depends on every output and final state of a loop over steps; all outputs."""
     total, outputs = torch.zeros((), dtype=x.dtype), []
     for k, part in enumerate(x):
         state = module(part, state)
@@ -94,13 +94,13 @@ def names_of(output: Tensor) -> str:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_against_the_reference(kind, dtype, bias, steps):
-    # One unit is normalised to zero, by a slope of 316: little is left of its digits.
+    # Normalising one unit gives 0 with a slope of 316, which leaves few correct digits.
     for batch, inputs, hidden in SIZES[kind == "LayerNormLSTMCell" :]:
         module = make(kind, inputs, hidden, dtype, bias=bias)
         x, state = inputs_of(module, steps, batch), state_of(module, batch)
         found, expected = (results(module, path, x, state) for path in ("kernels", "reference"))
         for mine, theirs in zip(found, expected, strict=True):
-            # A sum is rounded as its largest terms are.
+            # The error of a sum follows its largest terms.
             scale = float(theirs.detach().abs().max().clamp(min=1))
             tolerance = 64 * torch.finfo(dtype).eps
             torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * scale)
@@ -216,7 +216,7 @@ def test_a_graph_may_be_used_again_and_in_part(kind):
     weights, given = [*module.parameters()], leaf(x)
     with use_path("kernels"):
         total, _ = chain(module, given, state)
-        # Nobody asks for the weights here, so nothing may be left for those who do later.
+        # Weight gradients are not requested here, so later requests must not see leftovers.
         (first,) = torch.autograd.grad(total, [given], retain_graph=True)
         for _ in range(2):
             found = torch.autograd.grad(total, weights, retain_graph=True)
@@ -253,7 +253,7 @@ def test_weights_that_change_between_steps_or_passes():
 
 
 def test_weights_that_are_made_of_others():
-    """A change in place gives a weight another place in the graph, while the old one is in use."""
+    """An in-place change gives a weight a new graph node while the old one is still in use."""
     module = make("GRUCell")
     x, state = inputs_of(module, 2, 2), state_of(module, 2)
     grads = []
@@ -274,7 +274,7 @@ def test_changes_in_place(kind):
     module = make(kind)
     x, state = inputs_of(module, 1, 2)[0], state_of(module, 2)
     with use_path("kernels"):
-        # A result may be overwritten, or detached, as one of torch.nn may.
+        # Results may be overwritten or detached, as with torch.nn.
         new = flat(module(x, state))
         for part in new:
             part.mul_(2.0)

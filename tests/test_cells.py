@@ -58,10 +58,10 @@ BAD_CALLS = {
     "nonlinearity": lambda m: (
         setattr(m, "nonlinearity", "gelu"),
         m(x(3, 5)),
-        1 / isinstance(m, torch.nn.RNNCell),  # the others do not look at it
+        1 / isinstance(m, torch.nn.RNNCell),  # the others ignore it
     ),
 }
-# Here torch.nn checks nothing and fails somewhere inside.
+# torch.nn does not check these and fails deeper down.
 LOW_LEVEL_BAD_CALLS = {
     "no_arguments": lambda m: m(),
     "too_many_arguments": lambda m: m(x(3, 5), None, None),
@@ -154,7 +154,7 @@ def test_meta(kind: str, path: str | None, form: str, hx: bool) -> None:
 
 @on_paths(CELLS)
 def test_unrolled(kind: str, path: str | None) -> None:
-    """A cell in a program's own loop, with gradients through time."""
+    """A cell in a user's own loop, with gradients through time."""
     ours, stock = pair(kind, 3, 3, dtype=torch.float64)
 
     def run(module: Any) -> dict[str, torch.Tensor]:

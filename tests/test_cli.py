@@ -1,4 +1,4 @@
-"""The command line: exit statuses, one-line errors, and that the harness can fail."""
+"""The command line: exit statuses, one-line errors, and faults that `verify` must detect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastrnn.kernels import configs
 
 
 def failure(capsys, *argv: str) -> str:
-    """The one line of an error, which must exit with status 2."""
+    """The one-line message of an error, which must exit with status 2."""
     with pytest.raises(SystemExit) as error:
         main(argv)
     assert error.value.code == 2
@@ -72,7 +72,7 @@ def test_plan_names_the_path_and_the_reason(capsys, argv, path):
 
 @pytest.fixture
 def no_tables(monkeypatch, tmp_path):
-    """What was measured here does not count."""
+    """Ignore measurements made on this machine."""
     monkeypatch.setenv("FASTRNN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tuned, "SHIPPED", tmp_path)
     tuned.forget_what_was_read()
@@ -123,7 +123,7 @@ def test_verify_passes(capsys, dtype):
 
 
 def _shifted(make_marks):
-    """Marks whose truncation is a step off, in every path alike."""
+    """Marks whose truncation is off by one step, equally on every path."""
 
     def make(steps, batch, directions, device, lengths, reset, bptt):
         return make_marks(steps, batch, directions, device, lengths, reset, bptt and bptt + 1)
@@ -132,7 +132,7 @@ def _shifted(make_marks):
 
 
 def _longer(make_marks):
-    """Marks by which every row that ends early has a step more."""
+    """Marks that give every row that ends early one extra step."""
 
     def make(steps, batch, directions, device, lengths, reset, bptt):
         if lengths is not None:
@@ -144,17 +144,17 @@ def _longer(make_marks):
 
 @pytest.mark.parametrize("fault", [_shifted, _longer])
 def test_verify_shares_no_reading_of_the_options(monkeypatch, fault):
-    """What all paths have in common is not common with the oracle."""
+    """The oracle must not share the code that all paths share."""
     monkeypatch.setattr(flow, "make_marks", fault(flow.make_marks))
     _, failures = testing.verify(["gru"], [torch.float64], cases=30)
     assert failures
 
 
 def test_verify_sees_heads_that_are_normalised_together(monkeypatch):
-    """The formula of layer normalisation over all units of a layer, where heads are apart."""
+    """Layer normalisation over all units of a layer instead of over each head."""
 
     def together(v):
-        """Of (K, N, rows, units)."""
+        """Normalise (K, N, rows, units) over the heads and units."""
         centred = v - v.mean((1, -1), keepdim=True)
         return centred / (centred.square().mean((1, -1), keepdim=True) + 1e-5).sqrt()
 
@@ -166,12 +166,12 @@ def test_verify_sees_heads_that_are_normalised_together(monkeypatch):
 
 
 def _shifted_masks(mask):
-    """Zoneout whose masks are a step late."""
+    """Zoneout whose masks are one step late."""
     return lambda shape, p, device: mask(shape, p, device).roll(1, 1)
 
 
 def _swapped_members(vmap):
-    """Ensembles whose members have each other's weights."""
+    """Ensembles whose members use each other's weights."""
 
     def swapped(function, *args, **options):
         mapped = vmap(function, *args, **options)
@@ -240,7 +240,7 @@ def test_verify_names_every_cell_whole(capsys):
     assert "…" not in out
 
 
-# Whatever standard output is.
+# Any standard output.
 
 PLAN = ["plan", "--cell", "lstm", "--H", "4"]
 
@@ -290,7 +290,7 @@ def test_a_reader_that_is_gone(unbuffered):
 
 
 def test_cases_cover_every_argument():
-    """A draw that never sets an argument would not test it."""
+    """An argument that never varies would not be tested."""
     cases = [testing.draw_case("lstm", seed=0, index=k) for k in range(200)]
     for name in testing.Case.__dataclass_fields__.keys() - {"cell", "seed"}:
         assert len({getattr(case, name) for case in cases}) > 1, name

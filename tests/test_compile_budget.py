@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that are not there keep their budgets: the file, and a few afresh."""
+"""Kernels cross-compiled for GPUs keep their budgets: the table, and a few compiled here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastrnn.problem import Problem
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "bench" / "results" / "compile_budget.csv"
 
-# cell, run, dtype, precision, hidden size, device: every kernel, code of every vendor's generation.
+# cell, run, dtype, precision, hidden size, device: every kernel, every vendor's GPU generations.
 SAMPLE = [
     ("lstm", "training", "bfloat16", "tf32", 64, "b200"),
     ("lstm", "training", "bfloat16", "tf32", 64, "mi300x"),
@@ -66,7 +66,7 @@ PERSISTENT = [
     ("gru", "backward", 1024, "rtx5090", 16),
 ]
 
-# What a compiler makes of a kernel that keeps the budgets.
+# Measurements of a kernel that keeps its budgets.
 GOOD = Measured(
     *(200, 0, 100_000, 2, 64, 0, 80, 2, "16", "1 2"),
     **{"alone": 2000, "full": 2500, "executed_barriers": 2, "chain": 4, "l2_bytes": 33000},
@@ -76,9 +76,9 @@ GOOD = Measured(
 
 
 def parsed(fields: type, row: dict[str, str]) -> object:
-    """A Variant or a Measured from a row of the file."""
+    """A Variant or a Measured from a row of the table."""
     kinds = get_type_hints(fields)
-    # A number that is empty was not simulated.
+    # An empty number means not simulated.
     texts = {name: "nan" if kinds[name] is float and not row[name] else row[name] for name in kinds}
     return fields(**{name: kind(texts[name]) for name, kind in kinds.items()})
 
@@ -112,7 +112,7 @@ def bound_of_shared_memory(variant: Variant) -> int:
 
 
 def test_shared_memory_is_foreseen(table):
-    """The number that is expected is an upper bound of the compiler's."""
+    """The expected size is an upper bound of what the compiler allocates."""
     for variant, measured in table.items():
         if variant.schedule in ("resident", "persistent"):
             assert measured.shared_memory <= bound_of_shared_memory(variant), variant
@@ -142,7 +142,7 @@ def test_each_fault_is_found():
     variant = Variant(
         "lstm", "training", "bfloat16", "tf32", 512, "h100", "persistent", 32, 16, 32, 8, 1
     )
-    # The partial sums of four gates there and back, and the second of two chunks of the weights.
+    # Written and read: partial sums of four gates, and the second of two weight chunks.
     moved = 2 * 4 * (2 * 8 * 1024 + 16 * 256 * 2)
     good = GOOD._replace(shared_bytes=moved)
     broken = compile_budget.broken
@@ -227,7 +227,7 @@ def persistent(cell: str, run: str, hidden: int, device: str, batch: int) -> Var
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> dict[Variant, Measured]:
-    """The samples, compiled by another process: with TRITON_INTERPRET, this one cannot."""
+    """The samples, compiled in another process: this one may run with TRITON_INTERPRET."""
     for name in ("ptxas", "cuobjdump", "nvdisasm"):
         try:
             sass.tool(name)
@@ -260,7 +260,7 @@ def test_sample_keeps_the_budgets(compiled, facts):
 
 @pytest.mark.parametrize("facts", PERSISTENT, ids=lambda facts: "-".join(map(str, facts)))
 def test_persistent_kernels_keep_the_budgets(compiled, facts):
-    """No spill, one barrier for each tile and step, no shared memory between L2 and products."""
+    """No spills, one barrier per tile and step, no shared memory between L2 and products."""
     variant = persistent(*facts)
     measured = compiled[variant]
     assert compile_budget.broken(variant, measured) == [], measured
@@ -268,11 +268,11 @@ def test_persistent_kernels_keep_the_budgets(compiled, facts):
     assert measured.shared_memory <= bound_of_shared_memory(variant)
     if variant.device in ("a100", "h100"):
         assert measured.executed_barriers == variant.tiles
-        assert measured.l2_bytes >= variant.block_b * variant.columns * 2  # all that is published
+        assert measured.l2_bytes >= variant.block_b * variant.columns * 2  # everything published
 
 
 def test_what_is_compiled_is_found_by_the_source_of_the_cell():
-    """Triton's cache on disk must know what a cell calls."""
+    """Triton's disk cache must be keyed by the functions a cell calls."""
     code = """
 import triton
 from triton.compiler import ASTSource

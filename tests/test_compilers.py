@@ -1,4 +1,4 @@
-"""What compilers, exporters and other tools make of the modules and of their options."""
+"""Compilers, exporters and other tools, applied to modules with all options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import fastrnn
 from fastrnn import autocast
 
 CLASSES = (fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN)
-INPUT_SIZE, HIDDEN_SIZE = 11, 6  # unlike T and B, so that sizes are not taken for one another
+INPUT_SIZE, HIDDEN_SIZE = 11, 6  # unlike T and B, so that mixed-up sizes fail
 NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 
 
@@ -111,7 +111,7 @@ def test_one_step_of_a_policy_in_a_graph(cls: Any) -> None:
 
 
 def test_export_of_resets_alone() -> None:
-    """One step with resets is a case of its own in Python, but no limit on T."""
+    """Python treats one step with resets as a special case, which must not restrict T."""
     net = make(fastrnn.GRU, bidirectional=False).eval()
     x, _, reset = batch_of(7, 3)
     dims = {0: torch.export.Dim("T", min=2, max=64)}
@@ -132,7 +132,7 @@ def test_gates_in_a_graph(cls: Any) -> None:
 
 
 def test_chunks_are_unrolled() -> None:
-    """So that every T has a graph of its own."""
+    """Every T has its own graph."""
     module = make(fastrnn.RNN, num_layers=1)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, backend=counter)
@@ -146,7 +146,7 @@ def test_chunks_are_unrolled() -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("cls", CLASSES)
 def test_noise_in_a_graph(cls: Any, training: bool) -> None:
-    """The operator's backward is the reference's there, which autograd must be able to record."""
+    """In a graph, backward is the reference's, which autograd must be able to record."""
     module = make(cls, num_layers=1, zoneout=0.3, recurrent_dropout=0.4).train(training)
     x, lengths, _ = batch_of(7, 3)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -158,7 +158,7 @@ def test_noise_in_a_graph(cls: Any, training: bool) -> None:
 
 @NEEDS_COMPILER
 def test_inductor() -> None:
-    """Generated code allocates and strides around the operators as their fakes say."""
+    """Generated code relies on the sizes and strides that the operators' fakes report."""
     module = make(fastrnn.LSTM, num_layers=1, bidirectional=False, zoneout=0.3).eval()
     compiled = torch.compile(module, fullgraph=True, dynamic=True)
     for steps, batch in ((7, 3), (9, 4)):
@@ -170,7 +170,7 @@ def test_inductor() -> None:
 @pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("cls", CLASSES)
 def test_autocast(cls: Any, compiling: bool) -> None:
-    """An LSTM has the autocast dtype where oneDNN runs it in that, as torch.nn's has."""
+    """As in torch.nn, an LSTM has the autocast dtype where oneDNN supports it."""
     is_narrow = cls is fastrnn.RNN
     if cls is fastrnn.LSTM:
         is_narrow = autocast.is_one_operation(torch.bfloat16, torch.float32)
@@ -193,7 +193,7 @@ def test_autocast(cls: Any, compiling: bool) -> None:
 
 
 def test_transforms_in_a_graph() -> None:
-    """vmap and grad of ``torch.func``, over a functional call with options."""
+    """``torch.func.vmap`` and ``grad`` over a functional call with options."""
     module = make(fastrnn.RNN, num_layers=1, bidirectional=False)
     x, lengths, _ = batch_of(7, 3)
     params = {name: p.detach() for name, p in module.named_parameters()}
@@ -208,7 +208,7 @@ def test_transforms_in_a_graph() -> None:
     torch.testing.assert_close(ours, each(params, inputs))
 
 
-# torch.export and what begins with it.
+# torch.export and tools that build on it.
 
 
 class Tagger(torch.nn.Module):
@@ -253,7 +253,7 @@ def test_export(cls: Any, strict: bool, tmp_path: Any) -> None:
 @NEEDS_COMPILER
 @pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")  # in torch
 def test_ahead_of_time(tmp_path: Any) -> None:
-    """AOTInductor's loader finds the operator, in a process that has imported fastrnn."""
+    """AOTInductor's loader finds the operator if the process has imported fastrnn."""
     net = Tagger(fastrnn.LSTM, num_layers=1, bidirectional=False).eval()
     path = torch._inductor.aoti_compile_and_package(
         export(net),
@@ -263,10 +263,10 @@ def test_ahead_of_time(tmp_path: Any) -> None:
     check_on_other_sizes(torch._inductor.aoti_load_package(path), net)
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch's exporter
+@pytest.mark.filterwarnings("ignore")  # from torch's exporter
 @pytest.mark.parametrize("cls", CLASSES)
 def test_onnx(cls: Any) -> None:
-    """With any T and B, by torch's exporter of traces; the other one fixes T, of torch.nn's too."""
+    """Any T and B with torch's trace-based exporter; the newer one fixes T, as for torch.nn."""
     runtime = pytest.importorskip("onnxruntime")
     module, file = make(cls).eval(), io.BytesIO()
     example = torch.randn(7, 3, INPUT_SIZE)
@@ -280,12 +280,12 @@ def test_onnx(cls: Any) -> None:
         torch.testing.assert_close(y, module(x)[0], rtol=1e-4, atol=1e-5)
 
 
-# Tools that trace or run again.
+# Tools that trace or rerun.
 
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_jit_trace_records_the_operator(cls: Any) -> None:
-    """Where torch has no kernel, so that other sizes run too, after saving and loading."""
+    """With options torch has no kernel for; other sizes also run after saving and loading."""
     net, file = Tagger(cls), io.BytesIO()
     torch.jit.save(torch.jit.trace(net, batch_of(7, 3)), file)
     file.seek(0)
@@ -313,12 +313,12 @@ def test_checkpoint(cls: Any, reentrant: bool) -> None:
     x, lengths, reset = batch_of(7, 3)
 
     def run(x: Tensor) -> tuple[Tensor, ...]:
-        # The reentrant kind sees no tensors in nested results.
+        # Reentrant checkpointing ignores tensors in nested results.
         return tuple(
             tensors_of(module(x, lengths=lengths, reset=reset, return_states=True, bptt=3))
         )
 
     results = checkpoint(run, x, use_reentrant=reentrant)
-    sum(t.square().sum() for t in results).backward()  # not grad(), which that kind refuses
+    sum(t.square().sum() for t in results).backward()  # not grad(), which it rejects
     found = [x.grad, *(p.grad for p in module.parameters())]
     torch.testing.assert_close(found, list(gradients(run(x), x, module)))

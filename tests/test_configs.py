@@ -1,4 +1,4 @@
-"""How kernels are launched: configurations that fit a device, and the table of simulated times."""
+"""Launch configurations that fit a device, and the table of simulated times."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_configurations_fit_the_device(device, shape, backward):
 
 
 def check_persistent(config, shape, device, backward):
-    """What fragments.py and words.py can do."""
+    """Check the limits of fragments.py and words.py."""
     assert configs.persistent_gap(shape, device) is None
     assert device.target == "cuda"
     assert shape.itemsize == 2 or shape.precision == "tf32"
@@ -103,7 +103,7 @@ def test_only_one_schedule(device, schedule):
 @pytest.mark.parametrize("device", [DEVICES[name] for name in ("a100", "h100", "b200")], ids=named)
 @pytest.mark.parametrize("backward", [False, True])
 def test_what_is_resident_of_steps_that_are_more_than_a_product(device, backward):
-    """What compiles without spilling; a time is simulated of none."""
+    """Resident if it compiles without spilling; no times are simulated."""
     for name, kind, hidden, change, fits in (
         ("layernorm_lstm", (2, "tf32"), 128, {}, True),
         ("layernorm_lstm", (2, "tf32"), 128, {"marked": True}, False),
@@ -130,7 +130,7 @@ def test_what_is_resident_of_steps_that_are_more_than_a_product(device, backward
     ("shape", "device", "says"),
     [
         (LSTM, H100, None),
-        (LSTM._replace(precision="ieee"), A100, None),  # of float32 only
+        (LSTM._replace(precision="ieee"), A100, None),  # applies to float32 only
         (FLOAT32, H100, None),
         (FLOAT32._replace(precision="tf32x3"), H100, "float32 in tf32x3"),
         (FLOAT32._replace(precision="ieee"), H100, "float32 in ieee"),
@@ -166,11 +166,11 @@ def test_one_or_two_tiles_a_program():
         assert {config.num_warps for config in found} == {4, 8}
 
 
-GPUS = ("h100", "h200")  # on which tests/test_gpu.py is to skip nothing
+GPUS = ("h100", "h200")  # on which tests/test_gpu.py must skip nothing
 
 
 def found_for(cell, shape, name, marked):
-    """Candidates for a layer of tests/test_gpu.py, of every GPU and pass."""
+    """Candidates for a layer of tests/test_gpu.py, for every GPU and pass."""
     _, batch, _, hidden, directions = shape
     precision = name if name in configs.PRECISIONS else "tf32"
     facts = batch, hidden, directions, 4 if name == precision else 2, precision
@@ -217,7 +217,7 @@ def test_schedules_for_a_gpu_are_there():
 
 @pytest.fixture
 def table(monkeypatch, tmp_path):
-    """Put rows in the place of those of the package."""
+    """Replace the rows of the package."""
 
     def forget():
         configs._simulated.cache_clear()
@@ -239,14 +239,14 @@ STEPWISE = Config("stepwise", 16, 32, 64, 4, 0, 65535)
 # An LSTM in bfloat16, forward, on an H100.
 AT_256 = Simulated(90, "forward", 4, "half", "persistent", 16, 8, 256, 1000, 1600)
 AT_512 = AT_256._replace(hidden_size=512, alone=2000, full=3000)
-ALONE = H100._replace(processors=10**9)  # of which no launch has a share
+ALONE = H100._replace(processors=10**9)  # a launch takes a negligible share
 
 
 @pytest.mark.parametrize(
     ("hidden", "cycles"), [(1, 1000), (256, 1000), (320, 1250), (512, 2000), (768, 3000)]
 )
 def test_time_between_sizes(table, hidden, cycles):
-    """Beyond the largest, it grows with the size."""
+    """Beyond the largest size, the time is proportional to the size."""
     table(AT_512, AT_256)
     found = step_us(PERSISTENT, LSTM._replace(hidden_size=hidden), ALONE)
     assert found == pytest.approx(cycles / H100.clock_mhz, rel=1e-5)
@@ -258,7 +258,7 @@ def test_time_between_sizes(table, hidden, cycles):
      (129, 1, 128, 2), (300, 1, 128, 3)],
 )  # fmt: skip
 def test_share_of_the_multiprocessors(table, batch, directions, programs, launches):
-    """Between a group that has the GPU for itself and a full one; launch after launch."""
+    """Interpolates between one group alone and a full GPU; more tiles need more launches."""
     table(AT_256)
     shape = LSTM._replace(batch=batch, groups=directions)
     cycles = 1000 + 600 * (programs - 16) / (H100.processors - 16)
@@ -313,7 +313,7 @@ def test_each_kind_has_its_own_time(table):
     ]
     assert found == pytest.approx([(1000 + k) / H100.clock_mhz for k in range(len(changes))])
     assert step_us(PERSISTENT, LSTM._replace(n_gates=2), H100) == found[2]
-    for precision in configs.PRECISIONS:  # of float32 only
+    for precision in configs.PRECISIONS:  # applies to float32 only
         assert step_us(PERSISTENT, LSTM._replace(precision=precision), H100) == found[0]
 
 
@@ -338,7 +338,7 @@ def test_no_time_of_what_was_not_simulated(table, config, shape, device):
     ("changes", "device"), [({}, A100), ({"num_warps": 8}, H100), ({"block_b": 64}, H100)]
 )
 def test_what_stands_in(table, changes, device):
-    """An H100 for an A100; fewer warps and rows for those that were not simulated."""
+    """An H100 stands in for an A100; fewer warps and rows for numbers not simulated."""
     table(AT_256._replace(schedule="stepwise", block_b=32, num_warps=4))
     config = STEPWISE._replace(block_b=32)._replace(**changes)
     expected = configs._LAUNCH_US + 1000 / device.clock_mhz
@@ -371,7 +371,7 @@ def test_the_fastest_is_chosen(table, fastest):
     chosen = configs.choose(shape, H100)
     assert chosen.config.schedule == fastest
     assert chosen.step_us == min(step_us(config, shape, H100) for config in found)
-    # What has no time is not taken where something has one.
+    # A candidate without a time loses to any with one.
     table(*(row for key, row in rows.items() if key[0] == fastest))
     assert configs.choose(shape, H100).config.schedule == fastest
 

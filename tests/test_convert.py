@@ -1,4 +1,4 @@
-"""Weights of other libraries: against their formulas, written here in numpy, and there and back."""
+"""Weights of other libraries: against their formulas in numpy, and round trips."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def random(*shape):
 
 
 def layer(step, x, n_states=1, reverse=False):
-    """The outputs of all steps of x, (T, B, I); `step` has the formula of a library."""
+    """The outputs of all steps of x, (T, B, I); `step` is the formula of a library."""
     state = [np.zeros((x.shape[1], H)) for _ in range(n_states)]
     ys = []
     for x_t in x[::-1] if reverse else x:
@@ -41,7 +41,7 @@ def layer(step, x, n_states=1, reverse=False):
     return np.stack(ys[::-1] if reverse else ys)
 
 
-# Keras: gates i, f, c, o and z, r, h in columns.
+# Keras: columns hold gates i, f, c, o and z, r, h.
 
 
 def keras_lstm(kernel, recurrent, bias):
@@ -138,7 +138,7 @@ def test_from_ours_to_keras_and_back(kind):
     torch.testing.assert_close(other(x)[0], module(x)[0])
 
 
-# haste: gates i, g, f, o and z, r, h in columns.
+# haste: columns hold gates i, g, f, o and z, r, h.
 
 
 def normal(v):
@@ -204,11 +204,11 @@ def test_haste(kind):
         np.testing.assert_allclose(value, given[name], rtol=1e-15)
 
 
-# FlashRNN: R[gate, head, unit, unit before], Wx[..., gate, head, unit]; the GRU's gates n, r, z.
+# FlashRNN: R[gate, head, unit, previous unit], Wx[..., gate, head, unit]; GRU gates n, r, z.
 
 
 def flashrnn_step(kind, wx, states, r, b):
-    """A step as in FlashRNN's own plain backend; wx is (B, G, N, D), states are (B, N, D)."""
+    """A step of FlashRNN's plain backend; wx is (B, G, N, D), states are (B, N, D)."""
     rh = np.einsum("bnp,gndp->bgnd", states[0], r)
     if kind == "gru":
         g = rh[:, 0] + b[0]
@@ -267,7 +267,7 @@ def test_flashrnn(kind, heads):
     torch.testing.assert_close(other(torch.from_numpy(x))[0], y)
 
 
-# Whatever holds numbers, in whatever surroundings.
+# Array types, in different torch contexts.
 
 
 class HasArray:
@@ -311,7 +311,7 @@ SURROUNDINGS = {
 
 
 def integers(*shape):
-    """Numbers that every type holds exactly."""
+    """Numbers that every dtype represents exactly."""
     return RNG.integers(-8, 9, size=shape).astype(np.float32)
 
 
@@ -542,7 +542,7 @@ def test_zeros_with_weight_norm():
     ],
 )
 def test_weights_that_a_hook_computes(norm, part, library):
-    """They are given as the next call would use them, and not loaded."""
+    """They can be exported, as the next call would use them, but not loaded."""
     give, take = CONVERSIONS[library]
     source, target, plain = (fastrnn.GRU(INPUTS, H) for _ in range(3))
     norm(target, "weight_hh_l0")

@@ -1,4 +1,4 @@
-"""The pieces of the compiled kernels one by one, and the code that other CPUs would run."""
+"""The building blocks of the compiled kernels, and code generated for other CPUs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ADDRESS, INT = vector.ADDRESS, vector.INT
 
 
 def loaded(module: Any) -> Any:
-    """Optimize and compile a module; what it does not call goes."""
+    """Optimize and compile a module, dropping functions it does not call."""
     optimized, for_ = llvm.parse_assembly(str(module)), engine.target_machine()
     builder = llvm.create_pass_builder(for_, llvm.create_pipeline_tuning_options(speed_level=1))
     builder.getModulePassManager().run(optimized, builder)
@@ -45,25 +45,25 @@ def loaded(module: Any) -> Any:
 
 
 def entry(owner: Any, name: str, parameters: Sequence[Any]) -> Callable[..., None]:
-    """A compiled function, to be called with tensors and integers."""
+    """A compiled function that takes tensors and integers."""
     types = [ctypes.c_void_p if p == ADDRESS else ctypes.c_int64 for p in parameters]
     function = ctypes.CFUNCTYPE(None, *types)(owner.get_function_address(name))
 
     def call(*arguments: Tensor | int) -> None:
-        assert owner  # which has the code
+        assert owner  # keeps the code alive
         function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
     return call
 
 
-# Packing and products. The numbers are small integers, so that every sum is exact, in any order.
+# Packing and products. The numbers are small integers, so sums are exact in any order.
 
 TARGETS = [
     *(target._replace(dtype=dtype) for target in (machine.NEON, machine.AVX2, machine.AVX512)
       for dtype in (F32, F64)),
     machine.AVX512_BF16._replace(dtype=BF16),
 ]  # fmt: skip
-# Shuffles alone, which LLVM makes for every CPU.
+# Packing needs only shuffles, which LLVM supports on every CPU.
 PACKED = [*TARGETS, machine.AVX2._replace(pairs="none", dtype=BF16)]
 
 
@@ -79,7 +79,7 @@ PIECES = {
 
 @functools.cache
 def pieces(target: machine.Target) -> dict[str, Callable[..., None]]:
-    """What kernels for a target are made of, as far as this CPU can run it."""
+    """The building blocks of kernels for a target that this CPU can run."""
     module = ir.Module("pieces")
     writer = Writer(module, target)
     can_multiply = target.pairs in ("", HOST.pairs)
@@ -112,13 +112,13 @@ def integers(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def depths(target: machine.Target) -> Sequence[int]:
-    """Lengths of sums, with parts of vectors and of pairs, and of a turn of a loop."""
+    """Lengths of sums, including partial vectors, partial pairs and partial iterations."""
     lanes = target.units // 2
     return 1, 2, 3, lanes - 1, lanes, 2 * lanes + 1, 3 * lanes + 2, 4 * lanes, 67
 
 
 def panel_of(columns: Tensor, units: int) -> Tensor:
-    """Columns (k, n) as a panel, (depth, units, numbers in a lane), with zeros around them."""
+    """Columns (k, n) as a panel, (depth, units, numbers in a lane), padded with zeros."""
     group = 2 if columns.dtype == BF16 else 1
     k, n = columns.shape
     padded = columns.new_zeros(-(-k // group) * group, units)
@@ -127,7 +127,7 @@ def panel_of(columns: Tensor, units: int) -> Tensor:
 
 
 def canvas(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Room for a result in the midst of sevens, and all of it."""
+    """Space for a result surrounded by sevens, and the whole buffer."""
     size = torch.Size(shape).numel()
     whole = torch.full((size + 128,), 7.0, dtype=dtype)
     return whole[64 : 64 + size].view(shape), whole
@@ -172,7 +172,7 @@ def exact_dtype(target: machine.Target) -> torch.dtype:
 @pytest.mark.parametrize("name", ["multiply", "multiply_columns"])
 @pytest.mark.parametrize("target", TARGETS, ids=named)
 def test_products_with_packed_weights(target, name):
-    """Of a few rows, and of as many columns; nobody multiplies columns of pairs."""
+    """Products of a few rows or columns; columns of pairs are never multiplied."""
     by_columns = name == "multiply_columns"
     if by_columns and target.pairs:
         pytest.skip("columns are not pairs")
@@ -198,7 +198,7 @@ def test_products_with_weights_as_they_are(target):
     call = piece(target, "multiply_unpacked")
     for k in depths(target):
         for units in {1, 2, 3, target.units - 1, target.units}:
-            # Behind the last row nothing may be read, which guard pages show; nor used.
+            # Data past the last row must not be used; guard pages check that it is not read.
             w = torch.full((units + 1, k), float("nan"), dtype=target.dtype)
             w[:units] = integers(units, k, dtype=target.dtype)
             for rows in range(1, Writer.dot_rows + 1):
@@ -217,7 +217,7 @@ def test_products_with_weights_as_they_are(target):
 
 
 def activation(function: Callable[[Any], Any], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Compile a function of the cells to run over a tensor."""
+    """Compile an activation function to run over a tensor."""
     number = vector.FLOAT if dtype == F32 else vector.DOUBLE
     module, parameters = ir.Module("activation"), [ADDRESS, ADDRESS, INT]
     format = vector.Format(number, number, HOST._replace(dtype=dtype).units // 2)
@@ -238,14 +238,14 @@ def activation(function: Callable[[Any], Any], dtype: torch.dtype) -> Callable[[
     return apply
 
 
-# In numpy's long double, which has 64 bits where there are 80-bit numbers.
+# In numpy's long double, whose significand has 64 bits where it is an 80-bit type.
 EXACT = {
     "sigmoid": lambda x: 1 / (1 + numpy.exp(-x)),
     "tanh": numpy.tanh,
     "exp": numpy.exp,
     "log_sigmoid": lambda x: numpy.minimum(x, 0) - numpy.log1p(numpy.exp(-numpy.abs(x))),
 }
-# exp of it is a normal number; beyond it the kernels go no further.
+# exp(limit) and exp(-limit) are normal numbers; the kernels clamp beyond.
 LIMITS = {F32: 87, F64: 708}
 
 
@@ -271,7 +271,7 @@ def test_activations_to_the_last_digits(name, dtype):
         values = -values.abs()
     exact, mine = exactly(name, values), activation(getattr(activations, name), dtype)(values)
     error = numpy.abs(mine.numpy().astype(numpy.longdouble) - exact)
-    # Relative, down to what is lost in 1 - sigmoid below the smallest normal number.
+    # Relative, with a floor of one unit of the smallest normal number, lost in 1 - sigmoid.
     units = error / numpy.maximum(numpy.abs(exact) * unit.eps, unit.tiny)
     inside = (values.abs() < limit).numpy()
     assert units[inside].max() < 2.1
@@ -285,7 +285,7 @@ def test_activations_of_special_values(name, dtype):
     special = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0], dtype=dtype)
     special = special[1:] if name == "exp" else special
     mine = activation(getattr(activations, name), dtype)(special)
-    if name == "log_sigmoid":  # of -inf too, unlike the formula
+    if name == "log_sigmoid":
         right = torch.nn.functional.logsigmoid(special)
     else:
         right = torch.from_numpy(exactly(name, special).astype(numpy.float64)).to(dtype)
@@ -319,7 +319,7 @@ def test_what_is_not_a_number_stays_so(name, dtype):
             torch.testing.assert_close(found, right, equal_nan=True)
 
 
-# What other CPUs would run.
+# Code for other CPUs.
 
 X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
 OTHERS = [
@@ -345,7 +345,7 @@ def assembly_for(triple: str, cpu: str, cell: str, target: machine.Target) -> st
 
 
 def inner_loops(assembly: str, product: str) -> list[tuple[int, str]]:
-    """Blocks of code that repeat themselves, with how many products each has."""
+    """Basic blocks that jump to themselves, with the number of products in each."""
     parts = re.split(r"^(\.LBB\w+):", assembly, flags=re.MULTILINE)[1:]
     blocks = zip(parts[::2], parts[1::2], strict=True)
     loops = [re.match(rf".*\s{re.escape(label)}$", body, re.M | re.S) for label, body in blocks]
@@ -354,7 +354,7 @@ def inner_loops(assembly: str, product: str) -> list[tuple[int, str]]:
 
 
 def spilled(body: str) -> bool:
-    """Whether a vector lies on the stack, or more than an address."""
+    """Whether a vector, or more than one address, is spilled to the stack."""
     lines = re.findall(r".*(?:\(%rsp|\[sp).*", body)
     return len(lines) > 1 or any(re.search(r"mm\d|\b[qvdz]\d", line) for line in lines)
 
@@ -366,7 +366,7 @@ def test_products_of_other_cpus_stay_in_registers(triple, cpu, target, sign, dty
         pytest.skip("does not multiply pairs of bfloat16")
     target = target._replace(dtype=dtype)
     loops = inner_loops(assembly_for(triple, cpu, "lstm", target), PRODUCT[dtype])
-    # A turn of the loop of a full tile.
+    # One iteration for a full tile.
     assert max(count for count, _ in loops) == max(24, 2 * target.tile_rows)
     for count, body in loops:
         assert not spilled(body), f"a spill among {count} products"

@@ -1,6 +1,6 @@
-"""The compiled kernels of the CPU: every cell, dtype, width and number of threads against float64.
+"""The compiled CPU kernels: every cell, dtype, vector width and thread count against float64.
 
-Their pieces have tests of their own, in test_cpu_code.py.
+Their building blocks are tested in test_cpu_code.py.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def with_threads(monkeypatch):
 
 @pytest.fixture
 def packing(monkeypatch):
-    """A function that lets a seed say which weights forward packs."""
+    """A function that chooses from a seed which weights forward packs."""
 
     def choose(seed: int) -> None:
         rng = random.Random(seed)
@@ -74,13 +74,13 @@ def packing(monkeypatch):
 
 
 def errors(found: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """In units of the last place of the largest number, or of 1."""
+    """Errors in units in the last place of the largest number, or of 1 if that is larger."""
     unit = torch.finfo(dtype).eps * max(1.0, right.abs().max().item())
     return (found.double() - right) / unit
 
 
 def largest(cell: str, seed: int, k: int) -> float:
-    """How large an error may be in units; where means are divided by deviations, as torch's are."""
+    """The largest error allowed, in units; in normalised cells it depends on torch's own error."""
     of_torch = operators_of(cell, seed, F32)[k], exact_of(cell, seed, F32)[k]
     return 16 if CELLS[cell].is_pointwise else 16 + 4 * errors(*of_torch, F32).abs().max().item()
 
@@ -91,10 +91,10 @@ def largest(cell: str, seed: int, k: int) -> float:
 )
 @pytest.mark.parametrize("cell", CELLS)
 def test_against_float64(monkeypatch, with_threads, packing, cell, target, dtype):
-    """LLVM splits vectors that the CPU at hand has not, so every width can be tested on any.
+    """LLVM splits vectors that this CPU lacks, so every width can be tested on any CPU.
 
-    In float64 the right results have errors too, as large as ours may be: twice the squares, of
-    units that are as many as in float32.
+    In float64 the exact results have errors as large as ours may be, so twice the squared error is
+    allowed, with the bound in units taken from float32.
     """
     monkeypatch.setattr(machine, "target", lambda: target)
     squares, allowed = 0.0, 0.0
@@ -124,13 +124,13 @@ def has_kinks(cell: str) -> bool:
 @multiplies_pairs
 @pytest.mark.parametrize("cell", CELLS)
 def test_bfloat16_against_float64(with_threads, packing, cell):
-    """Beside float32 that is rounded once, h and the gradients of the gates are rounded too."""
+    """Besides the results, h and the gradients of the gates are rounded at every step."""
     squares, allowed = 0.0, 0.0
     for seed in range(12):
         with_threads(seed % 4 + 1)
         packing(seed)
         call, given = drawn(cell, seed, BF16)
-        if cell == "slstm":  # c, n and m have a kink where m changes hands, and h has none
+        if cell == "slstm":  # c, n and m have a kink where m switches; h has none
             of_others = [torch.zeros_like(part) for part in given.d_final[1:]]
             given = Cotangents(given.dy, [given.d_final[0], *of_others])
         found = run(call, given)
@@ -152,7 +152,7 @@ def test_bfloat16_against_float64(with_threads, packing, cell):
 @pytest.mark.parametrize("steps", [1, 5, 40])
 @pytest.mark.parametrize("kind", ["lstm", "lstm_proj", "gru", "rnn_tanh"])
 def test_bfloat16_beside_torch(packing, kind, steps):
-    """No output and no gradient has twice the error of torch.nn's, or a rounding's."""
+    """Errors of outputs and gradients are at most twice torch.nn's plus one rounding."""
     for seed, (batch, inputs, hidden) in enumerate([(1, 7, 9), (3, 33, 48), (13, 64, 65)]):
         packing(seed)
         ours, stock = pair(kind, inputs, hidden, dtype=BF16, bidirectional=seed == 1)
@@ -170,7 +170,7 @@ def test_bfloat16_beside_torch(packing, kind, steps):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_operators_against_float64(cell):
-    """The loop of torch's operators, which serves where there is no kernel."""
+    """The loop of torch operators, used where there is no kernel."""
     for dtype in (F32, F64):
         for seed in range(8):
             results = zip(operators_of(cell, seed, dtype), exact_of(cell, seed, dtype), strict=True)
@@ -181,7 +181,7 @@ def test_operators_against_float64(cell):
 
 
 def test_what_is_packed(monkeypatch):
-    """Weights that are multiplied often, by many rows."""
+    """Weights are packed if they are multiplied often, by many rows."""
     found = []
     monkeypatch.setattr(engine, "run", lambda *args, **options: found.append(args[3]))
     for batch, steps in ((4, 40), (1, 100), (64, 200)):
@@ -194,7 +194,7 @@ def test_what_is_packed(monkeypatch):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradients_of_groups(cell):
-    """Of each part of the batch, as if it were a call of its own."""
+    """Gradients of each part of the batch, as if it were a separate call."""
     call, given = draw(cell, 1)
     weights = [part[0] for part in call.weights] if call.members else call.weights
     call = call._replace(batch_sizes=None, flow=PLAIN, x=torch.randn(5, 6, call.x.shape[-1]))
@@ -235,7 +235,7 @@ def test_half_precision_that_is_not_multiplied_is_rounded_once(monkeypatch, cell
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_results_do_not_depend_on_what_is_kept(cell, dtype):
-    """Of an h before its projection, forward keeps one step or all of them."""
+    """Forward keeps h before its projection for one step or for all steps."""
     for seed in range(8):
         call, _ = drawn(cell, seed, dtype)
         whole, _ = cpu.forward(call, ALL, True)
@@ -267,7 +267,7 @@ def test_results_do_not_depend_on_the_number_of_threads(
     monkeypatch.setattr(native, "_pays", lambda rows, times: packed)
     for seed in range(3):
         results = []
-        for count in (1, 2, 3, 8):  # 8 are more than there are cores, and than slices
+        for count in (1, 2, 3, 8):  # 8 exceeds the cores and the slices
             with_threads(count)
             results.append(run(*drawn(cell, seed, dtype)))
         for other in results[1:]:
@@ -276,7 +276,7 @@ def test_results_do_not_depend_on_the_number_of_threads(
 
 @pytest.mark.parametrize(("name", "size_h"), [("gru", 129), ("lstm", 70)])
 def test_many_steps_on_many_threads(with_threads, name, size_h):
-    """A wait that is missing shows up in a long walk with narrow slices."""
+    """A missing wait shows up in a long sequence with narrow slices."""
     cell = CELLS[name]
     shapes = [(cell.n_gates * 129, n) for n in (33, size_h)] + [(size_h, 129)] * (size_h < 129)
     weights = [torch.randn(shape) * 0.1 for shape in shapes]
@@ -317,7 +317,7 @@ def test_groups_with_little_to_do_have_one_thread(monkeypatch, groups):
 @pytest.mark.parametrize("members", [(), (1,), (3,)])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_products_of_members(monkeypatch, with_threads, threads, members):
-    """Of matrices with pitches, one given transposed, to what is written or added to."""
+    """Strided matrices, one of them transposed; the result is overwritten or added to."""
     with_threads(threads)
     monkeypatch.setattr(native, "_MIN_FLOPS", 0)
     monkeypatch.setattr(machine, "has_narrow_blas", lambda dtype: True)
@@ -332,7 +332,7 @@ def test_products_of_members(monkeypatch, with_threads, threads, members):
 
 @pytest.mark.parametrize("given", [1, 2])
 def test_fewer_threads_than_were_planned(monkeypatch, with_threads, given):
-    """As the OpenMP runtime may give, where other programs or limits take them."""
+    """The OpenMP runtime may provide fewer because of limits or other programs."""
     library = engine.openmp()
     if library is None:
         pytest.skip("no OpenMP runtime")
@@ -454,7 +454,7 @@ print("all inside")
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no mprotect")
 def test_nothing_beyond_the_arguments_is_touched():
-    """Of tensors, results and work space; and what is in the latter before is not used."""
+    """Guards tensors, results and work space; initial contents of work space must not matter."""
     done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "all inside\n", done.stderr
 
@@ -462,7 +462,7 @@ def test_nothing_beyond_the_arguments_is_touched():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_nothing_beyond_the_columns_is_written(with_threads, packing, name, dtype):
-    """h may be columns of a wider tensor; that of the LSTM is projected."""
+    """h may be columns of a wider tensor; the LSTM here has a projection."""
     with_threads(2)
     cell, exact_dtype = CELLS[name], F64 if dtype == F64 else F32
     for seed, hidden in enumerate((2, 7, 17, 33)):
@@ -553,7 +553,7 @@ def test_batch_sizes_of_any_layout(sizes):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_saved_tensors_of_any_layout(cell):
-    """As hooks that move them elsewhere may bring them back."""
+    """Hooks that move saved tensors may return them in another layout."""
     call, given = draw(cell, 4)
     _, saved = cpu.forward(call, ALL, False)
     expected = cpu.backward(call, given, saved, Asked())
@@ -580,7 +580,7 @@ def test_negated_views():
 
 
 def test_gradients_under_compiled_autograd():
-    """Dynamo then traces Python that hands out addresses, and frees what it thinks is not used."""
+    """Dynamo then traces Python that passes addresses, and frees tensors it considers unused."""
     gru, x = fastrnn.GRU(8, 16), torch.randn(20, 3, 8)
     expected = torch.autograd.grad(gru(x)[0].square().sum(), list(gru.parameters()))
     compiler = torch.compile(backend="eager")
@@ -619,7 +619,7 @@ def test_recompute_in_another_autocast_region(name):
 
 @pytest.mark.parametrize("cell", ["lstm", "layernorm_lstm"])
 def test_a_projection_to_more_than_the_hidden_size(cell):
-    """It has more slices than the gates have, whose sums need room of their own."""
+    """The projection has more slices than the gates, and their sums need separate space."""
     generator, size_h, hidden = torch.Generator().manual_seed(0), 100, 8
 
     def random(*sizes):

@@ -1,4 +1,4 @@
-"""The kernels of the CPU among threads, processes and files."""
+"""The CPU kernels with threads, processes and cached files."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_work_space_is_kept_within_limits(monkeypatch):
         kept = memory._kept.work
         assert 0 < kept.nbytes <= memory._MOST
         assert torch.equal(model(x)[0], expected)
-    y, _ = model(x)  # what was kept in inference mode serves outside of it
+    y, _ = model(x)  # work space kept in inference mode is reused outside it
     y.sum().backward()
     assert memory._kept.work is kept
     assert torch.equal(y, expected)
@@ -120,7 +120,7 @@ def test_work_space_is_kept_within_limits(monkeypatch):
 
 
 def test_more_threads_than_cores(monkeypatch, two_threads):
-    """Of OpenMP, in every one of several Python threads."""
+    """More OpenMP threads than cores, in each of several Python threads."""
     monkeypatch.setattr(engine, "threads", lambda *sizes: 8)
     model, x = module_and_input()
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_more_threads_than_cores(monkeypatch, two_threads):
 
 @can_fork
 def test_forked_processes(two_threads):
-    """The threads of the pool do not survive a fork, which the OpenMP runtime does not notice."""
+    """The threads of the pool do not survive a fork, and the OpenMP runtime does not notice."""
     model, x = module_and_input()
     y, _ = model(x)  # starts the pool
     y.sum().backward()
@@ -151,7 +151,7 @@ def test_forked_processes(two_threads):
     queue = context.SimpleQueue()
 
     def child() -> None:
-        # torch would fill memory in parallel, and wait for threads that are not there.
+        # torch would fill memory in parallel and wait for threads that do not exist.
         torch.utils.deterministic.fill_uninitialized_memory = False
         with torch.no_grad():
             queue.put((engine.threads(10**9, 16), model(x)[0].sum().item()))
@@ -261,13 +261,13 @@ CUT_OFF = "no kernels after a fork while another thread compiled some"
     ids=["importing", "compiling", "compiling for long", "another library", "same thread"],
 )
 def test_forked_while_a_thread_compiles(other, gap):
-    """Its locks stay locked in the child."""
+    """The locks it holds stay locked in the child."""
     done = python(FORK.format(other=other))
     assert done.stdout.splitlines() == [gap, gap, "0"], done.stderr
 
 
 class Encoded(Dataset):
-    """Runs a layer for every item, as an encoder in front of a model would."""
+    """Run a layer for every item, like an encoder in front of a model."""
 
     def __init__(self) -> None:
         self.model, self.x = module_and_input()
@@ -366,7 +366,7 @@ def test_a_folder_of_nobody(monkeypatch, caplog, tmp_path):
 
 
 def test_the_name_of_a_file_depends_on_all_sources(monkeypatch):
-    """Or another version would call code that expects other arguments."""
+    """Otherwise another version could call code that expects different arguments."""
     target = machine.target()
     before = engine._cached(CELLS["gru"], target, False)
     assert engine._cached(CELLS["lstm"], target, False) != before
@@ -387,14 +387,14 @@ def test_the_name_of_a_file_depends_on_all_sources(monkeypatch):
     tanh, relu = (CELLS[name]._replace(name="mine") for name in ("rnn_tanh", "rnn_relu"))
     names = [engine._cached(cell, target, False) for cell in (tanh, relu)]
     assert names[0] != names[1], "functions of one file"
-    for name in ("gru_reset_before", "layernorm_lstm"):  # of the records that a cell has
+    for name in ("gru_reset_before", "layernorm_lstm"):  # optional records of a cell
         cell = CELLS[name]
         other = cell._replace(late=None, output=None)
         assert engine._cached(cell, target, False) != engine._cached(other, target, False)
 
 
 def test_cells_of_the_same_name(monkeypatch):
-    """What is remembered of a cell is that of its functions and facts."""
+    """Cached results belong to the functions and facts of a cell, not to its name."""
     x, weights = torch.randn(5, 2, 3), [torch.randn(4, 3), torch.randn(4, 4)]
     for like in ("rnn_tanh", "rnn_relu", "rnn_tanh"):
         monkeypatch.setitem(CELLS, "mine", CELLS[like]._replace(name="mine"))
@@ -453,7 +453,7 @@ def test_compiling_logs_to_the_library_s_logger(tmp_path, caplog, monkeypatch):
     assert len(caplog.records) == 2
 
 
-# Weights are packed anew in every call.
+# Weights are packed again in every call.
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])

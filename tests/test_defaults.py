@@ -1,4 +1,4 @@
-"""Results do not depend on torch's default device and dtype, which are for what a user makes."""
+"""Results do not depend on torch's default device and dtype, meant for tensors a user creates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LENGTHS = [9, 3, 0, 7]
 
 @contextlib.contextmanager
 def other_defaults():
-    """Of a program that computes on another device, in another dtype."""
+    """Defaults of a program that computes on another device, in another dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if before == torch.float32 else torch.float32)
     try:
@@ -51,7 +51,7 @@ BUILT = {
 
 
 def calls():
-    """Arguments of a call by name, made where the defaults are torch's own."""
+    """Arguments of a call by name, created under torch's own defaults."""
     x, lengths = torch.randn(STEPS, BATCH, 6), torch.tensor(LENGTHS)
     reset = torch.rand(STEPS, BATCH) < 0.3
     packed = pack_padded_sequence(x, lengths.clamp(min=1), enforce_sorted=False)
@@ -72,7 +72,7 @@ def calls():
 
 
 def run(module, argument, given):
-    """Results and gradients; random numbers come from the same seed."""
+    """Results and gradients, always with the same seed."""
     torch.manual_seed(1)
     tensors = [t for t in tree_leaves(module(argument, **given)) if t is not None]
     value = sum(t.float().square().sum() for t in tensors if t.is_floating_point())

@@ -1,4 +1,4 @@
-"""``diagnose``: gradients against finite differences and theory, the rest as it is defined."""
+"""``diagnose``: gradients against finite differences and theory, the rest by definition."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLASSES = (
 
 
 def linear(a: float) -> Any:
-    """A linear network that turns its state and multiplies it by `a` at every step."""
+    """A linear network that rotates its state and scales it by `a` at every step."""
     rnn = fastrnn.RNN(X, H, nonlinearity="identity", dtype=torch.float64)
     with torch.no_grad():
         rnn.weight_hh_l0.copy_(a * torch.linalg.qr(torch.randn(H, H, dtype=torch.float64))[0])
@@ -31,7 +31,7 @@ def linear(a: float) -> Any:
 
 
 def of_outputs(output: Tensor, hx: Any) -> Tensor:
-    """A loss with a gradient of its own at every step."""
+    """A loss with a different gradient at every step."""
     return output.sin().sum()
 
 
@@ -64,7 +64,7 @@ def differences(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("cls", [fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN])
 def test_total_derivatives_of_an_inner_layer(cls: Any) -> None:
-    """Of L with respect to a state in the middle, from which the layers go on."""
+    """Derivatives with respect to an intermediate state from which both layers continue."""
     lower, upper = (cls(size, H, dtype=torch.float64) for size in (X, H))
     both = cls(X, H, num_layers=2, dtype=torch.float64)
     weights = [f"{name}_l{k}" for k in (0, 1) for name, _ in _without_suffix(lower)]
@@ -91,7 +91,7 @@ def test_total_derivatives_of_an_inner_layer(cls: Any) -> None:
             if c is None:
                 continue
             dc = differences(lambda part, h=h: loss_from(h, part), c)
-            # A cell state also has an effect through the h of its own step.
+            # A cell state also acts through h of the same step.
             o = states.gates[t, 0].chunk(4, dim=-1)[3]
             dc = dc + dh * o * (1 - c.tanh().square())
             assert found["c"].gradient[t] == pytest.approx(_norm(dc), rel=1e-6)
@@ -129,7 +129,7 @@ def test_reverse_direction_is_that_of_the_reversed_sequence() -> None:
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_lengths(cls: Any) -> None:
-    """Rows that end sooner are as if they were alone; padded, packed or one by one."""
+    """Rows that end early count as if they were alone: padded, packed or one by one."""
     module = cls(X, H, num_layers=2, bidirectional=True, dtype=torch.float64)
     x, lengths = torch.randn(T, 3, X, dtype=torch.float64), torch.tensor([2, T, 0])
     padded = diagnose(module, x, lengths=lengths)
@@ -174,7 +174,7 @@ def test_gradients_that_are_cut() -> None:
 
 
 def test_heads_and_noise() -> None:
-    """A head is a small layer of its own; noise is drawn as in a call."""
+    """Each head is treated as a small layer; noise is drawn as in a call."""
     lstm = fastrnn.LSTM(X, H, bidirectional=True, num_heads=2)
     for one in diagnose(lstm, torch.randn(T, B, X)).directions:
         heads = getattr(lstm, f"weight_hh_{one.name}").detach().view(4, 2, 2, 2)
@@ -249,7 +249,7 @@ def test_modules_of_torch() -> None:
 
 
 def test_leaves_no_trace() -> None:
-    """Nothing gets a gradient, and a frozen module without gradients does as well as another."""
+    """Nothing gets a gradient; a frozen module without grad mode gives the same results."""
     lstm, x = fastrnn.LSTM(X, H), torch.randn(T, B, X)
     expected = gradients(diagnose(lstm, x))
     assert all(p.grad is None for p in lstm.parameters())

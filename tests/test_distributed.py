@@ -1,6 +1,6 @@
-"""Two processes on halves of a batch do what one does on the whole; checkpoints change nothing.
+"""Two processes with half a batch each match one with all of it; checkpointing changes nothing.
 
-The file is also the program that the processes run: ``torchrun ... tests/test_distributed.py``.
+The processes run this file as a program: ``torchrun ... tests/test_distributed.py``.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def train(model: torch.nn.Module, inputs: tuple[Tensor, ...]) -> list[list[Tenso
 
 
 def whole(part: Tensor) -> Tensor:
-    """Gather what is sharded."""
+    """Gather a sharded tensor."""
     return (part.full_tensor() if hasattr(part, "full_tensor") else part).detach().clone()
 
 
@@ -69,13 +69,13 @@ def distribute(kind: str, model: Model) -> torch.nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    if kind == "fsdp_layers":  # gathered and freed on their own, at forward and again at backward
+    if kind == "fsdp_layers":  # gathered and freed separately, in forward and again in backward
         fully_shard(model.recurrent, mesh=mesh, reshard_after_forward=True)
     return fully_shard(model, mesh=mesh)
 
 
 def compare(kind: str) -> None:
-    """Train in all processes, each with its part of the batch, and alone with the whole."""
+    """Train in all processes, each on its part of the batch, and alone on the whole batch."""
     for dtype in (torch.float32, torch.float64):
         model, (x, lengths, reset) = make(dtype)
         alone = train(model, (x, lengths, reset))
@@ -83,7 +83,7 @@ def compare(kind: str) -> None:
         model, _ = make(dtype)
         together = train(distribute(kind, model), (x[:, part], lengths[part], reset[:, part]))
         for ours, expected in zip(together, alone, strict=True):
-            for a, b in zip(ours, expected, strict=True):  # sums of all rows, in another order
+            for a, b in zip(ours, expected, strict=True):  # sums over all rows, in another order
                 bound = 32 * torch.finfo(dtype).eps * b.abs().max().item()
                 torch.testing.assert_close(a, b, rtol=0, atol=bound)
 
@@ -105,7 +105,7 @@ def test_processes_share_a_batch() -> None:
 def test_activation_checkpointing(
     layer_class: type[torch.nn.Module], dtype: torch.dtype, use_reentrant: bool
 ) -> None:
-    """The forward that backward runs again draws the same masks, and gives the same gradients."""
+    """The forward pass that backward reruns draws the same masks and gives the same gradients."""
     model, (x, *others) = make(dtype, layer_class, dropout=0.3, recurrent_dropout=0.2, zoneout=0.1)
 
     def results(call: Callable[..., Tensor]) -> list[Tensor]:
@@ -127,5 +127,5 @@ if __name__ == "__main__":
     for kind in KINDS:
         compare(kind)
         print(f"{kind} agrees", flush=True)
-    dist.barrier()  # gloo's threads are idle then, so that closing it cannot hang
+    dist.barrier()  # gloo's threads are idle then, so closing it cannot hang
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""torch's FlopCounterMode counts our operators as it counts torch.nn's products."""
+"""torch's FlopCounterMode counts our operators like the products of torch.nn."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ by_path = pytest.mark.parametrize("path", ["kernels", "reference"])
 
 
 def count(run: Callable[[], Any], of: str = "") -> int:
-    """Count a call; of operators whose names begin so."""
+    """Count the FLOPs of a call in operators whose names start with `of`."""
     with FlopCounterMode(display=False) as counter:
         run()
     by_operator = counter.get_flop_counts().get("Global", {})
@@ -55,7 +55,7 @@ def train(module: torch.nn.Module, *args: Any, **options: Any) -> None:
 
 
 def pair(name: str, **options: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Ours and torch.nn's, in a dtype in which this is not one operator of oneDNN."""
+    """Ours and torch.nn's, in a dtype that oneDNN does not run as one operator."""
     options["dtype"] = torch.float64
     return getattr(fastrnn, name)(X, H, **options), getattr(torch.nn, name)(X, H, **options)
 
@@ -123,7 +123,7 @@ def test_frozen_weights(name: str, path: str) -> None:
 @by_path
 @by_name
 def test_checkpoint(name: str, path: str) -> None:
-    """Its second forward counts."""
+    """The second forward pass is counted."""
     x = batch(requires_grad=True)
 
     def run(module: torch.nn.Module) -> None:
@@ -155,7 +155,7 @@ def test_torch_counts_by_itself(name: str) -> None:
 
 @by_name
 def test_by_hand(name: str) -> None:
-    """In the dtype of every day, in which torch.nn's LSTM may count nothing."""
+    """In float32, where torch.nn's LSTM may count nothing."""
     module, width, x = getattr(fastrnn, name)(X, H), GATES[name] * H, torch.randn(T, B, X)
     forward = 2 * T * B * (X + H) * width
     to_h = 2 * (T - 1) * B * H * width  # zeros before the first step have no gradient
@@ -168,7 +168,7 @@ def test_by_hand(name: str) -> None:
 
 @by_name
 def test_half_of_a_step(name: str) -> None:
-    """A mode that sees the forward, or the backward, only."""
+    """A mode that sees only the forward or only the backward pass."""
     module, x = getattr(fastrnn, name)(X, H), torch.randn(T, B, X)
     with use_path("kernels"):
         both, forward = count(lambda: train(module, x)), count(lambda: infer(module, x))
@@ -182,14 +182,14 @@ def test_recompute(name: str) -> None:
     with use_path("kernels"):
         both, forward = count(lambda: train(module, x)), count(lambda: infer(module, x))
         assert count(lambda: train(module, x, recompute=True)) == both + forward
-        # A chunk is given its state, the first one too.
+        # Every chunk, even the first, has an initial state.
         more = 2 * B * H * GATES[name] * H
         assert count(lambda: train(module, x, recompute=3)) == both + forward + more
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_recompute_on_a_gpu(cell: str) -> None:
-    """Without one: what forward leaves there says whether backward begins with another."""
+    """Without a GPU: what forward saves decides whether backward first reruns it."""
     formula = flop_registry[torch.ops.fastrnn.layer_backward]
     width = (4 if cell == "lstm" else 3) * H
     weights, given, counts = [torch.empty(width, size) for size in (X, H)], [torch.empty(1)], []
@@ -208,7 +208,7 @@ def test_recompute_on_a_gpu(cell: str) -> None:
     "name", ["LayerNormLSTM", "LayerNormGRU", "PeepholeLSTM", "ResetBeforeGRU", "SLSTM"]
 )
 def test_variants(name: str) -> None:
-    """As layers of as many gates, although the operator may call torch's."""
+    """Counted as layers with as many gates, although the operator may call torch's."""
     module, x = getattr(fastrnn, name)(X, H), torch.randn(T, B, X)
     like = fastrnn.GRU(X, H) if "GRU" in name else fastrnn.LSTM(X, H)
     with use_path("kernels"):
@@ -253,7 +253,7 @@ def test_without_data(name: str) -> None:
 
 
 def test_symbolic_sizes() -> None:
-    """Counting does not fix the sizes that a compiler wants to leave open."""
+    """Counting does not specialise sizes that a compiler keeps symbolic."""
 
     def run(x: Tensor, *weights: Tensor) -> Tensor:
         rest = (list(weights), None, False, None, [], [])
@@ -309,7 +309,7 @@ def test_second_derivative_counts_by_itself() -> None:
     with use_path("reference"):
         expected = count(run)
     with use_path("kernels"):
-        assert count(run, of="aten") == expected  # the reference from its beginning
+        assert count(run, of="aten") == expected  # the whole reference
         assert count(run, of="fastrnn") > 0
 
 
@@ -321,7 +321,7 @@ def test_compiled() -> None:
         both, forward = count(lambda: train(module, x)), count(lambda: infer(module, x))
     compiled = torch.compile(lambda x: module(x)[0], backend="aot_eager")
     assert count(compiled(x).sum().backward) == both - forward
-    with use_path("kernels"):  # as torch does not use what it compiled under such a mode
+    with use_path("kernels"):  # torch does not use compiled code under such a mode
         assert count(lambda: compiled(x).sum().backward()) == both
     with torch.no_grad():
         exported = torch.export.export(module, (x,)).module()

@@ -1,4 +1,4 @@
-"""Lengths, resets, states of all steps, truncated gradients: against sequences run one by one."""
+"""Lengths, resets, all states and truncated gradients against sequences run one by one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 0.05}
 
 
 def one_by_one(module, x, hx, lengths, reset, fresh, bptt):
-    """What the options mean: every row alone, cut into its sequences, step by step.
+    """The meaning of the options: each row alone, split into sequences, step by step.
 
     Returns the output, the final states and the states of all steps.
     """
@@ -79,7 +79,7 @@ def one_by_one(module, x, hx, lengths, reset, fresh, bptt):
 
 
 def draw(seed: int, name: str, dtype: torch.dtype):
-    """A module and everything that it may be called with."""
+    """A module and all arguments that it may be called with."""
     generator = torch.Generator().manual_seed(seed)
 
     def integer(most: int) -> int:
@@ -134,7 +134,7 @@ def call(module, x, hx, given, **more):
 
 def check(ours, exact, tolerance):
     for a, b in zip(ours, exact, strict=True):
-        if a is None or b is None:  # the gradient of what does not matter
+        if a is None or b is None:  # the gradient of something unused
             assert a is None or (a == 0).all()
             assert b is None or (b == 0).all()
             continue
@@ -176,10 +176,10 @@ def test_every_option_with_every_other(name, dtype):
 @pytest.mark.parametrize("given_fresh", [True, False])
 @pytest.mark.parametrize("name", MODULES)
 def test_one_step_begins_anew(name, given_fresh, given_state):
-    """A reset before the only step, as of a policy that acts, whatever was there before."""
+    """A reset before the only step, as in a policy's rollout, from any previous state."""
     for seed in range(40):
         module, x, hx, _ = draw(seed, name, torch.float64)
-        if module.bidirectional and seed > 8:  # the other direction does not begin anew
+        if module.bidirectional and seed > 8:  # the reverse direction is not reset
             continue
         x = x[:1].detach().requires_grad_()
         reset = torch.rand(1, x.shape[1]) < 0.5
@@ -212,7 +212,7 @@ def test_gates_and_gradients_through_them(name):
         module, x, hx, given = draw(seed, name, torch.float64)
         fresh = given.get("reset_state")
         *_, states = call(module, x, hx, given, return_states="gates")
-        # From the gates follow the states, so that both must have the same gradients.
+        # The gates determine the states, so both must have the same gradients.
         before = torch.cat([hx[0][None], states.h[:-1]])
         if module.bidirectional or given:
             gates = states.gates.chunk(CELLS[name].n_gates, dim=-1)
@@ -277,7 +277,7 @@ def test_half_precision(name):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_lengths_are_what_packing_does(data):
-    """Against torch.nn.LSTM with PackedSequence, in any order and with any lengths from 1 on."""
+    """Against torch.nn.LSTM with PackedSequence, for lengths of at least 1 in any order."""
     batch = data.draw(st.integers(1, 6))
     lengths = data.draw(st.lists(st.integers(1, 9), min_size=batch, max_size=batch))
     hidden, bidirectional = data.draw(st.integers(1, 33)), data.draw(st.booleans())
@@ -308,7 +308,7 @@ def test_a_row_without_steps():
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("path", [None, "kernels", "reference"])
 def test_nothing_crosses_a_reset(name, path, bad):
-    """Not even what is not a number: neither values nor gradients."""
+    """Neither values nor gradients, not even if they are NaN or infinite."""
     cls, options = MODULES[name]
     module = cls(3, 6, **options)
     x = torch.randn(6, 2, 3)
@@ -353,7 +353,7 @@ def test_a_learned_state_after_resets():
 
 
 def test_the_state_of_all_steps_begins_other_calls():
-    """`states.h[t]` is what a call would begin with that continues after step t."""
+    """`states.h[t]` is the initial state of a call that continues after step t."""
     lstm = fastrnn.LSTM(3, 5, num_layers=2)
     x = torch.randn(7, 2, 3)
     y, _, states = lstm(x, return_states=True)
@@ -386,7 +386,7 @@ def test_second_derivatives_with_every_option(cls):
 
     def run(x, start):
         state = (start, start * 2) if cls is fastrnn.LSTM else start
-        # With bptt the value and its derivative would not belong together.
+        # No bptt: it truncates gradients, so they would not match finite differences.
         y, _, states = module(
             x, lengths=lengths, reset=reset, reset_state=state, return_states=True
         )
@@ -458,7 +458,7 @@ def test_more_that_is_refused():
 
 
 def test_wrong_lengths_that_nobody_looks_at_are_not_a_number():
-    """As on a GPU, where a look would make the host wait."""
+    """As on a GPU, where checking them would make the host wait."""
     gru, x = fastrnn.GRU(3, 5), torch.randn(4, 3, 3)
     y = torch.func.vmap(lambda lengths: gru(x, lengths=lengths, reset=x[..., 0] > 0)[0])(
         torch.tensor([[4, 5, -1], [1, 2, 4]])
@@ -536,7 +536,7 @@ def test_a_traced_call_does_not_trust_its_example():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_traces_of_every_option_serve_other_sizes(name):
-    """Without a warning, which would be an error here."""
+    """Tracing must not warn: warnings are errors here."""
     cls, options = MODULES[name]
     module = cls(3, 5, num_layers=2, bidirectional=True, **options).requires_grad_(False)
 

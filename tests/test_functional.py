@@ -1,4 +1,4 @@
-"""The functional layer: arguments that cannot be run are refused, on every path alike."""
+"""The functional layer: invalid arguments are rejected in the same way on every path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gallery, run small: it learns from any seed, and torch.nn has the same loss curves."""
+"""The gallery at a small size: it learns from any seed, with the loss curves of torch.nn."""
 
 import importlib
 import itertools
@@ -21,7 +21,7 @@ SEEDS = (0, 1, 2)
 
 @pytest.fixture
 def train(example, tmp_path, capsys):
-    """``train(name, options, seed)`` runs an example beside torch.nn; all its figures."""
+    """``train(name, options, seed)`` runs an example and torch.nn, and returns its figures."""
 
     def run(name, options, seed, stock=True):
         argv = [*options.split(), "--seed", str(seed), "--plot", "--out", str(tmp_path)]
@@ -50,7 +50,7 @@ def test_char_lm(train, seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_forecast_cosine(train, seed):
     runs = train("forecast_cosine", "--window 60 --hidden 32 --updates 70", seed)
-    assert runs["linear"]["fastrnn"]["error"] < 0.2  # the mean of the series would give 0.7
+    assert runs["linear"]["fastrnn"]["error"] < 0.2  # predicting the mean gives 0.7
 
 
 SMALL_GAN = "--steps 8 --hidden 12 --batch 16 --lr 5e-3 --cell"
@@ -108,7 +108,7 @@ def test_stacked_layers(train, seed):
 def test_truncated_bptt(train, seed):
     options = "--hidden 32 --updates 130 --batch 16 --steps 100 --lr 1e-2"
     runs = {k: of["fastrnn"] for k, of in train("truncated_bptt", options, seed).items()}
-    assert runs["k = 5"]["accuracy"] < 0.35  # one of four letters
+    assert runs["k = 5"]["accuracy"] < 0.35  # guessing one of four letters gives 0.25
     assert runs["full"]["accuracy"] > 0.5
     assert runs["k = 5"]["MiB kept"] < runs["k = 20"]["MiB kept"] < runs["full"]["MiB kept"] / 2
 
@@ -133,7 +133,7 @@ def test_vanishing_gradients(train, seed):
     assert before["rnn"] < 0.03  # vanishes
     assert before["gru"] < 0.05
     assert before["rnn x 3"] > 1  # explodes
-    assert after["gru"] > 0.06  # learned to pass
+    assert after["gru"] > 0.06  # learned to pass gradients on
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -155,7 +155,7 @@ def test_melody(train, tmp_path, seed):
 
 
 def markov(scores):
-    """A decoder for `beam_search`: the next symbol depends on the last and on the step."""
+    """A decoder for `beam_search`: the next symbol depends on the previous one and on the step."""
 
     def decode(symbols, state):
         (step,) = state
@@ -177,7 +177,7 @@ def test_beam_search_with_any_width(example, seed):
     bodies = [
         one
         for length in range(longest + 1)
-        for one in itertools.product(range(end), repeat=length)  # an end is a sequence's last
+        for one in itertools.product(range(end), repeat=length)  # an end symbol comes last
     ]
     count, first = 3, torch.tensor([0, 1, 2])
     state = (torch.zeros(1, count, dtype=torch.long),)
@@ -204,7 +204,7 @@ def test_beam_search_with_any_width(example, seed):
 
 
 def test_beam_search_moves_the_state_with_its_beams(example):
-    """Each beam's state holds the sum of what it wrote; what depends on it comes out right."""
+    """Each beam's state holds the sum of its symbols, on which the scores depend."""
     scores = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
 
     def decode(symbols, state):
@@ -239,7 +239,7 @@ def test_ppo_cartpole_as_torch(train):
 
 
 def test_ppo_cartpole_moves_as_the_equations_say(example):
-    """M a + m l alpha cos = F + m l omega^2 sin, 4/3 l alpha + a cos = g sin: solved for both."""
+    """M a + m l alpha cos = F + m l omega^2 sin, 4/3 l alpha + a cos = g sin, solved for both."""
     env = example("ppo_cartpole").CartPoles(50, "cpu")
     assert (env.state.abs() <= 0.05).all()
     assert env.start.all()
@@ -260,7 +260,7 @@ def test_ppo_cartpole_moves_as_the_equations_say(example):
 def test_ppo_cartpole_ends_episodes(example):
     env = example("ppo_cartpole").CartPoles(4, "cpu")
     env.state, env.age = torch.zeros(4, 1, 4), torch.tensor([[0.0, 7.0, 498.0, 499.0]])
-    env.state[0, 0, 0], env.state[2, 0, 1] = 2.5, -0.22  # too far out, too oblique
+    env.state[0, 0, 0], env.state[2, 0, 1] = 2.5, -0.22  # too far out, too tilted
     assert env.step(torch.ones(1, 4)).tolist() == [[1, 8, 0, 500]]
     assert env.start.tolist() == [[True, True, False, True]]
     assert env.age.tolist() == [[0, 0, 499, 0]]
@@ -272,8 +272,8 @@ def test_digits_to_words(train, example, monkeypatch, seed):
     monkeypatch.setattr(example("digits_to_words"), "NUMBERS", 100)
     options = "--updates 70 --hidden 256 --batch 16 --lr 4e-3 --noise 0"
     of = train("digits_to_words", options, seed)["lstm"]["fastrnn"]
-    assert of["among five"] > 0.2  # of a hundred names
-    assert sum(of["losses"][-10:]) / 10 < 0.45  # from 2.9
+    assert of["among five"] > 0.2  # out of a hundred names
+    assert sum(of["losses"][-10:]) / 10 < 0.45  # down from 2.9
     for shown in of["examples"]:
         probabilities = [probability for _, probability in shown["beam"]]
         assert len(probabilities) == 5
@@ -305,7 +305,7 @@ def test_tag_words(train, seed):
     runs = train("tag_words", "--updates 80 --hidden 48 --batch 16 --lr 2e-2", seed)
     for libraries in runs.values():
         of = libraries["fastrnn"]
-        assert of["accuracy"] > 0.6  # one tag for all gives 0.19
+        assert of["accuracy"] > 0.6  # the most frequent tag gives 0.19
         assert 0.85 < of["accuracy of usual tags"] < 0.9
 
 

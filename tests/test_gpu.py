@@ -1,6 +1,6 @@
 """The kernels on a GPU: numbers against float64, races, graphs, streams, sizes beyond 32 bits.
 
-Runs with torch, triton, pytest and hypothesis alone; with pytest-xdist in several processes.
+Needs only torch, triton, pytest and hypothesis; pytest-xdist can run it in several processes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FORMATS = {
     "tf32x3": (torch.float32, False, True),
     "ieee": (torch.float32, False, False),
 }
-# In float64 every cell runs as involved ones do.
+# In float64 every cell runs like the involved ones.
 EVERY_FORMAT = {**FORMATS, "fp64": (torch.float64, True, False)}
 # T, B, I, H, directions
 SHAPES = [
@@ -68,7 +68,7 @@ def dtype(request):
 
 @pytest.fixture(autouse=True)
 def _no_gap():
-    """What Triton does not compile runs by other kernels, and no test may be content with those."""
+    """No test may pass with the kernels that replace those Triton fails to compile."""
     before = gap()
     yield
     assert gap() == before
@@ -81,9 +81,7 @@ def gap() -> str:
 
 
 def make(cell, shape, dtype, bias=True, size_h=0):
-    """Random x, states and weights on the GPU, all requiring gradients; `size_h` is that of a
-    projection.
-    """
+    """Random x, states and weights on the GPU, requiring gradients; `size_h` is for projections."""
     steps, batch, inputs, hidden, directions = shape
     seen = size_h or hidden
     generator = torch.Generator().manual_seed(0)
@@ -101,7 +99,7 @@ def make(cell, shape, dtype, bias=True, size_h=0):
         weights += [random(extra.blocks * hidden, scale=scale) for extra in CELLS[cell].extras]
     widths = [seen, *[hidden] * (CELLS[cell].n_states - 1)]
     state = [random(directions, batch, width) for width in widths]
-    # What an sLSTM divides by is at least 1.
+    # The divisor of an sLSTM is at least 1.
     state[2:3] = [(part.detach().abs() + 1).requires_grad_() for part in state[2:3]]
     return random(steps, batch, inputs), state, weights
 
@@ -148,10 +146,10 @@ def rms(a: Tensor) -> float:
 
 
 def check(ours, stock, exact):
-    """Our error is at most twice torch's, or an epsilon where torch's is smaller.
+    """Our error is at most twice torch's plus two epsilons.
 
-    In float64 there is nothing more exact to compare with: some epsilons. Where TF32 may be used
-    torch need not do so, and then is more exact than that.
+    In float64 the reference is no more exact, so 64 epsilons are allowed. Where TF32 is allowed,
+    torch may not use it, so the epsilon is that of TF32.
     """
     for name, truth in exact.items():
         eps = torch.finfo(ours[name].dtype).eps
@@ -173,7 +171,7 @@ def compare(cell, shape, dtype, schedule, bias=True):
 
 
 def skip_unless_planned(schedule, *arguments, flow=PLAIN):
-    """Skip what does not fit this device; what Triton does not compile there is a failure."""
+    """Skip what does not fit this device, but fail if Triton cannot compile it."""
     problem = planner.problem_of(call_of(*arguments, flow=flow))
     if schedule == "persistent":
         assert not problem.gpu.gap
@@ -182,7 +180,7 @@ def skip_unless_planned(schedule, *arguments, flow=PLAIN):
 
 
 def marked(shape, state, fresh):
-    """Lengths, resets, also at first and one by one, and truncated gradients."""
+    """Lengths, resets (also at the first and at consecutive steps) and truncated gradients."""
     steps, batch, *_, directions = shape
     lengths = torch.randint(steps + 1, (batch,)).index_fill(0, torch.tensor([1]), 0)
     reset = torch.rand(steps, batch) < 0.1
@@ -192,7 +190,7 @@ def marked(shape, state, fresh):
 
 
 def check_marks(cell, shape, schedule, fresh, dtype):
-    """All states too, and what backward computes again."""
+    """Check all states too, and a backward pass that recomputes."""
     x, state, weights = make(cell, shape, dtype)
     flow = marked(shape, state, fresh)
     arguments = cell, x, state, weights, shape[-1]
@@ -205,12 +203,12 @@ def check_marks(cell, shape, schedule, fresh, dtype):
     check(again, stock, exact)
 
 
-# The kernels whose programs wait for each other, in each of their variants.
+# The kernels whose programs wait for each other, in every variant.
 
 
 @pytest.fixture
 def variant(monkeypatch):
-    """Let every persistent kernel have the rows and warps of a case."""
+    """Make every persistent kernel use the rows and warps of a case."""
 
     def of(case: Case) -> None:
         def choose(shape, device, *, backward=False, schedule=None):
@@ -246,7 +244,7 @@ def test_persistent_with_marks(case, fresh, dtype, variant):
 
 @of_each(gpu_cases.WITH_NAN)
 def test_nan_travels_and_does_not_hang(case, dtype, variant):
-    """Forward and backward; other rows do not see it."""
+    """In forward and backward, and without affecting other rows."""
     variant(case)
     x, state, weights = make("lstm", case.shape, dtype)
     arguments = "lstm", x, state, weights, 1
@@ -255,7 +253,7 @@ def test_nan_travels_and_does_not_hang(case, dtype, variant):
         clean = run(ops.layer, *arguments)
         with torch.no_grad():
             x[3, 2] = math.nan
-            # The pattern that means "not there yet".
+            # The bit pattern that means "not written yet".
             state[0].view({2: torch.int16, 4: torch.int32}[dtype.itemsize])[0, 5] = -1
         dirty = run(ops.layer, *arguments)
     y, d_x = dirty["y"], dirty["d_x"]
@@ -282,7 +280,7 @@ def test_repeated_runs_are_bitwise_equal(case, dtype, variant):
 
 @of_each(gpu_cases.BOUNDED)
 def test_bounded_spin_finds_nothing_to_report(case, dtype, variant):
-    """And changes nothing."""
+    """It does not change the results either."""
     variant(case)
     arguments = case.cell, *make(case.cell, case.shape, dtype), case.shape[-1]
     skip_unless_planned("persistent", *arguments)
@@ -294,7 +292,7 @@ def test_bounded_spin_finds_nothing_to_report(case, dtype, variant):
 
 
 def test_what_is_forced_is_forced_backward_too(monkeypatch):
-    """In whichever thread autograd runs it."""
+    """Even though autograd runs it in another thread."""
     seen, backward = [], launch.backward
 
     def watched(cell, config, *rest):
@@ -390,7 +388,7 @@ def test_noise(cell, has_zones, has_drop, schedule, dtype):
     check(again, stock, exact)
 
 
-# Layers whose step is more than a product and arithmetic on single units.
+# Layers whose step is more than one product followed by pointwise arithmetic.
 
 
 def noise_of(case, x, state):
@@ -475,7 +473,7 @@ def test_cuda_graph(cell, schedule, marked):
     with use_path(schedule):
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
-            call()  # compiles what is captured below
+            call()  # compiles the kernels captured below
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -531,7 +529,7 @@ def test_second_device():
 
 @pytest.mark.parametrize("schedule", ["resident", "persistent"])
 def test_long_sequence(schedule):
-    """More steps than a 16-bit grid or counter has; state is carried to the end."""
+    """More steps than fit a 16-bit grid or counter; the state is carried to the end."""
     x, state, weights = make("gru", (70_000, 1, 4, 64, 1), torch.float32)
     with forced(schedule):
         ours = run(ops.layer, "gru", x, state, weights, 1)

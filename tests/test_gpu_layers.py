@@ -1,4 +1,4 @@
-"""Layers around the kernels, in the interpreter: the tensors of a CPU, the plans of an H100."""
+"""Layers around the kernels, in the interpreter: CPU tensors with the plans of an H100."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ FLOAT32 = torch.finfo(torch.float32).eps
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu():
-    # The interpreter multiplies in float32 whatever the products are to be.
+    # The interpreter multiplies in float32 regardless of the precision.
     with as_on_a_gpu(precision="tf32x3"), as_on_a_device():
         yield
 
 
 @pytest.fixture
 def _in_tf32(_as_on_a_gpu):
-    """To which the interpreter rounds operands; resident kernels have larger sizes in it."""
+    """The interpreter rounds operands to TF32; larger sizes fit resident kernels in it."""
     with as_on_a_gpu(precision="tf32"):
         yield
 
 
 def gradients(outputs, leaves):
-    """Gradients for the same random cotangents, whatever the dtype."""
+    """Gradients for the same random cotangents in every dtype."""
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(out.shape, generator=generator).to(out.dtype) for out in outputs]
     return torch.autograd.grad(outputs, leaves, cotangents)
 
 
 def in_float64(cell, tensors, directions):
-    """Outputs and gradients by the reference, from x, state and weights."""
+    """Outputs and gradients from the reference; `tensors` are x, state and weights."""
     x, *_ = tensors
     leaves = [
         [t.detach().double().requires_grad_() for t in group] for group in ([x], *tensors[1:])

@@ -1,4 +1,4 @@
-"""Uses of autograd beyond one backward pass in training, for layers and cells alike."""
+"""Uses of autograd beyond one backward pass in training, for layers and cells."""
 
 import gc
 import weakref
@@ -44,7 +44,7 @@ def test_retain_graph(kind: str, path: str | None) -> None:
 
 @on_paths(KINDS)
 def test_accumulation(kind: str, path: str | None) -> None:
-    """Two backward passes into .grad, of two calls with the same weights."""
+    """Two backward passes accumulate into .grad, from two calls with the same weights."""
     ours, stock = pair64(kind)
     grads = []
     for module, chosen in ((ours, path), (stock, None)):
@@ -87,7 +87,7 @@ def test_numerical_derivatives(kind: str, path: str | None, order: int) -> None:
 
 @on_paths(LAYERS)
 def test_tied_directions(kind: str, path: str | None) -> None:
-    """One Parameter under two names has the sum of both gradients, of both orders."""
+    """One Parameter under two names has the sum of both gradients, for every order."""
     ours, stock = pair64(kind, num_layers=1)
     for module in (ours, stock):
         for name in [name for name in module._flat_weights_names if "reverse" in name]:
@@ -115,7 +115,7 @@ def test_frozen_subsets(kind: str, path: str | None) -> None:
 
 @on_paths(KINDS)
 def test_detached_inputs(kind: str, path: str | None) -> None:
-    """Only the parameters want gradients."""
+    """Only the parameters require gradients."""
     ours, stock = pair64(kind)
     grads = []
     for module, chosen in ((ours, path), (stock, None)):
@@ -128,7 +128,7 @@ def test_detached_inputs(kind: str, path: str | None) -> None:
 
 @on_paths(KINDS)
 def test_partial_loss(kind: str, path: str | None) -> None:
-    """Some results are not used, in the loss and so in the second derivatives too."""
+    """The loss, and so the second derivatives, do not use some of the results."""
     for used in ("output",), ("h_n",), ("c_n",), ("output", "c_n"):
         ours, stock = pair64(kind)
         call = Call(ours, **F64)
@@ -138,7 +138,7 @@ def test_partial_loss(kind: str, path: str | None) -> None:
 
 @on_paths(KINDS)
 def test_expanded_cotangents(kind: str, path: str | None) -> None:
-    """The gradient of a sum has stride 0, and is not to be written to."""
+    """The gradient of a sum has stride 0 and must not be written to."""
     ours, stock = pair64(kind)
     grads = []
     for module, chosen in ((ours, path), (stock, None)):
@@ -153,7 +153,7 @@ def test_expanded_cotangents(kind: str, path: str | None) -> None:
 
 @on_paths(KINDS)
 def test_functional_grad(kind: str, path: str | None) -> None:
-    """torch.func.grad finds what autograd finds."""
+    """torch.func.grad agrees with autograd."""
     ours, _ = pair64(kind)
     call = Call(ours, steps=64, **F64)
     params = {name: p.detach() for name, p in ours.named_parameters()}
@@ -174,7 +174,7 @@ def test_functional_grad(kind: str, path: str | None) -> None:
 
 
 class Watched(TorchDispatchMode):
-    """Sees every operation, so that ours are operators of torch.library."""
+    """Observe every operation, so that ours run as operators of torch.library."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
@@ -203,7 +203,7 @@ def test_first_gradients_may_be_overwritten(kind: str, path: str | None) -> None
 
 @pytest.fixture
 def collector_at_rest() -> Iterator[None]:
-    """Keep the garbage collector from running unasked, and from what there was before."""
+    """Disable automatic garbage collection, and exclude existing objects from it."""
     gc.freeze()
     gc.disable()
     try:
@@ -249,7 +249,7 @@ def ways(kind: str) -> dict[str, dict[str, Any]]:
 @on_paths(KINDS)
 @pytest.mark.usefixtures("collector_at_rest")
 def test_no_garbage(kind: str, path: str | None) -> None:
-    """No more objects that refer to each other than torch.nn leaves behind."""
+    """No more reference cycles than torch.nn leaves behind."""
     ours, stock = pair(kind)
     x = Call(ours).x.requires_grad_()
     of_ours, of_stock = [x, *ours.parameters()], [x, *stock.parameters()]
@@ -267,12 +267,12 @@ def test_no_garbage(kind: str, path: str | None) -> None:
 @on_paths(KINDS)
 @pytest.mark.usefixtures("collector_at_rest")
 def test_tensors_die_with_their_last_name(kind: str, path: str | None) -> None:
-    """Results, gradients and what is saved for backward do not wait for the garbage collector."""
+    """Results, gradients and saved tensors do not wait for the garbage collector."""
     ours, _ = pair(kind)
     made: list[weakref.ref[torch.Tensor]] = []
 
     def pack(part: torch.Tensor) -> torch.Tensor:
-        alias = part.detach()  # an output that is saved as it is would refer to itself
+        alias = part.detach()  # an output saved as is would refer to itself
         made.append(weakref.ref(alias))
         return alias
 

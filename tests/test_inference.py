@@ -1,4 +1,4 @@
-"""The short way of a call in inference against the long one, bit for bit; what must not take it."""
+"""Prepared calls in inference against ordinary ones, bit for bit; calls that must not be prepared."""
 
 import copy
 import random
@@ -28,7 +28,7 @@ def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The short ways that were taken, by name."""
+    """The prepared calls that ran, by name."""
     seen: list[str] = []
     remember = forms._remember
 
@@ -51,7 +51,7 @@ def flat(result: Any) -> list[torch.Tensor]:
 
 
 def long_way(module: Any, *arguments: Any) -> list[torch.Tensor]:
-    """The same call, of a module whose weights have to be asked for first."""
+    """The same call, without preparation."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("run_prepared", "step_prepared"):
             patch.setattr(forms, name, lambda *_: None)
@@ -178,7 +178,7 @@ def test_layers_of_torch_as_on_the_long_way(cls, batch_first, runs):
 @needs_kernels
 @pytest.mark.parametrize("cls", LAYERS)
 def test_a_state_carried_from_call_to_call(cls, runs):
-    """T steps one by one are the sequence of T; states are fresh tensors that may be written to."""
+    """T single steps match one call of T steps; results are fresh tensors that may be written to."""
     module, x = getattr(fastrnn, cls)(7, 16), torch.randn(9, 2, 7)
     with torch.no_grad(), use_path("kernels"):
         whole, final = module(x)
@@ -271,7 +271,7 @@ def test_changed_weights_are_seen(cls, change):
     ],
 )  # fmt: skip
 def test_changed_attributes_are_seen(cls, name, value):
-    """As on the long way, whatever that says to them."""
+    """Results or errors are those of a call without preparation."""
     module = getattr(fastrnn, cls)(6, 6)
     x, hx = torch.randn(1, 1, 6), state_of(module, 1, 1)
 
@@ -339,11 +339,11 @@ class Functions(TorchFunctionMode):
 
 
 class Own(torch.Tensor):
-    """A subclass that torch.nn would keep."""
+    """A subclass that torch.nn would preserve."""
 
 
 def not_bare(module: Any, x: torch.Tensor, hx: Any) -> dict[str, Any]:
-    """Calls that something looks at, by its name."""
+    """Calls under modes, transforms and the like, by name."""
 
     def inside(context: Any) -> Any:
         def call() -> Any:
@@ -409,7 +409,7 @@ def test_a_gradient_is_recorded_wherever_one_is_wanted(runs):
 
 @needs_kernels
 def test_same_tensor_twice():
-    """A guard lets no tensor pass twice."""
+    """No call is prepared if two weights are the same tensor."""
     module, x = fastrnn.LSTM(6, 6), torch.randn(1, 2, 6)
     zeros = torch.zeros(1, 2, 6)
     module.bias_ih_l0 = module.bias_hh_l0
@@ -448,7 +448,7 @@ def test_paths_are_not_mixed_up(runs):
 
 @needs_kernels
 def test_threads_share_a_module(runs):
-    """Each in its own state, and in sizes of its own."""
+    """Each thread has its own state and its own sizes."""
     module = fastrnn.LSTM(7, 16, 2, bidirectional=True)
 
     def stream(seed: int) -> None:
@@ -496,7 +496,7 @@ def test_one_tensor_as_all_states_of_many(runs):
     ],
 )
 def test_by_several_threads(cls, options, runs):
-    """A step that is worth sharing."""
+    """Steps large enough to split between threads."""
     module, x = getattr(fastrnn, cls)(64, 256, **options), torch.randn(3, 16, 64)
     before = torch.get_num_threads()
     try:
@@ -513,7 +513,7 @@ def test_by_several_threads(cls, options, runs):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [*LAYERS, *CELLS])
 def test_other_dtypes(runs, name, dtype):
-    """Those that the kernels compute in float32 go the long way."""
+    """Dtypes that the kernels compute in float32 have no prepared calls."""
     module, is_cell = getattr(fastrnn, name)(7, 16).to(dtype), name in CELLS
     x = torch.randn(*((2, 7) if is_cell else (4, 2, 7)), dtype=dtype)
     state = forms.map_state(lambda t: t.to(dtype), state_of(module, *([2] if is_cell else [1, 2])))
@@ -537,7 +537,7 @@ def test_one_tensor_as_both_states(runs):
 @pytest.mark.parametrize("path", [None, "kernels"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_other_weights_than_the_parameters(name, path):
-    """torch.nn computes with the list of them, where some put dropped or scaled ones."""
+    """torch.nn computes with `_flat_weights`, which may hold dropped or scaled weights."""
     module, x = getattr(fastrnn, name)(8, 16), torch.randn(5, 2, 8)
     with torch.no_grad(), use_path(path):
         module(x)
@@ -563,7 +563,7 @@ def test_numbers_that_a_class_computes(runs):
 
 @needs_kernels
 def test_a_cell_that_once_went_the_long_way(runs):
-    """For a reason of that call, or of that module, alone."""
+    """The reason applied only to that call, or to another module."""
     module, other, x = fastrnn.GRUCell(8, 16), fastrnn.GRUCell(8, 16), torch.randn(1, 8)
     other.weight_hh.data = other.weight_hh.data.t().contiguous().t()
     with torch.no_grad(), use_path("kernels"):
@@ -600,7 +600,7 @@ def test_negative_views_of_states(path):
 
 
 def test_hooks_and_copies():
-    """What is remembered is not part of a module."""
+    """Prepared calls are not stored in the module."""
     module, x = fastrnn.GRU(6, 6), torch.randn(2, 1, 6)
     seen = []
     module.register_forward_hook(lambda *given: seen.append(given))

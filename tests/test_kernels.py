@@ -1,6 +1,6 @@
 """The Triton kernels in the interpreter: every cell, schedule and size against the oracle.
 
-Not the persistent ones, which are in Gluon: tests/ptx.
+The persistent ones, in Gluon, are tested in tests/ptx.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _one_thread():
 
 
 def named(name):
-    """Ids of cells, dtypes and what has a good name of its own."""
+    """Test ids of cells, dtypes and strings."""
     return getattr(name, "name", None) or str(name).removeprefix("torch.")
 
 
@@ -70,13 +70,13 @@ def test_every_cell(cell, mode, directions):
                 (Layer(RELU, 2, 17, 5), tiled("resident", 5, block_b=8)),
                 (Layer(LSTM, 2, 5, 9), tiled("stepwise", 9, 3, block_k=4)),
                 (Layer(TANH, 2, 33, 17, 2), tiled("stepwise", 17, 3, block_b=32, block_k=8)),
-                # Blocks of columns that end before, at and after those of the slices.
+                # Blocks of columns that end before, at and after the end of a slice.
                 (Layer(IDENTITY, 9, 3, 9), tiled("stepwise", 9, 3)),
                 (Layer(GRU, 5, 3, 17, 2), tiled("stepwise", 17, 3, block_k=4)),
                 (Layer(LSTM, 3, 1, 33), tiled("stepwise", 33, 3, block_k=16)),
                 (Layer(LSTM, 2, 7, 129), tiled("resident", 129, block_b=8)),
                 (Layer(GRU, 2, 7, 129), tiled("stepwise", 129, 3, block_b=8, block_k=64)),
-                # Launch after launch.
+                # Several launches.
                 (Layer(LSTM, 2, 9, 7), tiled("resident", 7, tiles=1)),
                 (Layer(TANH, 2, 9, 7, 2), tiled("resident", 7, tiles=2)),
             ]
@@ -93,7 +93,7 @@ def test_backward_by_another_schedule(forward, backward):
     check(layer, tiled(forward, 9), tiled(backward, 9, 3, block_b=2))
 
 
-# The interpreter takes the bits of bfloat16 for integers in a product; compiled: tests/ptx.
+# No bfloat16: the interpreter multiplies its bits as integers. Compiled: tests/ptx.
 @pytest.mark.parametrize(
     ("cell", "mode"),
     [
@@ -112,7 +112,7 @@ def test_half_precision(cell, mode):
     ("cell", "mode"), [*((TANH, mode) for mode in MODES), (SLSTM, "stepwise")], ids=named
 )
 def test_without(cell, mode, missing):
-    """No bias, a state of zeros, no gradient of the output."""
+    """No bias, a zero state, no gradient of the output."""
     layer = Layer(cell, **{missing: False})
     check(layer, tiled(mode, layer.hidden))
 
@@ -132,7 +132,7 @@ def test_activations_computed_again(cell, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_forward_for_inference(mode):
-    """What is not asked for is not returned, and the rest is the same in every bit."""
+    """Only what is requested is returned, bitwise equal to training."""
     layer = Layer(LSTM, dtype=torch.float16)
     numbers, config = draw(layer), tiled(mode, layer.hidden)
     trained = by_kernels(layer, numbers, config)
@@ -206,7 +206,7 @@ def activated(activation, x):
 
 
 def ulps(y, exact):
-    """Error in units in the last place of float32; 0 is right for what is not a normal number."""
+    """Error in units in the last place of float32; 0 is correct for a subnormal number."""
     tiny = np.finfo(np.float32).tiny
     unit = np.spacing(np.maximum(np.abs(exact), tiny).astype(np.float32))
     return np.where((y == 0) & (np.abs(exact) < tiny), 0, np.abs(y - exact) / unit)
@@ -270,7 +270,7 @@ def test_activations_of_what_is_not_finite(activation, least):
 
 
 def test_operands_of_tf32_are_rounded():
-    """To nearest, half away from zero; not cut off."""
+    """To nearest, ties away from zero; not truncated."""
     generator = np.random.default_rng(0)
     x = generator.integers(-(2**31), 2**31, 4096).astype(np.int32).view(np.float32)
     special = [0.0, -0.0, np.inf, -np.inf, np.nan, 1 + 2**-11, -1 - 2**-11, 1 + 2**-11 - 2**-23]
@@ -285,7 +285,7 @@ def test_operands_of_tf32_are_rounded():
     found = y["tf32"].numpy()
     assert not (found[~np.isnan(found)].view(np.int32) & 0x1FFF).any()
     assert (np.isnan(found) == np.isnan(x)).all()
-    # What the tensor cores leave of a NaN is one.
+    # A NaN stays NaN without the bits that tensor cores ignore.
     left = (found.view(np.int32) & ~0x1FFF).view(np.float32)
     assert (np.isnan(left) == np.isnan(x)).all()
     finite = np.isfinite(x)

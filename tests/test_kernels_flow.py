@@ -40,7 +40,7 @@ def _as_on_a_gpu(monkeypatch):
 
 @pytest.fixture(params=MODES)
 def mode(request, monkeypatch):
-    """A schedule, which gpu.py then takes."""
+    """A schedule, which gpu.py then uses."""
     take(monkeypatch, request.param)
     return request.param
 
@@ -53,8 +53,8 @@ def take(monkeypatch, mode, block_b=8):
 class Layer(NamedTuple):
     """A problem, and which parts of a flow it has.
 
-    BATCH and HIDDEN are those of a member and of a head; 0 members are no ensemble. By `zones` some
-    units of each state keep their old value, or all a share of it, or none do.
+    BATCH is per member, HIDDEN per head; `members` is 0 without an ensemble. With `zones`, some
+    units of each state keep their old value, or all keep a share of it, or none keep it.
     """
 
     cell: str
@@ -83,7 +83,7 @@ class Numbers(NamedTuple):
 
 @functools.cache
 def draw(layer: Layer) -> Numbers:
-    """Random numbers; rows with all steps and with none, resets at the first and one by one."""
+    """Random numbers; full and empty rows, resets at the first step and at consecutive steps."""
     generator = torch.Generator().manual_seed(layer.directions)
 
     def random(*shape, scale=1.0):
@@ -97,7 +97,7 @@ def draw(layer: Layer) -> Numbers:
     lengths = torch.tensor([STEPS, 0, 3, STEPS, 1]).repeat(max(1, layer.members))
     resets = torch.rand(STEPS, batch, generator=generator) < 0.3
     resets[:, 0] = torch.tensor([1, 0, 1, 1, 0])
-    resets[2:4, 2] = True  # its last step, and one that it does not have
+    resets[2:4, 2] = True  # its last step, and one after its end
     marks = make_marks(
         STEPS,
         batch,
@@ -169,7 +169,7 @@ def named(**results):
 
 
 def by_kernels(layer: Layer, numbers: Numbers, *, groups: int = 0, keep: bool = True):
-    """All results of the kernels; backward gets what forward saved only if asked to `keep` it."""
+    """All results from the kernels; with `keep`, backward gets what forward saved."""
     call, given = numbers
     with as_on_a_device():
         (y, final, traces), saved = gpu.forward(call, layer.save, layer.traced)
@@ -262,7 +262,7 @@ def test_nan_does_not_pass_a_reset(mode, cell):
     ],
 )
 def test_what_no_gradient_comes_to_is_left_out(monkeypatch, mode, cell, bad, keep):
-    """Steps that a row does not have, and a sequence whose output nothing depends on."""
+    """Steps after the end of a row, and a sequence whose output nothing depends on."""
     take(monkeypatch, mode)
     layer = Layer(cell, 2, bptt=None)
     clean = draw(layer)

@@ -85,7 +85,7 @@ def test_all_groups_are_one_launch(monkeypatch):
 
 @pytest.mark.parametrize("name", ["members-of-heads", "all", "units-of-extra"])
 def test_gradients_of_every_sample(monkeypatch, name):
-    """Weight gradients of parts of the batch, here rows, some of each member."""
+    """Weight gradients of every part of the batch; here, of every row of each member."""
     take(monkeypatch, "resident")
     layer = LAYERS[name]
     numbers, members = draw(layer), max(1, layer.members)
@@ -123,7 +123,7 @@ def test_fake_tensors_are_those_of_the_kernels(monkeypatch, name, save):
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "slstm"])
 def test_a_unit_that_is_kept_keeps_its_bits(mode, cell):
-    """Whatever the step makes of it, also what is not a number."""
+    """Whatever the step computes, even NaN."""
     count = CELLS[cell].n_states
     layer = Layer(cell, zones=("units",) * count, **PLAIN)
     call, _ = draw(layer)

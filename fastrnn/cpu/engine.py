@@ -1,4 +1,4 @@
-"""Compiles the kernels for the current CPU, caches them on disk, and runs them on threads."""
+"""Compile the kernels for the current CPU, cache them on disk, and run them on threads."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _log = logging.getLogger("fastrnn")
 
 _RUNTIME = machine.OPENMP[1:]
 _HERE = Path(__file__).parent
-# The sources that determine the compiled code and its arguments.
+# The source files that determine the compiled code and its arguments.
 _SOURCES = sorted(_HERE.glob("*.py"))
 
 
-# Threads. The parallel regions are those of the OpenMP runtime that torch uses, whichever it is:
-# its pool of threads is there anyway, and spins where ours would too.
+# Threads. Parallel regions run on the OpenMP runtime that torch uses, whichever it is: its thread
+# pool exists anyway, and its idle threads spin just as those of a separate pool would.
 
 
 @functools.cache
 def openmp() -> ctypes.CDLL | None:
-    """Find the OpenMP runtime in this process: libgomp, or another one with its interface."""
+    """Return the OpenMP runtime in this process: libgomp, or another one with its interface."""
     library = machine.torch_library()
     if library is None or machine.openmp_gap() is not None:
         return None
@@ -45,7 +45,7 @@ def openmp() -> ctypes.CDLL | None:
     return library
 
 
-# Operations between two barriers, which take 0.3 us or more, that justify another thread.
+# Operations between two barriers that justify another thread; a barrier takes 0.3 us or more.
 _FLOPS = 15_000
 
 
@@ -56,7 +56,7 @@ def threads(flops: int, shares: int) -> int:
 
 
 def _available() -> int:
-    """The number of available threads."""
+    """Return the number of available threads."""
     if machine.is_forked() or openmp() is None:
         return 1
     return min(torch.get_num_threads(), machine.cores())
@@ -70,32 +70,32 @@ class Launch(NamedTuple):
     threads: int
 
 
-# Operations of all groups together that justify a parallel region, which takes 9 us to start.
-# Forward of a bidirectional LSTM of (B, H) = (1, 32) took 1.04 times as long as on one thread for
-# T = 16, and the same time for T = 64.
+# Total operations of all groups that justify a parallel region, which takes 9 us to start. Forward
+# of a bidirectional LSTM with (B, H) = (1, 32) took 1.04 times as long as on one thread for T = 16,
+# and the same time for T = 64.
 _REGION_FLOPS = 1_000_000
 
 
 def launches(groups: int, threads: int, flops: int) -> list[Launch]:
     """Choose which groups run at the same time.
 
-    One thread per group was never slower, in the cases measured, than all threads on one group
-    after another, even if the weights of a group exceed the thread's cache: 1.00 to 1.09 times as
-    fast for ensembles of 4, T = 64, B = 4 and 16, H = 128 to 512.
+    In the measured cases, one thread per group was never slower than all threads on one group after
+    another, even if a group's weights exceed the thread's cache: 1.00 to 1.09 times as fast for
+    ensembles of 4, T = 64, B = 4 and 16, H = 128 to 512.
 
     Parameters
     ----------
     groups : int
-        Number of groups, which do not wait for each other.
+        Number of groups, which are independent of each other.
     threads : int
         Number of threads that could share one group.
     flops : int
-        Total number of operations of one group.
+        Number of operations in one group.
     """
     most = _available()
     if threads == 1 and groups * flops < _REGION_FLOPS:
         return [Launch(0, groups, 1)]
-    rest = groups % most  # left over after full rounds; threads share each of them
+    rest = groups % most  # left over after full rounds; several threads share each of them
     found = [Launch(0, groups - rest, most)] if groups > rest else []
     if rest:
         found.append(Launch(groups - rest, rest, rest * min(threads, most // rest)))
@@ -106,7 +106,7 @@ def launches(groups: int, threads: int, flops: int) -> list[Launch]:
 
 
 class Kernels(NamedTuple):
-    """The compiled kernels of a cell: addresses by name, and the object that keeps them alive."""
+    """A cell's compiled kernels: their addresses by name, and the object that keeps them alive."""
 
     addresses: dict[str, int]
     owner: Any
@@ -139,8 +139,8 @@ def _load(cell: Cell, target: Target, noisy: bool) -> Kernels:
     code = _from_cache(cell, target, noisy)
     if code is None:
         name = f"{cell.name} kernels for {str(target.dtype).removeprefix('torch.')}"
-        name += " with noise" if noisy else ""
-        _log.warning("compiling the %s on this CPU, once", name)
+        name += " with recurrent dropout and zoneout" if noisy else ""
+        _log.warning("compiling the %s (first use on this CPU)", name)
         start = time.perf_counter()
         for_ = target_machine()
         code = for_.emit_object(optimized(cell, target, for_, noisy))
@@ -157,8 +157,7 @@ def _load(cell: Cell, target: Target, noisy: bool) -> Kernels:
     return Kernels({name: owner.get_function_address(name) for name in names}, owner)
 
 
-# Stands in for the OpenMP runtime if there is none: LLVM needs an address, but a single thread
-# never calls it.
+# Stands in for a missing OpenMP runtime: LLVM needs an address, but a single thread never calls it.
 _never_called = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
 
 
@@ -185,7 +184,7 @@ def optimized(cell: Cell, target: Target, for_: Any, noisy: bool = False) -> Any
     return module
 
 
-# The cache: one file per cell, named by a hash of everything that its code depends on.
+# The cache: one file per set of kernels, named by a hash of everything that the code depends on.
 
 
 def _cached(cell: Cell, target: Target, noisy: bool) -> Path:
@@ -204,7 +203,7 @@ def _cached(cell: Cell, target: Target, noisy: bool) -> Path:
             digest.update(repr(part).encode())
             continue
         for function in reached(part):
-            # By code, not by file, because a cell need not be one of ours.
+            # Hash the code, not the file, because a cell may be defined outside fastrnn.
             code = function.__code__
             digest.update(code.co_code + repr((code.co_names, code.co_consts)).encode())
     return cache.cache_folder() / f"{cell.name}-{digest.hexdigest()[:32]}.o"
@@ -214,14 +213,14 @@ def _from_cache(cell: Cell, target: Target, noisy: bool) -> bytes | None:
     """Read the code from the cache; None if the file is missing, damaged or not trusted."""
     try:
         path = _cached(cell, target, noisy)
-    except OSError:  # `_to_cache` will report it
+    except OSError:  # `_to_cache` reports it
         return None
     content = cache.read(path)
     if content is None:
         return None
     digest, code = content[:32], content[32:]
     if hashlib.sha256(code).digest() != digest:
-        _log.warning("%s is damaged", path)
+        _log.warning("%s is corrupt", path)
         return None
     return code
 
@@ -230,12 +229,12 @@ def _to_cache(cell: Cell, target: Target, noisy: bool, code: bytes) -> None:
     try:
         cache.write(_cached(cell, target, noisy), hashlib.sha256(code).digest() + code)
     except OSError as error:
-        _log.warning("cannot keep compiled kernels: %s", error)
+        _log.warning("cannot save compiled kernels: %s", error)
 
 
 # Calls.
 
-#: The type of a kernel, which takes its arguments, its thread number and the number of threads.
+#: The type of a kernel, which takes the arguments, the thread index and the number of threads.
 KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
 
@@ -245,11 +244,11 @@ def run(
 ) -> None:  # fmt: skip
     """Run ``forward``, ``backward`` or ``product``, with the GIL released.
 
-    With one thread it runs in the calling thread, without the OpenMP runtime.
+    With one thread, the kernel runs in the calling thread, without the OpenMP runtime.
     """
     addresses = kernels(cell, dtype, noisy=noisy).addresses
-    # By reference, so that the call holds the arguments, and they hold the tensors: a compiler that
-    # traces Python would otherwise free tensors that are used only by address.
+    # By reference, so that the call keeps the arguments alive, and they keep the tensors alive: a
+    # compiler that traces Python would otherwise free tensors that are used only by address.
     reference = ctypes.byref(arguments)
     library = openmp()
     if threads > 1 and library is not None:

@@ -1,4 +1,4 @@
-"""What the kernels need to know about the CPU; importing this compiles and loads nothing."""
+"""The CPU's features that the kernels depend on; importing this compiles and loads nothing."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ import torch
 
 
 class Target(NamedTuple):
-    """What of an instruction set the kernels depend on.
+    """The properties of an instruction set that the kernels depend on.
 
     Attributes
     ----------
     name : str
     lanes : int
-        float32 in a vector register.
+        Number of float32 elements in a vector register.
     registers : int
-        Vector registers.
+        Number of vector registers.
     pairs : str
-        LLVM's name of the instruction that multiplies pairs of bfloat16, if there is one.
+        LLVM's name for the instruction that multiplies pairs of bfloat16, if there is one.
     dtype : torch.dtype
-        Of the layers that kernels are for.
+        Dtype of the layers that the kernels are compiled for.
     """
 
     name: str
@@ -41,12 +41,12 @@ class Target(NamedTuple):
 
     @property
     def units(self) -> int:
-        """Hidden units in a slice, two vectors of exact numbers."""
+        """Hidden units in a slice: two vectors in the accumulation dtype."""
         return self.lanes if self.dtype == torch.float64 else 2 * self.lanes
 
     @property
     def tile_rows(self) -> int:
-        """Rows of a tile of products, two vectors wide, which takes 3/4 of the registers."""
+        """Rows of a tile of products, which is two vectors wide and takes 3/4 of the registers."""
         return self.registers * 3 // 8
 
 
@@ -56,12 +56,12 @@ AVX512_BF16 = AVX512._replace(name="AVX-512 with BF16", pairs="llvm.x86.avx512bf
 
 @functools.cache
 def target() -> Target | None:
-    """Look up the instruction set of this CPU.
+    """Detect the instruction set of this CPU.
 
     Returns
     -------
     Target or None
-        None if there are no kernels for it.
+        None if fastrnn has no kernels for it.
     """
     if platform.machine() in ("arm64", "aarch64"):
         return NEON
@@ -72,7 +72,7 @@ def target() -> Target | None:
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Tell whether the kernels multiply numbers of a dtype as they are."""
+    """Return whether the kernels multiply numbers of a dtype without converting them."""
     if dtype == torch.bfloat16:
         found = target()
         return found is not None and found.pairs != ""
@@ -84,21 +84,21 @@ def _has_compiler() -> bool:
     with compiling:
         try:
             importlib.import_module("llvmlite.binding")
-        except (ImportError, OSError):  # not there, or not for this system
+        except (ImportError, OSError):  # not installed, or not built for this system
             return False
         importlib.import_module(f"{__package__}.native")
     return True
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Name the dtype of sums and states of a layer in a dtype."""
+    """Return the dtype of the sums and states of a layer in a dtype."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def has_narrow_blas(dtype: torch.dtype) -> bool:
-    """Tell whether torch's products of a dtype do not use the whole vectors of this CPU.
+    """Return whether torch's products in a dtype use only part of this CPU's vectors.
 
-    MKL runs code for AVX2 on CPUs that Intel did not make.
+    On CPUs not made by Intel, MKL runs its AVX2 code.
     """
     if dtype not in (torch.float32, torch.float64) or not torch.backends.mkl.is_available():
         return False
@@ -108,7 +108,7 @@ def has_narrow_blas(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def vendor() -> str:
-    """Name who made the CPU, as Linux does; '' where that is not known."""
+    """Return the CPU's vendor as Linux reports it; '' if unknown."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next((line.split()[-1] for line in file if line.startswith("vendor_id")), "")
@@ -117,17 +117,19 @@ def vendor() -> str:
 
 
 def kernel_gap(dtype: torch.dtype) -> str | None:
-    """Say in a clause why no kernel can run a layer on this CPU; None if one can."""
+    """Return a clause on why no kernel can run a layer on this CPU; None if one can."""
     if not _allowed.are_kernels:
-        return "no kernels, because operators were asked for"
+        return "fastrnn's kernels are disabled by use_path"
     if _is_cut_off:
-        return "no kernels after a fork while another thread compiled some"
+        return "this process was forked while another thread was compiling kernels"
     if not _has_compiler():
-        return "no kernels without llvmlite"
+        return "fastrnn's kernels need llvmlite"
     if target() is None:
-        return f"no kernel of ours for a CPU with {torch.backends.cpu.get_cpu_capability()}"
+        return (
+            f"fastrnn has no kernels for CPU capability {torch.backends.cpu.get_cpu_capability()}"
+        )
     if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        return f"no kernel of ours for {dtype}"
+        return f"fastrnn has no kernels for {dtype}"
     return None
 
 
@@ -140,7 +142,7 @@ _allowed = _Allowed()
 
 @contextlib.contextmanager
 def kernels_allowed(are_allowed: bool) -> Iterator[None]:
-    """Let the kernels run inside, in this thread, or not, as if this CPU had none."""
+    """Allow or disable the kernels in this thread; if disabled, as if this CPU had none."""
     before, _allowed.are_kernels = _allowed.are_kernels, are_allowed
     try:
         yield
@@ -148,20 +150,21 @@ def kernels_allowed(are_allowed: bool) -> Iterator[None]:
         _allowed.are_kernels = before
 
 
-# Forks. A child has no thread but the one that forked: what the others had locked stays locked in
-# it, and what they were changing stays half changed.
+# Forks. A child process has only the thread that forked: locks held by other threads stay locked in
+# it, and data that they were changing stays half changed.
 
-# Held around all calls into LLVM, and all imports for them, because a module that another thread
-# is importing cannot be imported in the child. Reentrant: who holds it may fork, in a handler of
-# logging for instance.
+# Held around all calls into LLVM and all imports for them, because a module that another thread is
+# importing cannot be imported in the child. Reentrant, because its holder may fork, for instance in
+# a logging handler.
 compiling = threading.RLock()
 
-# Seconds for which a fork waits. Compiling a cell takes one, or 12 where eight processes share two
-# cores; for ever if that thread waits in turn for something that the thread that forks holds.
+# Seconds for which a fork waits. Compiling a cell takes one second, or 12 with eight processes on
+# two cores. Without a limit, the wait would never end if the compiling thread itself waits for
+# something that the forking thread holds.
 _MAX_WAIT = 30.0
 
 _is_forked = False
-_is_cut_off = False  # LLVM was in use when this process was forked
+_is_cut_off = False  # another thread was using LLVM when this process was forked
 
 
 def _before_fork() -> None:
@@ -169,7 +172,7 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_parent() -> None:
-    with contextlib.suppress(RuntimeError):  # the wait was in vain, and another thread holds it
+    with contextlib.suppress(RuntimeError):  # the wait timed out: another thread holds it
         compiling.release()
 
 
@@ -184,14 +187,14 @@ def _after_fork_in_child() -> None:
 
 
 def _is_llvmlite_locked() -> bool:
-    """Whether a thread that is not ours was calling LLVM, as one of numba's may."""
+    """Return whether another library's thread, such as one of numba's, was calling LLVM."""
     ffi: Any = sys.modules.get("llvmlite.binding.ffi")
     try:
         lock = ffi.lib._lock._lock
         is_free = lock.acquire(blocking=False)
         if is_free:
             lock.release()
-    except AttributeError:  # not imported, or a version that has it somewhere else
+    except AttributeError:  # not imported, or a version that keeps the lock elsewhere
         return False
     return not is_free
 
@@ -205,23 +208,23 @@ if hasattr(os, "register_at_fork"):
 
 
 def is_forked() -> bool:
-    """Tell whether this process was forked from one that had imported fastrnn.
+    """Return whether this process was forked from one that had imported fastrnn.
 
-    The threads of the parent's OpenMP pool are gone then, which the runtime does not notice: it
-    would wait for them.
+    The threads of the parent's OpenMP pool do not exist in the child, but the runtime does not
+    notice and would wait for them.
     """
     return _is_forked
 
 
 # The OpenMP runtime that torch loaded, whose parallel regions the kernels run in.
 
-#: What the kernels call of it: libgomp's functions, which other runtimes have too.
+#: The functions that the kernels call: libgomp's interface, which other runtimes provide too.
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
 
 
 @functools.cache
 def torch_library() -> ctypes.CDLL | None:
-    """Find torch's library for CPUs, through which the functions of its OpenMP runtime resolve."""
+    """Load torch's CPU library, through which the functions of its OpenMP runtime resolve."""
     folder = Path(torch.__file__).parent / "lib"
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         if (folder / name).exists():
@@ -231,10 +234,10 @@ def torch_library() -> ctypes.CDLL | None:
 
 @functools.cache
 def openmp_gap() -> str | None:
-    """Say why the kernels cannot use torch's OpenMP runtime; None if they can."""
+    """Return why the kernels cannot use torch's OpenMP runtime; None if they can."""
     library = torch_library()
     if library is None:
-        return "torch's library for CPUs was not found"
+        return "torch's CPU library was not found"
     missing = [function for function in OPENMP if not hasattr(library, function)]
     return f"torch's OpenMP runtime lacks {', '.join(missing)}" if missing else None
 
@@ -251,7 +254,7 @@ class _Symbol(ctypes.Structure):
 
 
 def openmp_library() -> str:
-    """Name the file of torch's OpenMP runtime; '' if it cannot be found."""
+    """Return the path of torch's OpenMP runtime; '' if it cannot be found."""
     symbol, library = _Symbol(), torch_library()
     try:
         function = ctypes.cast(library.omp_get_num_threads, ctypes.c_void_p)  # type: ignore[union-attr]
@@ -269,8 +272,8 @@ def cores() -> int:
 
 
 def describe() -> str:
-    """Describe how the kernels run here."""
+    """Describe how the kernels run on this CPU."""
     found = target()
     assert found is not None
     count = 1 if _is_forked or openmp_gap() else min(torch.get_num_threads(), cores())
-    return f"{found.name}, {found.lanes} lanes, {count} thread{'s' if count > 1 else ''} at most"
+    return f"{found.name}, {found.lanes} lanes, at most {count} thread{'s' if count > 1 else ''}"
