@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--I", "INPUT", "input sizes (default: the hidden size)"),
     ):
         _add_list(grid, flag, _arguments.positive, metavar, help)
-    grid.add_argument("--layers", type=_arguments.positive, metavar="N", help="default: 1")
+    grid.add_argument(
+        "--layers", type=_arguments.positive, metavar="N", help="number of layers (default: 1)"
+    )
     grid.add_argument("--bidirectional", action="store_true")
     grid.add_argument("--ragged", action="store_true", help="sequence lengths from T/4 to T")
     names = [name for name in PROVIDERS if name != BASELINE]

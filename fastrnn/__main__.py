@@ -46,12 +46,14 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--B", type=positive, default=1, help="batch size (default: 1)")
     parser.add_argument("--H", type=positive, required=True, help="hidden size")
     parser.add_argument("--I", type=positive, help="input size (default: H)")
-    parser.add_argument("--dtype", type=dtype, default=torch.float32, help="default: float32")
+    parser.add_argument(
+        "--dtype", type=dtype, default=torch.float32, help="data type (default: float32)"
+    )
     parser.add_argument(
         "--device", default="cpu",
         help=f"device type, or a GPU, present or not: {', '.join(DEVICES)} (default: cpu)",
     )  # fmt: skip
-    parser.add_argument("--layers", type=positive, default=1, help="default: 1")
+    parser.add_argument("--layers", type=positive, default=1, help="number of layers (default: 1)")
     parser.add_argument("--bidirectional", action="store_true")
     parser.add_argument(
         "--precision", choices=PRECISIONS,
@@ -129,10 +131,15 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--dtype", nargs="+", type=dtype, default=[torch.float32, torch.float64],
-        help="default: float32 float64",
+        help="data types (default: float32 float64)",
     )  # fmt: skip
-    parser.add_argument("--device", type=device, default=torch.device("cpu"), help="default: cpu")
-    parser.add_argument("--cases", type=positive, default=100, help="per dtype (default: 100)")
+    parser.add_argument(
+        "--device", type=device, default=torch.device("cpu"),
+        help="cpu, cuda or cuda:N (default: cpu)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cases", type=positive, default=100, help="number of cases per dtype (default: 100)"
+    )
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--only", type=natural, metavar="K", help="run only case K of each cell")
 
@@ -202,10 +209,16 @@ def _add_warmup(parser: argparse.ArgumentParser) -> None:
         help=f"any of {', '.join(names)} (default: all)",
     )  # fmt: skip
     parser.add_argument(
-        "--noisy", action="store_true", help="kernels with recurrent dropout and zoneout"
+        "--noisy",
+        action="store_true",
+        help="compile the kernels with recurrent dropout and zoneout instead",
     )
     parser.add_argument(
-        "--dtype", nargs="+", type=dtype, default=[torch.float32], help="default: float32"
+        "--dtype",
+        nargs="+",
+        type=dtype,
+        default=[torch.float32],
+        help="data types (default: float32)",
     )
 
 
@@ -240,7 +253,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--device", type=device, help="cpu or cuda (default: all available)")
     parser.add_argument(
-        "--seconds", type=positive, default=110, help="total time to measure for (default: 110)"
+        "--seconds", type=positive, default=110, help="total measuring time (default: 110)"
     )
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--show", action="store_true", help="print the table in use")

@@ -46,7 +46,7 @@ def choose(problem: Problem, forward: Choice, backward: Choice) -> Decision:
 def _simulated(problem: Problem, forward: Choice, backward: Choice) -> tuple[str, str]:
     if problem.is_step:
         return "torch", (
-            "torch runs a single step as one fused ATen call, which fastrnn has not been measured "
+            "a single step is one fused ATen call, which fastrnn's kernels have not been measured "
             "against"
         )
     if problem.steps < _GPU_MIN_STEPS:

@@ -136,7 +136,7 @@ PERSISTENT = [
     ),
 ]
 
-# No kernel of two tiles takes marks.
+# Kernels with two tiles do not support marks.
 WITH_MARKS = in_every_format(
     ("lstm", (40, 20, 16, 320, 2), 16, 8),
     ("gru", (40, 20, 16, 127, 2), 16, 8),

@@ -1,4 +1,4 @@
-"""A cell that no file of the package knows; Zhou et al. 2016, arXiv:1603.09420, with the gate
+"""A cell unknown to the package; Zhou et al. 2016, arXiv:1603.09420, with the gate
 applied after the recurrent product.
 
     f = sigmoid(wx + rh),  n = tanh(wx + f * rh),  h' = h + f * (n - h)

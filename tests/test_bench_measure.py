@@ -280,6 +280,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("case", SMALL, ids=[case.name.replace(" ", "-") for case in SMALL])
 def test_what_torch_has_not_is_compared_with_loops(case):
     base, *rows = measure.measure(case, CPU, 0, ["fastrnn", "fastrnn:plain", "loop"])

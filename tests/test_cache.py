@@ -124,20 +124,20 @@ def _linked_by_another(file: Path) -> None:
 
 
 UNSAFE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "file of the group": (lambda file: file.chmod(0o660), "{file} can be written by others"),
-    "file of anybody": (lambda file: file.chmod(0o602), "{file} can be written by others"),
+    "file of the group": (lambda file: file.chmod(0o660), "{file} is writable by other users"),
+    "file of anybody": (lambda file: file.chmod(0o602), "{file} is writable by other users"),
     "file of another": (_chown, "{file} belongs to another user"),
     "file is a link": (lambda file: _linked(file, file.with_name("moved")), "links: '{file}'"),
     "file is a folder": (lambda file: (file.unlink(), file.mkdir()), "directory"),
-    "file is a pipe": (lambda file: (file.unlink(), os.mkfifo(file, 0o600)), "no regular file"),
-    "folder of the group": (lambda file: file.parent.chmod(0o770), "folder can be written"),
-    "folder of anybody": (lambda file: file.parent.chmod(0o777), "folder can be written"),
-    "folder as /tmp": (lambda file: file.parent.chmod(0o1777), "folder can be written"),
+    "file is a pipe": (lambda file: (file.unlink(), os.mkfifo(file, 0o600)), "not a regular file"),
+    "folder of the group": (lambda file: file.parent.chmod(0o770), "folder is writable"),
+    "folder of anybody": (lambda file: file.parent.chmod(0o777), "folder is writable"),
+    "folder as /tmp": (lambda file: file.parent.chmod(0o1777), "folder is writable"),
     "folder of another": (lambda file: _chown(file.parent), "folder belongs to another user"),
     "folder linked by another": (_linked_by_another, "folder belongs to another user"),
-    "folder linked elsewhere": (_linked_elsewhere, "open can be written by others"),
-    "folder linked through elsewhere": (_linked_through_elsewhere, "open can be written by others"),
-    "above, of the group": (lambda file: file.parents[1].chmod(0o770), "above can be written"),
+    "folder linked elsewhere": (_linked_elsewhere, "open is writable by other"),
+    "folder linked through elsewhere": (_linked_through_elsewhere, "open is writable by other"),
+    "above, of the group": (lambda file: file.parents[1].chmod(0o770), "above is writable"),
     "above, of another": (lambda file: _chown(file.parents[1]), "above belongs to another user"),
 }  # fmt: skip
 
@@ -212,6 +212,7 @@ def _cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+@pytest.mark.sweep(3)
 @has_owners
 @pytest.mark.parametrize(
     "what",
@@ -227,7 +228,7 @@ def test_unsafe_kernels_are_compiled_again(compiled, what):
     y, log, _ = compiled()
     assert torch.equal(y, expected)
     assert "compil" not in log, "it was kept"
-    make_unsafe, message = {**UNSAFE, "file is cut": (_cut, "{file} is damaged")}[what]
+    make_unsafe, message = {**UNSAFE, "file is cut": (_cut, "{file} is corrupt")}[what]
     make_unsafe(file)
     y, log, _ = compiled()
     assert torch.equal(y, expected)

@@ -93,7 +93,7 @@ def table() -> dict[Variant, Measured]:
 
 
 def test_table_has_what_is_chosen(table):
-    """If not: ``python -m fastrnn.bench.compile_budget``, with --missing if no kernel changed."""
+    """If not, run ``python -m fastrnn.bench.compile_budget`` (--missing if no kernel changed)."""
     planned = compile_budget.plan()
     assert list(table) == list(planned)
 

@@ -377,9 +377,9 @@ def test_the_fastest_is_chosen(table, fastest):
 
 
 def test_a_choice_in_words():
-    text = "persistent, 16 rows x 16 units a program, 8 warps"
+    text = "persistent, 16 rows x 16 units per program, 8 warps"
     assert str(Choice(PERSISTENT, math.nan)) == text
-    assert str(Choice(PERSISTENT, 1.234)) == f"{text}: 1.23 us a step, simulated"
+    assert str(Choice(PERSISTENT, 1.234)) == f"{text}: 1.23 us per step, simulated"
 
 
 def test_the_table_of_the_package():

@@ -198,7 +198,7 @@ def test_products_with_weights_as_they_are(target):
     call = piece(target, "multiply_unpacked")
     for k in depths(target):
         for units in {1, 2, 3, target.units - 1, target.units}:
-            # Data past the last row must not be used; guard pages check that it is not read.
+            # Data past the last row must not be used; test_cpu_kernels.py checks for reads.
             w = torch.full((units + 1, k), float("nan"), dtype=target.dtype)
             w[:units] = integers(units, k, dtype=target.dtype)
             for rows in range(1, Writer.dot_rows + 1):
@@ -359,6 +359,7 @@ def spilled(body: str) -> bool:
     return len(lines) > 1 or any(re.search(r"mm\d|\b[qvdz]\d", line) for line in lines)
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
 @pytest.mark.parametrize(("triple", "cpu", "target", "sign"), OTHERS, ids=[o[1] for o in OTHERS])
 def test_products_of_other_cpus_stay_in_registers(triple, cpu, target, sign, dtype):

@@ -85,6 +85,7 @@ def largest(cell: str, seed: int, k: int) -> float:
     return 16 if CELLS[cell].is_pointwise else 16 + 4 * errors(*of_torch, F32).abs().max().item()
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize(
     "target", [machine.NEON, machine.AVX2, machine.AVX512], ids=lambda target: target.name
@@ -219,6 +220,7 @@ def test_gradients_of_groups(cell):
             torch.testing.assert_close(found.dx[:, part], alone.dx)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_that_is_not_multiplied_is_rounded_once(monkeypatch, cell, dtype):

@@ -245,7 +245,7 @@ llvm.ffi.register_lock_callback(linger, lambda: None)
 threading.Thread(target=llvm.get_process_triple).start()
 """
 
-CUT_OFF = "no kernels after a fork while another thread compiled some"
+CUT_OFF = "this process was forked while another thread was compiling kernels"
 
 
 @can_fork
@@ -339,7 +339,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     file.write_text("not a folder")
     done = python(RUN, FASTRNN_CACHE_DIR=str(file / "below"))
     assert done.returncode == 0, done.stderr
-    assert "cannot keep compiled kernels" in done.stderr
+    assert "cannot save compiled kernels" in done.stderr
 
 
 def test_a_user_without_a_home(monkeypatch, caplog):
@@ -361,7 +361,7 @@ def test_a_folder_of_nobody(monkeypatch, caplog, tmp_path):
     monkeypatch.chdir(tmp_path)
     model, x = module_and_input(16)
     model(x)
-    assert "cannot keep compiled kernels: Could not determine home directory" in caplog.text
+    assert "cannot save compiled kernels: Could not determine home directory" in caplog.text
     assert not list(tmp_path.iterdir())
 
 
@@ -425,7 +425,7 @@ def test_warmup(tmp_path, capsys, monkeypatch):
 def test_warmup_where_there_is_nothing_to_compile(capsys, monkeypatch):
     monkeypatch.setattr(machine, "target", lambda: None)
     assert main(["warmup"]) == 1
-    assert "no kernel of ours for a CPU" in capsys.readouterr().out
+    assert "fastrnn has no kernels for CPU capability" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("module", ["llvmlite", "llvmlite.binding"])
@@ -440,7 +440,7 @@ def test_without_llvmlite(module):
     assert done.returncode == 0, done.stderr
     plan, _, *results = done.stdout.splitlines()
     assert plan.startswith("torch: ")
-    assert "no kernels without llvmlite" in plan
+    assert "fastrnn's kernels need llvmlite" in plan
     assert results == python(RUN).stdout.splitlines()
 
 

@@ -305,7 +305,7 @@ def test_tag_words(train, seed):
     runs = train("tag_words", "--updates 80 --hidden 48 --batch 16 --lr 2e-2", seed)
     for libraries in runs.values():
         of = libraries["fastrnn"]
-        assert of["accuracy"] > 0.6  # the most frequent tag gives 0.19
+        assert of["accuracy"] > 0.6  # a constant tag gives 0.19
         assert 0.85 < of["accuracy of usual tags"] < 0.9
 
 

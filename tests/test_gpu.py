@@ -149,7 +149,7 @@ def check(ours, stock, exact):
     """Our error is at most twice torch's plus two epsilons.
 
     In float64 the reference is no more exact, so 64 epsilons are allowed. Where TF32 is allowed,
-    torch may not use it, so the epsilon is that of TF32.
+    torch need not use it and may be more exact, so the epsilon is that of TF32.
     """
     for name, truth in exact.items():
         eps = torch.finfo(ours[name].dtype).eps

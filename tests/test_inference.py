@@ -1,4 +1,4 @@
-"""Prepared calls in inference against ordinary ones, bit for bit; calls that must not be prepared."""
+"""Prepared calls in inference: bitwise equal to ordinary ones, and what must not be prepared."""
 
 import copy
 import random
@@ -178,7 +178,7 @@ def test_layers_of_torch_as_on_the_long_way(cls, batch_first, runs):
 @needs_kernels
 @pytest.mark.parametrize("cls", LAYERS)
 def test_a_state_carried_from_call_to_call(cls, runs):
-    """T single steps match one call of T steps; results are fresh tensors that may be written to."""
+    """T single steps match one call of T steps; results are new tensors that may be written to."""
     module, x = getattr(fastrnn, cls)(7, 16), torch.randn(9, 2, 7)
     with torch.no_grad(), use_path("kernels"):
         whole, final = module(x)

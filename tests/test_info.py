@@ -178,7 +178,7 @@ def test_without_packages(tmp_path, hidden):
     states = {of["dtype"]: of for of in found["paths"] if of["device"] == "cpu"}
     if "llvmlite" in hidden:
         assert found["versions"]["llvm"] is None
-        assert states["float32"]["gap"] == "no kernels without llvmlite"
+        assert states["float32"]["gap"] == "fastrnn's kernels need llvmlite"
         assert states["float32"]["remedy"] == "pip install llvmlite"
         assert "fix: pip install llvmlite" in text
 
@@ -207,7 +207,7 @@ def test_a_cpu_without_kernels(monkeypatch, variable):
     monkeypatch.setattr(info, "_llvm", lambda: None)
     found = info.info()
     state = kernels(found, "cpu")["float64"]
-    assert "no kernel of ours for a CPU with" in state.gap
+    assert "fastrnn has no kernels for CPU capability" in state.gap
     assert state.remedy == ("unset ATEN_CPU_CAPABILITY" if variable else None)
     assert found.cpu.lanes is None
     assert "no kernels for it" in shown(found)
@@ -219,7 +219,7 @@ def test_an_openmp_runtime_that_cannot_be_used(monkeypatch):
     found = info.info()
     assert found.cpu.openmp_gap == "it lacks GOMP_barrier"
     assert "kernels run on one thread: it lacks GOMP_barrier" in shown(found)
-    assert machine.describe() == "AVX2, 8 lanes, 1 thread at most"
+    assert machine.describe() == "AVX2, 8 lanes, at most 1 thread"
 
 
 def test_functions_of_the_openmp_runtime(monkeypatch):
@@ -229,7 +229,7 @@ def test_functions_of_the_openmp_runtime(monkeypatch):
     assert gap() == f"torch's OpenMP runtime lacks {missing}"
     assert machine.openmp_library() == ""
     monkeypatch.setattr(machine, "torch_library", lambda: None)
-    assert gap() == "torch's library for CPUs was not found"
+    assert gap() == "torch's CPU library was not found"
     assert machine.openmp_library() == ""
 
 
@@ -273,8 +273,8 @@ def test_a_folder_that_would_be_created_where_others_can_write(folder):
     folder.parent.chmod(0o777)
     found = info.info()
     assert not found.cache.exists
-    assert "above can be written by others (chmod go-w)" in found.cache.read_gap
-    assert "above can be written by others (chmod go-w)" in shown(found)
+    assert "above is writable by other users (chmod go-w)" in found.cache.read_gap
+    assert "above is writable by other users (chmod go-w)" in shown(found)
 
 
 @has_owners
@@ -284,7 +284,7 @@ def test_many_unsafe_files_are_counted(folder):
         (folder / f"{k}.o").chmod(0o777)
     found = info.info()
     assert len(found.cache.refused) == 9
-    assert shown(found).count(".o can be written by others") == 5
+    assert shown(found).count(".o is writable by other users") == 5
     assert "and 4 more" in shown(found)
 
 
@@ -356,7 +356,7 @@ def test_why_there_is_no_gpu(no_gpu, monkeypatch, cuda):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.version, "hip", None)
     found = info.info()
-    says = "torch finds no GPU" if cuda else "this build of torch is for CPUs only"
+    says = "torch finds no GPU" if cuda else "this build of torch is CPU-only"
     state = kernels(found, "cuda")["any"]
     assert found.gpu_gap == state.gap == says
     assert ("nvidia-smi" if cuda else "pytorch.org") in state.remedy
@@ -402,7 +402,7 @@ def test_a_gpu_of_amd(on_gpu):
     for of in gpu.formats:
         assert of.gap is None
         assert of.schedules["persistent"] is not None
-    assert "not simulated: the first kernel that fits runs" in shown(found)
+    assert "not simulated: the first kernel that fits is used" in shown(found)
 
 
 def test_a_gpu_without_kernels(on_gpu):
@@ -411,7 +411,7 @@ def test_a_gpu_without_kernels(on_gpu):
     (gpu,) = found.gpus
     assert (gpu.alike, gpu.simulated) == ((), False)
     assert {of.schedules == {} for of in gpu.formats} == {True}
-    says = "our kernels need compute capability 8.0, t4 has 7.5"
+    says = "fastrnn's kernels need compute capability 8.0 or higher, t4 has 7.5"
     assert {of.gap for of in kernels(found, "cuda:0").values()} == {says}
     assert says in shown(found)
 
@@ -448,14 +448,14 @@ def test_the_table_in_force(monkeypatch, tmp_path):
     versions = torch.__version__, tuned.__version__
     tuned.keep(tuned.Table(hardware.cpu(), *versions, "2026-11-30", "", ()))
     (state,) = [of for of in info.info().tables if of.device == "cpu"]
-    assert state[2:] == ("measured here, 2026-11-30", "2026-11-30", *versions)
+    assert state[2:] == ("table measured on this machine, 2026-11-30", "2026-11-30", *versions)
 
 
 def test_what_is_logged_meanwhile(capsys, no_gpu):
     cache.write(tuned.file_of(hardware.cpu()), b"nonsense")
     found = info.info()
     (warning,) = found.warnings
-    assert "which is no table of fastrnn tune" in warning
+    assert "which is not a valid fastrnn tune table" in warning
     assert "Warnings" in str(found)
     assert capsys.readouterr().err == ""
     assert info.info().warnings == (), "tables are read once"

@@ -1,6 +1,6 @@
-"""Steps of more than a product, in the interpreter: normalised cells, late products, projections.
+"""Steps of several products, in the interpreter: normalised cells, late products, projections.
 
-Whole layers as ``gpu_staged.py`` runs them, in float32 and half precision, against autograd through
+Whole layers run by ``gpu_staged.py``, in float16, float32 and float64, against autograd through
 the reference in float64.
 """
 
@@ -70,7 +70,7 @@ def test_every_mark(cell, size_h, schedule, directions):
 
 @of_every_kind
 def test_noise(cell, size_h, schedule):
-    """Of a reset and of rows that end, too."""
+    """Noise together with resets and rows that end early."""
     every = Layer(cell, 5, 3, size_h=size_h, drop=True, zones="masks", fresh=True, **MARKS)
     check(every, schedule)
     check(Layer(cell, size_h=size_h, directions=2, zones="shares", resets=True), schedule)
@@ -106,7 +106,7 @@ ENSEMBLES = [
 )
 @pytest.mark.parametrize("each", [0, 2])
 def test_members(layer, schedule, each):
-    """Ensembles; also with gradients of the weights of every half of a member's batch."""
+    """Ensembles, also with separate weight gradients for each half of a member's batch."""
     layer = layer._replace(batch=4)
     results = by_kernels(layer, schedule, groups=each * layer.members)
     if each:
@@ -169,7 +169,7 @@ def test_no_rows(cell, schedule):
 
 
 def test_passes_by_different_schedules():
-    """What forward keeps is the same."""
+    """Both schedules keep the same tensors in forward."""
     layer = Layer("layernorm_lstm", 5, 3, fresh=True, drop=True, zones="masks", **MARKS)
     call, given = draw(layer)
     configs = [config_of(layer, schedule) for schedule in ("staged", "resident")]
@@ -185,7 +185,7 @@ def test_passes_by_different_schedules():
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-# The interpreter takes the bits of bfloat16 for integers in a product; compiled: tests/ptx.
+# No bfloat16: the interpreter multiplies its bits as integers. Compiled: tests/ptx.
 @of_every_kind
 def test_half_precision(cell, size_h, schedule):
     layer = Layer(cell, size_h=size_h, dtype=torch.float16)
@@ -204,13 +204,13 @@ def test_half_precision(cell, size_h, schedule):
     ],
 )
 def test_without(cell, size_h, schedule, missing):
-    """No bias, a state of zeros, no gradient of the output or of states."""
+    """No bias, a zero state, no gradient of the output or of states."""
     check(Layer(cell, size_h=size_h, resets=missing == "state", **{missing: False}), schedule)
 
 
 @of_every_kind
 def test_what_no_gradient_comes_to_is_left_out(cell, size_h, schedule):
-    """Steps that a row does not have, and a sequence whose output nothing depends on."""
+    """Steps after the end of a row, and a sequence whose output nothing depends on."""
     layer = Layer(cell, 5, 3, size_h=size_h, directions=2, lengths=True, resets=True)
     call, given = draw(layer)
     dy, *d_traces = (part.clone() for part in (given.dy, *given.d_traces))
@@ -239,7 +239,7 @@ DOUBLE = [*PROBLEMS, *[(name, 0) for name, cell in CELLS.items() if cell.is_poin
 
 @pytest.mark.parametrize(("cell", "size_h"), DOUBLE)
 def test_double_precision(cell, size_h):
-    """Of every cell: no other schedule has it."""
+    """For every cell, since no other schedule supports it."""
     noise = {"drop": True, "zones": "masks"}
     check(Layer(cell, 3, 2, size_h=size_h, fresh=True, dtype=torch.float64, **noise, **MARKS))
 
@@ -264,7 +264,7 @@ def activation_kernel(x_ptr, y_ptr, activation: tl.constexpr, n: tl.constexpr):
 @pytest.mark.parametrize("options", [{}, {"proj_size": 3}, {"num_heads": 2}], ids=str)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_modules(options, recompute):
-    """By what the planner chooses, of several layers, also where backward runs forward again."""
+    """Several layers with the kernels the planner chooses, also where backward reruns forward."""
     name = "layernorm_gru" if "num_heads" in options else "lstm"
     cls, given = MODULES[name]
     module = cls(3, 6, num_layers=2, bidirectional=True, **given, **options)
@@ -283,7 +283,7 @@ def test_modules(options, recompute):
 
 @pytest.mark.parametrize(("size_h", "schedule"), [(3, "staged"), (0, "resident")])
 def test_inference_is_the_same(size_h, schedule):
-    """And of what is not asked for there is nothing."""
+    """Nothing is returned that is not requested."""
     layer = Layer("layernorm_lstm", size_h=size_h, directions=2)
     call, config = draw(layer).call, config_of(layer, schedule)
     with as_on_a_device():
@@ -326,7 +326,7 @@ def test_the_planner_knows(change):
     problem = Problem("lstm", 64, 8, 256, 256, torch.bfloat16, "cuda", gpu=DEVICES["h100"])
     chosen = planner.plan(problem._replace(**change))
     assert {choice.config.schedule for choice in chosen.kernels} == {"staged"}
-    # Where torch has a kernel, it has less ado.
+    # Where torch has a kernel, it has less overhead.
     assert chosen.path == ("torch" if "projected" in change else "kernels")
 
 
@@ -348,7 +348,7 @@ SMALL = Problem("layernorm_lstm", 64, 8, 64, 64, torch.bfloat16, "cuda", gpu=DEV
     ids=str,
 )
 def test_what_fits_into_one_program(change, fits):
-    """And either schedule can be asked for, where it can run."""
+    """Either schedule can be requested where it can run."""
     problem = SMALL._replace(**change)
     found = {choice.config.schedule for choice in planner.plan(problem).kernels}
     assert found == {"resident" if fits else "staged"}
@@ -365,7 +365,7 @@ def test_what_fits_into_one_program(change, fits):
 
 @pytest.mark.parametrize("schedule", ["staged", "resident"])
 def test_layers_by_either_schedule(schedule):
-    """As a user calls them, launched as asked."""
+    """Called as by a user, they launch the requested schedule."""
     module = MODULES["layernorm_gru"][0](3, 6, bidirectional=True)
     x = torch.randn(4, 2, 3)
     with use_path("reference"):
@@ -381,7 +381,7 @@ def test_layers_by_either_schedule(schedule):
 
 @of_every_kind
 def test_nothing_waits_for_the_device(monkeypatch, cell, size_h, schedule):
-    """Which launches there are depends on sizes alone, as a CUDA graph wants it."""
+    """The launches depend on sizes alone, as a CUDA graph requires."""
     layer = Layer(cell, 5, size_h=size_h, directions=2, resets=True)
     (call, given), config = draw(layer), config_of(layer, schedule)
     launches = []

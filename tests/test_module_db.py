@@ -1,4 +1,4 @@
-"""torch's own tests of its recurrent modules, on ours."""
+"""torch's own tests of recurrent modules, applied to ours."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn.planner import use_path
 
 with pytest.MonkeyPatch.context() as patch:
-    # The import changes settings of the whole process, of torch and of hypothesis; not here.
+    # Keep this import from changing process-wide settings of torch and hypothesis.
     patch.setattr(torch.backends, "disable_global_flags", lambda: None)
     from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 hypothesis.settings.load_profile("fastrnn")
 
 INFOS = {info.module_cls: info for info in module_db}
-#: RNN and GRU have samples with a packed input, that the database leaves out by default.
+#: RNN and GRU have samples with packed input, which the database omits by default.
 EXTRA = {"RNN": {"with_packed_sequence": True}, "GRU": {"with_packed_sequence": True}}
 
 
@@ -80,7 +80,7 @@ def test_samples(cls: type, training: bool, dtype: torch.dtype) -> None:
                 torch.testing.assert_close(mine, theirs, msg=lambda m, of=sample: f"{of}: {m}")
                 packed = isinstance(args[0], PackedSequence)
                 if sample.reference_fn is not None and not packed:
-                    # The same through a batch of one.
+                    # The same result as with a batch of one.
                     expected = sample.reference_fn(ours, *args, **kwargs)
                     torch.testing.assert_close(mine[0], leaves(expected))
 

@@ -256,7 +256,7 @@ BAD_CALLS = {
         packed(4, 3, 5, enforce_sorted=False), state(m, 2, 2, m.proj_size or 4)
     ),
 }
-# Here some of torch.nn's classes check nothing and fail somewhere inside.
+# Some torch.nn classes do not check these and fail deeper down.
 LOW_LEVEL_BAD_CALLS = {
     "no_arguments": lambda m: m(),
     "too_many_arguments": lambda m: m(x(4, 3, 5), None, None),
@@ -330,7 +330,7 @@ def test_dtypes(kind: str, form: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_half_precision_is_rounded_once(kind: str, form: str, dtype: torch.dtype) -> None:
-    """What is computed in float32: only results are rounded, by half a unit at most."""
+    """If computed in float32, only results are rounded, by at most half a unit."""
     ours, stock = pair(kind, bidirectional=True, dtype=dtype)
     call = Call(ours, form, steps=17, dtype=dtype)
     exact = call.forward(oracle_of(stock), torch.float64)[0]
@@ -412,7 +412,7 @@ def test_meta(kind: str, path: str | None, form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_complex(form: str) -> None:
-    """As far as torch's own kernels compute in complex numbers, which is RNN."""
+    """Of torch's own kernels, only RNN supports complex numbers."""
     ours, stock = pair("rnn_tanh", num_layers=2, dtype=torch.complex64)
     call = Call(ours, form, dtype=torch.complex64)
     with torch.no_grad():  # torch cannot differentiate the packing of complex numbers
@@ -451,7 +451,7 @@ def test_state_as_list(kind: str, path: str | None, form: str) -> None:
 
 @pytest.mark.parametrize("steps", [4, 64])
 def test_states_that_torch_promotes_or_refuses(steps: int) -> None:
-    """Alike for every length, though lengths take different paths."""
+    """The outcome is the same for every length, though lengths take different paths."""
     ours, stock = pair("lstm", dtype=torch.float64)
     call = Call(ours, steps=steps, dtype=torch.float64)
     h, c = call.hx
@@ -491,7 +491,7 @@ def test_inference_equals_training(kind: str, path: str | None) -> None:
 @on_paths(LAYERS)
 @pytest.mark.parametrize("form", FORMS)
 def test_final_states_are_fresh(kind: str, path: str | None, form: str) -> None:
-    """Programs reset states in place, then go backward."""
+    """Programs may reset states in place before running backward."""
     for steps, num_layers in ((1, 1), (4, 1), (4, 2)):
         ours, _ = pair(kind, num_layers=num_layers)
         call = Call(ours, form, steps=steps)
@@ -509,8 +509,8 @@ def test_final_states_are_fresh(kind: str, path: str | None, form: str) -> None:
         assert all(a.equal(b) for a, b in zip(*grads, strict=True))
 
 
-# Autocast. The dense LSTM of oneDNN fails under autocast on some machines, so that torch.nn
-# runs without it here.
+# Autocast. oneDNN's dense LSTM fails under autocast on some machines, so torch.nn runs without
+# oneDNN here.
 
 AUTOCAST = [
     pytest.param(low, given, id=f"{dtype_name(low)}-from-{dtype_name(given)}")
@@ -538,7 +538,7 @@ def test_autocast(
                     mine = call.run(ours)
                 for name, tensor in mine.items():
                     assert tensor.dtype == theirs[name].dtype, (name, path, form)
-                    # Products were rounded to the low dtype, whatever the result is in.
+                    # Products are rounded to the low dtype, whatever the dtype of the result.
                     errors = [(t[name].double() - exact[name]).abs().max() for t in (mine, theirs)]
                     unit = torch.finfo(low).eps
                     bound = 2 * errors[1] + unit * exact[name].abs().max()
@@ -555,7 +555,7 @@ def call_in_autocast(module: torch.nn.Module, x: torch.Tensor, hx: list[torch.Te
 def test_autocast_of_carried_state(
     kind: str, narrow: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A state may come back in two dtypes, as that of a projected LSTM does."""
+    """A carried state may have two dtypes, like that of a projected LSTM."""
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     modules = pair(kind)
     call = Call(modules[0], steps=64)
@@ -589,9 +589,9 @@ def test_autocast_does_not_narrow_float64(
 def test_autocast_as_this_machine_has_it(
     kind: str, low: torch.dtype, state: torch.dtype | None, grad: bool
 ) -> None:
-    """Results have torch.nn's dtypes, with oneDNN; where it cannot compute them, ours runs."""
+    """With oneDNN, results have torch.nn's dtypes; where torch.nn fails, ours still runs."""
     ours, stock = pair(kind)
-    # The last batch is empty, which oneDNN does not get to see.
+    # The last batch is empty, so it never reaches oneDNN.
     for form, rows in (("batched", 3), ("unbatched", 3), ("packed", 3), ("batched", 0)):
         call = Call(ours, form, steps=20, batch=rows, hx=state is not None)
         hx = [part.to(state) for part in call.hx or ()]
@@ -608,7 +608,7 @@ def test_autocast_as_this_machine_has_it(
 
 
 def test_autocast_is_tried_out_of_sight() -> None:
-    """What this machine can do is found without whoever looks at operations seeing it."""
+    """Modes that observe operations do not see the probe of what this machine supports."""
     from torch.utils.flop_counter import FlopCounterMode
 
     autocast._try_one_operation.cache_clear()
@@ -626,7 +626,7 @@ def test_autocast_of_identity(kind: str, path: str | None) -> None:
     assert all(tensor.dtype == torch.bfloat16 for tensor in results.values())
 
 
-# Anything at once.
+# Random combinations of options.
 
 
 @given(data=st.data())
@@ -659,7 +659,7 @@ def test_any_options(data: st.DataObject) -> None:
     check(*modules, call, paths_of(kind), used=sorted(used))
 
 
-# What other tools make of the modules.
+# Other tools.
 
 
 class Encoder(torch.nn.Module):
@@ -687,7 +687,7 @@ def test_fx_takes_modules_as_leaves() -> None:
 @pytest.mark.parametrize("hx", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_jit_trace(kind: str, hx: bool) -> None:
-    """At a length and batch where calls would run on our loop; a warning of ours is an error."""
+    """At a length and batch for which calls would use our loop; warnings of ours are errors."""
     module = pair(kind)[0]
     call = Call(module, steps=64)
     arguments: tuple[Any, ...] = (call.x,)
@@ -744,7 +744,7 @@ def test_mode_decides_the_activation_on_every_path() -> None:
 
 
 def test_identity_is_not_flattened_for_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuDNN has no such mode, and would be asked for it whenever a module moves to a GPU."""
+    """cuDNN has no such mode, which moving a module to a GPU would request."""
     called = []
     monkeypatch.setattr(torch.nn.RNN, "flatten_parameters", lambda self: called.append(self.mode))
     for nonlinearity in ("tanh", "identity"):
@@ -753,18 +753,18 @@ def test_identity_is_not_flattened_for_cudnn(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_attributes_that_were_changed_afterwards():
-    """torch.nn computes with what the attributes say, and so do we."""
+    """Like torch.nn, we use the current values of attributes."""
     lstm = fastrnn.LSTM(4, 6, 2, bidirectional=True)
     lstm.num_layers = 1
     x = torch.randn(40, 3, 4)
     torch.testing.assert_close(lstm(x)[0], lstm.to_torch()(x)[0])
 
 
-# What torch.nn refuses, and what it knows that we do not.
+# What torch.nn rejects, and features that only torch.nn supports.
 
 
 def arguments_of_any_kind(cls: type) -> list[tuple[Any, ...]]:
-    """Inputs and states that are wrong in some way, or right."""
+    """Valid inputs and states, and ones that are wrong in some way."""
     x, h = torch.randn(20, 3, 5), torch.randn(1, 3, 4)
     packed = pack_padded_sequence(x, [20, 20, 3])
     unsorted = pack_padded_sequence(x, [3, 20, 20], enforce_sorted=False)
@@ -781,7 +781,7 @@ def arguments_of_any_kind(cls: type) -> list[tuple[Any, ...]]:
         h[:, :2],
         h[..., :2],
     ]
-    # torch.nn does not look at a packed LSTM's state, and some would go wrong in memory.
+    # torch.nn does not check a packed LSTM's state, and some would corrupt memory.
     few = [None, (h, h), [h, h], (h[0], h[0]), 0, "x"] if cls is fastrnn.LSTM else states
     return [
         (one, state)
@@ -801,10 +801,10 @@ def test_arguments_of_any_kind(cls: type, grad: bool) -> None:
 
 
 def result(module: Any, arguments: Any) -> Any:
-    """The shapes of the results, or the error in the first line of its words."""
+    """Type, shape and dtype of each result, or the type and first line of the error."""
     try:
         found = tree_leaves(module(*arguments))
-    except Exception as error:  # whatever it is, ours must be the same
+    except Exception as error:  # of any type; ours must raise the same
         return type(error), str(error).partition("\n")[0]
     return [(type(part), part.shape, part.dtype) for part in found if part is not None]
 
@@ -819,7 +819,7 @@ def test_a_weight_that_is_none(cls: type, steps: int, name: str) -> None:
         setattr(module, name, None)
     mine, theirs = (outcome(lambda m=module: m(x)) for module in modules)
     assert mine == theirs
-    if name == "weight_ih_l0":  # torch.nn asks for its dtype
+    if name == "weight_ih_l0":  # torch.nn reads its dtype
         return
     assert mine[0] is TypeError
     with pytest.raises(TypeError, match="expected Tensor as element"):
@@ -835,7 +835,7 @@ def test_identity_with_a_weight_that_is_none() -> None:
 
 @pytest.mark.parametrize("steps", [3, 60])
 def test_packed_sequences_of_wrong_sizes(steps: int) -> None:
-    """torch.nn.LSTM hands them to oneDNN, which reads and writes beyond their memory."""
+    """torch.nn.LSTM passes them to oneDNN, which reads and writes out of bounds."""
     lstm = fastrnn.LSTM(5, 4)
     packed = pack_padded_sequence(torch.randn(steps, 3, 5), [steps] * 3)
     for rows, width in ((2, 4), (1, 4), (3, 2)):
@@ -852,13 +852,13 @@ def test_packed_sequences_of_wrong_sizes(steps: int) -> None:
 
 
 class Named(torch.Tensor):
-    """A subclass whose results are of it too, as torch.Tensor makes them."""
+    """A subclass with torch.Tensor's default of returning results in the same subclass."""
 
 
 @pytest.mark.parametrize("of", ["input", "weights"])
 @pytest.mark.parametrize("cls", CLASSES)
 def test_subclasses_of_tensor(cls: type, of: str) -> None:
-    """They belong to torch's own kernels, wherever ours would run."""
+    """They run on torch's own kernels, even where ours would otherwise run."""
     ours, stock = (each(5, 4) for each in both(cls))
     stock.load_state_dict(ours.state_dict())
     x = torch.randn(60, 3, 5)
@@ -877,7 +877,7 @@ def test_subclasses_of_tensor(cls: type, of: str) -> None:
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("cls", [fastrnn.GRU, fastrnn.RNN])
 def test_expanded_weights(cls: type, batch_first: bool) -> None:
-    """torch's older per-sample gradients, by a subclass in place of the weights."""
+    """torch's older per-sample gradients, which replace weights by a tensor subclass."""
     from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
     modules = [each(5, 4, batch_first=batch_first) for each in both(cls)]

@@ -1,4 +1,4 @@
-"""The program for a GPU, on a CPU: its runner, its table, and its parts as far as they go there."""
+"""The GPU program on a CPU: its runner, its table, and its parts as far as a CPU can run them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_part_costs_only_itself(monkeypatch, tmp_path, capsys):
     assert evidence["failed"]
     assert 0.9 < parts["hangs"]["seconds"] < 5
     assert parts["crashes"]["output"] == "so far\n"
-    # What was found before is written before a part begins.
+    # Earlier results are written before a part begins.
     assert parts["is right"]["output"] == "hangs crashes is missing is refused\n"
     assert "so far\n== is missing: at most" in capsys.readouterr().out
 
@@ -98,7 +98,7 @@ sys.exit(gpu_parts.run_cases(part, "telling", Path(sys.argv[1]), 60))
 
 
 def test_a_case_costs_only_itself(tmp_path):
-    (tmp_path / "telling.json").write_text("[{}]")  # of another day
+    (tmp_path / "telling.json").write_text("[{}]")  # from an earlier run
     evidence = run([Part("telling", python(CASES_OF_A_PROCESS, "{out}"), 1.0)], tmp_path, 100.0)
     part = evidence["parts"]["telling"]
     assert [(row["name"], row["status"]) for row in part["rows"]] == [
@@ -117,7 +117,7 @@ def test_a_case_costs_only_itself(tmp_path):
 
 @pytest.mark.parametrize(("count", "is_endless"), [(2, False), (1, True), (2, True)])
 def test_a_part_that_is_cut_off_leaves_its_rows(monkeypatch, tmp_path, count, is_endless):
-    """Half of a part that should have ended is a failure; of one that takes all time it is none."""
+    """A part that is cut off has failed, unless it is endless and a case has finished."""
     monkeypatch.setattr(on_gpu, "_GRACE", 0.2)
     rows = [{"name": "a", **RIGHT}, {"name": "b", "status": "cut off", "reason": ""}][:count]
     code = f"open({str(tmp_path / 'bench.json')!r}, 'w').write({json.dumps(rows)!r})\n"
@@ -160,7 +160,7 @@ def test_the_order_and_the_shares():
     assert [part.is_endless for part in parts] == [False] * 5 + [True]
     assert all(0 < part.share <= 1 for part in parts)
     rest = math.prod(1 - part.share for part in parts[:-1])
-    assert rest > 0.1  # of the time is for the benchmark even if all others take theirs
+    assert rest > 0.1  # of the time remains for the benchmark even if all others use their share
 
 
 @pytest.fixture
@@ -362,7 +362,7 @@ def test_small_layers_have_their_kernels():
 
 @pytest.fixture
 def _emulated():
-    # The interpreter multiplies in float32 whatever the products are to be.
+    # The interpreter multiplies in float32 regardless of the precision.
     with as_on_a_gpu(precision="tf32x3"), as_on_a_device():
         yield
 
@@ -376,7 +376,7 @@ SMALL = [
     Telling("peephole_lstm", "float32", 1, 7, bidirectional=True, marked=True, steps=4),
     Telling("lstm", "float32", 2, 6, marked=True, zoneout=0.3, steps=4),
 ]
-# By a schedule in which no program waits: the interpreter runs one after another.
+# A schedule in which no program waits: the interpreter runs programs one after another.
 SMALL = [case._replace(schedule="resident") for case in SMALL]
 SMALL += [
     Telling("layernorm_lstm", "float32", 2, 6, marked=True, steps=4, schedule="staged"),
@@ -404,7 +404,7 @@ def test_telling_case_finds(monkeypatch, fault):
         if path != "reference":
             runs.append(path)
             where = found["d_weight_hh_l0"][-1]
-            if fault == "another" and len(runs) == 3:  # by one rounding
+            if fault == "another" and len(runs) == 3:  # off by one rounding
                 where[-1] = math.nextafter(where[-1].item(), 1.0) + 1e-7
             elif fault != "another" and len(runs) == 2:
                 where += 0.1 if fault == "wrong" else math.nan
@@ -550,7 +550,7 @@ def test_benchmark(monkeypatch, tmp_path, status):
     (tmp_path / "gpu.json").write_text(json.dumps({"environment": {**env, "commit": "abc"}}))
     (tmp_path / "results.json").write_text("of another day")
     cases = gpu_steps.bench_cases()[:2]
-    for so_far in (cases[:1], cases):  # the second as after a crash
+    for so_far in (cases[:1], cases):  # the second as if after a crash
         part = gpu_parts._part("bench", tmp_path)._replace(cases=so_far)
         assert run_cases(part, "bench", tmp_path, 60.0) == 0
     found = results.load(tmp_path / "results.json")

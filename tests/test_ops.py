@@ -47,14 +47,14 @@ def make(cell, directions, *, bias=True, packed=False, projected=False, dtype=to
     x = leaf(10, inputs) if packed else leaf(5, 3, inputs)
     state = [leaf(directions, 3, size_h)]
     state += [leaf(directions, 3, hidden) for _ in range(CELLS[cell].n_states - 1)]
-    # What an sLSTM divides by is at least 1.
+    # The divisor of an sLSTM is at least 1.
     state[2:3] = [(part.detach().abs() + 1).requires_grad_() for part in state[2:3]]
     weights = [leaf(*shape) for _ in range(directions) for shape in shapes]
     return x, state, weights, BATCH_SIZES if packed else None
 
 
 def gradients(outputs, leaves, *, create_graph=False):
-    """Gradients for fixed cotangents; the first with create_graph are made into a second."""
+    """Gradients for fixed cotangents; those with create_graph can be differentiated again."""
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outputs]
     return torch.autograd.grad(outputs, leaves, cotangents, create_graph=create_graph)
@@ -96,7 +96,7 @@ def test_opcheck_packed_and_half(cell):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_opcheck_strided(cell):
-    """Results have the strides that the fake kernels promise, whatever those of the input."""
+    """Results have the strides that the fake kernels promise, for any strides of the input."""
     x, state, weights, _ = make(cell, 1, dtype=torch.float32)
     turned = x.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0)[:, :1].requires_grad_()
     state = [part.detach().expand(1, 3, 4)[:, :1].requires_grad_() for part in state]
@@ -113,7 +113,7 @@ def test_results_may_be_overwritten_before_backward(cell, packed):
     leaves, grads = [x, *state, *weights], []
     for spoil in (False, True):
         y, final, _ = fastrnn.ops.layer(call_of(cell, x, state, weights, sizes, True))
-        # The products hold values of their own; y and final are then free to change.
+        # The products are new tensors, so y and final may change afterwards.
         loss = sum((t * 1).square().sum() for t in (y, *final))
         if spoil:
             for t in (y, *final):
@@ -155,7 +155,7 @@ def test_batched_gradients(cell):
 
 @pytest.mark.parametrize("nonlinearity", ["tanh", "identity"])
 def test_forward_mode(nonlinearity):
-    """Tangents are not lost, on the path that a training call of this length would take."""
+    """Tangents are not lost on the path that a training call of this length takes."""
     rnn = fastrnn.RNN(3, 4, nonlinearity=nonlinearity).double()
     x = torch.randn(60, 2, 3, dtype=torch.float64, requires_grad=True)
     tangent = torch.randn_like(x)
@@ -195,7 +195,7 @@ def test_vmap_of_the_backward_pass(cell):
 @pytest.mark.parametrize("nonlinearity", ["tanh", "identity"])
 @pytest.mark.parametrize("path", [None, "kernels"])
 def test_complex_gradients(nonlinearity, path):
-    """The loop's formulas are real; complex numbers take autograd's."""
+    """The loop's formulas are for real numbers; complex numbers use autograd."""
     rnn = fastrnn.RNN(3, 4, nonlinearity=nonlinearity, dtype=torch.complex128)
     x = torch.randn(5, 2, 3, dtype=torch.complex128)
     grads = []
@@ -221,7 +221,7 @@ def test_third_derivative(cell):
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_gradient_without_saved_activations(cell):
-    """Backward recomputes what a call made as if for inference did not keep."""
+    """Backward recomputes the activations that forward did not save."""
     x, state, weights, _ = make(cell, 1)
     results = [
         gradients(
@@ -286,7 +286,7 @@ def compiling():
 
 @pytest.fixture
 def not_opted_in(monkeypatch):
-    """As in a process that did not call ``allow_compile``."""
+    """Emulate a process that has not called ``allow_compile``."""
     from torch._dynamo.variables.builder import VariableBuilder
 
     wrapped = VariableBuilder.wrap_module
@@ -322,7 +322,7 @@ def test_compile_fullgraph_with_dynamic_shapes(cls, compiling):
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("cls", [fastrnn.LSTM, fastrnn.RNN])
 def test_inductor_with_strided_input(cls, compiling):
-    """Code generated around the operators relies on their strides, gradients' included."""
+    """Code generated around the operators relies on their strides, also of gradients."""
     net = Net(cls)
     x = torch.randn(3, 1, 6).permute(2, 1, 0).requires_grad_()
     with fastrnn.planner.use_path("kernels"):
@@ -399,14 +399,14 @@ def test_compile_a_transform(name, opted_in, request):
 
 
 def test_allow_compile_leaves_stock_modules_alone(compiling):
-    fastrnn.allow_compile()  # twice is once
+    fastrnn.allow_compile()  # a second call has no effect
     stock = torch.compile(torch.nn.GRU(3, 4), fullgraph=True, backend="eager")
     with pytest.raises(torch._dynamo.exc.Unsupported, match="RNN, GRU, or LSTM"):
         stock(torch.randn(5, 2, 3))
 
 
 def test_compile_without_opting_in_is_as_with_torch(not_opted_in):
-    """The graph breaks at the module, which then runs as if nothing was compiled."""
+    """The graph breaks at the module, which then runs uncompiled."""
     x = torch.randn(64, 2, 3)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(Net(fastrnn.GRU), fullgraph=True, backend="aot_eager")(x)
@@ -424,7 +424,7 @@ def test_compile_without_opting_in_is_as_with_torch(not_opted_in):
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_operator_under_autocast(cell, low, monkeypatch):
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # which runs an LSTM as a whole
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # oneDNN fuses the LSTM
     x, state, weights, _ = make(cell, 1, dtype=torch.float32)
     with torch.autocast("cpu", dtype=low):
         y, final, _ = fastrnn.ops.layer(call_of(cell, x, state, weights))

@@ -23,7 +23,7 @@ class Subclass(nn.LSTM):
 
 
 class Model(nn.Module):
-    """All six modules, some of them nested, and others that are none of our business."""
+    """All six modules, some of them nested, and unrelated modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ BACK = [fastrnn.restore, fastrnn.to_torch]
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """What must not change: identities of everything on the modules, but for the class."""
+    """What must not change: the identity of everything in the modules except their class."""
     return {
         f"{name}.{key}": id(value)
         for name, module in model.named_modules()
@@ -70,7 +70,7 @@ def types(model: nn.Module) -> dict[str, type]:
 
 
 def run(model: nn.Module) -> dict[str, Tensor]:
-    torch.manual_seed(3)  # of the input and of dropout
+    torch.manual_seed(3)  # for the input and dropout
     y = model(torch.randn(3, 6, 5, dtype=torch.float64, requires_grad=True))
     grads = torch.autograd.grad(y.square().sum(), list(model.parameters()))
     return {"y": y.detach(), **{str(k): grad for k, grad in enumerate(grads)}}
@@ -242,7 +242,7 @@ def test_restore_leaves_what_was_converted_by_hand() -> None:
 
 
 def test_restore_leaves_what_got_another_class() -> None:
-    """As FSDP2's fully_shard gives it."""
+    """As done by FSDP2's fully_shard."""
     model = nn.Sequential(nn.GRU(2, 3))
     fastrnn.replace(model)
     model[0].__class__ = type("FSDPGRU", (fastrnn.GRU,), {})
@@ -317,7 +317,7 @@ def test_parametrized(cls: type, back: Callable[..., Any]) -> None:
     assert type(module).__name__ == own.__name__
     assert_same(results(), before)
     with torch.no_grad():
-        module(x)  # torch keeps the weights of the last call, and copies no graphs
+        module(x)  # torch keeps the weights of the last call, and cannot copy graphs
     twin = copy.deepcopy(module)
     for restored in (module, twin):
         assert list(back(restored).swapped) == [""]
@@ -401,7 +401,7 @@ def test_state_dict_of_replaced(model: nn.Module) -> None:
     Model().double().load_state_dict(after)
 
 
-# to_torch(), where it is not restore().
+# to_torch(), where it differs from restore().
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -487,7 +487,7 @@ def test_to_torch_says_what_it_keeps() -> None:
 
 
 def test_to_torch_after_noise_was_switched_off() -> None:
-    """In evaluation these kinds of dropout do nothing."""
+    """In eval mode these kinds of dropout do nothing."""
     lstm = fastrnn.LSTM(2, 3, recurrent_dropout=0.1, weight_dropout=0.2).eval()
     x = torch.randn(5, 4, 2)
     before = lstm(x)[0]
@@ -498,7 +498,7 @@ def test_to_torch_after_noise_was_switched_off() -> None:
 
 
 def test_converted_model_is_all_of_torch(ours: nn.Module) -> None:
-    """Its file can be read where fastrnn is not, and its layers take what torch.nn's do."""
+    """Its file loads without fastrnn, and its layers take only the arguments of torch.nn."""
     assert b"fastrnn" in pickle.dumps(ours)
     fastrnn.replace(ours)
     fastrnn.to_torch(ours)
@@ -516,7 +516,7 @@ def test_script(ours: nn.Module) -> None:
     torch.testing.assert_close(torch.jit.script(ours)(x), before)
 
 
-@pytest.mark.filterwarnings("ignore")  # of all of torch.ao.quantization
+@pytest.mark.filterwarnings("ignore")  # from all of torch.ao.quantization
 def test_quantize_dynamic() -> None:
     model = nn.ModuleDict({"lstm": fastrnn.LSTM(4, 8), "cell": fastrnn.LSTMCell(8, 8)})
     fastrnn.to_torch(model)
@@ -527,7 +527,7 @@ def test_quantize_dynamic() -> None:
 
 
 def test_compiled_model(ours: nn.Module) -> None:
-    """It is compiled again for the other class."""
+    """It is recompiled for the other class."""
     torch._dynamo.reset()
     x = torch.randn(3, 6, 5, dtype=torch.float64)
     compiled = torch.compile(ours.eval(), backend="eager")
@@ -574,7 +574,7 @@ def test_patched(stock_bindings: dict[str, type]) -> None:
         assert bound.keys() == stock_bindings.keys()
         assert all(getattr(fastrnn, cls.__name__) is cls for cls in bound.values())
         built = Model().double()
-        from torch.nn import GRU  # as a program that is imported inside would
+        from torch.nn import GRU  # like a program imported inside
 
         assert GRU is fastrnn.GRU
         assert type(imported_earlier(2, 3)) is imported_earlier is not nn.LSTM
@@ -607,7 +607,7 @@ def test_patched_nested(stock_bindings: dict[str, type]) -> None:
 
 
 def test_patched_blocks_overlap(stock_bindings: dict[str, type]) -> None:
-    """Those of two threads need not end in the order that they began in."""
+    """Blocks of two threads need not end in the order in which they began."""
     first, second = fastrnn.patched(), fastrnn.patched()
     first.__enter__()
     inside = bindings()
@@ -629,7 +629,7 @@ def test_patched_as_decorator(stock_bindings: dict[str, type]) -> None:
 
 
 def test_patched_restores_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody else may have bound the name before."""
+    """Other code may have rebound the name before."""
     monkeypatch.setattr(nn, "LSTM", Subclass)
     with fastrnn.patched():
         assert nn.LSTM is fastrnn.LSTM

@@ -1,6 +1,6 @@
-"""What a result does not depend on may be anything: padding, and what lies before a reset.
+"""Whatever a result does not depend on may have any value: padding, and steps before a reset.
 
-Neither values nor gradients may read it, not even to multiply it by zero. Every case is run twice,
+Neither values nor gradients may read it, not even to multiply it by zero. Every case runs twice,
 with numbers and with poison in those places; everything else must be the same.
 """
 
@@ -57,7 +57,7 @@ def initial(module, batch: int = BATCH) -> list[Tensor]:
 
 
 def run(module, x: Tensor, state: list[Tensor], path, loss, **given):
-    """Losses of what is asked for, and the gradients of weights, input and initial state."""
+    """The loss, and the gradients of weights, input and initial state."""
     x, state = x.clone().requires_grad_(), [part.clone().requires_grad_() for part in state]
     torch.manual_seed(1)
     with use_path(path):
@@ -102,7 +102,7 @@ def test_padding(name, build, call, path):
     check(run(module, x.where(there, NAN), state, path, loss, **given), expected)
     if call == "nothing":
         check(run(module, x.where(there, -INF), state, path, loss, **given), expected)
-        # A row without steps hands its state on, and does nothing else with it.
+        # A row without steps passes its state through and does nothing else with it.
         for part in state:
             part[:, 1] = NAN
         found = run(module, x.where(there, NAN), state, path, loss, **given)
@@ -112,7 +112,7 @@ def test_padding(name, build, call, path):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("name", "build", "call"), CASES)
 def test_before_a_reset(name, build, call, path):
-    """With a loss of what comes after it, and of what comes before the poison."""
+    """The loss covers steps after the reset and steps before the poison."""
     module = make(name, **BUILT[build])
     reset = torch.zeros(STEPS, BATCH, dtype=torch.bool)
     reset[4, 0] = reset[6, 0] = reset[0, 1] = True
@@ -120,7 +120,7 @@ def test_before_a_reset(name, build, call, path):
 
     def loss(part: Tensor) -> Tensor:
         before = part[:2] if not module.bidirectional else part[:0]
-        others = part[2:4].select(-2, 2)  # of a row without poison
+        others = part[2:4].select(-2, 2)  # a row without poison
         return sum(one.square().sum() for one in (part[4:], before, others))
 
     given = {"reset": reset, **CALLED[call]}
@@ -129,14 +129,14 @@ def test_before_a_reset(name, build, call, path):
         poisoned = x.clone()
         poisoned[2, 0] = bad
         check(run(module, poisoned, state, path, loss, **given), expected)
-    # Of the row that begins anew at once, the initial state of the forward direction.
+    # Row 1 is reset at its first step, so its initial forward state does not matter.
     for part in state:
         part[:: 1 + module.bidirectional, 1] = NAN
     check(run(module, x, state, path, loss, **given), expected)
 
 
 def test_poison_that_is_asked_for_is_seen():
-    """A loss of the poisoned step itself has gradients that are not numbers, as ever."""
+    """A loss that depends on the poisoned step still has NaN gradients."""
     for name in MODULES:
         module = make(name)
         x = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64)
@@ -151,7 +151,7 @@ def test_poison_that_is_asked_for_is_seen():
 @pytest.mark.parametrize("path", ["kernels", "reference"])
 @pytest.mark.parametrize("name", MODULES)
 def test_second_derivatives(name, path):
-    """Of a gradient whose own does not depend on the output, as of a penalty."""
+    """The gradient of a penalty on a gradient, without a loss on the output."""
     module = make(name)
     x = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64)
     lengths, reset = torch.tensor([STEPS, 2, 5]), torch.zeros(STEPS, BATCH, dtype=torch.bool)
@@ -170,7 +170,7 @@ def test_second_derivatives(name, path):
 
 @pytest.mark.parametrize("name", ["lstm", "gru"])
 def test_gates_that_are_numbers_are_not_left_out(name):
-    """Where their gradient is 0, its own derivative is not: of a loss at its optimum."""
+    """At the optimum of a loss their gradient is 0, but its derivative is not."""
     module, found = make(name), []
     x = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64, requires_grad=True)
     for given in ({}, {"reset": torch.zeros(STEPS, BATCH, dtype=torch.bool)}):
@@ -191,7 +191,7 @@ def test_gates_that_are_numbers_are_not_left_out(name):
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "rnn"])
 def test_groups_of_a_batch(name):
-    """Per-sample gradients, where every sample has weight gradients of its own."""
+    """Per-sample gradients: every sample has its own weight gradients."""
     module = make(name)
     parameters = {k: v.detach() for k, v in module.named_parameters()}
     x = torch.randn(BATCH, STEPS, INPUTS, dtype=torch.float64)

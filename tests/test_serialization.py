@@ -1,4 +1,4 @@
-"""Pickling and saving whole modules, and conversion from and to torch.nn."""
+"""Pickling and saving whole modules, and conversion to and from torch.nn."""
 
 import collections
 import copy
@@ -59,7 +59,7 @@ def test_save_and_load(kind: str) -> None:
 
 
 def test_load_weights_only(kind: str) -> None:
-    """Naming the class is enough, as for torch.nn's."""
+    """Allowing the class is enough, as for torch.nn."""
     ours, _ = pair(kind, dtype=torch.float64)
     with pytest.raises(pickle.UnpicklingError, match=f"fastrnn.nn.{type(ours).__name__}"):
         saved(ours, weights_only=True)
@@ -68,7 +68,7 @@ def test_load_weights_only(kind: str) -> None:
 
 
 def test_weights_only_of_stock(kind: str) -> None:
-    """A stock file loads, into an ours that takes its state."""
+    """A state saved from torch.nn loads into our module."""
     ours, stock = pair(kind, dtype=torch.float64)
     buffer = io.BytesIO()
     torch.save(stock.state_dict(), buffer)
@@ -188,7 +188,7 @@ def test_to_torch_of_identity(cls: type) -> None:
 
 @pytest.mark.parametrize("kind", ["gru", "gru_cell"])
 def test_conversion_of_overridden_forward(kind: str) -> None:
-    """The copy would call a function that is bound to the original."""
+    """The copy would call a function bound to the original."""
     ours, stock = pair(kind)
     for module, convert in ((ours, ours.to_torch), (stock, lambda: type(ours).from_torch(stock))):
         module.forward = module.forward

@@ -1,4 +1,4 @@
-"""The table of simulated times: the file is what the program makes, and what the choice needs."""
+"""The table of simulated times: reproducible, and complete for the choice of kernels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 H100 = configs.DEVICES["h100"]
 PINNED = re.search(r"^triton==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)
 
-# Rows that are simulated again: every schedule and GPU, both runs, little code.
+# Rows that are simulated again: every schedule and GPU, both runs, little code each.
 SAMPLE = [
     (80, "forward", 3, "half", "persistent", 16, 8, 128),
     (80, "backward", 4, "half", "resident", 16, 8, 32),
@@ -48,8 +48,8 @@ def named(planned) -> dict[tuple[str, ...], compiled.Variant]:
 
 
 def test_table_has_every_candidate(rows):
-    """If not: ``python -m fastrnn.bench.compile_budget --steps``, with --missing if no kernel that
-    is in the table changed."""
+    """If not, run ``python -m fastrnn.bench.compile_budget --steps``; add --missing if no kernel in
+    the table changed."""
     assert [tuple(row[: step_table.N_KEY]) for row in rows] == list(named(step_table.plan()))
     for row in rows:
         alone, full = map(int, row[step_table.N_KEY :])
@@ -85,7 +85,7 @@ def test_the_fastest_is_chosen(name, hidden):
 
 
 def test_rows_are_what_is_simulated(rows):
-    """In another process: with TRITON_INTERPRET, this one cannot compile."""
+    """Simulated in another process: this one may run with TRITON_INTERPRET."""
     assert PINNED
     if triton.__version__ != PINNED[1]:
         pytest.skip(f"the table is of triton {PINNED[1]}, this is {triton.__version__}")
@@ -116,7 +116,7 @@ def test_rows_are_what_is_simulated(rows):
 
 @pytest.fixture
 def simulated(monkeypatch):
-    """Stand-ins for what is simulated, and which variants were."""
+    """Replace simulation by fixed results; a list of the variants requested."""
     asked = []
 
     def results(function, variants, jobs):
@@ -150,7 +150,7 @@ def test_what_spills_or_fails_is_left_out(simulated, tmp_path, capsys):
     assert f"left out: {' '.join(map(str, planned[-1]))} ValueError('no loop')" in text
     assert "8 bytes of stack" in text
 
-    # Only what is missing; and of other devices, what is there.
+    # Simulate only missing variants, and keep the rows of other devices.
     before = path.read_bytes()
     simulated.clear()
     assert step_table.write(path, ("a100",), only_missing=True)

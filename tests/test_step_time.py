@@ -1,7 +1,7 @@
 """The simulator of a time step, on loops whose time is known and on small kernels.
 
-What it says of real kernels has not been compared with a GPU here; the error that is expected of it
-is `step_time.ERROR`.
+Its times for real kernels have not been compared with a GPU here; the expected error is
+`step_time.ERROR`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 _TOOLS = ("ptxas", "nvdisasm")
 _WARPS = 8
 
-# A step of a persistent kernel, as small as may be: wait for 16 bytes a thread, three products that
-# depend on each other, publish.
+# A minimal step of a persistent kernel: wait for 16 bytes per thread, compute three dependent
+# products, publish.
 _FRAME = """.version 8.0
 .target sm_{capability}
 .address_size 64
@@ -76,7 +76,7 @@ def instruction(name: str, line: str = "", goal: int | None = None) -> Instructi
     "benchmark_", BENCHMARKS, ids=lambda b: f"{b.name}-{b.chains}-{b.num_warps}"
 )
 def test_known_loops(benchmark_, device):
-    """Within 2 % of what is known, and 30 cycles that a turn of the loop may take."""
+    """Within 2 % of the known time, plus the overhead of a loop iteration."""
     least, most = benchmark_.bounds(device)
     assert least <= step_known.run_benchmark(benchmark_, device) <= most
 
@@ -89,7 +89,7 @@ def test_counts_of_a_small_kernel(small):
 
 
 def test_time_of_a_small_kernel(small):
-    """To L2 and back, three products of 24 cycles, a barrier; less than 60 for all the rest."""
+    """An L2 round trip, three products of 24 cycles, a barrier; under 60 cycles for the rest."""
     step = step_time.simulate(small, "h100", 1, constants={"visible": 0})
     known = 262 + 3 * 24 + 22
     assert known < step.least <= step.cycles <= step.most < known + 60
@@ -103,7 +103,7 @@ def test_data_that_come_later_cost_turns_of_the_poll(small):
     assert late.polls > soon.polls
     assert late.l2_bytes > soon.l2_bytes
     assert late.cycles > soon.cycles + 600
-    # Two tiles that take turns: each has the other's time to come.
+    # Two alternating tiles: each one's data arrive while the other is computed.
     hidden = step_time.simulate(small, "h100", _WARPS, tiles=2, constants={"visible": 900})
     assert soon.cycles < hidden.cycles < late.cycles - 300
 
@@ -145,7 +145,7 @@ def test_a_loop_that_might_not_run_does():
 
 
 def test_jumps_by_a_predicate_of_all_threads():
-    """As ptxas has them for sm_100 and sm_120."""
+    """As ptxas emits them for sm_100 and sm_120."""
     high = f"{'':50}/* 0x000fe20000000000 */"
     rows = [
         ".L_x_1:",
@@ -174,7 +174,7 @@ def test_where_a_step_goes(small):
 
 
 def test_a_barrier_that_not_all_warps_reach():
-    """Warps that find the data at once jump over it."""
+    """Warps that find the data at once skip it."""
     body = f"{_LOAD} @!x bra DONE; {_POLL} bar.sync 0;\nDONE: {_MMA} {_STORE}"
     with pytest.raises(RuntimeError, match="a barrier that not all warps reach"):
         step_time.simulate(assembled(body), "h100", _WARPS, constants={"visible": 60})
@@ -190,7 +190,7 @@ def test_what_is_not_known_is_refused(small):
 
 
 def test_stores_that_publish():
-    """Strong ones, or by the name of the source's function, or the first."""
+    """Strong stores; otherwise those in a publishing function; otherwise the first."""
     load, end = instruction("LDG.E.STRONG.SYS"), instruction("BRA", goal=0)
     plain, named = instruction("STG.E", "a.py:1 save"), instruction("STG.E", "a.py:3 publish_state")
     strong = instruction("STG.E.STRONG.GPU", "a.py:1 save")
@@ -212,7 +212,7 @@ def test_command_line(small, tmp_path, capsys):
 
 
 def test_a_kernel_of_ours():
-    """Compiled by another process: with TRITON_INTERPRET, this one cannot."""
+    """Compiled in another process: this one may run with TRITON_INTERPRET."""
     code = """
 import json
 from fastrnn.bench import compiled, step_time

@@ -1,7 +1,7 @@
-"""Rollouts with resets: as a loop over cells that zeroes the state, and as torchrl's modules.
+"""Rollouts with resets, against a loop over cells that zeroes the state and torchrl's modules.
 
-``is_init`` of torchrl, ``done`` of CleanRL and ``episode_starts`` of Stable-Baselines3 all say that
-a step is the first of an episode, which is what ``reset`` says.
+``is_init`` in torchrl, ``done`` in CleanRL and ``episode_starts`` in Stable-Baselines3 all mark the
+first step of an episode, like ``reset``.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def by_one_call(module: Any, x: Tensor, state: Tensor, starts: Tensor) -> tuple[
 
 
 def assert_near(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    """Equal up to the rounding of sums in another order."""
+    """Equal up to the rounding of sums in a different order."""
     for a, b in zip(ours, theirs, strict=True):
         bound = 64 * torch.finfo(b.dtype).eps * max(1.0, b.abs().max().item())
         torch.testing.assert_close(a, b, rtol=0, atol=bound)
@@ -111,7 +111,7 @@ def test_torchrl(
     ).to(dtype)
     recurrent = theirs.lstm if n_states > 1 else theirs.gru
     recurrent.load_state_dict(module.state_dict())
-    # torchrl wants the state at all steps and reads it where episodes begin, (B, T, L, H).
+    # torchrl takes states for all steps, (B, T, L, H), and reads those where episodes begin.
     at_start = state.permute(0, 2, 1, 3)[:, :, None] * ~starts[0][:, None, None, None]
     stored = torch.cat(
         [at_start, at_start.new_zeros(1).expand(n_states, BATCH, STEPS - 1, layers, HIDDEN)], dim=2

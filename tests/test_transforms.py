@@ -159,7 +159,7 @@ def test_results_of_ensembles_may_be_written_to():
 @pytest.mark.parametrize("path", ["kernels", "operators"])
 @pytest.mark.parametrize("cls", [fastrnn.GRU, fastrnn.LayerNormGRU, fastrnn.ResetBeforeGRU])
 def test_per_sample_gradients_of_ensembles(cls, path):
-    """Each member has several parts of the batch, with gradients of its weights of their own."""
+    """Each member has several parts of the batch, each with its own weight gradients."""
     models = [cls(3, 4, num_heads=2, dtype=torch.float64) for _ in range(2)]
     params, _ = stack_module_state(models)
     params = {name: part.detach() for name, part in params.items()}
@@ -210,7 +210,7 @@ def test_hessians_and_their_products(module):
 
 
 def test_gradients_of_per_sample_gradients(module):
-    """As in gradient penalties per sample and in meta learning."""
+    """As in per-sample gradient penalties and meta-learning."""
     params, x = dict(module.named_parameters()), normal(3, 4, 3)
 
     def penalty(params, x):
@@ -261,7 +261,7 @@ def test_cells(cls):
 
 
 def test_cells_by_torch_outside_of_transforms():
-    """Ordinary calls take no detour."""
+    """Ordinary calls are not routed through torch."""
     assert ops.transform() is None
     with forward_ad.dual_level():
         assert ops.transform() == "forward"
@@ -269,7 +269,7 @@ def test_cells_by_torch_outside_of_transforms():
 
 
 def test_a_call_of_which_nothing_is_mapped():
-    """It is made once, and its result is not mapped either."""
+    """It runs once, and its result is not mapped either."""
     module, context, rows = fastrnn.GRU(8, 16), torch.randn(20, 2, 8), torch.randn(5, 3)
     mapped, once = torch.func.vmap(lambda row: (row + 1, module(context)[0]), out_dims=(0, None))(
         rows

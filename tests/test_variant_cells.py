@@ -1,4 +1,4 @@
-"""Cell modules that torch.nn does not have: against their layers and the formulas written out."""
+"""Cell modules torch.nn does not provide, against their layers and explicit formulas."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PATHS = (None, "kernels", "operators", "reference")
 
 
 def make(kind: str, bias: bool = True):
-    """A cell module with the weights of the layer that `make_layer` makes."""
+    """A cell module with the weights of the layer from `make_layer`, and that layer."""
     layer = make_layer(kind, bias=bias)
     cell = CELLS[kind](3, 4, bias, dtype=torch.float64)
     cell.load_state_dict({n.removesuffix("_l0"): p for n, p in layer.state_dict().items()})
@@ -55,7 +55,7 @@ def test_against_the_formula_and_the_layer(kind, bias, path):
         _, final = layer(x[None], as_hx([part[None] for part in hx]))
         assert_equal(ours, [part[0] for part in flat(final)])
         with torch.no_grad():
-            for _ in range(2):  # the second time it is known
+            for _ in range(2):  # prepared the second time
                 assert_equal(flat(cell(x, as_hx(hx))), ours)
                 assert_equal(
                     flat(cell(x)),
@@ -246,7 +246,7 @@ def test_half_precision_and_autocast(kind, low):
 
 
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
-@pytest.mark.parametrize("kind", [kind for kind in CELLS if kind != "slstm"])  # which has a maximum
+@pytest.mark.parametrize("kind", [kind for kind in CELLS if kind != "slstm"])  # it takes a maximum
 def test_complex_numbers_go_to_the_reference(kind, monkeypatch):
     calls, real = [], reference.step
 

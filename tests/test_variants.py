@@ -1,4 +1,4 @@
-"""Layers of other cells, heads, and the kinds of dropout: against formulas written out here."""
+"""Layers of other cells, heads and the kinds of dropout, against formulas written out here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def norm(v: Tensor) -> Tensor:
 
 
 def step(kind: str, x: Tensor, state: list[Tensor], p: dict[str, Tensor]) -> list[Tensor]:
-    """One step of one direction, with weights `p` by their names without suffix."""
+    """One step of one direction; `p` has the weights by name, without suffix."""
     h = state[0]
     wx, rh = x @ p["weight_ih"].T, h @ p["weight_hh"].T
     b_ih, b_hh = p.get("bias_ih", torch.zeros(1)), p.get("bias_hh", torch.zeros(1))
@@ -65,7 +65,7 @@ def step(kind: str, x: Tensor, state: list[Tensor], p: dict[str, Tensor]) -> lis
         p_i, p_f, p_o = p["weight_peephole"].view(3, size)
         new_c = sigmoid(f + p_f * c) * c + sigmoid(i + p_i * c) * tanh(g)
         new = [sigmoid(o + p_o * new_c) * tanh(new_c), new_c]
-    else:  # without a stabiliser: c and n as they would be with m = 0
+    else:  # without a stabiliser: c and n as with m = 0
         _, c, n, m = state
         new_m = torch.where(n == 0, i, torch.maximum(i, torch.log(sigmoid(f)) + m))
         c, n = sigmoid(f) * c * exp(m) + exp(i) * tanh(g), sigmoid(f) * n * exp(m) + exp(i)
@@ -74,7 +74,7 @@ def step(kind: str, x: Tensor, state: list[Tensor], p: dict[str, Tensor]) -> lis
 
 
 def run(kind: str, module, x: Tensor, hx: list[Tensor]) -> list[Tensor]:
-    """All layers of a module step by step: output and final states."""
+    """Run all layers of a module step by step; return the output and final states."""
     finals = []
     for k in range(module.num_layers):
         ys = []
@@ -316,7 +316,7 @@ def test_refused_arguments():
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_half_precision_and_autocast(kind, monkeypatch):
     low = torch.bfloat16
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # which runs an LSTM as a whole
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # oneDNN fuses the LSTM
     module, x = make(kind).float(), torch.randn(4, 2, 3)
     half = copy.deepcopy(module).to(low)
     assert {part.dtype for part in flat(half(x.to(low)))} == {low}
@@ -375,7 +375,7 @@ DENSE = {
 
 
 def with_heads(name: str, **options):
-    """A module with 2 heads, and one whose recurrent matrix is that of the heads on a diagonal."""
+    """A module with 2 heads, and a dense one with the heads' matrices in a block diagonal."""
     cls, own = DENSE[name]
     torch.manual_seed(4)
     module = cls(3, 6, num_heads=2, dtype=torch.float64, **own, **options)
@@ -442,7 +442,7 @@ def test_gates_of_heads(name):
 
 
 def test_heads_with_noise():
-    """Masks are drawn for the whole layer, so that they are the same as without heads."""
+    """Masks are drawn for the whole layer, so they are the same as without heads."""
     module, dense = with_heads("lstm", recurrent_dropout=0.5, zoneout=(0.2, 0.3))
     x = torch.randn(5, 4, 3, dtype=torch.float64)
     for training in (True, False):
@@ -494,7 +494,7 @@ def test_compile(name):
 
 
 def identity(hidden: int = 1, *, through_time: float, from_input: float, **options):
-    """h' = through_time * h + from_input."""
+    """An RNN that computes h' = through_time * h + from_input."""
     rnn = fastrnn.RNN(1, hidden, nonlinearity="identity", dtype=torch.float64, **options)
     with torch.no_grad():
         for p in rnn.parameters():
@@ -539,7 +539,7 @@ def test_recurrent_dropout_of_layers_and_directions_differ():
         for p in gru.parameters():
             p.zero_()
         for k in itertools.product((0, 1), ("", "_reverse")):
-            # n = tanh(r * W h): what is dropped is 0
+            # n = tanh(r * W h), which is 0 for a dropped unit
             gru.get_parameter(f"weight_hh_l{k[0]}{k[1]}")[128:] = torch.eye(64)
     # h' = (1 - z) n + z h, so h' > 0.5 h where it was not dropped
     _, h_n = gru(torch.zeros(1, 1, 1), torch.ones(4, 1, 64))
@@ -555,7 +555,7 @@ def test_zoneout_keeps_a_share_of_the_state_and_its_mean_in_evaluation(path):
     torch.manual_seed(0)
     with use_path(path):
         y, h_n = rnn(x)
-    for t in range(3):  # 0 as long as it was always kept
+    for t in range(3):  # a unit is 0 if every step kept it
         assert near((y[t] == 0).double().mean(), p ** (t + 1), batch * hidden)
     assert set(y.unique().tolist()) == {0.0, 1.0}
     torch.manual_seed(0)
@@ -641,7 +641,7 @@ def test_gradients_through_noise(cls, training, path):
 
 
 def test_recurrent_dropout_of_the_product_alone():
-    """What is dropped is what W_hh multiplies, not what the gates mix with."""
+    """Dropout applies to the h that W_hh multiplies, not to the h that the gates mix in."""
     gru = make("gru_reset_before", recurrent_dropout=0.5)
     x, hx = torch.randn(1, 3, 3, dtype=torch.float64), states(gru)
     torch.manual_seed(8)
@@ -686,10 +686,10 @@ def test_compiled_noise_follows_the_seed():
 
 @pytest.mark.parametrize("path", [None, "kernels", "operators", "reference"])
 def test_slstm_begins_to_remember(path):
-    """Derivatives by a state that is empty are those of one that is nearly so."""
+    """Derivatives with respect to an empty state match those for a nearly empty one."""
     slstm = fastrnn.SLSTM(3, 4).double()
     with torch.no_grad():
-        slstm.bias_ih_l0[:4] -= 2.0  # what there was weighs more than what comes
+        slstm.bias_ih_l0[:4] -= 2.0  # the old state outweighs the input
     x = torch.randn(2, 1, 3, dtype=torch.float64)
     zeros = [torch.zeros(1, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
     with use_path(path):

@@ -1,4 +1,4 @@
-"""Weights are ordinary tensors, read when a module is called, whatever was done to them."""
+"""Weights are ordinary tensors, read at every call, however they were changed."""
 
 import copy
 import warnings
@@ -56,7 +56,7 @@ def pruned(module: Module) -> None:
 
 
 def weight_drop(module: Module) -> None:
-    """As AWD-LSTM does: a new dropped weight, that is no parameter, before every call."""
+    """As in AWD-LSTM: before every call, a newly dropped weight that is not a parameter."""
     name = name_of_weight(module)
     module.register_parameter("raw", module._parameters.pop(name))
     module.register_forward_pre_hook(
@@ -142,7 +142,7 @@ def test_change(kind: str, path: str | None, change: Callable[[Module], None]) -
     call, runs = Call(ours, dtype=torch.float64), []
     for module, chosen in ((stock, None), (ours, path)):
         with use_path(chosen):
-            before = call.run(module)  # nothing of this call may be kept
+            before = call.run(module)  # nothing from this call may be reused
             torch.manual_seed(3)
             change(module)
             runs.append([call.run(module), call.run(module.eval())])
@@ -200,7 +200,7 @@ def test_deepcopy(kind: str, path: str | None) -> None:
     assert type(twin) is type(ours)
     assert vars(twin).keys() == vars(ours).keys()
     assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in ours.parameters()}
-    written_in_place(ours)  # and the copy does not follow
+    written_in_place(ours)  # must not affect the copy
     check(twin, stock, Call(stock, dtype=torch.float64), [path])
 
 

@@ -97,7 +97,7 @@ def resident() -> Drawing:
     _box(picture, (474, 62, 56, 40), "y", "")
     picture.line([(432, 102), (432, 148)], arrow=True)
     picture.line([(502, 150), (502, 104)], arrow=True)
-    picture.text(360, 280, "no program waits for another", size=14, color="soft")
+    picture.text(360, 280, "programs do not wait for each other", size=14, color="soft")
     return picture
 
 
@@ -116,7 +116,7 @@ def exchange() -> Drawing:
         name = "last program" if last else f"program {n}"
         picture.text(left + 56, 52, name, size=14)
         units = f"units {16 * n}-{16 * n + 15}" if not last else "last 16 units"
-        _box(picture, (left + 8, 64, 96, 34), "R, all gates", "green")
+        _box(picture, (left + 8, 64, 96, 34), "rows of R", "green")
         _box(picture, (left + 8, 104, 96, 34), units, "blue")
         color = "orange"
         if n < 3:
@@ -136,7 +136,7 @@ def exchange() -> Drawing:
         picture.line([(left + 78, 206), (left + 78, 148)], arrow=True, dashed=True, color="blue")
     picture.text(450, 178, "poll all of h", size=14, color="blue")
     picture.text(144, 178, "publish", size=14, color="orange")
-    picture.text(280, 334, "rows t and t+1 of y in memory: a word not yet written is all ones",
+    picture.text(280, 334, "y of steps t and t+1 in memory: a word not yet written is all ones",
                  size=14, color="soft")  # fmt: skip
     return picture
 
@@ -172,13 +172,13 @@ def staged() -> Drawing:
     """A step of the staged schedule."""
     picture = Drawing(
         560, 330,
-        "Staged schedule: a step is two or three launches, the product, the cell with all units of "
+        "Staged schedule: a step is two or three launches: the product, the cell with all units of "
         "a row, and a projection or late product if there is one.",
     )  # fmt: skip
     picture.text(280, 18, "staged: step t is two or three launches", size=15, bold=True)
     _box(picture, (14, 40, 150, 70), "1. product\nh Rᵀ, tiles of units", "blue")
     _box(picture, (204, 40, 150, 70), "2. cell\nall units of a row", "orange")
-    _box(picture, (394, 40, 152, 70), "3. projection\nh = W_hr h, if any", "blue")
+    _box(picture, (394, 40, 152, 70), "3. projection\nh = W_hr h', if any", "blue")
     picture.line([(89, 110), (89, 140)], arrow=True)
     picture.line([(240, 140), (240, 112)], arrow=True)
     picture.line([(318, 110), (318, 140)], arrow=True)
@@ -205,7 +205,7 @@ def region() -> Drawing:
     picture = Drawing(
         560, 300,
         "One parallel region runs all steps: each thread owns slices of hidden units, packs their "
-        "weights once, and meets the others at one barrier a step.",
+        "weights once, and meets the others at one barrier per step.",
     )  # fmt: skip
     picture.text(280, 18, "one parallel region of torch's OpenMP pool", size=15, bold=True)
     for n in range(2):
@@ -213,7 +213,7 @@ def region() -> Drawing:
         picture.text(46, top + 26, f"thread {n}", size=14, bold=True)
         picture.text(46, top + 46, "its slices", size=14, color="soft")
         _box(picture, (90, top, 76, 72), "pack\nweights", "green")
-        _box(picture, (172, top, 76, 72), "project x\n(a chunk)", "blue")
+        _box(picture, (172, top, 76, 72), "x W_ihᵀ\n(a chunk)", "blue")
         for step in range(3):
             left = 254 + step * 100
             _box(picture, (left, top, 84, 34), "h Rᵀ", "blue")
@@ -236,7 +236,7 @@ def products() -> Drawing:
         "to 4 rows by weights as torch stores them, along k.",
     )  # fmt: skip
     picture.text(140, 18, "tile: packed weights", size=15, bold=True)
-    picture.text(420, 18, "dots: weights as they are", size=15, bold=True)
+    picture.text(420, 18, "dots: unpacked weights", size=15, bold=True)
     picture.line([(280, 8), (280, 322)], color="line", dashed=True)
 
     _box(picture, (14, 160, 76, 84), "h\n≤ 12 rows", "orange")
@@ -246,7 +246,7 @@ def products() -> Drawing:
         for k in range(1, 6):
             y = 40 + k * 16
             picture.line([(110 + n * 78, y), (184 + n * 78, y)], color="green", width=0.8)
-    picture.text(186, 150, "k ↓, two vectors a row", size=14, color="soft")
+    picture.text(186, 150, "k ↓, two vectors wide", size=14, color="soft")
     _box(picture, (110, 160, 152, 84), "sums in registers", "blue")
     picture.text(140, 276, "broadcast h[k], multiply-add", size=14)
     picture.text(140, 296, "with a row of the panel", size=14)

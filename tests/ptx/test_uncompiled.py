@@ -62,7 +62,7 @@ def test_another_schedule_runs(monkeypatch, change):
     monkeypatch.setattr(configs, "step_us", prefer_persistent)
     change(monkeypatch)
     with Emulator(90) as emulator, as_on_a_gpu(precision="tf32"), use_path("kernels"):
-        with pytest.warns(UserWarning, match="other schedules run in their place"):
+        with pytest.warns(UserWarning, match="using other schedules instead"):
             y, _ = gru(x)
         assert "does not compile our persistent kernels" in devices.gpu().gap
         grads = torch.autograd.grad(y.sum(), [x, *gru.parameters()])
