@@ -57,7 +57,7 @@ _NOISE = ("training noisy", "backward noisy", "training fresh noisy", "backward 
 _NOISY = (("resident", 64), ("resident", 128), ("persistent", 512), ("stepwise", 512))
 
 # Cells whose step is more than a product and arithmetic on single units, and hidden sizes for their
-# schedules; the last is the longest row of a normalised cell that a program can hold.
+# schedules; the last is the longest row of a normalized cell that a program can hold.
 _INVOLVED = ("layernorm_lstm", "layernorm_gru", "gru_reset_before")
 _STAGED = (1, 64, 129, 256, 1024, 4096)
 _RESIDENT = (64, 128)
@@ -312,7 +312,7 @@ def broken(variant: Variant, measured: Measured) -> list[str]:
     Resident and stepwise kernels with marks or noise use the tiles of kernels without, the largest
     of which leave no register to spare: two or four words of a thread may be on its stack, 16 with
     noise, and 12 for cells that are more than arithmetic on single units. The longest row of a
-    normalised LSTM, whose four gates take all available registers, may have up to 160 there.
+    normalized LSTM, whose four gates take all available registers, may have up to 160 there.
 
     A load must be 16 bytes wide, or as wide as a thread's share of the data; this applies only
     where rows start at multiples of 16 bytes. A thread of a persistent kernel has one or two
@@ -355,7 +355,7 @@ def _allowed(variant: Variant) -> int:
     """Return the bytes of stack that a thread may have."""
     if variant.schedule == "staged":
         row = variant.block_h * max(4, DTYPES[variant.dtype].itemsize)
-        is_longest = row == configs.MAX_NORMALISED_ROW and CELLS[variant.cell].n_gates == 4
+        is_longest = row == configs.MAX_NORMALIZED_ROW and CELLS[variant.cell].n_gates == 4
         return 640 if is_longest else 0
     if variant.schedule == "persistent":
         return 0

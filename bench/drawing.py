@@ -1,4 +1,4 @@
-"""What all pictures of results share: colours, style, a sheet, and files that name their source."""
+"""What all pictures of results share: colors, style, a sheet, and files that name their source."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTH, MARGIN = 1000, 20
 
 
 class Theme(NamedTuple):
-    """Colours; ``heat`` is those of half as fast, equal, twice and five times as fast."""
+    """Colors; ``heat`` is those of half as fast, equal, twice and five times as fast."""
 
     suffix: str
     paper: str
@@ -33,7 +33,7 @@ class Theme(NamedTuple):
     batches: tuple[float, float]
 
 
-# Blue and orange are told apart with any colour vision.
+# Blue and orange are told apart with any color vision.
 LIGHT = Theme(
     "", "#ffffff", "#1f2328", "#59636e", "#d8dee4", "#b3261e", "#fdf1f0", ("#2563ab", "#d9730d"),
     ("#d9604f", "#f1f3f5", "#9cc4ea", "#2563ab"), (0.0, 0.88),
@@ -132,7 +132,7 @@ def write_heading(axes: Any, theme: Theme, title: str, line: str) -> None:
 def save(figure: Any, path: Path, mark: str) -> None:
     """Write a figure as a PNG that names its source, and close the figure.
 
-    A palette of 256 colours makes the file a third as large.
+    A palette of 256 colors makes the file a third as large.
 
     Parameters
     ----------

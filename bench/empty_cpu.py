@@ -52,7 +52,7 @@ def _region() -> tuple[int, Any] | None:
 
 
 def loop(device: torch.device, steps: int) -> Callable[[], None] | None:
-    """Make a call that synchronises all of torch's threads so many times.
+    """Make a call that synchronizes all of torch's threads so many times.
 
     Parameters
     ----------

@@ -68,7 +68,7 @@ class Telling(NamedTuple):
 
 #: The simplest first. Each of torch.nn's cells appears in half precision, and one with additional
 #: weights; so does each dtype and option, with hidden sizes from 99 to 1024. Tests cover the other
-#: cells, sizes and combinations. A normalised cell has so few steps that roundings do not grow.
+#: cells, sizes and combinations. A normalized cell has so few steps that roundings do not grow.
 CASES = (
     Telling("lstm", "bfloat16", 16, 512),
     Telling("gru", "bfloat16", 16, 512, marked=True),

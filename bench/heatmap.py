@@ -15,7 +15,7 @@ from .registry import CELLS, DTYPES, MODES
 from .report import LABELS, MODE_LABELS, machine, main_provider
 from .results import Results, Row, of_provider
 
-# The ratios that have the colours of `Theme.heat`.
+# The ratios that have the colors of `Theme.heat`.
 _HEAT_STOPS = (0.5, 1.0, 2.0, 5.0)
 # Sizes in pixels: a line, the numbers to its left, gaps between blocks and between groups of
 # columns, and limits of a column's width.
@@ -189,7 +189,7 @@ def _draw_columns(
 
 
 def _heat(theme: Theme) -> Callable[[float], Any]:
-    """The colour of a ratio."""
+    """The color of a ratio."""
     low, *_, high = stops = [math.log(ratio) for ratio in _HEAT_STOPS]
     places = [(stop - low) / (high - low) for stop in stops]
     cmap = LinearSegmentedColormap.from_list("", list(zip(places, theme.heat, strict=True)))

@@ -45,7 +45,7 @@ _MIN_PAIRS, _MAX_PAIRS = 7, 200
 # Reduced to so many pairs where the minimum would take longer than this.
 _FEW_PAIRS, _LONG_SECONDS = 3, 20.0
 # A sample repeats the call for at least this long, so that reading the clock, and on CUDA
-# synchronising with the device, takes less than one percent of it.
+# synchronizing with the device, takes less than one percent of it.
 _SAMPLE_SECONDS = {"cpu": 1e-3, "cuda": 2e-3}
 _WARM_UP_SECONDS = 0.02
 # Idle threads spin before they sleep: torch's for 10 ms, onnxruntime's for 40 ms, openvino's for
@@ -202,7 +202,7 @@ def _failed(row: Row, failure: Exception) -> Row:
 
 
 def _times(pairs: Sequence[tuple[float, float]], side: int) -> Times:
-    """Summarise one side of the pairs; side 1 is torch.nn's."""
+    """Summarize one side of the pairs; side 1 is torch.nn's."""
     ratio = Band(1.0, 1.0, 1.0) if side else ratio_band(pairs)
     return Times(band([pair[side] * 1e3 for pair in pairs]), ratio)
 

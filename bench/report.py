@@ -42,7 +42,7 @@ _STYLES = {"faster": "green", "slower": "red", "wrong": "bold red", "failed": "b
 
 
 class Line(NamedTuple):
-    """Cells of a table, the verdict that colours them, and a remark."""
+    """Cells of a table, the verdict that colors them, and a remark."""
 
     cells: tuple[str, ...]
     verdict: str = "equal"

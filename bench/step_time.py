@@ -7,7 +7,7 @@ across all warps; the memory path, which consists of an address unit per sub-cor
 sub-cores share, and the bytes per cycle of shared memory and of L2. The compiler itself knows the
 fixed latencies and encodes them as stall counts, 24 cycles for dependent matrix products;
 `CONSTANTS` only has variable latencies, and intervals. Bank conflicts, the instruction cache,
-register file ports, hot lines of L2 and clocks below boost are not modelled; all of these make a
+register file ports, hot lines of L2 and clocks below boost are not modeled; all of these make a
 kernel slower.
 
 The exchange: all programs are assumed to behave like the simulated one, in lockstep with it. Data

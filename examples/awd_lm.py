@@ -1,4 +1,4 @@
-"""A word-level language model with every regulariser of AWD-LSTM, and with zoneout.
+"""A word-level language model with every regularizer of AWD-LSTM, and with zoneout.
 
 The text comes with every Python. The network is that of Merity, Keskar & Socher 2018,
 "Regularizing and optimizing LSTM language models", arXiv:1708.02182; each dropout mask m is drawn
@@ -13,7 +13,7 @@ In place of weight dropout, "recurrent" drops h_{t-1} by one mask for all steps 
 2016, arXiv:1512.05287), and "zoneout" keeps some of h and c as they were, others at each step
 (Krueger et al. 2017, arXiv:1606.01305); with torch.nn these two are a loop over cells. Windows of
 text follow each other: the state goes on, gradients stop. All have one length and the optimizer is
-Adam; in the paper lengths vary and it is averaged SGD. "plain" has no regulariser at all.
+Adam; in the paper lengths vary and it is averaged SGD. "plain" has no regularizer at all.
 
     python examples/awd_lm.py --variant zoneout
 """

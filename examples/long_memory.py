@@ -38,7 +38,7 @@ from torch.nn.functional import mse_loss
 TASKS = ("recall", "adding", "counting")
 VARIANTS = [f"{task}, {cell}" for task in TASKS for cell in COLOURS]
 TENTHS = (1, 2, 4, 6, 8, 10, 12, 15, 20)  # test lengths, in tenths of --steps
-SCALE = 10  # a sum of a hundred ones is out of reach of a newly initialised layer
+SCALE = 10  # a sum of a hundred ones is out of reach of a newly initialized layer
 
 
 def drawn(task: str, steps: int, batch: int) -> Tensor:
@@ -96,12 +96,12 @@ def draw(runs: Runs) -> Figure:
     """Plot errors over length for each task, and the answers to 1 + 1 + 1 + ..."""
     figure, axes = new_figure(2, 2, width=11, height=6.4)
     for task, one in zip(TASKS, axes.flat, strict=False):
-        for cell, colour in COLOURS.items():
+        for cell, color in COLOURS.items():
             of = runs[f"{task}, {cell}"]["fastrnn"]
-            one.semilogy(of["lengths"], of["errors"], "o-", color=colour, label=cell.upper())
+            one.semilogy(of["lengths"], of["errors"], "o-", color=color, label=cell.upper())
             if "1 + 1 + 1 + ..." in of:
                 answers = of["1 + 1 + 1 + ..."]
-                axes[1, 1].plot(range(1, len(answers) + 1), answers, color=colour)
+                axes[1, 1].plot(range(1, len(answers) + 1), answers, color=color)
         one.set(title=task, xlabel="length of the sequence", ylabel="error", xlim=0)
         one.axhline(1, color="0.3", linewidth=0.8, linestyle=":")
     for one in axes.flat:

@@ -9,7 +9,7 @@ The task: x_t is noise, and the target its running average with a memory of m st
 
     y_t = (1 - 1/m) y_{t-1} + x_t / m       scaled to unit variance
 
-so that the state has to last for m steps and more. The gate biases are initialised so that the
+so that the state has to last for m steps and more. The gate biases are initialized so that the
 units forget after 1 to 2 m steps (Tallec and Ollivier 2018, arXiv:1804.11188); with torch's initial
 values they forget after a few.
 
@@ -88,7 +88,7 @@ def measure(way: str, args: argparse.Namespace) -> dict[str, float]:
     def step(x: Tensor, y: Tensor) -> None:
         mse_loss(model(x, **options_of(way)), y).backward()
 
-    step(*make_batch(100, args))  # triggers one-time initialisation
+    step(*make_batch(100, args))  # triggers one-time initialization
     batch = make_batch(args.steps, args)
     before, start = peak(args.device), now(args.device)
     step(*batch)

@@ -129,11 +129,11 @@ def draw(runs: Runs) -> Figure:
     ((cell, of),) = runs.items()
     figure, axes = new_figure(4, height=7.5, sharex=True, sharey=True)
     for row, song in enumerate([*of["fastrnn"]["melodies"], of["fastrnn"]["real"]]):
-        title, colour = ("composed", COLOURS[cell]) if row < 3 else ("a song of the book", "gray")
+        title, color = ("composed", COLOURS[cell]) if row < 3 else ("a song of the book", "gray")
         for i, (pitch, duration) in enumerate(song):
             if pitch:
                 left = sum(x for _, x in song[:i])
-                axes[row].barh(pitch, duration, 1, left, color=colour, ec="white", zorder=2)
+                axes[row].barh(pitch, duration, 1, left, color=color, ec="white", zorder=2)
         axes[row].set(title=title, ylabel="pitch")
     axes[3].set(xlabel="time in quarter notes", yticks=[55, 60, 67, 72], yticklabels=list("GCGC"))
     return figure

@@ -129,9 +129,9 @@ def train(library: Any, variant: str, args: argparse.Namespace) -> Training:
 def draw(runs: Runs) -> Figure:
     figure, (left, right) = new_figure(1, 2, width=10)
     for variant, libraries in runs.items():
-        of, colour = libraries["fastrnn"], COLOURS.get(variant, "0.5")
-        left.plot(of["returns"], color=colour, label=f"{variant}, in the end {of['return']:.0f}")
-        right.plot(of["angle"], color=colour)
+        of, color = libraries["fastrnn"], COLOURS.get(variant, "0.5")
+        left.plot(of["returns"], color=color, label=f"{variant}, in the end {of['return']:.0f}")
+        right.plot(of["angle"], color=color)
     left.axhline(475, color="0.3", linewidth=0.8, linestyle=":", label="solved")
     left.set(title="Return, mean of 100 episodes", xlabel="rollout")
     left.legend(loc="lower right", bbox_to_anchor=(1, 0.13))

@@ -134,8 +134,8 @@ def draw(runs: Runs) -> Figure:
     axes[1, 1].axis("off")
     for y, row in enumerate(of["table"]):
         for x, text in zip((0, 0.25, 0.65), row, strict=True):
-            colour = "black" if row[1] == row[2] else "tab:red"
-            axes[1, 1].text(x, y + 0.5, text, color=colour, size=8)
+            color = "black" if row[1] == row[2] else "tab:red"
+            axes[1, 1].text(x, y + 0.5, text, color=color, size=8)
     return figure
 
 

@@ -73,10 +73,10 @@ def draw(runs: Runs) -> Figure:
     quality.bar_label(quality.bar(layers, found, color=COLOUR), fmt="%.2f")
     quality.set(title="perplexity on text not trained on", xlabel="layers", ylim=(1, None))
 
-    for library, colour in (("torch.nn", "tab:grey"), ("fastrnn", COLOUR)):
+    for library, color in (("torch.nn", "tab:grey"), ("fastrnn", COLOUR)):
         times = [of[library]["step"] * 1e3 for of in runs.values() if library in of]
         if times:
-            cost.plot(layers, times, "o-", color=colour, label=library)
+            cost.plot(layers, times, "o-", color=color, label=library)
     cost.set(title="time of an update", xlabel="layers", ylabel="ms", ylim=(0, None))
     cost.legend()
     return figure

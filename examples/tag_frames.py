@@ -114,8 +114,8 @@ def draw(runs: Runs) -> Figure:
         share = f" {runs[name]['fastrnn']['accuracy']:.0%}" if name in runs else ""
         strip.text(-0.2, -0.9 * y, name + share, ha="right", va="center")
         for i, (tag, truth) in enumerate(zip(tags, film["truth"], strict=True)):
-            colour, weight = ("black", "normal") if tag == truth else ("tab:red", "bold")
-            style = {"color": colour, "weight": weight, "ha": "center", "va": "center"}
+            color, weight = ("black", "normal") if tag == truth else ("tab:red", "bold")
+            style = {"color": color, "weight": weight, "ha": "center", "va": "center"}
             strip.text(i + 0.5, -0.9 * y, str(tag), **style)
     strip.set_aspect("equal")
     return figure

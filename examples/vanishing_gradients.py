@@ -105,11 +105,11 @@ def train(library: Any, variant: str, args: argparse.Namespace) -> Training:
 def draw(runs: Runs) -> Figure:
     """Plot gradients over time for four networks, and the loss curves."""
     figure, axes = new_figure(2, 3, width=11, height=6.4)
-    colours = {**COLOURS, SCALED: "tab:red", UNCLIPPED: "0.6"}
-    for (variant, colour), one in zip(colours.items(), axes.flat[:4], strict=False):
+    colors = {**COLOURS, SCALED: "tab:red", UNCLIPPED: "0.6"}
+    for (variant, color), one in zip(colors.items(), axes.flat[:4], strict=False):
         for which, style in {"before": "--", "after": "-"}.items():
             for state, norms in runs[variant]["fastrnn"][which].items():
-                shade = "navy" if state == "c" else colour
+                shade = "navy" if state == "c" else color
                 label = f"{state}, {which} training"
                 one.semilogy(range(len(norms))[::-1], norms, style, color=shade, label=label)
         one.set(title=variant.upper().replace(" X", ", recurrent weights x"))
@@ -121,7 +121,7 @@ def draw(runs: Runs) -> Figure:
         for variant in variants:
             figures = runs[variant]["fastrnn"]
             label = f"{variant}: {figures['accuracy']:.0%} right in the end"
-            plot_losses(one, figures, color=colours[variant], label=label)
+            plot_losses(one, figures, color=colors[variant], label=label)
         one.axhline(figures["loss of guessing"], color="0.3", linewidth=0.8, linestyle=":")
         one.set(title=title, ylim=(0, 3.6))
         one.legend(loc="upper right", fontsize="small")

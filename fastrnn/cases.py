@@ -85,12 +85,12 @@ class Case:
     def is_stock(self) -> bool:
         """Whether torch.nn supports the case."""
         return self.cell.removesuffix("_cell") in paths.ATEN_LAYERS and not (
-            self.lengths or self.reset or self.bptt or self.return_states or self.is_regularised
+            self.lengths or self.reset or self.bptt or self.return_states or self.is_regularized
             or self.num_heads > 1 or self.members
         )  # fmt: skip
 
     @property
-    def is_regularised(self) -> bool:
+    def is_regularized(self) -> bool:
         return bool(self.recurrent_dropout or self.zoneout or self.weight_dropout)
 
     @property

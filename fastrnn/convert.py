@@ -148,7 +148,7 @@ def from_haste(module: RNNBase, state_dict: Mapping[str, Any]) -> None:
     state_dict : mapping of str to array
         The state dict of haste's layer of the same name: ``kernel`` (I, G * H),
         ``recurrent_kernel`` (H, G * H) and ``bias`` (G * H,); for a GRU also ``recurrent_bias``
-        (3H,); with layer normalisation also ``gamma`` (2, G * H), and for an LSTM ``gamma_h`` and
+        (3H,); with layer normalization also ``gamma`` (2, G * H), and for an LSTM ``gamma_h`` and
         ``beta_h`` (H,).
 
     Raises

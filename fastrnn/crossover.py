@@ -96,7 +96,7 @@ _EMULATED = 8  # slowdown of torch's products on a CPU that lacks instructions f
 
 
 def expected_ratio(problem: Problem, path: str, on: Machine) -> float:
-    """Return the modelled ratio of torch.nn's time to fastrnn's."""
+    """Return the modeled ratio of torch.nn's time to fastrnn's."""
     times = [
         _us(problem, _COSTS[name][problem.training], on, is_native)
         for name, is_native in (

@@ -1,7 +1,7 @@
 """Choose between fastrnn's kernels and cuDNN on a GPU, and between fastrnn's schedules.
 
 Where ``fastrnn tune`` has measured a GPU, its table decides. Otherwise the choice is not based on
-measurements: the behaviour of cuDNN is inferred from published figures, and the step times of
+measurements: the behavior of cuDNN is inferred from published figures, and the step times of
 fastrnn's kernels are simulated (see kernels/configs.py).
 """
 
@@ -154,9 +154,9 @@ def kernel_gap(problem: Problem) -> str | None:
             f"fastrnn has no kernels for more than {configs.MAX_GROUPS} directions x heads x "
             "ensemble members"
         )
-    most = configs.MAX_NORMALISED_ROW // max(4, problem.dtype.itemsize)
-    if CELLS[problem.cell].is_normalised and problem.hidden_size > most:
-        return f"fastrnn's kernels normalise at most {most} hidden units in {problem.dtype}"
+    most = configs.MAX_NORMALIZED_ROW // max(4, problem.dtype.itemsize)
+    if CELLS[problem.cell].is_normalized and problem.hidden_size > most:
+        return f"fastrnn's kernels normalize at most {most} hidden units in {problem.dtype}"
     if problem.dtype not in _KERNEL_DTYPES:
         return f"fastrnn has no kernels for {problem.dtype}"
     return None

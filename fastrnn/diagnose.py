@@ -479,7 +479,7 @@ def _text(value: Any) -> str:
     return "-" if text in ("nan", "nan%") else text
 
 
-# Blue and orange are distinguishable with any colour vision.
+# Blue and orange are distinguishable with any color vision.
 _BLUE, _ORANGE, _INK = "#2563ab", "#d9730d", "#3c4043"
 _STYLE: dict[Any, Any] = {
     "font.size": 9,

@@ -49,7 +49,7 @@ def _products(rows: int, weights: Sequence[Tensor]) -> int:
 
 
 def _rows(x: Tensor) -> int:
-    # Not numel() of the sizes, which would specialise symbolic ones.
+    # Not numel() of the sizes, which would specialize symbolic ones.
     return math.prod(x.shape[:-1])
 
 

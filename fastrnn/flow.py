@@ -111,7 +111,7 @@ def make_marks(
         marks = marks.masked_fill(held, 0)
         last = time == lengths - 1
     # The reverse direction crosses the boundary before step t when it enters step t - 1.
-    # (Not by concatenation, for which torch.export would specialise on whether T is 2.)
+    # (Not by concatenation, for which torch.export would specialize on whether T is 2.)
     behind = marks.roll(-1, 0).masked_fill(time == steps - 1, 0)
     both = [marks | (time == 0).to(torch.uint8) * START, behind | last.to(torch.uint8) * START]
     if lengths is not None:

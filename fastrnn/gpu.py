@@ -5,7 +5,7 @@ there is no kernel. Layers whose step needs more than one product are in ``gpu_s
 Directions, heads and members of an ensemble are groups (``stacked.py``), which share one launch.
 GEMMs before the kernel compute the input projection; GEMMs and reductions over the gate gradients
 that the backward kernel wrote compute the gradients of weights and input. Nothing here
-synchronises with the device.
+synchronizes with the device.
 """
 
 from __future__ import annotations

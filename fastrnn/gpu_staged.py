@@ -1,4 +1,4 @@
-"""GPU layers whose step needs more than one product: normalised, with late product or projection.
+"""GPU layers whose step needs more than one product: normalized, with late product or projection.
 
 As in ``gpu.py``, GEMMs around the kernels compute the products over all steps, and every tensor is
 first split into groups. Groups are the first dimension of the kernels' tensors, of size N; W is the
@@ -80,22 +80,22 @@ def _sequence(groups: Groups, part: Tensor) -> Tensor:
     return groups.as_sequence(part.permute(1, 2, 0, 3).flatten(2).detach())
 
 
-def _normalised(rows: Tensor, gain: Tensor | None, bias: Tensor | None) -> Sequence[Tensor]:
-    """Normalise rows (R, G * u); return them with their means and reciprocal deviations."""
+def _normalized(rows: Tensor, gain: Tensor | None, bias: Tensor | None) -> Sequence[Tensor]:
+    """Normalize rows (R, G * u); return them with their means and reciprocal deviations."""
     return torch.native_layer_norm(rows, rows.shape[1:], gain, bias, EPSILON)
 
 
 def _input_part(call: Call, groups: Groups, w: Weights) -> Tensor:
     """The input part of the gates of all steps, (N, T, b, G * u)."""
     by_direction = list(w.w_ih.split(groups.ahead))
-    is_normalised = call.cell.is_normalised
-    biases = [] if w.b_ih is None or is_normalised else list(w.b_ih.split(groups.ahead))
+    is_normalized = call.cell.is_normalized
+    biases = [] if w.b_ih is None or is_normalized else list(w.b_ih.split(groups.ahead))
     wx = input_part(groups, call.x, by_direction, biases)
-    if is_normalised:
+    if is_normalized:
         width = wx.shape[-1]
         for g, part in enumerate(wx.flatten(1, 2)):
             bias = None if w.b_ih is None else w.b_ih[g]
-            part.copy_(_normalised(part, w.extras[0][g, :width], bias)[0])
+            part.copy_(_normalized(part, w.extras[0][g, :width], bias)[0])
     return wx
 
 
@@ -236,9 +236,9 @@ def _of_one(
     d_raw = d_rh if found.d_raw is None else rows.alive(found.d_raw[g])
     d_extra = []
     d_input = d_wx
-    if cell.is_normalised:
+    if cell.is_normalized:
         raw = x.flatten(0, 1) @ w.w_ih.t()
-        normal, mean, scale = _normalised(raw, None, None)
+        normal, mean, scale = _normalized(raw, None, None)
         d_input = torch.ops.aten.native_layer_norm_backward(
             *(d_wx.flatten(0, 1), raw, [width], mean, scale, w.extras[0][:width], None),
             [True, False, False],

@@ -1,7 +1,7 @@
 """Drop-in modules: ``RNN``, ``LSTM``, ``GRU`` and their cells.
 
 They subclass torch.nn's classes and replace ``forward``; constructor, parameters,
-initialisation, attributes, ``repr``, serialisation and input checks are inherited.
+initialization, attributes, ``repr``, serialization and input checks are inherited.
 No arithmetic happens here.
 """
 
@@ -75,7 +75,7 @@ class _Convertible:
         -------
         torch.nn.Module
             An instance of the torch.nn class of the same name, with the same parameters (not
-            copies), hooks and training flag; for ONNX export, quantisation or TorchScript.
+            copies), hooks and training flag; for ONNX export, quantization or TorchScript.
 
         Raises
         ------

@@ -80,7 +80,7 @@ def _lstm(wx: Tensor, recur: Recur, h: Tensor, state: State, extras: Extras) -> 
     c = f * state[1] + i * g
     shown = c
     if "gain_c" in extras:
-        shown = _normalised(c) * extras["gain_c"] + extras["bias_c"]
+        shown = _normalized(c) * extras["gain_c"] + extras["bias_c"]
     return (o * shown.tanh(), c), (i, f, g, o)
 
 
@@ -135,7 +135,7 @@ _CELLS: dict[str, tuple[int, Callable[..., Any]]] = {
 }
 
 
-def _normalised(v: Tensor) -> Tensor:
+def _normalized(v: Tensor) -> Tensor:
     mean = v.mean(-1, keepdim=True)
     variance = ((v - mean) ** 2).mean(-1, keepdim=True)
     return (v - mean) / (variance + 1e-5).sqrt()
@@ -232,10 +232,10 @@ def _direction(
     extras = {name: rows(part)[:, :, None] for name, part in w.items() if part.dim() == 2}
 
     def product(part: Tensor, kind: str) -> Tensor:
-        """W part + b, for a part of shape (K, N, ..., ·), normalised if there is a gain."""
+        """W part + b, for a part of shape (K, N, ..., ·), normalized if there is a gain."""
         found = part @ matrices[f"weight_{kind}"].transpose(-2, -1)
         if f"gain_{kind}" in extras:
-            found = _normalised(found) * extras[f"gain_{kind}"]
+            found = _normalized(found) * extras[f"gain_{kind}"]
         return found + extras[f"bias_{kind}"] if f"bias_{kind}" in extras else found
 
     # (K, N, T, B, G * U); the product is over the rows of all steps.

@@ -125,7 +125,7 @@ def to_torch(
 ) -> Report:
     """Swap every fastrnn module of a model to the torch.nn class of the same name, in place.
 
-    Use it for tools that look for torch.nn's own classes, such as Opacus, quantisation, TorchScript
+    Use it for tools that look for torch.nn's own classes, such as Opacus, quantization, TorchScript
     and ONNX. Only the class of each module changes, as in `replace`, so optimizers stay valid.
     `replace` swaps the modules back, along with any other torch.nn recurrent modules of the model.
     To create a second module instead, use the module's method ``to_torch``.

@@ -44,7 +44,7 @@ def add_d_x(
     d_rh, d_apart : Tensor
     w_ih : Tensor of shape (G * H, I)
     adds : bool, default True
-        False if `dx` is uninitialised and must be overwritten.
+        False if `dx` is uninitialized and must be overwritten.
     multiply : callable, optional
     """
     shared = w_ih.shape[-2] - d_apart.shape[-1]

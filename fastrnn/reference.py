@@ -22,14 +22,14 @@ from .flow import CUT, FRESH, HOLD, Flow, is_given
 State = tuple[Tensor, ...]
 
 
-def _normalise(v: Tensor) -> Tensor:
-    """Normalise the last dimension.
+def _normalize(v: Tensor) -> Tensor:
+    """Normalize the last dimension.
 
     ``torch.nn.functional.layer_norm`` is not used: its third derivatives are wrong (torch 2.13).
     """
-    centred = v - v.mean(dim=-1, keepdim=True)
-    variance = centred.square().mean(dim=-1, keepdim=True)
-    return centred * torch.rsqrt(variance + EPSILON)
+    centered = v - v.mean(dim=-1, keepdim=True)
+    variance = centered.square().mean(dim=-1, keepdim=True)
+    return centered * torch.rsqrt(variance + EPSILON)
 
 
 #: The engine that computes cells on tensors.
@@ -56,11 +56,11 @@ for _cell in CELLS.values():  # now, because a compiler cannot trace the creatio
 def _product(v: Tensor, matrix: Tensor, bias: Tensor | None, gain: Tensor | None = None) -> Tensor:
     """The input or recurrent part of the gates, with its bias: (..., G * H) from (..., I or P).
 
-    With a gain, it is normalised over all gates before the bias is added.
+    With a gain, it is normalized over all gates before the bias is added.
     """
     if gain is None:
         return torch.nn.functional.linear(v, matrix, bias)
-    normal = _normalise(torch.nn.functional.linear(v, matrix)) * gain
+    normal = _normalize(torch.nn.functional.linear(v, matrix)) * gain
     return normal if bias is None else normal + bias
 
 
@@ -75,7 +75,7 @@ class Steps:
 
     def __init__(self, cell: Cell, w: Weights) -> None:
         self.cell, self.w, self.extra = cell, w, w.blocks()
-        gains: Any = w.extras[:2] if cell.is_normalised else (None, None)
+        gains: Any = w.extras[:2] if cell.is_normalized else (None, None)
         self.gain_ih, self.gain_hh = gains
         self.forward = TORCH.bind(cell.forward)
 
@@ -98,7 +98,7 @@ class Steps:
         new, _ = self.forward(of_gates, rh.chunk(cell.n_gates, dim=-1), state, self.extra)
         if cell.output is not None:
             shown = TORCH.bind(cell.output.forward)
-            new = (shown(new[0], _normalise(new[-1]), self.extra), *new[1:])
+            new = (shown(new[0], _normalize(new[-1]), self.extra), *new[1:])
         return (new[0] if self.w.w_hr is None else new[0] @ self.w.w_hr.t(), *new[1:])
 
     def _late_parts(self, wx: Sequence[Tensor], h: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def _gates(call: Call, inputs: Sequence[Tensor], h: Tensor) -> Tensor:
     count, num_heads = call.n_weights, call.num_heads
 
     def of_rows(*tensors: Tensor) -> Tensor:
-        # In half precision the derivative of a normalisation would overflow.
+        # In half precision the derivative of a normalization would overflow.
         exact = torch.promote_types(tensors[0].dtype, torch.float32)
         x, before, *weights = (part.to(exact) for part in tensors)
         steps = Steps(cell, Weights.unpack(weights, len(cell.extras)))

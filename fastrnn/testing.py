@@ -197,7 +197,7 @@ class _Setup:
 
         def states(shapes: Sequence[Any]) -> list[Tensor]:
             drawn = [normal(*shape) for shape in shapes]
-            if len(drawn) == 4:  # the normaliser of a non-empty state is at least 1
+            if len(drawn) == 4:  # the normalizer of a non-empty state is at least 1
                 drawn[2] = drawn[2].abs() + 1
             return drawn
 

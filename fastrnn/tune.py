@@ -158,11 +158,11 @@ def tasks_of(device: torch.device) -> list[Task]:
 
 
 # Floating-point operations in the products of an inference call: about 20 ms on two cores. Larger
-# sizes, like their neighbours in the grid, are bound by these products alone.
+# sizes, like their neighbors in the grid, are bound by these products alone.
 _MOST_FLOPS = 5e9
 
 # Steps, batches and hidden sizes, by kind. The grid is fine only for plain layers in float32, whose
-# behaviour the other kinds and formats share.
+# behavior the other kinds and formats share.
 _FINE = ((1, 4, 16, 64, 256), (1, 8, 64), (64, 256, 1024))
 _COARSE = ((1, 16, 64), (1, 8, 64), (64, 256))
 _PACKED = ((4, 16, 64), (2, 8, 64), (64, 256))  # with fewer steps or rows, all lengths are equal

@@ -179,7 +179,7 @@ MODEL = "model"
 
 
 class Measured(NamedTuple):
-    """The speed of one of fastrnn's paths relative to torch.nn, measured or modelled.
+    """The speed of one of fastrnn's paths relative to torch.nn, measured or modeled.
 
     Attributes
     ----------

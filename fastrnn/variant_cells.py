@@ -69,7 +69,7 @@ class _VariantCell(_Cell):
 
 
 class LayerNormLSTMCell(_VariantCell):
-    """One step of an LSTM with layer normalisation.
+    """One step of an LSTM with layer normalization.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ class LayerNormLSTMCell(_VariantCell):
 
 
 class LayerNormGRUCell(_VariantCell):
-    """One step of a GRU with layer normalisation.
+    """One step of a GRU with layer normalization.
 
     Parameters
     ----------

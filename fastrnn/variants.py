@@ -117,7 +117,7 @@ class _Variant(_Layers):
 
 
 class LayerNormLSTM(_Variant):
-    """LSTM layers with layer normalisation.
+    """LSTM layers with layer normalization.
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ class LayerNormLSTM(_Variant):
     -----
     For the formula, that of Ba, Kiros & Hinton 2016, see ``fastrnn.cells.layernorm``. In addition
     to the weights of torch.nn.LSTM there are ``gain_ih`` and ``gain_hh`` (4H,), and ``gain_c`` and
-    ``bias_c`` (H,). With `num_heads`, each head is normalised separately.
+    ``bias_c`` (H,). With `num_heads`, each head is normalized separately.
 
     Examples
     --------
@@ -152,7 +152,7 @@ class LayerNormLSTM(_Variant):
 
 
 class LayerNormGRU(_Variant):
-    """GRU layers with layer normalisation.
+    """GRU layers with layer normalization.
 
     Parameters
     ----------
@@ -171,7 +171,7 @@ class LayerNormGRU(_Variant):
     Notes
     -----
     For the formula see ``fastrnn.cells.layernorm``. In addition to the weights of torch.nn.GRU
-    there are ``gain_ih`` and ``gain_hh`` (3H,). With `num_heads`, each head is normalised
+    there are ``gain_ih`` and ``gain_hh`` (3H,). With `num_heads`, each head is normalized
     separately.
 
     Examples
@@ -256,7 +256,7 @@ class PeepholeLSTM(_Variant):
 
 
 class SLSTM(_Variant):
-    """The sLSTM layers of xLSTM, with exponential input gates and a normaliser state.
+    """The sLSTM layers of xLSTM, with exponential input gates and a normalizer state.
 
     Parameters
     ----------

@@ -13,7 +13,7 @@ one forward and one backward loop through time, neither of which is specific to 
     One launch per step.
 ``staged.py``, ``staged_products.py``
     Several launches per step, where a step is more than one product followed by arithmetic on each
-    hidden unit separately: normalised cells, late products, projections; also for float64.
+    hidden unit separately: normalized cells, late products, projections; also for float64.
 ``staged_resident.py``
     The same cells in one launch, for small hidden sizes: their version of schedule ``resident``.
 

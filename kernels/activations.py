@@ -132,7 +132,7 @@ class Bound(NamedTuple):
     n_apart: int
     n_extra: int
     d_extra: Any
-    is_normalised: bool
+    is_normalized: bool
     n_late: int
     late_factor: Any
     late_backward: Any
@@ -160,7 +160,7 @@ def bound(cell: Cell, engine: Engine = ENGINE) -> Bound:
         engine.bind(cell.backward),
         *(cell.n_gates, cell.n_saved, cell.n_apart, cell.n_extra),
         of(cell, "d_extra"),
-        cell.is_normalised,
+        cell.is_normalized,
         late.n_gates if late else 0,
         *(of(late, "factor"), of(late, "backward")),
         *(of(output, "forward"), of(output, "backward")),

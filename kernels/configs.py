@@ -157,9 +157,9 @@ SCHEDULES = ("resident", "persistent", "stepwise", "staged")
 PRECISIONS = ("ieee", "tf32", "tf32x3")  # of float32 products
 MAX_BATCH = 16 * 65535  # batch tiles are the second dimension of a grid
 MAX_GROUPS = 65535
-# Row bytes of a normalised cell, in float32 or float64; one program holds all units of a row. At
+# Row bytes of a normalized cell, in float32 or float64; one program holds all units of a row. At
 # this size an LSTM spills a few hundred bytes per thread; a larger row would not fit.
-MAX_NORMALISED_ROW = 16 * 1024
+MAX_NORMALIZED_ROW = 16 * 1024
 
 # Tile sizes of a persistent kernel's programs; see fragments.py.
 _UNITS = _TILE_ROWS = 16

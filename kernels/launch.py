@@ -1,7 +1,7 @@
 """Allocate and launch the kernels of the layers whose step is one product.
 
 Tensors arrive in torch's layout and are returned as the kernels wrote them; projections and weight
-gradients, which are plain GEMMs, are left to the caller. Nothing synchronises with the device, so
+gradients, which are plain GEMMs, are left to the caller. Nothing synchronizes with the device, so
 that a CUDA graph can capture a launch.
 """
 
@@ -48,7 +48,7 @@ _debug = _Debug()
 def bounded_spin(polls: int) -> Iterator[None]:
     """Limit, in this thread, how many polls a program may wait for another.
 
-    Every launch in the context then synchronises and raises if a program gave up; without the
+    Every launch in the context then synchronizes and raises if a program gave up; without the
     limit it would hang. For debugging; slow.
 
     Parameters

@@ -2,7 +2,7 @@
 ``staged_resident.py``, one launch for all steps.
 
 Every tensor here has a leading dimension of groups, N. What is documented as float32 is float64 in
-a float64 layer. Nothing synchronises with the device, so that a CUDA graph can capture it.
+a float64 layer. Nothing synchronizes with the device, so that a CUDA graph can capture it.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Past(NamedTuple):
         Each state as the cell computed it, before a projection and zones.
     activations : Tensor of shape (N, T, B, S * H)
     normal : list of Tensor
-        The normalised recurrent products (N, T, B, G * H) and, in float32, the reciprocals of their
-        standard deviations (N, T, B); empty if the cell does not normalise.
+        The normalized recurrent products (N, T, B, G * H) and, in float32, the reciprocals of their
+        standard deviations (N, T, B); empty if the cell does not normalize.
     """
 
     befores: list[Tensor]
@@ -103,7 +103,7 @@ class Past(NamedTuple):
             [tensor(size_h), *(tensor(hidden, dtype=exact) for _ in range(others))],
             [tensor(hidden), *(tensor(hidden, dtype=exact) for _ in range(others))],
             tensor(cell.n_saved * hidden),
-            [tensor(width), tensor(dtype=exact)] if cell.is_normalised else [],
+            [tensor(width), tensor(dtype=exact)] if cell.is_normalized else [],
         )
 
     def flat(self) -> list[Tensor]:
@@ -125,7 +125,7 @@ class Found(NamedTuple):
     d_gates : Tensor of shape (N, T, B, (G + A) * H)
         Gradients of the recurrent parts, then of the input parts of those gates where they differ.
     d_raw : Tensor of shape (N, T, B, G * H), or None
-        Gradients of the recurrent products before normalisation.
+        Gradients of the recurrent products before normalization.
     d_extra : Tensor of shape (N, T, B, X * H), or None
         Gradients of the last X blocks of extra weights, for each row.
     d_projected : Tensor of shape (N, T, B, P), or None
@@ -253,7 +253,7 @@ def backward(
         return operands.r.new_empty(groups, batch, columns, dtype=exact)
 
     d_gates = sequence(cell.n_gates + cell.n_apart)
-    d_raw = sequence(cell.n_gates) if cell.is_normalised else None
+    d_raw = sequence(cell.n_gates) if cell.is_normalized else None
     n_extra = _n_row_extra(cell)
     d_extra = sequence(n_extra) if n_extra else None
     d_projected = torch.empty_like(past.befores[0]) if projected else None
@@ -361,14 +361,14 @@ def _n_row_extra(cell: Cell) -> int:
 
 
 def row_tile(cell: Cell, hidden: int) -> tuple[int, int, int]:
-    """Return rows, units and warps of a cell's program: all units, if the cell normalises them.
+    """Return rows, units and warps of a cell's program: all units, if the cell normalizes them.
 
     8 warps can use all registers of a multiprocessor. With more warps, latency is hidden better;
     with fewer, each thread has less overhead per unit, such as addresses. The largest tiles need
     every register.
     """
     units = triton.next_power_of_2(hidden)
-    if not cell.is_normalised:
+    if not cell.is_normalized:
         units = min(units, 128)
     rows = max(1, 512 // units)
     return rows, units, 8 if units > 2048 else min(16, max(4, units // 128))

@@ -1,5 +1,5 @@
 """A step in several launches, for cells that need more than one product per step, or all units of a
-row between two products: normalised cells, late products, projections. Where a program can hold all
+row between two products: normalized cells, late products, projections. Where a program can hold all
 units and weights of a group, ``staged_resident.py`` uses the same tensors and functions.
 
 Forward, a step is the recurrent product, a second product if the cell has a late one, the cell, and
@@ -7,7 +7,7 @@ the projection. Backward, it is the product that brings gradients back through t
 product, the one through the projection or the late product, and the cell. The products are in
 ``staged_products.py``, the cells here. Between launches the states, and backward their gradients,
 are kept in memory in float32. In a float64 layer, everything documented here as float32 is float64.
-A program of a normalised cell holds all units of its rows, so that statistics are sums over tiles.
+A program of a normalized cell holds all units of its rows, so that statistics are sums over tiles.
 
 A group (N) is a head of an ensemble member in a direction: it has its own rows, weights and units.
 Groups from `n_ahead` on walk through time from its end.
@@ -24,10 +24,10 @@ Groups from `n_ahead` on walk through time from its end.
     befores        (N, T, B, W)      each state before the step, in float32 except for h
     afters         (N, T, B, H)      each state as the cell computed it, same dtypes: before zones
     saved          (N, T, B, S * H)  activations for backward
-    normal         (N, T, B, G * H), (N, T, B)  the normalised products, and 1 / their deviation
+    normal         (N, T, B, G * H), (N, T, B)  the normalized products, and 1 / their deviation
     d_gates        (N, T, B, (G + A) * H)  gradients of the recurrent parts, then of the input
                                      parts of the gates where they differ
-    d_raw          (N, T, B, G * H)  gradients of the products before normalisation, or None
+    d_raw          (N, T, B, G * H)  gradients of the products before normalization, or None
     d_extra        (N, T, B, X * H)  gradients of extra weights for each row, or None
 
 W is P for h and H for the other states. The grid is (batch tiles, slices, groups). T and B are
@@ -206,22 +206,22 @@ def means_of(tiles, others, inside, H: tl.constexpr):
 
 
 @triton.jit
-def normalised(tiles, inside, H: tl.constexpr):
-    """Normalise tiles jointly over all their units; also return 1 / their deviation."""
+def normalized(tiles, inside, H: tl.constexpr):
+    """Normalize tiles jointly over all their units; also return 1 / their deviation."""
     mean = mean_of(tiles, inside, H)
-    centred = ()
+    centered = ()
     for n in tl.static_range(len(tiles)):
-        centred += (tl.where(inside, tiles[n] - mean, 0.0),)
-    scale = tl.rsqrt(mean_of(multiplied(centred, centred), inside, H) + _EPSILON)
+        centered += (tl.where(inside, tiles[n] - mean, 0.0),)
+    scale = tl.rsqrt(mean_of(multiplied(centered, centered), inside, H) + _EPSILON)
     normal = ()
     for n in tl.static_range(len(tiles)):
-        normal += (centred[n] * scale,)
+        normal += (centered[n] * scale,)
     return normal, scale
 
 
 @triton.jit
-def normalised_back(d_normal, normal, scale, inside, H: tl.constexpr):
-    """Return the gradients of the inputs of `normalised` from those of its result."""
+def normalized_back(d_normal, normal, scale, inside, H: tl.constexpr):
+    """Return the gradients of the inputs of `normalized` from those of its result."""
     mean, along = means_of(d_normal, multiplied(d_normal, normal), inside, H)
     found = ()
     for n in tl.static_range(len(normal)):
@@ -232,17 +232,17 @@ def normalised_back(d_normal, normal, scale, inside, H: tl.constexpr):
 @triton.jit
 def cell_forward(wx, raw, bias, extra, before, inside, H: tl.constexpr, CELL: tl.constexpr):
     """Run a step of a cell with all units, from its products. Return the states, the activations,
-    and the normalised products followed by 1 / their deviation.
+    and the normalized products followed by 1 / their deviation.
     """
     N_GATES: tl.constexpr = CELL.n_gates
     rh, normal = raw, ()
-    if CELL.is_normalised:
-        rh, scale = normalised(raw, inside, H)
+    if CELL.is_normalized:
+        rh, scale = normalized(raw, inside, H)
         normal = rh + (scale,)
         rh = multiplied(rh, extra[N_GATES : 2 * N_GATES])
     after, saved = CELL.forward(wx, add(rh, bias), before, extra)
     if CELL.output_forward is not None:
-        shown, _ = normalised(after[len(after) - 1 :], inside, H)
+        shown, _ = normalized(after[len(after) - 1 :], inside, H)
         after = (CELL.output_forward(after[0], shown[0], extra),) + after[1:]
     return after, saved, normal
 
@@ -262,9 +262,9 @@ def cell_backward(
     d_extra = ()
     if CELL.output_backward is not None:
         part: tl.constexpr = CELL.output_saved
-        shown, scale = normalised(after[len(after) - 1 :], inside, H)
+        shown, scale = normalized(after[len(after) - 1 :], inside, H)
         d_part, d_shown, d_extra = CELL.output_backward(saved[part], shown[0], d_state[0], extra)
-        last = normalised_back((d_shown,), shown, scale, inside, H)
+        last = normalized_back((d_shown,), shown, scale, inside, H)
         last = add(last, d_state[len(d_state) - 1 :])
         d_state = (d_part,) + d_state[1 : len(d_state) - 1] + last
     d_rh, d_apart, d_before = CELL.backward(saved + d_product, after, before, d_state, extra)
@@ -274,9 +274,9 @@ def cell_backward(
         d_rh, d_apart = without(mark, HOLD, d_rh), without(mark, HOLD, d_apart)
         d_extra, d_before = without(mark, HOLD, d_extra), without(mark, HOLD, d_before)
     d_raw = d_rh
-    if CELL.is_normalised:
+    if CELL.is_normalized:
         d_normal = multiplied(d_rh, extra[N_GATES : 2 * N_GATES])
-        d_raw = normalised_back(d_normal, normal[:N_GATES], normal[N_GATES], inside, H)
+        d_raw = normalized_back(d_normal, normal[:N_GATES], normal[N_GATES], inside, H)
         if mark is not None:
             d_raw = without(mark, HOLD, d_raw)
     return d_rh, d_apart, d_raw, d_extra, d_before
@@ -387,7 +387,7 @@ def backward_kernel(
             before += (load(before_ptrs[s] + of_step * H, unit, mask),)
     saved = load_parts(saved_ptr + of_step * (CELL.n_saved * H), unit, mask, H, CELL.n_saved)
     normal = ()
-    if CELL.is_normalised:
+    if CELL.is_normalized:
         normal = load_parts(normal_ptrs[0] + of_step * (N_GATES * H), unit, mask, H, N_GATES)
         normal += (tl.load(normal_ptrs[1] + of_step[:, None], mask=rows[:, None], other=0.0),)
     d_product = ()

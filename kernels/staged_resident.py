@@ -1,6 +1,6 @@
 """Whole sequences in one launch, as in ``resident.py``, for cells whose step is several stages.
 
-This covers normalised cells and late products, without a projection, where a program can hold all
+This covers normalized cells and late products, without a projection, where a program can hold all
 units and recurrent weights of a group. It keeps the states of BLOCK_B batch rows, or backward their
 gradients, in float32 from the first step to the last. Tensors and arithmetic are those of
 ``staged.py``, except that a step needs no scratch memory.
@@ -155,7 +155,7 @@ def _load_past(
     N_GATES: tl.constexpr = CELL.n_gates
     saved = load_tiles(saved_ptr + of_step * (N_SAVED * H), rows, 0, H, BLOCK_H, N_SAVED)
     normal = ()
-    if CELL.is_normalised:
+    if CELL.is_normalized:
         normal_rows = normal_ptrs[0] + of_step * (N_GATES * H)
         normal = load_tiles(normal_rows, rows, 0, H, BLOCK_H, N_GATES)
         normal += (tl.load(normal_ptrs[1] + of_step[:, None], mask=rows[:, None], other=0.0),)

@@ -76,7 +76,7 @@ def draw(name: str, seed: int) -> tuple[Call, Cotangents]:
     torch.manual_seed(seed)
     # The standard deviation of a few numbers can be near 0, which amplifies errors.
     inputs, hidden, batch = (
-        rng.choice(sizes) for sizes in (SIZES, SIZES[6 * cell.is_normalised :], BATCHES)
+        rng.choice(sizes) for sizes in (SIZES, SIZES[6 * cell.is_normalized :], BATCHES)
     )
     bidirectional, biased, packed, flows, projected = (rng.random() < 0.5 for _ in range(5))
     projected = projected and hidden > 1 and name in PROJECTED

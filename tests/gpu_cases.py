@@ -64,7 +64,7 @@ INVOLVED = [
         for cell in ("layernorm_gru", "gru_reset_before")
         for name in ("tf32x3", "ieee")
     ],
-    # No normalised cells: their derivative overflows in torch's own operators.
+    # No normalized cells: their derivative overflows in torch's own operators.
     *[Involved(*INVOLVED_CELLS[n], _ODD, "fp16") for n in (2, 3)],
     # Cells that other schedules run in other dtypes.
     *[Involved(cell, 0, _ODD, "fp64") for cell in ("lstm", "gru", "rnn_tanh", "slstm")],

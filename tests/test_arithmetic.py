@@ -81,8 +81,8 @@ def test_backward_is_linear_in_the_gradients_of_the_state(cell: Cell) -> None:
     torch.testing.assert_close(backward(both), 2.0 * backward(first) - 3.0 * backward(second))
 
 
-def test_backward_of_a_normalised_cell() -> None:
-    """Backward of the part before normalisation, and of h as a function of the normalised state."""
+def test_backward_of_a_normalized_cell() -> None:
+    """Backward of the part before normalization, and of h as a function of the normalized state."""
     torch.manual_seed(0)
     cell = CELLS["layernorm_lstm"]
     output = cell.output

@@ -94,7 +94,7 @@ def names_of(output: Tensor) -> str:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_against_the_reference(kind, dtype, bias, steps):
-    # Normalising one unit gives 0 with a slope of 316, which leaves few correct digits.
+    # Normalizing one unit gives 0 with a slope of 316, which leaves few correct digits.
     for batch, inputs, hidden in SIZES[kind == "LayerNormLSTMCell" :]:
         module = make(kind, inputs, hidden, dtype, bias=bias)
         x, state = inputs_of(module, steps, batch), state_of(module, batch)

@@ -150,15 +150,15 @@ def test_verify_shares_no_reading_of_the_options(monkeypatch, fault):
     assert failures
 
 
-def test_verify_sees_heads_that_are_normalised_together(monkeypatch):
-    """Layer normalisation over all units of a layer instead of over each head."""
+def test_verify_sees_heads_that_are_normalized_together(monkeypatch):
+    """Layer normalization over all units of a layer instead of over each head."""
 
     def together(v):
-        """Normalise (K, N, rows, units) over the heads and units."""
-        centred = v - v.mean((1, -1), keepdim=True)
-        return centred / (centred.square().mean((1, -1), keepdim=True) + 1e-5).sqrt()
+        """Normalize (K, N, rows, units) over the heads and units."""
+        centered = v - v.mean((1, -1), keepdim=True)
+        return centered / (centered.square().mean((1, -1), keepdim=True) + 1e-5).sqrt()
 
-    monkeypatch.setattr(oracle, "_normalised", together)
+    monkeypatch.setattr(oracle, "_normalized", together)
     for cell, is_seen in (("gru", False), ("layernorm_gru", True)):
         _, failures = testing.verify([cell], [torch.float64], cases=40)
         assert bool(failures) == is_seen

@@ -213,7 +213,7 @@ def test_the_longest_rows_are_in_the_table_and_no_longer_ones_are_planned(table)
         assert planner.plan(fits).path == "kernels"
         plan = planner.plan(too_long)
         assert plan.path == "operators"
-        assert f"normalises more than {longest} hidden units" in plan.reason
+        assert f"normalizes more than {longest} hidden units" in plan.reason
 
 
 def persistent(cell: str, run: str, hidden: int, device: str, batch: int) -> Variant:

@@ -80,7 +80,7 @@ def errors(found: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def largest(cell: str, seed: int, k: int) -> float:
-    """The largest error allowed, in units; in normalised cells it depends on torch's own error."""
+    """The largest error allowed, in units; in normalized cells it depends on torch's own error."""
     of_torch = operators_of(cell, seed, F32)[k], exact_of(cell, seed, F32)[k]
     return 16 if CELLS[cell].is_pointwise else 16 + 4 * errors(*of_torch, F32).abs().max().item()
 

@@ -253,7 +253,7 @@ def test_without_data(name: str) -> None:
 
 
 def test_symbolic_sizes() -> None:
-    """Counting does not specialise sizes that a compiler keeps symbolic."""
+    """Counting does not specialize sizes that a compiler keeps symbolic."""
 
     def run(x: Tensor, *weights: Tensor) -> Tensor:
         rest = (list(weights), None, False, None, [], [])

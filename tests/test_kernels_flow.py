@@ -218,7 +218,7 @@ def test_every_mark(mode, cell, directions):
             "half": Layer("lstm", 2, dtype=torch.float16),
             "traces": Layer("lstm", lengths=False, resets=False, bptt=None, save=cpu.STATES),
             "extra": Layer("peephole_lstm", 2, fresh=False, save=cpu.STATES),
-            "normaliser": Layer("slstm", fresh=False, state=False, save=cpu.STATES),
+            "normalizer": Layer("slstm", fresh=False, state=False, save=cpu.STATES),
         }.items()
     ],
 )

@@ -1,4 +1,4 @@
-"""Steps of several products, in the interpreter: normalised cells, late products, projections.
+"""Steps of several products, in the interpreter: normalized cells, late products, projections.
 
 Whole layers run by ``gpu_staged.py``, in float16, float32 and float64, against autograd through
 the reference in float64.

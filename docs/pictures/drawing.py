@@ -1,4 +1,4 @@
-"""A few shapes as SVG, in colours that read on light and on dark pages.
+"""A few shapes as SVG, in colors that read on light and on dark pages.
 
 Coordinates are in pixels of a drawing at its natural size; text is set in the reader's own
 sans-serif font, so leave room around it.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-# Names of roles, not of colours: each has a value on a light and one on a dark page.
+# Names of roles, not of colors: each has a value on a light and one on a dark page.
 _LIGHT = {
     "ink": "#24292f", "soft": "#6e7781", "line": "#8c959f", "panel": "#f3f4f6",
     "blue": "#2563ab", "blue-fill": "#dbe9f8", "orange": "#b85c00", "orange-fill": "#fde8d0",
@@ -67,7 +67,7 @@ class Drawing:
         self, x: float, y: float, text: str,
         *, size: float = 13, color: str = "ink", anchor: str = "middle", bold: bool = False,
     ) -> None:  # fmt: skip
-        """Add a line of text whose vertical centre is ``y``; ``anchor`` is start, middle or end."""
+        """Add a line of text whose vertical center is ``y``; ``anchor`` is start, middle or end."""
         weight = ' font-weight="600"' if bold else ""
         self._parts.append(
             f'<text x="{x:g}" y="{y:g}" font-size="{size:g}" text-anchor="{anchor}" '

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-#: Added to the variance in layer normalisation.
+#: Added to the variance in layer normalization.
 EPSILON = 1e-5
 
 
@@ -50,9 +50,9 @@ class Late(NamedTuple):
 
 
 class Output(NamedTuple):
-    """The computation of h in a cell that normalises its last state over all hidden units.
+    """The computation of h in a cell that normalizes its last state over all hidden units.
 
-    Instead of h, `Cell.forward` returns the part that is combined with the normalised state, and
+    Instead of h, `Cell.forward` returns the part that is combined with the normalized state, and
     `Cell.backward` takes the gradient of that part.
 
     Attributes
@@ -109,8 +109,8 @@ class Cell(NamedTuple):
         weights for one step and row.
     activations : callable, optional
         ``activations(wx, rh) -> gates``, for cells whose gates depend on nothing else.
-    is_normalised : bool
-        Whether both products are normalised over all gates,
+    is_normalized : bool
+        Whether both products are normalized over all gates,
         ``(v - mean(v)) / sqrt(var(v) + EPSILON)``, and multiplied by the first two extra weights
         before the biases are added.
     late : Late, optional
@@ -127,7 +127,7 @@ class Cell(NamedTuple):
     extras: tuple[Extra, ...] = ()
     d_extra: Callable[..., Any] | None = None
     activations: Callable[..., Any] | None = None
-    is_normalised: bool = False
+    is_normalized: bool = False
     late: Late | None = None
     output: Output | None = None
 
@@ -150,7 +150,7 @@ class Cell(NamedTuple):
     def n_moments(self) -> int:
         """The number of moments per step that backward needs.
 
-        These are 1 / deviation of the recurrent product and, if a state is normalised too, its
+        These are 1 / deviation of the recurrent product and, if a state is normalized too, its
         mean and 1 / deviation.
         """
         return 1 if self.output is None else 3
@@ -158,4 +158,4 @@ class Cell(NamedTuple):
     @property
     def is_pointwise(self) -> bool:
         """Whether a step is one product followed by arithmetic on each hidden unit separately."""
-        return not self.is_normalised and self.late is None
+        return not self.is_normalized and self.late is None

@@ -1,4 +1,4 @@
-"""Long short-term memory and gated recurrent unit with layer normalisation.
+"""Long short-term memory and gated recurrent unit with layer normalization.
 
 The LSTM follows Ba, Kiros & Hinton 2016, arXiv:1607.06450, equations 20 to 22:
 
@@ -10,8 +10,8 @@ N(v) is (v - mean(v)) / sqrt(var(v) + 1e-5), over all 4H elements of a product, 
 elements of c'. The sum of b_ih and b_hh takes the place of the paper's two offsets and its bias.
 haste uses the same formula, with a single bias.
 
-The GRU is that of ``gru.py`` with wx and rh normalised in this way, over all 3H elements of a
-product, as in haste. Ba, Kiros & Hinton (supplement) normalise the 2H elements of r and z
+The GRU is that of ``gru.py`` with wx and rh normalized in this way, over all 3H elements of a
+product, as in haste. Ba, Kiros & Hinton (supplement) normalize the 2H elements of r and z
 separately from the H elements of n.
 """
 
@@ -62,7 +62,7 @@ LAYERNORM_LSTM = Cell(
         Extra("bias_c", 1, 0.0),
     ),
     activations=lstm_gates,
-    is_normalised=True,
+    is_normalized=True,
     output=Output(layernorm_lstm_output, layernorm_lstm_output_backward, saved=3, n_extra=2),
 )
 LAYERNORM_GRU = Cell(
@@ -75,5 +75,5 @@ LAYERNORM_GRU = Cell(
     n_apart=GRU.n_apart,
     extras=(Extra("gain_ih", 3, 1.0), Extra("gain_hh", 3, 1.0)),
     activations=gru_gates,
-    is_normalised=True,
+    is_normalized=True,
 )

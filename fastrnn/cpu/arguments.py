@@ -83,10 +83,10 @@ _NOISE: list[Any] = [
     ("shares", Elements * MOST_STATES),  # fraction of the old value, one number; may be null
     ("raw", Elements * MOST_STATES),  # states of every row before zoneout; may be null
 ]
-# For cells whose products are normalised; null for others.
+# For cells whose products are normalized; null for others.
 _NORMAL: list[Any] = [
-    ("wx", Exact),  # normalised input parts of every row, (N, G * width)
-    ("normal", Exact),  # normalised recurrent products of every row, (N, G * width); may be null
+    ("wx", Exact),  # normalized input parts of every row, (N, G * width)
+    ("normal", Exact),  # normalized recurrent products of every row, (N, G * width); may be null
     # For every row and head: 1 / deviation of the product; mean and 1 / deviation of the state.
     ("moments", Exact),
 ]
@@ -188,7 +188,7 @@ class Backward(Arguments):
         ("d_projected", Elements),  # out: the gradient of the projected h of every row
         *_NOISE,
         *_NORMAL[1:],
-        ("d_product", Exact),  # out: the gradient of the normalised product, (N, G * hidden)
+        ("d_product", Exact),  # out: the gradient of the normalized product, (N, G * hidden)
         ("d_output", Exact),  # out: that of the last extra weights of every row, (N, width)
         ("work", _ADDRESS),
     ]

@@ -45,7 +45,7 @@ class BackwardWriter(StepWriter):
             self.copy_panel(code, a.w_hr, a.hidden, a.size_h, a.hidden, j, panel)
         with self._walk(code, a, a.reverse == 0, where(passes, code.integer(1), 0)) as step:
             self.wait(code, threads)
-            if not cell.is_normalised:
+            if not cell.is_normalized:
                 self._gather(code, a, step, thread)
             with code.when(is_projected):
                 with code.loop(last_h, start=first_h) as j:
@@ -103,12 +103,12 @@ class BackwardWriter(StepWriter):
             self._parts(code, step) as (_, ends, start, stop),
         ):
             self._backward_rows(code, a, j, step, (ends, start, stop), thread)
-        if cell.is_normalised:
+        if cell.is_normalized:
             self.wait(code, threads)
             with code.loop(step.rows) as b:
                 self._add_means(code, a, b, thread, cell.n_gates)
             with self._rows_of_step(code, a, step, of) as row:
-                self._normalise_back(code, a, row)
+                self._normalize_back(code, a, row)
 
     # Products.
 
@@ -155,7 +155,7 @@ class BackwardWriter(StepWriter):
         with code.when(begins):
             self._clear(code, to, (stop - start) * self._pass_width)
         with code.when(begins == 0):
-            if self.cell.is_normalised:
+            if self.cell.is_normalized:
                 d_rh, pitch = a.d_product + (step.before + start) * whole, whole
             else:
                 is_head = a.width != a.hidden
@@ -275,7 +275,7 @@ class BackwardWriter(StepWriter):
         thread: Value,
     ) -> None:  # fmt: skip
         with self._each_row(code, a, j, step, part, thread) as row:
-            sums = [Variable(code.zeros()) for _ in range(2)] if self.cell.is_normalised else []
+            sums = [Variable(code.zeros()) for _ in range(2)] if self.cell.is_normalized else []
             for vector in map(Vector._make, self.vectors(a.hidden, j)):
                 with code.when(vector.valid > 0):
                     self._backward_vector(code, a, step, row, vector, sums)
@@ -381,10 +381,10 @@ class BackwardWriter(StepWriter):
                 for k, value in enumerate(found, self.n_early):
                     code.store(to + a.width * k, value, valid)
 
-    # Normalised states and products.
+    # Normalized states and products.
 
     def _normal_state(self, code: Code, a: Any, at: Value, state: Value) -> tuple[Value, Value]:
-        """Compute the normalised state of a row; return it with 1 / deviation."""
+        """Compute the normalized state of a row; return it with 1 / deviation."""
         moments = a.moments + at * a.moments_pitch
         mean, scale = (code.splat(code.load_number(moments + k)) for k in (1, 2))
         return (state - mean) * scale, scale
@@ -408,18 +408,18 @@ class BackwardWriter(StepWriter):
                 code.store(kept + 2 * self.units, d_normal)
                 sums[0].set(sums[0].get() + d_normal)
                 sums[1].set(sums[1].get() + d_normal * normal)
-                # The other blocks follow from the last one and the normalised state.
+                # The other blocks follow from the last one and the normalized state.
                 code.store(a.d_output + (row.at * a.width + column), d_extra[-1], valid)
         self._put_sums(code, a, row.j, row.b, *(part.get() for part in sums))
 
     def _normals(self, code: Code, a: Any, at: Value, column: Value, valid: Value) -> list[Value]:
-        """Load the normalised recurrent products of a row."""
+        """Load the normalized recurrent products of a row."""
         n_gates = self.cell.n_gates
         rows = a.normal + (at * (a.width * n_gates) + column)
         return [code.load(rows + a.width * g, valid) for g in range(n_gates)]
 
-    def _normalise_back(self, code: Code, a: Any, row: _Row) -> None:
-        """Compute the gradients of the recurrent products of a row before normalisation."""
+    def _normalize_back(self, code: Code, a: Any, row: _Row) -> None:
+        """Compute the gradients of the recurrent products of a row before normalization."""
         n_gates, means = self.cell.n_gates, self._means(a, row.b, row.thread)
         of_one, of_normal = (code.splat(code.load_number(means + k)) for k in (0, 1))
         scale = code.splat(code.load_number(a.moments + row.at * a.moments_pitch))

@@ -77,8 +77,8 @@ class Kept(NamedTuple):
     raw : sequence of Tensor of shape (N, H), or None
         States before zoneout, where it applies and backward reads them.
     normal : sequence of Tensor
-        For cells with normalised products: the input's product (N, G * H), its mean and
-        1 / deviation for every head (N, 2 * heads), the normalised recurrent product (N, G * H),
+        For cells with normalized products: the input's product (N, G * H), its mean and
+        1 / deviation for every head (N, 2 * heads), the normalized recurrent product (N, G * H),
         and the ``Cell.n_moments`` moments of every head (N, heads or 3 * heads).
     """
 
@@ -103,7 +103,7 @@ class Found(NamedTuple):
         The factors of the gradient of W_hr: the gradient of the projected h, and h before the
         projection.
     d_product : Tensor of shape (heads, N, G * H / heads), optional
-        Gradient of the recurrent product before normalisation.
+        Gradient of the recurrent product before normalization.
     d_output : Tensor of shape (N, H), optional
         Gradient of the last extra weights, for every row.
     """

@@ -196,7 +196,7 @@ def _cached(cell: Cell, target: Target, noisy: bool) -> Path:
     digest = hashlib.sha256(repr(facts).encode())
     for path in _SOURCES:
         digest.update(path.read_bytes())
-    numbers = cell.gates, cell.states, cell.n_saved, cell.n_apart, cell.extras, cell.is_normalised
+    numbers = cell.gates, cell.states, cell.n_saved, cell.n_apart, cell.extras, cell.is_normalized
     digest.update(repr(numbers).encode())
     for part in (cell.forward, cell.backward, *(cell.late or ()), *(cell.output or ())):
         if not callable(part):

@@ -24,7 +24,7 @@ class ForwardWriter(StepWriter):
         w_hr = Matrix(a.w_hr, a.packed_hr, 1, a.size_h, a.size_h, a.hidden)
         with code.loop(last, start=first) as j:
             self._add_biases(code, a, j)
-            if not cell.is_normalised:
+            if not cell.is_normalized:
                 self._pack(code, w_ih, j)
             self._pack(code, w_hh, j)
         first_h, last_h = self.slices(a.size_h, thread, threads)
@@ -33,7 +33,7 @@ class ForwardWriter(StepWriter):
         left = Variable(code.integer(0))  # remaining steps of the chunk of projected input
         base = Variable(code.integer(0))  # the first row of the chunk
         with self._walk(code, a, descending) as step:
-            if not cell.is_normalised:
+            if not cell.is_normalized:
                 with code.when(left.get() == 0):
                     steps, rows = self._chunk(code, a, step, descending)
                     left.set(steps)
@@ -45,7 +45,7 @@ class ForwardWriter(StepWriter):
             with code.loop(last, start=first) as j:
                 scratch = self._scratch(a, j, thread, self.width)
                 self._recur(code, a, j, step, w_hh, scratch)
-                if cell.is_normalised:
+                if cell.is_normalized:
                     with code.loop(step.rows) as b:
                         self._put_product_moments(code, a, j, b, scratch)
                 if cell.late:
@@ -69,7 +69,7 @@ class ForwardWriter(StepWriter):
         cell, (thread, threads) = self.cell, of
         first, last = self._slices(a, thread, threads)
         self.wait(code, threads)
-        if cell.is_normalised:
+        if cell.is_normalized:
             with code.loop(step.rows) as b:
                 self._add_moments(code, a, b, thread, cell.n_gates)
             if cell.output:
@@ -93,7 +93,7 @@ class ForwardWriter(StepWriter):
     @property
     def _n_apart(self) -> int:
         """The number of gates, the last ones, whose b_ih and b_hh cannot be added up in advance."""
-        return self.cell.n_gates if self.cell.is_normalised else self.cell.n_apart
+        return self.cell.n_gates if self.cell.is_normalized else self.cell.n_apart
 
     def _bias(self, a: Any, j: Value) -> Value:
         """The address of the biases of a slice: of all gates, then b_hh of the last gates."""
@@ -178,7 +178,7 @@ class ForwardWriter(StepWriter):
         valid: Value,
     ) -> list[Value]:  # fmt: skip
         """Load the input parts of the gates of a row."""
-        if self.cell.is_normalised:
+        if self.cell.is_normalized:
             wx_row = a.wx + (at * (a.width * self.cell.n_gates) + column)
             return [code.load(wx_row + a.width * g, valid) for g in range(self.cell.n_gates)]
         wx_row, bias = a.projected + (j * a.chunk + (at - base)) * self.width, self._bias(a, j)
@@ -192,7 +192,7 @@ class ForwardWriter(StepWriter):
         """Compute the recurrent parts of the gates of a row from the products."""
         cell, bias, (v, column, valid) = self.cell, self._bias(a, j), vector
         rh = [code.load(row + (g * self.units + v * self.lanes)) for g in range(cell.n_gates)]
-        if cell.is_normalised:
+        if cell.is_normalized:
             means = self._means(a, b, thread)
             mean, scale = (code.splat(code.load_number(means + k)) for k in (0, 1))
             rh = [(part - mean) * scale for part in rh]
@@ -260,10 +260,10 @@ class ForwardWriter(StepWriter):
     ) -> None:  # fmt: skip
         """Write the pointwise part for row b of a step."""
         cell, at, row = self.cell, step.row + b, scratch + b * self.width
-        normalised = []
+        normalized = []
         for v, column, valid in self.vectors(a.hidden, j):
             state = Variable(code.zeros())
-            normalised.append((state, valid))
+            normalized.append((state, valid))
             with code.when(valid > 0):
                 own = b * a.width + column
                 wx = self._inputs_of(code, a, j, at, base, v, column, valid)
@@ -288,7 +288,7 @@ class ForwardWriter(StepWriter):
                     for address, value in zip(self._saved(a, at, column), saved, strict=True):
                         code.store(address, value, valid)
         if cell.output:
-            self._put_moments(code, a, j, b, [(part.get(), valid) for part, valid in normalised])
+            self._put_moments(code, a, j, b, [(part.get(), valid) for part, valid in normalized])
 
     def _put_raw(
         self, code: Code, a: Any, at: Value, column: Value, valid: Value, new: Sequence[Value]
@@ -302,7 +302,7 @@ class ForwardWriter(StepWriter):
     def _output_row(
         self, code: Code, a: Any, j: Value, b: Value, step: Step, scratch: Value, thread: Value
     ) -> None:
-        """Compute h of row b of a step from the normalised state."""
+        """Compute h of row b of a step from the normalized state."""
         assert self.cell.output is not None
         at, row, means = step.row + b, scratch + b * self.width, self._means(a, b, thread)
         mean, scale = (code.load_number(means + k) for k in (0, 1))

@@ -149,7 +149,7 @@ def _tensors(
     of_weights = {name: (k, by_head.get(name, units)) for k, name in enumerate(names, first)}
     if len(cell.extras) > 1:
         of_weights["extra"] = _EXTRA + n % call.directions * _BY_DIRECTION, units
-    if cell.is_normalised:
+    if cell.is_normalized:
         of_weights["wx"] = _WX + n % call.directions * _BY_DIRECTION, units
         of_weights.pop("b_ih", None)  # already included in wx
     return places + [(AT[name], k, 0, by * bytes_of) for name, (k, by) in of_weights.items()]
@@ -193,7 +193,7 @@ class Stack:
         self.cell, self.heads, self.groups = cell, call.num_heads, directions * call.num_heads
         # Threads per group, for which the work space has room.
         self.threads = self.layout.threads
-        self.is_normalised, self.n_extras = cell.is_normalised, len(cell.extras)
+        self.is_normalized, self.n_extras = cell.is_normalized, len(cell.extras)
         self.size = max(layer.size for layer in self.layers)
         self.dtype, self.exact = x.dtype, machine.exact_dtype(x.dtype)
         # A reference, which keeps the code alive.
@@ -265,14 +265,14 @@ class Stack:
     ) -> None:
         """Run the kernel, with the GIL released."""
         arguments, held = layer.arguments[:], []
-        if self.n_extras > 1 or self.is_normalised:
+        if self.n_extras > 1 or self.is_normalized:
             for d, own_weights in enumerate(layer.weights):
                 own = Weights.unpack(weights[own_weights], self.n_extras)
                 held.append(torch.cat(own.extras))
                 addresses[_EXTRA + d * _BY_DIRECTION] = held[-1].data_ptr()
-                if self.is_normalised:
+                if self.is_normalized:
                     rows = x.flatten(0, -2)
-                    held.append(native.normalised_input(self.cell, own, self.heads, rows, normal))
+                    held.append(native.normalized_input(self.cell, own, self.heads, rows, normal))
                     addresses[_WX + d * _BY_DIRECTION] = held[-1].data_ptr()
         for at, k, beyond in layer.addresses:
             arguments[at] = addresses[k] + beyond

@@ -78,7 +78,7 @@ def _raw(call: Call) -> list[bool]:
 
 
 def fake_saved(call: Call, save: int) -> list[Tensor]:
-    """Make uninitialised tensors of the shapes and dtypes that `forward` saves.
+    """Make uninitialized tensors of the shapes and dtypes that `forward` saves.
 
     The list is empty unless `save` is `ALL`. Its elements are h (N, D * P), a copy of y, which the
     caller may overwrite, and for each direction the parts of a ``Kept``. With marks, only existing
@@ -105,7 +105,7 @@ def _widths(call: Call) -> list[list[int]]:
         [hidden] * cell.n_saved,
         [hidden] * (cell.n_states - 1 + call.is_projected),
         [hidden] * sum(_raw(call)),
-        [of_gates, 2 * heads, of_gates, cell.n_moments * heads] if cell.is_normalised else [],
+        [of_gates, 2 * heads, of_gates, cell.n_moments * heads] if cell.is_normalized else [],
     ]
 
 
@@ -158,9 +158,9 @@ def _runs_together(call: Call) -> bool:
     """Whether the members of an ensemble run as one problem, differing only in values.
 
     They do not with marks, because the rows of each member are packed differently, nor with
-    normalised products, which are computed one member at a time.
+    normalized products, which are computed one member at a time.
     """
-    return call.flow.marks is None and not call.cell.is_normalised and _has_kernels(call.x)
+    return call.flow.marks is None and not call.cell.is_normalized and _has_kernels(call.x)
 
 
 class _Problem:

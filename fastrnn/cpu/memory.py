@@ -26,7 +26,7 @@ _kept = _Kept()
 def take(kind: str, size: int) -> Tensor:
     """Return at least `size` bytes of a kind, 'work' or 'gradients', as float32."""
     kept: Tensor = getattr(_kept, kind)
-    # In deterministic mode torch fills new memory, which exposes reads of uninitialised values.
+    # In deterministic mode torch fills new memory, which exposes reads of uninitialized values.
     if kept.nbytes < size or torch.are_deterministic_algorithms_enabled():
         with torch.inference_mode(False):
             # Whole cache lines, which are divisible by the size of every dtype.

@@ -178,7 +178,7 @@ class Space(NamedTuple):
         rows, w, cell = direction.rows, direction.w, direction.cell
         width, exact, size_h = layout.width, layout.exact, w.w_hh.shape[-1]
         chunk = rows.batch * max(1, _CHUNK // max(1, width * rows.batch))
-        packs, projects = _pays(rows.batch, rows.steps), not cell.is_normalised
+        packs, projects = _pays(rows.batch, rows.steps), not cell.is_normalized
         has_operand = cell.late is not None or direction.noise is not None
         space = cls(
             layout.packed(width, inputs) if projects and _pays(rows.total, 1) else 0,
@@ -324,8 +324,8 @@ def _ahead(job: Ahead, chunk: int, full: Tensor | None) -> tuple[list[int], list
     w_ih, w_hh, w_hr, b_ih, b_hh = _contiguous((w.w_ih, w.w_hh, w.w_hr, w.b_ih, w.b_hh))
     wx: Tensor | None = None
     moments_pitch = cell.n_moments * heads
-    if cell.is_normalised:
-        wx, b_ih = normalised_input(cell, w, heads, x, kept.normal), None
+    if cell.is_normalized:
+        wx, b_ih = normalized_input(cell, w, heads, x, kept.normal), None
     normal: Any = kept.normal[2:] or [None, None]
     fresh_rh = None
     if fresh:
@@ -351,10 +351,10 @@ def _ahead(job: Ahead, chunk: int, full: Tensor | None) -> tuple[list[int], list
     ]  # fmt: skip
 
 
-def normalised_input(
+def normalized_input(
     cell: Cell, w: Weights, heads: int, x: Tensor, normal: Sequence[Tensor]
 ) -> Tensor:
-    """Compute the normalised input parts of all rows, with gain and bias, (N, G * H)."""
+    """Compute the normalized input parts of all rows, with gain and bias, (N, G * H)."""
     raw, moments = normal[:2] or (x.new_empty(x.shape[0], w.w_ih.shape[0]), None)
     multiply(cell, raw, x, w.w_ih.t(), False)
     if heads == 1:
@@ -451,7 +451,7 @@ def _back(job: Back, d_gates: Tensor) -> tuple[Found, list[int], list[Any]]:
     d_others = _contiguous(d_others)
     d_fresh = [torch.zeros_like(part) for part in d_state] if fresh else []
     d_product = d_output = None
-    if cell.is_normalised:
+    if cell.is_normalized:
         d_product = h_rows.new_empty(heads, count, cell.n_gates * units)
     if cell.output is not None:
         d_output = h_rows.new_empty(count, hidden)

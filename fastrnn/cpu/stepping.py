@@ -68,8 +68,8 @@ class Stepping(Stack):
         self.early = (cell.n_gates - (cell.late.n_gates if cell.late else 0)) * hidden
         self.of_gates, self.of_all = cell.n_gates * hidden, (cell.n_gates + cell.n_apart) * hidden
         # What is kept: a copy of h, because the result may be overwritten; traces; saved values;
-        # and, for normalised products, all that ``Kept.normal`` lists.
-        normal = [self.of_gates, 2, self.of_gates, cell.n_moments] if cell.is_normalised else []
+        # and, for normalized products, all that ``Kept.normal`` lists.
+        normal = [self.of_gates, 2, self.of_gates, cell.n_moments] if cell.is_normalized else []
         self.widths = [hidden] * (cell.n_states + cell.n_saved) + normal
         starts = itertools.accumulate((batch * width for width in self.widths), initial=0)
         names = [("h", 0), *(("traces", k) for k in range(cell.n_states - 1))]
@@ -110,7 +110,7 @@ class Stepping(Stack):
         space = memory.take("work", self.size)
         addresses = [*OF_LAYER, *map(Tensor.data_ptr, (*final, *weights))]
         addresses[: WORK + 1] = map(Tensor.data_ptr, (x, kept, space))
-        normal = self._views(kept)[-4:-2] if self.is_normalised else ()
+        normal = self._views(kept)[-4:-2] if self.is_normalized else ()
         self._launch(self.ahead, x, weights, addresses, state[0].data_ptr(), normal)
         del state, space
         return final, kept
@@ -132,7 +132,7 @@ class Stepping(Stack):
     ) -> tuple[list[Tensor | None], StepRows | Walk]:
         """Return the gradients of x and states that are needed, and the step's rows.
 
-        For a normalised cell the rows are a walk of one step.
+        For a normalized cell the rows are a walk of one step.
         """
         # Hooks on saved tensors may return them in another layout.
         kept, *state = map(Tensor.contiguous, (kept, *state))
@@ -142,7 +142,7 @@ class Stepping(Stack):
         else:
             found = self._launch_back(state, weights, kept, d_state)
         rows: StepRows | Walk
-        if self.is_normalised:
+        if self.is_normalized:
             rows = self._walk(x, state, weights, kept, found)
             d_input = rows.of_input().d_shared if needs[0] else found.d_rh
         else:
@@ -184,7 +184,7 @@ class Stepping(Stack):
         self, rows: Sequence[StepRows | Walk], needs: Sequence[bool]
     ) -> list[Tensor | None]:
         """Return the weight gradients of several steps, None for those that are not needed."""
-        if self.is_normalised:
+        if self.is_normalized:
             walk = _joined_walks(rows)
             found = walk.d_weights(walk.of_input())
             return [part if need else None for part, need in zip(found, needs, strict=True)]
@@ -223,7 +223,7 @@ class Stepping(Stack):
         d_gates = kept.new_empty(batch, self.of_all)
         arguments[_AT["d_gates"]] = d_gates.data_ptr()
         d_product = d_output = None
-        if cell.is_normalised:
+        if cell.is_normalized:
             d_product = kept.new_empty(1, batch, self.of_gates)
             arguments[_AT["d_product"]] = d_product.data_ptr()
         if cell.output is not None:

@@ -24,7 +24,7 @@ class OfInput(NamedTuple):
     d_shared, d_apart : Tensor
         Gradients of the gates whose two parts have the same gradient, then of the others, if any.
     d_gain : Tensor, optional
-        Gradient of the gain, if the product is normalised.
+        Gradient of the gain, if the product is normalized.
     """
 
     d_shared: Tensor
@@ -70,18 +70,18 @@ class Walk(NamedTuple):
         """The gradients of the input's product, from which those of input and weights follow."""
         cell, heads, (d_rh, d_apart, *_) = self.direction.cell, self.direction.num_heads, self.found
         shared = d_rh.shape[-1] - d_apart.shape[-1]
-        if not cell.is_normalised:
+        if not cell.is_normalized:
             return OfInput(d_rh[..., :shared], d_apart)
         d_wx = torch.cat([d_rh[:, :shared], d_apart], dim=1)
         raw, moments = (self._left(part) for part in self.kept.normal[:2])
         gain, found = self.direction.w.extras[0], []
         for k in range(heads):
             of_head = (groups.gates(part, cell.n_gates, k, heads) for part in (d_wx, raw, gain))
-            d_out, normalised, own_gain = of_head
+            d_out, normalized, own_gain = of_head
             mean, scale = moments[:, 2 * k : 2 * k + 2].t().contiguous().unsqueeze(-1)
             found.append(
                 torch.ops.aten.native_layer_norm_backward(
-                    d_out, normalised, normalised.shape[1:], mean, scale, own_gain, None,
+                    d_out, normalized, normalized.shape[1:], mean, scale, own_gain, None,
                     [True, True, False],
                 )[:2]
             )  # fmt: skip
@@ -191,7 +191,7 @@ class Walk(NamedTuple):
         """The gradients of the extra weights."""
         w, cell = self.direction.w, self.direction.cell
         found, sizes = [], [part.shape[-1] for part in w.extras]
-        if cell.is_normalised:
+        if cell.is_normalized:
             d_gain = of_input.d_gain
             if split is not None or d_gain is None:
                 d_gain = self._sum(self._d_gain_rows(), split)
@@ -217,7 +217,7 @@ class Walk(NamedTuple):
         """The gradients of the other extra weights, for every row."""
         cell, kept, found = self.direction.cell, self.kept, self.found
         rows = []
-        if cell.is_normalised:
+        if cell.is_normalized:
             rows.append(found.d_rh * self._left(kept.normal[2]))
         if cell.output is not None and found.d_output is not None:
             moments = kept.normal[3].unflatten(1, (self.direction.num_heads, 3)).unsqueeze(-1)

@@ -1,6 +1,6 @@
 """A stand-in for Triton's CUDA driver that runs launches of JIT functions in the emulator.
 
-Arguments, specialisation and compilation are Triton's own. Only ptxas is bypassed: instead of a
+Arguments, specialization and compilation are Triton's own. Only ptxas is bypassed: instead of a
 cubin, the PTX itself is loaded and launched.
 """
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from .program import PtxError
 from .statements import SHARED, Statement, Word, count_of, elements, encodes, integer
 
-# Synchronising the lanes is part of these operations; the engine checks that all participate.
+# Synchronizing the lanes is part of these operations; the engine checks that all participate.
 _COLLECTIVE = ("sync", "aligned")
 
 

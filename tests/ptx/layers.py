@@ -292,7 +292,7 @@ def _run(case: Case, dtype: torch.dtype, move: int = 0) -> dict[str, Tensor]:
 
     def random(*shape: int, scale: float = 1.0, name: str = "") -> Tensor:
         numbers = torch.randn(shape, generator=generator, dtype=torch.float32) * scale
-        numbers = numbers.abs() + 1 if name == "n" else numbers  # the normaliser of an sLSTM
+        numbers = numbers.abs() + 1 if name == "n" else numbers  # the normalizer of an sLSTM
         numbers = numbers.to(own).to(dtype)
         if move:
             away = torch.rand(shape, generator=moving, dtype=dtype) * 2 - 1

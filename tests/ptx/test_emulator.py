@@ -75,7 +75,7 @@ def _meet(counter_ptr, target):
 
 
 @triton.jit
-def neighbours_kernel(data_ptr, out_ptr, counter_ptr, rounds, BLOCK: tl.constexpr):  # noqa: N803
+def neighbors_kernel(data_ptr, out_ptr, counter_ptr, rounds, BLOCK: tl.constexpr):  # noqa: N803
     """Every program writes, all meet at a counter, every program reads what the next wrote."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     at = tl.arange(0, BLOCK)
@@ -180,8 +180,8 @@ def test_conversions(dtype):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_programs_that_wait(capability, policy, drain):
     out, emulator = meet(Emulator(capability, Schedule(3, policy, drain)))
-    neighbour = (torch.arange(4) + 1) % 4 + 1
-    expected = 3 * neighbour[:, None] + 30 + 3 * torch.arange(256)
+    neighbor = (torch.arange(4) + 1) % 4 + 1
+    expected = 3 * neighbor[:, None] + 30 + 3 * torch.arange(256)
     assert torch.equal(out, expected.flatten().float())
     assert emulator.findings() == []
 
@@ -190,7 +190,7 @@ def meet(emulator, programs=4, arrived=0):
     with emulator, emulator.watching():
         data, out = torch.empty(programs * 256), torch.empty(programs * 256)
         counter = torch.full((1,), arrived, dtype=torch.int32)
-        neighbours_kernel[(programs,)](
+        neighbors_kernel[(programs,)](
             data, out, counter, 3, BLOCK=256, num_warps=8, launch_cooperative_grid=True
         )
     return out, emulator
@@ -208,7 +208,7 @@ def test_a_release_or_acquire_that_is_missing(broken):
 
 
 def test_a_wait_in_vain_says_where():
-    with pytest.raises(EmulationError, match=r"(?s)neighbours_kernel: HANG.*at barrier"):
+    with pytest.raises(EmulationError, match=r"(?s)neighbors_kernel: HANG.*at barrier"):
         meet(Emulator(90), arrived=-1)
 
 
@@ -219,7 +219,7 @@ def test_memory_outside_and_memory_that_nobody_wrote():
         add_kernel[(1,)](torch.ones(256), torch.ones(255), out, 256, BLOCK=256)
     first, second = emulator.launches
     assert {found.kind for found in first.outcome.findings} == {
-        "global read of uninitialised memory"
+        "global read of uninitialized memory"
     }
     assert "x_ptr byte" in first.findings()[0]
     assert {found.kind for found in second.outcome.findings} == {"global out of bounds"}

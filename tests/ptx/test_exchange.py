@@ -230,7 +230,7 @@ def test_what_nobody_wrote_is_noticed(monkeypatch, emulator, kernel):
     assert faults(emulator) == []
     monkeypatch.setattr(torch.Tensor, "fill_", lambda tensor, value: tensor)
     by_kernels(layer, draw(layer), *configs)
-    assert any("uninitialised" in text for text in faults(emulator))
+    assert any("uninitialized" in text for text in faults(emulator))
 
 
 @pytest.fixture

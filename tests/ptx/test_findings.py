@@ -80,7 +80,7 @@ WARP = "intra-warp shared {} without bar.warp.sync"
         (STORE + LOAD_NEXT, [WARP.format("write-read")]),
         (STORE + MEET + LOAD_NEXT + STORE, [WARP.format("read-write")]),
         (STORE + STORE.replace("[%r10]", NEXT), [WARP.format("write-write")]),
-        (LOAD, ["shared read of uninitialised memory"]),
+        (LOAD, ["shared read of uninitialized memory"]),
         ("st.shared.b32 [%r10 + 1000], %r1;", ["shared out of bounds"]),
         ("st.shared.b32 [%r2], %r1;", ["two lanes store DIFFERENT values to one shared address"]),
         ("st.global.b32 [%rd1], %r1;", ["two lanes store DIFFERENT values to one address"]),
@@ -103,7 +103,7 @@ def test_bytes_that_nobody_wrote(drain):
     outcome = run(store + "ld.global.b32 %r2, [%rd3];", is_written=False, drain=drain)
     assert outcome.findings == []
     outcome = run(store + "ld.global.v2.b32 {%r2, %r3}, [%rd3];", is_written=False, drain=drain)
-    assert [f.kind for f in outcome.findings] == ["global read of uninitialised memory"]
+    assert [f.kind for f in outcome.findings] == ["global read of uninitialized memory"]
 
 
 WEAK, MIXED = "both weak", "mixed weak/strong"

@@ -1,7 +1,7 @@
 // `mma.sync`: products of 16x8 by a warp, sums in float32 in order of k.
 //
 // Which lane has which element is in "Warp Level Matrix Multiply-Accumulate Instructions", "Matrix
-// Fragments for mma.m16n8k16" and its neighbours: lane l is number l % 4 of group l / 4. The ISA
+// Fragments for mma.m16n8k16" and its neighbors: lane l is number l % 4 of group l / 4. The ISA
 // leaves the order and the rounding of the sums open.
 #pragma once
 #include "machine.hpp"
