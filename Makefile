@@ -14,8 +14,8 @@ bench: $(VENV)/bench.stamp
 
 # Before every commit: five minutes on two quiet cores. Of sweeps it runs a sample.
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n auto $(ALL)
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto $(ALL) tests/ptx
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(ALL)
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto --dist loadgroup $(ALL) tests/ptx
 
 test-all: ALL := --all
 test-all: test

@@ -36,22 +36,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="run sweeps whole, not a sample of each")
+    parser.addoption("--all", action="store_true", help="run sweeps whole, and long tests")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep every n-th case of a test marked ``sweep(n)``, beginning with the first."""
+    """Without ``--all``, leave out what is ``long`` and most cases of a ``sweep``."""
     if config.getoption("--all"):
         return
     seen: Counter[str] = Counter()
     kept: list[pytest.Item] = []
     left_out: list[pytest.Item] = []
     for item in items:
-        marker = item.get_closest_marker("sweep")
-        name = item.nodeid.partition("[")[0]
-        is_kept = marker is None or seen[name] % marker.args[0] == 0
+        sweep, name = item.get_closest_marker("sweep"), item.nodeid.partition("[")[0]
+        is_sampled = sweep is None or seen[name] % sweep.args[0] == 0
         seen[name] += 1
-        (kept if is_kept else left_out).append(item)
+        (kept if is_sampled and not item.get_closest_marker("long") else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
 

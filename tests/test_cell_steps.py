@@ -189,6 +189,7 @@ def test_what_is_frozen_has_no_gradient(kind):
             assert mine is None or torch.testing.assert_close(mine, theirs) is None
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_second_derivatives(kind):
     module = make(kind, 2, 3)

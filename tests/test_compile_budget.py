@@ -226,16 +226,20 @@ def persistent(cell: str, run: str, hidden: int, device: str, batch: int) -> Var
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> dict[Variant, Measured]:
-    """The samples, compiled in another process: this one may run with TRITON_INTERPRET."""
+def compiled(request, tmp_path_factory) -> dict[Variant, Measured]:
+    """What the tests need, compiled in another process: this one may run with TRITON_INTERPRET."""
     for name in ("ptxas", "cuobjdump", "nvdisasm"):
         try:
             sass.tool(name)
         except FileNotFoundError as error:
             pytest.skip(str(error))
     planned = compile_budget.plan(quick=True)
-    variants = [next(v for v in planned if v[:6] == facts) for facts in SAMPLE]
-    variants += [persistent(*facts) for facts in PERSISTENT]
+    tests = [item for item in request.session.items if "compiled" in item.fixturenames]
+    wanted = [item.callspec.params["facts"] for item in tests]
+    variants = [
+        persistent(*facts) if facts in PERSISTENT else next(v for v in planned if v[:6] == facts)
+        for facts in wanted
+    ]
     code = (
         "import json, sys; from fastrnn.bench.compile_budget import Variant, measure_all\n"
         "variants = [Variant(*fields) for fields in json.loads(sys.argv[1])]\n"
@@ -250,6 +254,8 @@ def compiled(tmp_path_factory) -> dict[Variant, Measured]:
     return {v: Measured(*m) for v, m in zip(variants, json.loads(done.stdout), strict=True)}
 
 
+@pytest.mark.sweep(5)
+@pytest.mark.xdist_group("compiled")
 @pytest.mark.parametrize("facts", SAMPLE, ids=lambda facts: "-".join(map(str, facts)))
 def test_sample_keeps_the_budgets(compiled, facts):
     variant, measured = next((v, m) for v, m in compiled.items() if v[:6] == facts)
@@ -258,6 +264,8 @@ def test_sample_keeps_the_budgets(compiled, facts):
     assert bool(measured.exchange_loads) == (variant.schedule == "persistent")
 
 
+@pytest.mark.sweep(5)
+@pytest.mark.xdist_group("compiled")
 @pytest.mark.parametrize("facts", PERSISTENT, ids=lambda facts: "-".join(map(str, facts)))
 def test_persistent_kernels_keep_the_budgets(compiled, facts):
     """No spills, one barrier per tile and step, no shared memory between L2 and products."""

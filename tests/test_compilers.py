@@ -76,6 +76,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize(
     ("cls", "names"), CASES, ids=lambda v: "+".join(v) if isinstance(v, tuple) else v.__name__
 )
@@ -252,6 +253,7 @@ def test_export(cls: Any, strict: bool, tmp_path: Any) -> None:
 
 @NEEDS_COMPILER
 @pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")  # in torch
+@pytest.mark.long
 def test_ahead_of_time(tmp_path: Any) -> None:
     """AOTInductor's loader finds the operator if the process has imported fastrnn."""
     net = Tagger(fastrnn.LSTM, num_layers=1, bidirectional=False).eval()

@@ -248,6 +248,7 @@ threading.Thread(target=llvm.get_process_triple).start()
 CUT_OFF = "this process was forked while another thread was compiling kernels"
 
 
+@pytest.mark.sweep(3)
 @can_fork
 @pytest.mark.parametrize(
     ("other", "gap"),
@@ -313,6 +314,7 @@ def test_first_use_is_visible_and_later_uses_are_not(tmp_path):
     assert "compil" not in second.stderr
 
 
+@pytest.mark.long
 def test_many_processes_at_first_use(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         runs = list(pool.map(lambda _: python(RUN, FASTRNN_CACHE_DIR=str(tmp_path)), range(6)))
@@ -321,6 +323,7 @@ def test_many_processes_at_first_use(tmp_path):
     assert [path.suffix for path in tmp_path.iterdir()] == [".o"], "a file was left behind"
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_damaged_file_is_compiled_again(tmp_path, damage):
     first = python(RUN, FASTRNN_CACHE_DIR=str(tmp_path))

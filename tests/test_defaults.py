@@ -80,6 +80,7 @@ def run(module, argument, given):
     return [t.detach() for t in tensors], grads
 
 
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("path", [None, "kernels", "reference"])
 @pytest.mark.parametrize(
     ("name", "build"),

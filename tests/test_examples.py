@@ -65,6 +65,7 @@ def test_clipped_sum(example):
     torch.testing.assert_close(total["b"], torch.tensor([1.2]))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("options", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
 def test_train_ddp(options, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

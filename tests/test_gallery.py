@@ -16,7 +16,11 @@ if missing := [name for name in NEEDED if not find_spec(name)]:
     pytest.skip(f"without {', '.join(missing)}", allow_module_level=True)
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SEEDS = (0, 1, 2)
+
+
+def any_seed(test):
+    """A test that must pass from any seed; one of them in a sample."""
+    return pytest.mark.sweep(3)(pytest.mark.parametrize("seed", [0, 1, 2])(test))
 
 
 @pytest.fixture
@@ -38,7 +42,7 @@ def train(example, tmp_path, capsys):
 CHAR_LM = "--chars 20000 --hidden 48 --embedding 16 --batch 8 --steps 32 --updates 140 --length 20"
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@any_seed
 def test_char_lm(train, seed):
     runs = train("char_lm", CHAR_LM, seed)
     assert runs.keys() == {"rnn", "gru", "lstm"}
@@ -47,7 +51,7 @@ def test_char_lm(train, seed):
         assert len(libraries["fastrnn"]["sample"]) == 24
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@any_seed
 def test_forecast_cosine(train, seed):
     runs = train("forecast_cosine", "--window 60 --hidden 32 --updates 70", seed)
     assert runs["linear"]["fastrnn"]["error"] < 0.2  # predicting the mean gives 0.7
@@ -56,7 +60,7 @@ def test_forecast_cosine(train, seed):
 SMALL_GAN = "--steps 8 --hidden 12 --batch 16 --lr 5e-3 --cell"
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@any_seed
 def test_gradient_penalty(train, seed):
     runs = train("gradient_penalty", f"{SMALL_GAN} gru --updates 80", seed, stock=False)
     of = runs["gru"]["fastrnn"]
@@ -77,7 +81,7 @@ def test_examples_are_short():
             assert len(path.read_text(encoding="utf-8").splitlines()) <= 150, path.name
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@any_seed
 def test_forecast_elnino(train, seed):
     runs = train("forecast_elnino", "--updates 120 --hidden 16 --batch 16", seed)
     for libraries in runs.values():
@@ -85,7 +89,7 @@ def test_forecast_elnino(train, seed):
         assert of["error"] < 1.5 < of["seasonal naive"]  # the months differ by 2.2
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@any_seed
 def test_tag_frames(train, seed):
     runs = train("tag_frames", "--updates 120 --hidden 48 --frames 24 --batch 16 --lr 1e-2", seed)
     alone, before, both = (of["fastrnn"]["accuracy"] for of in runs.values())
@@ -93,7 +97,7 @@ def test_tag_frames(train, seed):
     assert before < both - 0.02
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@any_seed
 def test_stacked_layers(train, seed):
     options = "--chars 20000 --hidden 48 --embedding 16 --batch 8 --steps 32 --updates 100"
     runs = train("stacked_layers", options, seed)
@@ -104,7 +108,7 @@ def test_stacked_layers(train, seed):
         assert 0.5 * allowed < of["parameters"] <= allowed
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@any_seed
 def test_truncated_bptt(train, seed):
     options = "--hidden 32 --updates 130 --batch 16 --steps 100 --lr 1e-2"
     runs = {k: of["fastrnn"] for k, of in train("truncated_bptt", options, seed).items()}
@@ -113,14 +117,14 @@ def test_truncated_bptt(train, seed):
     assert runs["k = 5"]["MiB kept"] < runs["k = 20"]["MiB kept"] < runs["full"]["MiB kept"] / 2
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@any_seed
 def test_elman_ball(train, seed):
     runs = train("elman_ball", "--updates 350 --hidden 48 --longest 12 --batch 32", seed)
     of = runs["relu"]["fastrnn"]
     assert of["network near walls"] < 0.7 * of["last velocity near walls"]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@any_seed
 def test_vanishing_gradients(train, seed):
     options = "--symbols 2 --steps 10 --hidden 24 --updates 80 --lr 1e-2"
     runs = {name: of["fastrnn"] for name, of in train("vanishing_gradients", options, seed).items()}
@@ -136,7 +140,7 @@ def test_vanishing_gradients(train, seed):
     assert after["gru"] > 0.06  # learned to pass gradients on
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@any_seed
 def test_melody(train, tmp_path, seed):
     runs = train("melody", "--hidden 48 --updates 45 --batch 16 --lr 2e-2", seed)
     of = runs["lstm"]["fastrnn"]
@@ -169,7 +173,7 @@ def log_probability(scores, first, sequence):
     return sum(step[a, b] for step, a, b in pairs).item()
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@any_seed
 def test_beam_search_with_any_width(example, seed):
     beam, symbols, end, longest = example("beam"), 4, 3, 4
     random = torch.Generator().manual_seed(seed)
@@ -225,7 +229,7 @@ def test_beam_search_moves_the_state_with_its_beams(example):
             assert score == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@any_seed
 def test_ppo_cartpole(train, seed):
     options = "--updates 28 --envs 32 --steps 64 --hidden 32"
     runs = train("ppo_cartpole", options, seed, stock=False)
@@ -267,7 +271,7 @@ def test_ppo_cartpole_ends_episodes(example):
     assert (env.state[:, env.start].abs() <= 0.05).all()
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@any_seed
 def test_digits_to_words(train, example, monkeypatch, seed):
     monkeypatch.setattr(example("digits_to_words"), "NUMBERS", 100)
     options = "--updates 70 --hidden 256 --batch 16 --lr 4e-3 --noise 0"
@@ -281,7 +285,7 @@ def test_digits_to_words(train, example, monkeypatch, seed):
         assert sum(probabilities) < 1.001
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@any_seed
 def test_pronounce(train, example, monkeypatch, seed):
     monkeypatch.setattr(example("pronounce"), "HELD_OUT", 100)
     few = re.compile(example("pronounce").ENTRY.pattern.replace("12", "5"), re.M)
@@ -300,7 +304,7 @@ def test_pronounce_distance(example):
     assert distance("abc", "abc") == 0
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@any_seed
 def test_tag_words(train, seed):
     runs = train("tag_words", "--updates 80 --hidden 48 --batch 16 --lr 2e-2", seed)
     for libraries in runs.values():
@@ -309,7 +313,7 @@ def test_tag_words(train, seed):
         assert 0.85 < of["accuracy of usual tags"] < 0.9
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@any_seed
 def test_classify_sentiment(train, seed):
     options = "--updates 180 --hidden 16 --batch 32 --lr 1e-2"
     for libraries in train("classify_sentiment", options, seed).values():
@@ -318,7 +322,7 @@ def test_classify_sentiment(train, seed):
         assert 0.7 < of["accuracy of a bag of words"] < 0.8
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@any_seed
 def test_long_memory(train, seed):
     options = "--steps 10 --updates 180 --hidden 24 --batch 16 --lr 1e-2"
     runs = train("long_memory", options, seed)

@@ -200,12 +200,14 @@ def check(layer: Layer, **options) -> None:
     assert_right(layer, by_kernels(layer, numbers, **options), by_reference(layer, numbers))
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "peephole_lstm", "slstm"])
 def test_every_mark(mode, cell, directions):
     check(Layer(cell, directions))
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize(
     "layer",
     [
@@ -237,6 +239,7 @@ def test_several_tiles_of_the_batch(monkeypatch, mode):
     check(Layer("gru", save=cpu.STATES))
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("cell", ["lstm", "gru", "peephole_lstm", "slstm"])
 def test_nan_does_not_pass_a_reset(mode, cell):
     layer = Layer(cell, 2 if mode == "stepwise" else 1, bptt=None)
@@ -252,6 +255,7 @@ def test_nan_does_not_pass_a_reset(mode, cell):
     assert results["y0"].isnan().any(dim=(1, 2)).tolist() == [t == 2 for t in range(STEPS)]
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def test_every_cell(cell, size_h, schedule):
 MARKS = {"lengths": True, "resets": True, "bptt": 2}
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("directions", [1, 2])
 @of_every_kind
 def test_every_mark(cell, size_h, schedule, directions):
@@ -68,6 +69,7 @@ def test_every_mark(cell, size_h, schedule, directions):
     check(layer, schedule)
 
 
+@pytest.mark.sweep(3)
 @of_every_kind
 def test_noise(cell, size_h, schedule):
     """Noise together with resets and rows that end early."""
@@ -83,6 +85,7 @@ def test_some_noise(zones):
     check(Layer("slstm", size_h=3, drop=not zones, zones=zones))
 
 
+@pytest.mark.sweep(5)
 @by_both
 @pytest.mark.parametrize("cell", CELLS_OF_THIS_KIND)
 def test_heads(cell, schedule):
@@ -99,6 +102,7 @@ ENSEMBLES = [
 ]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("layer", "schedule"),
     [*[(layer, "staged") for layer in ENSEMBLES], *[(part, "resident") for part in ENSEMBLES[:3]]],
@@ -208,6 +212,7 @@ def test_without(cell, size_h, schedule, missing):
     check(Layer(cell, size_h=size_h, resets=missing == "state", **{missing: False}), schedule)
 
 
+@pytest.mark.sweep(3)
 @of_every_kind
 def test_what_no_gradient_comes_to_is_left_out(cell, size_h, schedule):
     """Steps after the end of a row, and a sequence whose output nothing depends on."""
@@ -261,6 +266,7 @@ def activation_kernel(x_ptr, y_ptr, activation: tl.constexpr, n: tl.constexpr):
     tl.store(y_ptr + at, y, mask=at < n)
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("options", [{}, {"proj_size": 3}, {"num_heads": 2}], ids=str)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_modules(options, recompute):

@@ -62,6 +62,7 @@ def run(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[list[Any], lis
     return results, torch.autograd.grad([t.sum() for t in results], wanted)
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize(("cls", "training", "dtype"), entries())
 def test_samples(cls: type, training: bool, dtype: torch.dtype) -> None:
     found = samples(cls, training, dtype)

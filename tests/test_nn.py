@@ -306,6 +306,7 @@ def test_bad_dtype_of_packed_input(kind: str) -> None:
 # Results and gradients.
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("num_layers", [1, 2, 3], ids="{}layers".format)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", LAYERS)
