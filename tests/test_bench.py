@@ -490,6 +490,7 @@ def test_pictures_of_little(tmp_path, found):
     draw(tmp_path, found._replace(rows=[make_baseline(CASES[0]), make_row(CASES[0], 0.4)]))
 
 
+@pytest.mark.long
 def test_pictures_of_a_grid(tmp_path, found):
     rows = [
         row
@@ -820,6 +821,7 @@ def test_run_fails_on_a_wrong_result(tmp_path, monkeypatch, capsys):
     assert "2 wrong" in capsys.readouterr().out
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
 def test_output_of_any_encoding(tmp_path, monkeypatch, found, encoding):
     old, out = str(tmp_path / "old.json"), io.TextIOWrapper(io.BytesIO(), encoding)
@@ -886,6 +888,7 @@ def test_options_do_not_import_matplotlib():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.long
 def test_pytest_runs_the_suite():
     command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", "-p",
                "no:xdist", "-k", "rnn_cell or rnn-forward-T32", "--benchmark-disable"]  # fmt: skip

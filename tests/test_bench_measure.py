@@ -48,6 +48,7 @@ NAMES = [case.name.replace(" ", "-") for case in CASES]
 # Gate.
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_right_results_are_timed(case):
     base, row = measure.measure(case, CPU, seconds=0)
@@ -280,7 +281,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("case", SMALL, ids=[case.name.replace(" ", "-") for case in SMALL])
 def test_what_torch_has_not_is_compared_with_loops(case):
     base, *rows = measure.measure(case, CPU, 0, ["fastrnn", "fastrnn:plain", "loop"])
@@ -308,6 +309,7 @@ def test_mistakes_in_what_torch_has_not_are_seen(monkeypatch, cell):
     assert (ours.status, loop.status) == ("ok", "wrong")
 
 
+@pytest.mark.long
 def test_compiled_loops_of_what_torch_has_not(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     for case in SMALL:

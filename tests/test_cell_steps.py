@@ -89,6 +89,7 @@ def names_of(output: Tensor) -> str:
     return type(output.grad_fn).__name__
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -120,6 +121,7 @@ def test_against_torch(kind):
     assert_close(results(ours, None, x, state), expected)
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision(kind, dtype):

@@ -118,8 +118,8 @@ def test_plan_shows_the_kernels(capsys, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_verify_passes(capsys, dtype):
-    assert main(["verify", "--cases", "40", "--seed", "3", "--dtype", dtype]) == 0
-    assert "40 cases, 0 failed: ok" in capsys.readouterr().out
+    assert main(["verify", "--cases", "20", "--seed", "3", "--dtype", dtype]) == 0
+    assert "20 cases, 0 failed: ok" in capsys.readouterr().out
 
 
 def _shifted(make_marks):
@@ -201,6 +201,7 @@ def test_verify_sees_mistakes_in_noise_and_ensembles(monkeypatch, module, name, 
         assert case.members if name == "vmap" else case.zoneout and case.training
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_verify_half_precision(dtype):
     summaries, failures = testing.verify(["lstm", "gru", "rnn_tanh"], [dtype], cases=15)

@@ -137,6 +137,7 @@ def is_framed(whole: Tensor) -> bool:
     return bool((whole[:64] == 7).all() and (whole[-64:] == 7).all())
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("target", PACKED, ids=named)
 def test_rows_of_weights_are_packed_by_transposing(target):
     call = piece(target, "pack")
@@ -151,6 +152,7 @@ def test_rows_of_weights_are_packed_by_transposing(target):
             assert is_framed(whole)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("target", PACKED, ids=named)
 def test_columns_of_weights_are_packed_by_copying(target):
     call = piece(target, "copy")
@@ -359,7 +361,7 @@ def spilled(body: str) -> bool:
     return len(lines) > 1 or any(re.search(r"mm\d|\b[qvdz]\d", line) for line in lines)
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
 @pytest.mark.parametrize(("triple", "cpu", "target", "sign"), OTHERS, ids=[o[1] for o in OTHERS])
 def test_products_of_other_cpus_stay_in_registers(triple, cpu, target, sign, dtype):

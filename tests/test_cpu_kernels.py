@@ -85,7 +85,7 @@ def largest(cell: str, seed: int, k: int) -> float:
     return 16 if CELLS[cell].is_pointwise else 16 + 4 * errors(*of_torch, F32).abs().max().item()
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize(
     "target", [machine.NEON, machine.AVX2, machine.AVX512], ids=lambda target: target.name
@@ -122,6 +122,7 @@ def has_kinks(cell: str) -> bool:
     return cell == "rnn_relu"
 
 
+@pytest.mark.sweep(3)
 @multiplies_pairs
 @pytest.mark.parametrize("cell", CELLS)
 def test_bfloat16_against_float64(with_threads, packing, cell):
@@ -220,7 +221,7 @@ def test_gradients_of_groups(cell):
             torch.testing.assert_close(found.dx[:, part], alone.dx)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_that_is_not_multiplied_is_rounded_once(monkeypatch, cell, dtype):
@@ -234,6 +235,7 @@ def test_half_precision_that_is_not_multiplied_is_rounded_once(monkeypatch, cell
             assert torch.equal(mine, right.to(dtype))
 
 
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_results_do_not_depend_on_what_is_kept(cell, dtype):
@@ -260,6 +262,7 @@ def test_nothing_is_returned_or_saved_that_nobody_asks_for():
     torch.testing.assert_close(found.d_state, everything.d_state)
 
 
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["as it is", "packed"])
 @pytest.mark.parametrize("cell", CELLS)

@@ -323,7 +323,7 @@ def test_many_processes_at_first_use(tmp_path):
     assert [path.suffix for path in tmp_path.iterdir()] == [".o"], "a file was left behind"
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_damaged_file_is_compiled_again(tmp_path, damage):
     first = python(RUN, FASTRNN_CACHE_DIR=str(tmp_path))

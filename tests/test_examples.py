@@ -65,6 +65,7 @@ def test_clipped_sum(example):
     torch.testing.assert_close(total["b"], torch.tensor([1.2]))
 
 
+@pytest.mark.long
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("options", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
 def test_train_ddp(options, tmp_path):
@@ -201,6 +202,7 @@ def test_long_sequence(example, tmp_path, monkeypatch):
     assert sum(figures["losses"][-3:]) < 1
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_long_sequence_takes_less_memory_in_chunks():
     used = []

@@ -60,6 +60,7 @@ def test_forecast_cosine(train, seed):
 SMALL_GAN = "--steps 8 --hidden 12 --batch 16 --lr 5e-3 --cell"
 
 
+@pytest.mark.long
 @any_seed
 def test_gradient_penalty(train, seed):
     runs = train("gradient_penalty", f"{SMALL_GAN} gru --updates 80", seed, stock=False)
@@ -89,6 +90,7 @@ def test_forecast_elnino(train, seed):
         assert of["error"] < 1.5 < of["seasonal naive"]  # the months differ by 2.2
 
 
+@pytest.mark.long
 @any_seed
 def test_tag_frames(train, seed):
     runs = train("tag_frames", "--updates 120 --hidden 48 --frames 24 --batch 16 --lr 1e-2", seed)
@@ -97,6 +99,7 @@ def test_tag_frames(train, seed):
     assert before < both - 0.02
 
 
+@pytest.mark.long
 @any_seed
 def test_stacked_layers(train, seed):
     options = "--chars 20000 --hidden 48 --embedding 16 --batch 8 --steps 32 --updates 100"
@@ -108,6 +111,7 @@ def test_stacked_layers(train, seed):
         assert 0.5 * allowed < of["parameters"] <= allowed
 
 
+@pytest.mark.long
 @any_seed
 def test_truncated_bptt(train, seed):
     options = "--hidden 32 --updates 130 --batch 16 --steps 100 --lr 1e-2"
@@ -229,6 +233,7 @@ def test_beam_search_moves_the_state_with_its_beams(example):
             assert score == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.long
 @any_seed
 def test_ppo_cartpole(train, seed):
     options = "--updates 28 --envs 32 --steps 64 --hidden 32"
@@ -304,6 +309,7 @@ def test_pronounce_distance(example):
     assert distance("abc", "abc") == 0
 
 
+@pytest.mark.long
 @any_seed
 def test_tag_words(train, seed):
     runs = train("tag_words", "--updates 80 --hidden 48 --batch 16 --lr 2e-2", seed)
@@ -313,6 +319,7 @@ def test_tag_words(train, seed):
         assert 0.85 < of["accuracy of usual tags"] < 0.9
 
 
+@pytest.mark.long
 @any_seed
 def test_classify_sentiment(train, seed):
     options = "--updates 180 --hidden 16 --batch 32 --lr 1e-2"
@@ -322,6 +329,7 @@ def test_classify_sentiment(train, seed):
         assert 0.7 < of["accuracy of a bag of words"] < 0.8
 
 
+@pytest.mark.long
 @any_seed
 def test_long_memory(train, seed):
     options = "--steps 10 --updates 180 --hidden 24 --batch 16 --lr 1e-2"
@@ -330,6 +338,22 @@ def test_long_memory(train, seed):
     assert max(error["recall, gru"], error["recall, lstm"]) < 0.12 < error["recall, rnn"]
     assert error["adding, gru"] < 0.5 < error["adding, rnn"]
     assert max(error["counting, gru"], error["counting, lstm"]) < 0.04
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("classify_sentiment", "--hidden 8 --batch 8"),
+        ("long_memory", "--hidden 8 --batch 8 --steps 10"),
+        ("stacked_layers", "--hidden 8 --batch 4 --chars 4000 --embedding 4 --steps 8"),
+        ("tag_frames", "--hidden 8 --batch 4 --frames 8"),
+        ("tag_words", "--hidden 8 --batch 4"),
+        ("truncated_bptt", "--hidden 8 --batch 4 --steps 100"),
+    ],
+)
+def test_first_updates(train, name, options):
+    """Of the examples that take longest to learn."""
+    train(name, f"{options} --updates 3", 0)
 
 
 def test_page_shows_the_results(example):

@@ -63,6 +63,7 @@ def check(actual, exact):
         torch.testing.assert_close(ours.double(), truth, rtol=0, atol=64 * FLOAT32 * scale)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("directions", [1, 2])

@@ -56,6 +56,7 @@ def test_accumulation(kind: str, path: str | None) -> None:
     assert_same(*grads)
 
 
+@pytest.mark.sweep(3)
 @on_paths(KINDS)
 def test_second_derivatives(kind: str, path: str | None) -> None:
     for form in FORMS if kind in LAYERS else FORMS[:2]:
@@ -64,6 +65,7 @@ def test_second_derivatives(kind: str, path: str | None) -> None:
             check(ours, stock, Call(ours, form, hx=hx, **F64), [path], (form, hx), order=2)
 
 
+@pytest.mark.sweep(3)
 @on_paths(KINDS)
 @pytest.mark.parametrize("order", [1, 2])
 def test_numerical_derivatives(kind: str, path: str | None, order: int) -> None:
@@ -97,6 +99,7 @@ def test_tied_directions(kind: str, path: str | None) -> None:
     check(ours, stock, Call(ours, **F64), [path], order=3)
 
 
+@pytest.mark.sweep(3)
 @on_paths(KINDS)
 def test_frozen_subsets(kind: str, path: str | None) -> None:
     for frozen in ("bias_hh", "weight", "weight_ih", ""):
@@ -126,6 +129,7 @@ def test_detached_inputs(kind: str, path: str | None) -> None:
     assert not grads[0]["d_input"].any()
 
 
+@pytest.mark.sweep(3)
 @on_paths(KINDS)
 def test_partial_loss(kind: str, path: str | None) -> None:
     """The loss, and so the second derivatives, do not use some of the results."""
@@ -246,6 +250,7 @@ def ways(kind: str) -> dict[str, dict[str, Any]]:
     }
 
 
+@pytest.mark.sweep(3)
 @on_paths(KINDS)
 @pytest.mark.usefixtures("collector_at_rest")
 def test_no_garbage(kind: str, path: str | None) -> None:

@@ -48,6 +48,7 @@ def named(name):
     return getattr(name, "name", None) or str(name).removeprefix("torch.")
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("cell", POINTWISE, ids=named)
@@ -56,6 +57,7 @@ def test_every_cell(cell, mode, directions):
     check(layer, tiled(mode, layer.hidden))
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("layer", "config"),
     [

@@ -130,6 +130,7 @@ def test_parts_of_the_batch(cell, marked):
     assert_right(layer, results)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("layer", "tile"),
     [
@@ -196,6 +197,7 @@ def test_half_precision(cell, size_h, schedule):
     check(layer, schedule)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("missing", ["bias", "state", "dy", "traced"])
 @pytest.mark.parametrize(
     ("cell", "size_h", "schedule"),
@@ -242,6 +244,7 @@ def test_what_no_gradient_comes_to_is_left_out(cell, size_h, schedule):
 DOUBLE = [*PROBLEMS, *[(name, 0) for name, cell in CELLS.items() if cell.is_pointwise]]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(("cell", "size_h"), DOUBLE)
 def test_double_precision(cell, size_h):
     """For every cell, since no other schedule supports it."""

@@ -319,6 +319,7 @@ def test_options(kind: str, form: str, num_layers: int) -> None:
         check(ours, stock, Call(ours, form, hx=hx), paths, {**options, "hx": hx})
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", LAYERS)
@@ -383,6 +384,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("form", ["batched", "unbatched"])
 @pytest.mark.parametrize("kind", LAYERS)
@@ -396,6 +398,7 @@ def test_strides(kind: str, form: str, layout: Any) -> None:
         check(ours, stock, Call(ours, form, layout=layout), paths_of(kind))
 
 
+@pytest.mark.sweep(3)
 @on_paths(["lstm", "lstm_proj", "gru", "rnn_tanh"])
 @pytest.mark.parametrize("form", ["batched", "unbatched", "packed"])
 def test_meta(kind: str, path: str | None, form: str) -> None:
@@ -520,6 +523,7 @@ AUTOCAST = [
 ]
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("hx", [True, False], ids=["hx", "no_hx"])
 @pytest.mark.parametrize(("low", "given"), AUTOCAST)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "identity" not in kind])

@@ -384,6 +384,7 @@ SMALL += [
 ]
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
 @pytest.mark.usefixtures("_emulated")
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)

@@ -76,6 +76,7 @@ def test_layer_first_and_second_derivatives(cell, directions, bias, packed, proj
         torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("cell", CELLS)
 def test_opcheck(cell):
     x, state, weights, _ = make(cell, 2, dtype=torch.float32)
@@ -94,6 +95,7 @@ def test_opcheck_packed_and_half(cell):
     torch.library.opcheck(layer_op, (cell, x, state, weights, None, False, *PLAIN, ALL, False))
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("cell", CELLS)
 def test_opcheck_strided(cell):
     """Results have the strides that the fake kernels promise, for any strides of the input."""
@@ -207,6 +209,7 @@ def test_complex_gradients(nonlinearity, path):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("cell", CELLS)
 def test_third_derivative(cell):
     x, _, weights, _ = make(cell, 1)
@@ -299,6 +302,7 @@ def not_opted_in(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("cls", [fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN])
 def test_compile_fullgraph_with_dynamic_shapes(cls, compiling):
     net = Net(cls)
@@ -362,6 +366,7 @@ def test_compile_packed(compiling):
     torch.testing.assert_close(h_n, h_expected)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("cls", [fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN])
 def test_compile_packed_with_a_state(cls, compiling):
     module = cls(3, 4)
@@ -381,6 +386,7 @@ def test_compile_packed_with_a_state(cls, compiling):
         compiled(pack_padded_sequence(x[:, :2], torch.tensor([5, 3])), state(3))
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("opted_in", [False, True])
 @pytest.mark.parametrize("name", [*fastrnn.__all__[:6]])
 def test_compile_a_transform(name, opted_in, request):

@@ -86,6 +86,7 @@ CASES = [
 PATHS = [None, "kernels", "operators", "reference"]
 
 
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("name", "build", "call"), CASES)
 def test_padding(name, build, call, path):
@@ -109,6 +110,7 @@ def test_padding(name, build, call, path):
         check(found, expected)
 
 
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("name", "build", "call"), CASES)
 def test_before_a_reset(name, build, call, path):

@@ -84,6 +84,7 @@ def test_the_fastest_is_chosen(name, hidden):
             assert chosen == (candidates[times.index(min(times))], min(times))
 
 
+@pytest.mark.long
 def test_rows_are_what_is_simulated(rows):
     """Simulated in another process: this one may run with TRITON_INTERPRET."""
     assert PINNED

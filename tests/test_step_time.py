@@ -71,6 +71,7 @@ def instruction(name: str, line: str = "", goal: int | None = None) -> Instructi
     return Instruction(0, "@P0" if goal is not None else "", name, "", 1, 7, 7, (), line, goal)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "benchmark_", BENCHMARKS, ids=lambda b: f"{b.name}-{b.chains}-{b.num_warps}"

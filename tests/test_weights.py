@@ -135,6 +135,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @on_paths(SAMPLE)
 def test_change(kind: str, path: str | None, change: Callable[[Module], None]) -> None:

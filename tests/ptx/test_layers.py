@@ -193,6 +193,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize(("case", "number"), CASES)
 def test_layer(case, number):
     case = stable(case)
