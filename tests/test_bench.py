@@ -834,6 +834,7 @@ def test_output_of_any_encoding(tmp_path, monkeypatch, found, encoding):
     assert "report.html" in written
 
 
+@pytest.mark.long
 def test_files_are_written_before_anything_is_printed(tmp_path, monkeypatch, found):
     class Full(io.StringIO):
         def write(self, text):
@@ -848,6 +849,7 @@ def test_files_are_written_before_anything_is_printed(tmp_path, monkeypatch, fou
     assert cli.run(parse("--render", str(tmp_path / "old.json"))) == 1
 
 
+@pytest.mark.long
 def test_a_locale_without_utf_8(tmp_path, found):
     """Nor is any file opened in the encoding of the locale."""
     old = tmp_path / "old.json"

@@ -243,6 +243,7 @@ def test_what_torch_runs_on_a_gpu(monkeypatch, cell, dtype, sizes, version, algo
     assert providers.torch_algorithm(case, CUDA) == algorithm
 
 
+@pytest.mark.long
 def test_a_compiled_loop(monkeypatch):
     graphs = []
 
@@ -281,7 +282,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.sweep(7)
+@pytest.mark.sweep(11)
 @pytest.mark.parametrize("case", SMALL, ids=[case.name.replace(" ", "-") for case in SMALL])
 def test_what_torch_has_not_is_compared_with_loops(case):
     base, *rows = measure.measure(case, CPU, 0, ["fastrnn", "fastrnn:plain", "loop"])
@@ -296,6 +297,7 @@ def test_what_torch_has_not_is_compared_with_loops(case):
     assert all(row.first_s > 0 for row in rows)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("cell", ["lstm", "slstm", "layernorm_gru", "gru_reset_before"])
 def test_mistakes_in_what_torch_has_not_are_seen(monkeypatch, cell):
     n_states, step = loops._STEPS[cell]

@@ -212,7 +212,7 @@ def _cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @has_owners
 @pytest.mark.parametrize(
     "what",

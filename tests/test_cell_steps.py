@@ -89,7 +89,7 @@ def names_of(output: Tensor) -> str:
     return type(output.grad_fn).__name__
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(9)
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

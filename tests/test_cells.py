@@ -101,7 +101,7 @@ def test_bad_call_that_torch_does_not_explain(call: Any, cls: type, path: str | 
     assert "ambiguous" not in text
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", ["batched", "unbatched"])
 @pytest.mark.parametrize("kind", CELLS)

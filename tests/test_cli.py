@@ -142,6 +142,7 @@ def _longer(make_marks):
     return make
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", [_shifted, _longer])
 def test_verify_shares_no_reading_of_the_options(monkeypatch, fault):
     """The oracle must not share the code that all paths share."""
@@ -188,6 +189,7 @@ def _swapped_members(vmap):
     return swapped
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("module", "name", "fault"),
     [(paths, "_mask", _shifted_masks), (torch.func, "vmap", _swapped_members)],
@@ -201,7 +203,7 @@ def test_verify_sees_mistakes_in_noise_and_ensembles(monkeypatch, module, name, 
         assert case.members if name == "vmap" else case.zoneout and case.training
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_verify_half_precision(dtype):
     summaries, failures = testing.verify(["lstm", "gru", "rnn_tanh"], [dtype], cases=15)

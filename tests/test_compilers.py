@@ -132,6 +132,7 @@ def test_gates_in_a_graph(cls: Any) -> None:
     check(compiled(x, **options), module(x, **options), x, module)
 
 
+@pytest.mark.long
 def test_chunks_are_unrolled() -> None:
     """Every T has its own graph."""
     module = make(fastrnn.RNN, num_layers=1)
@@ -144,6 +145,7 @@ def test_chunks_are_unrolled() -> None:
         assert counter.frame_count == count
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("cls", CLASSES)
 def test_noise_in_a_graph(cls: Any, training: bool) -> None:
@@ -239,6 +241,7 @@ def check_on_other_sizes(ours: Any, net: Any) -> None:
         torch.testing.assert_close(ours(x, lengths, reset), net(x, lengths, reset))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("cls", "strict"), [(fastrnn.LSTM, False), (fastrnn.GRU, False), (fastrnn.RNN, True)]
 )

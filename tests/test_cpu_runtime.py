@@ -248,7 +248,7 @@ threading.Thread(target=llvm.get_process_triple).start()
 CUT_OFF = "this process was forked while another thread was compiling kernels"
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.long
 @can_fork
 @pytest.mark.parametrize(
     ("other", "gap"),
@@ -323,7 +323,7 @@ def test_many_processes_at_first_use(tmp_path):
     assert [path.suffix for path in tmp_path.iterdir()] == [".o"], "a file was left behind"
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.long
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_damaged_file_is_compiled_again(tmp_path, damage):
     first = python(RUN, FASTRNN_CACHE_DIR=str(tmp_path))
@@ -411,6 +411,7 @@ def test_cells_of_the_same_name(monkeypatch):
         fastrnn.functional.sequence("mine", x, None, weights)
 
 
+@pytest.mark.long
 def test_warmup(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FASTRNN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(engine, "_loaded", {})
@@ -431,6 +432,7 @@ def test_warmup_where_there_is_nothing_to_compile(capsys, monkeypatch):
     assert "fastrnn has no kernels for CPU capability" in capsys.readouterr().out
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("module", ["llvmlite", "llvmlite.binding"])
 def test_without_llvmlite(module):
     """torch's operators take over, and the planner says why."""

@@ -343,7 +343,7 @@ IMPORTS = {
 }
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("imports", IMPORTS.values(), ids=IMPORTS.keys())
 def test_any_order_of_imports(imports: str) -> None:
     code = (

@@ -150,6 +150,7 @@ def test_issue_forms_ask_for_commands_that_exist(monkeypatch):
 # What is missing. In a process of its own, because modules are imported once.
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("hidden", [["triton"], ["llvmlite"], ["triton", "llvmlite", "rich"], []])
 def test_without_packages(tmp_path, hidden):
     code = (

@@ -255,7 +255,7 @@ def test_nan_does_not_pass_a_reset(mode, cell):
     assert results["y0"].isnan().any(dim=(1, 2)).tolist() == [t == 2 for t in range(STEPS)]
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize(

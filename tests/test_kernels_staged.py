@@ -61,7 +61,7 @@ def test_every_cell(cell, size_h, schedule):
 MARKS = {"lengths": True, "resets": True, "bptt": 2}
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("directions", [1, 2])
 @of_every_kind
 def test_every_mark(cell, size_h, schedule, directions):
@@ -69,7 +69,7 @@ def test_every_mark(cell, size_h, schedule, directions):
     check(layer, schedule)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(7)
 @of_every_kind
 def test_noise(cell, size_h, schedule):
     """Noise together with resets and rows that end early."""
@@ -102,7 +102,7 @@ ENSEMBLES = [
 ]
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize(
     ("layer", "schedule"),
     [*[(layer, "staged") for layer in ENSEMBLES], *[(part, "resident") for part in ENSEMBLES[:3]]],
@@ -130,7 +130,7 @@ def test_parts_of_the_batch(cell, marked):
     assert_right(layer, results)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize(
     ("layer", "tile"),
     [
@@ -214,7 +214,7 @@ def test_without(cell, size_h, schedule, missing):
     check(Layer(cell, size_h=size_h, resets=missing == "state", **{missing: False}), schedule)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(7)
 @of_every_kind
 def test_what_no_gradient_comes_to_is_left_out(cell, size_h, schedule):
     """Steps after the end of a row, and a sequence whose output nothing depends on."""
@@ -269,7 +269,7 @@ def activation_kernel(x_ptr, y_ptr, activation: tl.constexpr, n: tl.constexpr):
     tl.store(y_ptr + at, y, mask=at < n)
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("options", [{}, {"proj_size": 3}, {"num_heads": 2}], ids=str)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_modules(options, recompute):

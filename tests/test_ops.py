@@ -76,7 +76,7 @@ def test_layer_first_and_second_derivatives(cell, directions, bias, packed, proj
         torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("cell", CELLS)
 def test_opcheck(cell):
     x, state, weights, _ = make(cell, 2, dtype=torch.float32)
@@ -95,7 +95,7 @@ def test_opcheck_packed_and_half(cell):
     torch.library.opcheck(layer_op, (cell, x, state, weights, None, False, *PLAIN, ALL, False))
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("cell", CELLS)
 def test_opcheck_strided(cell):
     """Results have the strides that the fake kernels promise, for any strides of the input."""
@@ -209,7 +209,7 @@ def test_complex_gradients(nonlinearity, path):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("cell", CELLS)
 def test_third_derivative(cell):
     x, _, weights, _ = make(cell, 1)
@@ -323,6 +323,7 @@ def test_compile_fullgraph_with_dynamic_shapes(cls, compiling):
     assert counter.frame_count == frames > 0, "new sizes must not compile again"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("cls", [fastrnn.LSTM, fastrnn.RNN])
 def test_inductor_with_strided_input(cls, compiling):

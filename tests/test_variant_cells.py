@@ -154,6 +154,7 @@ def as_function(cell):
     return lambda params, x, *hx: tuple(flat(functional_call(cell, params, (x, as_hx(list(hx))))))
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", CELLS)
 def test_compile(kind):
     torch._dynamo.reset()

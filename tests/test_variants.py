@@ -473,6 +473,7 @@ def test_heads_that_are_refused():
 # Compilers
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", [*VARIANTS, "heads"])
 def test_compile(name):
     torch._dynamo.reset()

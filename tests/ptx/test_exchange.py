@@ -142,6 +142,7 @@ def test_bounded_spin_refuses_no_polls():
 # NaN and infinity are exchanged like any other number.
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("bits", [MISSING, 0x7FFF], ids=["missing", "other"])
 @pytest.mark.parametrize(
     ("cell", "dtype", "hidden", "config"),
@@ -345,6 +346,7 @@ def test_the_empty_exchange_of_the_benchmark(monkeypatch, emulator):
 # The cost of a step.
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("dtype", "hidden", "block_b", "num_warps", "kept"),
     [

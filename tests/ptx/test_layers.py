@@ -193,7 +193,7 @@ CASES = [
 ]
 
 
-@pytest.mark.sweep(7)
+@pytest.mark.sweep(13)
 @pytest.mark.parametrize(("case", "number"), CASES)
 def test_layer(case, number):
     case = stable(case)
@@ -266,6 +266,7 @@ def test_launch_after_launch():
     assert [launch.grid for launch in emulator.launches] == [(3, 1, 1)] * 6
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("gpu", NAMES)
 def test_planned(gpu):
     """With no schedule requested."""

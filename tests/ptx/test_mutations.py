@@ -135,6 +135,7 @@ def unbroken(case):
     return results
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize(("case", "kernel", "change"), MUTATIONS)
 def test_mutation(case, kernel, change):
     assert any(notice(case, schedule, in_kernel(kernel, change)) for schedule in SCHEDULES)
@@ -169,6 +170,7 @@ def publish_early(pointers, tile, mask, hidden: gl.constexpr):
     publish(pointers, tile, mask, hidden)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("case", NAMES, ids=NAMES.values())
 def test_published_early(replace, case):
     unbroken(case)
@@ -193,6 +195,7 @@ OF_PROLOGUE = persistent.backward_kernel, "_barrier()  # else the compiler"
 OF_LAST_TILE = persistent.backward_kernel, "_barrier()  # others may still read the sums"
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize(
     ("case", "kernel", "redundant"),
     [

@@ -28,6 +28,7 @@ def check_layer(
     return emulator
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(("cell", "size_h"), PROBLEMS)
 def test_every_cell(cell, size_h):
     config = Config("staged", 16, 32, 64, 4, 0, 65535)
@@ -56,6 +57,7 @@ def test_all_steps_in_one_launch(cell):
         assert [launch.grid[1] for launch in emulator.launches] == [1, 1]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("cell", "run", "dtype", "precision", "hidden", "device"),
     [
