@@ -484,6 +484,7 @@ def test_page_is_self_contained_and_marks_slower_cases(tmp_path, found):
     assert "<h3>Where it is slower, and why</h3><ul><li><b>LSTM training</b>: 1 of 1" in text
 
 
+@pytest.mark.long
 def test_pictures_of_little(tmp_path, found):
     draw(tmp_path, found._replace(rows=found.rows[-1:]))  # no timed row
     draw(tmp_path, found._replace(rows=[]))

@@ -136,6 +136,7 @@ def test_half_precision(kind, dtype):
         torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=16 * eps * scale)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_short_way_is_taken(kind):
     module, x = make(kind), inputs_of(make(kind), 2, 3)

@@ -116,6 +116,7 @@ def test_plan_shows_the_kernels(capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[2].endswith(" warps")
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_verify_passes(capsys, dtype):
     assert main(["verify", "--cases", "20", "--seed", "3", "--dtype", dtype]) == 0
@@ -151,6 +152,7 @@ def test_verify_shares_no_reading_of_the_options(monkeypatch, fault):
     assert failures
 
 
+@pytest.mark.long
 def test_verify_sees_heads_that_are_normalized_together(monkeypatch):
     """Layer normalization over all units of a layer instead of over each head."""
 
@@ -278,6 +280,7 @@ def test_what_stands_in_for_standard_output(monkeypatch):
     assert sys.stdout.errors == "xmlcharrefreplace", "what the user chose stays"
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_is_gone(unbuffered):
     reader, writer = os.pipe()

@@ -257,7 +257,7 @@ def compiled(request, tmp_path_factory) -> dict[Variant, Measured]:
     return {v: Measured(*m) for v, m in zip(variants, json.loads(done.stdout), strict=True)}
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.long
 @pytest.mark.xdist_group("compiled")
 @pytest.mark.parametrize("facts", SAMPLE, ids=lambda facts: "-".join(map(str, facts)))
 def test_sample_keeps_the_budgets(compiled, facts):
@@ -267,7 +267,7 @@ def test_sample_keeps_the_budgets(compiled, facts):
     assert bool(measured.exchange_loads) == (variant.schedule == "persistent")
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(7)
 @pytest.mark.xdist_group("compiled")
 @pytest.mark.parametrize("facts", PERSISTENT, ids=lambda facts: "-".join(map(str, facts)))
 def test_persistent_kernels_keep_the_budgets(compiled, facts):

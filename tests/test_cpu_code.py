@@ -171,6 +171,7 @@ def exact_dtype(target: machine.Target) -> torch.dtype:
     return F64 if target.dtype == F64 else F32
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", ["multiply", "multiply_columns"])
 @pytest.mark.parametrize("target", TARGETS, ids=named)
 def test_products_with_packed_weights(target, name):

@@ -85,7 +85,7 @@ def largest(cell: str, seed: int, k: int) -> float:
     return 16 if CELLS[cell].is_pointwise else 16 + 4 * errors(*of_torch, F32).abs().max().item()
 
 
-@pytest.mark.sweep(7)
+@pytest.mark.sweep(11)
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize(
     "target", [machine.NEON, machine.AVX2, machine.AVX512], ids=lambda target: target.name
@@ -279,6 +279,7 @@ def test_results_do_not_depend_on_the_number_of_threads(
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "size_h"), [("gru", 129), ("lstm", 70)])
 def test_many_steps_on_many_threads(with_threads, name, size_h):
     """A missing wait shows up in a long sequence with narrow slices."""

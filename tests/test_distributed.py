@@ -88,6 +88,7 @@ def compare(kind: str) -> None:
                 torch.testing.assert_close(a, b, rtol=0, atol=bound)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 def test_processes_share_a_batch() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

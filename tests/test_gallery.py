@@ -82,6 +82,7 @@ def test_examples_are_short():
             assert len(path.read_text(encoding="utf-8").splitlines()) <= 150, path.name
 
 
+@pytest.mark.long
 @any_seed
 def test_forecast_elnino(train, seed):
     runs = train("forecast_elnino", "--updates 120 --hidden 16 --batch 16", seed)
@@ -276,6 +277,7 @@ def test_ppo_cartpole_ends_episodes(example):
     assert (env.state[:, env.start].abs() <= 0.05).all()
 
 
+@pytest.mark.long
 @any_seed
 def test_digits_to_words(train, example, monkeypatch, seed):
     monkeypatch.setattr(example("digits_to_words"), "NUMBERS", 100)
@@ -290,6 +292,7 @@ def test_digits_to_words(train, example, monkeypatch, seed):
         assert sum(probabilities) < 1.001
 
 
+@pytest.mark.long
 @any_seed
 def test_pronounce(train, example, monkeypatch, seed):
     monkeypatch.setattr(example("pronounce"), "HELD_OUT", 100)

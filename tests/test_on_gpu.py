@@ -97,6 +97,7 @@ sys.exit(gpu_parts.run_cases(part, "telling", Path(sys.argv[1]), 60))
 """
 
 
+@pytest.mark.long
 def test_a_case_costs_only_itself(tmp_path):
     (tmp_path / "telling.json").write_text("[{}]")  # from an earlier run
     evidence = run([Part("telling", python(CASES_OF_A_PROCESS, "{out}"), 1.0)], tmp_path, 100.0)

@@ -212,6 +212,7 @@ def test_command_line(small, tmp_path, capsys):
         step_time.main([str(path), "--set", "latency=1"])
 
 
+@pytest.mark.long
 def test_a_kernel_of_ours():
     """Compiled in another process: this one may run with TRITON_INTERPRET."""
     code = """
