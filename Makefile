@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m fastrnn bench --quick
 
-# Before every commit: five minutes on two quiet cores. Of sweeps it runs a sample.
+# Before every commit: what takes longest, and most cases of sweeps, are in test-all only.
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n auto --dist loadgroup $(ALL)
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n auto --dist loadgroup $(ALL) tests/ptx

@@ -15,7 +15,7 @@ the file, for torch.nn's layers too.
 The file runs in onnxruntime at other sizes than those of the export, and chunk by chunk; all
 results must be those of fastrnn.
 
-    pip install "fastrnn[examples,others]"
+    pip install ".[examples,others]"
     python examples/export_onnx.py --out exported
 """
 
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = options.parse_args(argv)
     if missing := [name for name in ("onnx", "onnxruntime") if not find_spec(name)]:
-        options.error(f'{" and ".join(missing)} not installed: pip install "fastrnn[others]"')
+        options.error(f'{" and ".join(missing)} not installed: pip install ".[others]"')
     import onnxruntime
 
     torch.manual_seed(args.seed)

@@ -7,7 +7,7 @@ called on a sequence, but on blocks of one or a few frames, each from the state 
 
 Such a call is short, so the overhead beyond the products matters: checks, allocations, waking up
 threads, reordering weights. The example times each call of fastrnn, torch.nn and, where installed
-(pip install "fastrnn[others]"), onnxruntime, whose model takes the state as an input and returns
+(pip install ".[others]"), onnxruntime, whose model takes the state as an input and returns
 the next one, copied back. All must produce the output of torch.nn for all frames in a single call.
 
 Each library runs its own loop, call after call: the best case for all of them, as threads stay

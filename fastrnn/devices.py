@@ -145,8 +145,10 @@ def kernel_gap(problem: Problem) -> str | None:
             f"fastrnn's kernels need compute capability 8.0 or higher, {gpu.name} has "
             f"{gpu.capability / 10}"
         )
-    if gpu.target == "hip" and (gpu.capability != 942 or problem.precision == "tf32x3"):
-        return f"fastrnn has no kernels for {gpu.name} in {problem.precision}"
+    if gpu.target == "hip" and gpu.capability != 942:
+        return f"fastrnn has no kernels for {gpu.name}"
+    if gpu.target == "hip" and problem.precision == "tf32x3":
+        return f"fastrnn has no kernels for {gpu.name} in tf32x3"
     if problem.batch > configs.MAX_BATCH:
         return f"fastrnn has no kernels for batches of more than {configs.MAX_BATCH} rows"
     if problem.directions * problem.parts > configs.MAX_GROUPS:
