@@ -27,6 +27,21 @@ def kept(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_write_that_fails_leaves_the_file_as_it_was(kept, monkeypatch):
+    """Written beside it and then renamed, so that other processes see all of it or nothing."""
+
+    def replace(part, path):
+        assert Path(part).read_bytes() == b"other"
+        assert kept.read_bytes() == b"content"
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="no space"):
+        cache.write(kept, b"other")
+    assert kept.read_bytes() == b"content"
+    assert list(kept.parent.iterdir()) == [kept]
+
+
 @pytest.mark.parametrize(
     ("own", "shared", "folder"),
     [

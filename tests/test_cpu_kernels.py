@@ -457,7 +457,7 @@ print("all inside")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no mprotect")
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_nothing_beyond_the_arguments_is_touched(dtype):
     """Guards tensors, results and work space; initial contents of work space must not matter."""

@@ -65,7 +65,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.sweep(11)
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("layer", [pytest.param(layer, id=name) for name, layer in LAYERS.items()])
 def test_layers(mode, layer):
     check(layer)
