@@ -10,6 +10,8 @@ from types import ModuleType
 
 # Required by torch's deterministic mode on a GPU; must be set before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Workers, and programs that tests start, share the cores: threads that wait must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import pytest
