@@ -36,53 +36,52 @@ ACTIVATIONS = {
     "exp": Activation(np.exp, is_of_negatives=True),
     "log_sigmoid": Activation(lambda x: np.minimum(x, 0) - np.log1p(np.exp(-np.abs(x)))),
 }
+_TORCH = {np.float32: torch.float32, np.float64: torch.float64}
 _INTEGERS: dict[Any, Any] = {np.float32: np.int32, np.float64: np.int64}
 _WIDER: dict[Any, Any] = {np.float32: np.float64, np.float64: np.longdouble}
 # Where the result and 1 - sigmoid are normal numbers; beyond it the kernels saturate.
-_LIMITS: dict[Any, float] = {np.float32: 87.0, np.float64: 708.0}
+LIMITS = {torch.float32: 87.0, torch.float64: 708.0}
 
 
-def compiled(name: str, dtype: Any) -> Callable[[Any], Any]:
-    """Compile an activation for this CPU.
+def compiled(activation: Callable[[Any], Any], dtype: torch.dtype) -> Callable[[Any, Any], None]:
+    """Compile an activation for this CPU by itself.
 
     Parameters
     ----------
-    name : str
-        Key of `ACTIVATIONS`.
-    dtype : {numpy.float32, numpy.float64}
+    activation : callable
+        One of ``fastrnn.cpu.activations``.
+    dtype : {torch.float32, torch.float64}
 
     Returns
     -------
     callable
-        From an array to an array.
+        Takes an array, and another one of the same length for the results.
     """
     target = machine.target()
     assert target is not None
-    number = vector.FLOAT if dtype == np.float32 else vector.DOUBLE
-    of = torch.float32 if dtype == np.float32 else torch.float64
-    format = vector.Format(number, number, target._replace(dtype=of).units // 2)
-    module = ir.Module(name)
-    code = vector.Code(module, name, [vector.ADDRESS, vector.ADDRESS, vector.INT], format)
+    number = vector.FLOAT if dtype == torch.float32 else vector.DOUBLE
+    format = vector.Format(number, number, target._replace(dtype=dtype).units // 2)
+    module = ir.Module("activation")
+    code = vector.Code(module, "activation", [vector.ADDRESS, vector.ADDRESS, vector.INT], format)
     x, y, count = code.parameters
     x, y = x.of(number), y.of(number)
     with code.loop(count, step=code.lanes) as k:
-        value = getattr(activations, name)(code.load(x + k, count - k))
-        code.store(y + k, value, count - k)
+        code.store(y + k, activation(code.load(x + k, count - k)), count - k)
     code.finish()
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    owner = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), engine.target_machine())
-    owner.finalize_object()
+    with machine.compiling:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        parsed = llvm.parse_assembly(str(module))
+        owner = llvm.create_mcjit_compiler(parsed, engine.target_machine())
+        owner.finalize_object()
     kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-    function = kind(owner.get_function_address(name))
+    function = kind(owner.get_function_address("activation"))
 
-    def apply(values: Any) -> Any:
-        assert owner is not None  # which has the code
-        result = np.empty_like(values)
-        function(values.ctypes.data, result.ctypes.data, len(values))
-        return result
+    def run(values: Any, results: Any) -> None:
+        assert owner is not None  # it holds the code
+        function(values.ctypes.data, results.ctypes.data, len(values))
 
-    return apply
+    return run
 
 
 def worst(name: str, dtype: Any, count: int) -> tuple[float, float]:
@@ -100,8 +99,9 @@ def worst(name: str, dtype: Any, count: int) -> tuple[float, float]:
     units, at : float
         In units in the last place of the exact result, and for which argument.
     """
-    apply, of, integer = compiled(name, dtype), ACTIVATIONS[name], _INTEGERS[dtype]
-    end = int(np.array(_LIMITS[dtype], dtype).view(integer))
+    run = compiled(getattr(activations, name), _TORCH[dtype])
+    of, integer = ACTIVATIONS[name], _INTEGERS[dtype]
+    end = int(np.array(LIMITS[_TORCH[dtype]], dtype).view(integer))
     bits = np.linspace(0, end, count, endpoint=False).astype(integer)
     found = 0.0, 0.0
     for first in range(0, count, _CHUNK):
@@ -109,7 +109,9 @@ def worst(name: str, dtype: Any, count: int) -> tuple[float, float]:
             x = sign * bits[first : first + _CHUNK].view(dtype)
             exact = of.exact(x.astype(_WIDER[dtype]))
             unit = np.spacing(np.maximum(np.abs(exact), np.finfo(dtype).tiny).astype(dtype))
-            errors = np.abs(apply(x).astype(_WIDER[dtype]) - exact) / unit
+            mine = np.empty_like(x)
+            run(x, mine)
+            errors = np.abs(mine.astype(_WIDER[dtype]) - exact) / unit
             k = int(errors.argmax())
             found = max(found, (float(errors[k]), float(x[k])))
     return found

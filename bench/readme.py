@@ -91,25 +91,14 @@ def tables_of(found: Results) -> dict[str, Callable[[Results, str], str]]:
     """
     providers = {row.provider for row in found.rows}
     if PLAIN in providers:
-        return {"prices": prices}
+        return {"prices": _prices}
     if providers & {*_RUNTIMES}:
-        return {"runtimes": runtimes}
-    return {"summary": summary, "speed": speed}
+        return {"runtimes": _runtimes}
+    return {"summary": _summary, "speed": _speed}
 
 
-def summary(found: Results, name: str) -> str:
-    """Compare fastrnn with torch.nn in a few lines of Markdown.
-
-    Parameters
-    ----------
-    found : Results
-    name : str
-        Of the folder in bench/results that has them.
-
-    Returns
-    -------
-    str
-    """
+def _summary(found: Results, name: str) -> str:
+    """Compare fastrnn with torch.nn in a few lines of Markdown."""
     ours = of_provider(found.rows, OURS)
     main_dtype = _main_dtype(ours)
     timed = [row for row in ours if row.times is not None]
@@ -129,19 +118,8 @@ def summary(found: Results, name: str) -> str:
     )
 
 
-def speed(found: Results, name: str) -> str:
-    """Compare fastrnn with torch.nn by cell, mode, batch and dtype.
-
-    Parameters
-    ----------
-    found : Results
-    name : str
-        Of the folder in bench/results that has them.
-
-    Returns
-    -------
-    str
-    """
+def _speed(found: Results, name: str) -> str:
+    """Compare fastrnn with torch.nn by cell, mode, batch and dtype."""
     ours = of_provider(found.rows, OURS)
     main_dtype = _main_dtype(ours)
     groups: dict[str, list[Row]] = {}
@@ -177,19 +155,8 @@ def speed(found: Results, name: str) -> str:
     )
 
 
-def runtimes(found: Results, name: str) -> str:
-    """Compare fastrnn with runtimes for trained models.
-
-    Parameters
-    ----------
-    found : Results
-    name : str
-        Of the folder in bench/results that has them.
-
-    Returns
-    -------
-    str
-    """
+def _runtimes(found: Results, name: str) -> str:
+    """Compare fastrnn with runtimes for trained models."""
     bands: dict[tuple[str, str], dict[str, float]] = {}
     for case, providers in by_case(found.rows).items():
         for other in (BASELINE, *_RUNTIMES):
@@ -215,19 +182,8 @@ def runtimes(found: Results, name: str) -> str:
     )  # fmt: skip
 
 
-def prices(found: Results, name: str) -> str:
-    """Give the cost of options and cells that torch.nn does not have.
-
-    Parameters
-    ----------
-    found : Results
-    name : str
-        Of the folder in bench/results that has them.
-
-    Returns
-    -------
-    str
-    """
+def _prices(found: Results, name: str) -> str:
+    """Give the cost of options and cells that torch.nn does not have."""
     cases = by_case(found.rows)
     sizes = max((case.steps, case.batch, case.hidden_size) for case in cases)
     rows: dict[str, dict[str, dict[str, Row]]] = {}

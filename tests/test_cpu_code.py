@@ -24,6 +24,8 @@ import llvmlite.binding as llvm
 import numpy
 from llvmlite import ir
 
+from fastrnn.bench import activation_errors
+from fastrnn.bench.activation_errors import ACTIVATIONS
 from fastrnn.cpu import activations, engine, vector
 from fastrnn.cpu.tiles import Writer
 
@@ -221,48 +223,28 @@ def test_products_with_weights_as_they_are(target):
 
 def activation(function: Callable[[Any], Any], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Compile an activation function to run over a tensor."""
-    number = vector.FLOAT if dtype == F32 else vector.DOUBLE
-    module, parameters = ir.Module("activation"), [ADDRESS, ADDRESS, INT]
-    format = vector.Format(number, number, HOST._replace(dtype=dtype).units // 2)
-    code = vector.Code(module, "activation", parameters, format)
-    x, y, count = code.parameters
-    x, y = x.of(number), y.of(number)
-    with code.loop(count, step=code.lanes) as k:
-        code.store(y + k, function(code.load(x + k, count - k)), count - k)
-    code.finish()
-    call = entry(loaded(module), "activation", parameters)
+    run = activation_errors.compiled(function, dtype)
 
     def apply(values: Tensor) -> Tensor:
         result = torch.full((len(values) + 1,), 7.0, dtype=dtype)
-        call(values, result, len(values))
+        run(values.numpy(), result.numpy()[:-1])
         assert result[-1] == 7, "stored beyond the end"
         return result[:-1]
 
     return apply
 
 
-# In numpy's long double, whose significand has 64 bits where it is an 80-bit type.
-EXACT = {
-    "sigmoid": lambda x: 1 / (1 + numpy.exp(-x)),
-    "tanh": numpy.tanh,
-    "exp": numpy.exp,
-    "log_sigmoid": lambda x: numpy.minimum(x, 0) - numpy.log1p(numpy.exp(-numpy.abs(x))),
-}
-# exp(limit) and exp(-limit) are normal numbers; the kernels clamp beyond.
-LIMITS = {F32: 87, F64: 708}
-
-
 def exactly(name: str, values: Tensor) -> Any:
     with numpy.errstate(all="ignore"):
-        return EXACT[name](values.numpy().astype(numpy.longdouble))
+        return ACTIVATIONS[name].exact(values.numpy().astype(numpy.longdouble))
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_to_the_last_digits(name, dtype):
     if dtype == F64 and numpy.finfo(numpy.longdouble).eps > 1e-18:
         pytest.skip("no numbers of more digits than float64 has")
-    limit, unit = LIMITS[dtype], torch.finfo(dtype)
+    limit, unit = activation_errors.LIMITS[dtype], torch.finfo(dtype)
     values = torch.cat([
         torch.linspace(-limit - 3, limit + 3, 100_001, dtype=dtype),
         torch.linspace(-40, 40, 100_001, dtype=dtype),
@@ -283,7 +265,7 @@ def test_activations_to_the_last_digits(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_of_special_values(name, dtype):
     special = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0], dtype=dtype)
     special = special[1:] if name == "exp" else special
