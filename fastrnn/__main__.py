@@ -31,9 +31,10 @@ def _add_info(parser: argparse.ArgumentParser) -> None:
 
 def _info(args: argparse.Namespace) -> int:
     from .info import as_json, info
+    from .info_text import text
 
     found = info()
-    print(json.dumps(as_json(found), indent=2) if args.json else found)
+    print(json.dumps(as_json(found), indent=2) if args.json else text(found))
     return 0
 
 

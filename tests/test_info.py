@@ -21,6 +21,7 @@ from fastrnn.__main__ import main
 from fastrnn.bench import environment
 from fastrnn.cpu import machine
 from fastrnn.info import Info, as_json
+from fastrnn.info_text import text as text_of
 from fastrnn.kernels.configs import DEVICES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,7 +72,7 @@ def flat(text: str) -> str:
 
 
 def shown(found: Info) -> str:
-    return flat(str(found))
+    return flat(text_of(found))
 
 
 def kernels(found: Info, device: str) -> dict[str, info.PathState]:
@@ -101,7 +102,7 @@ def test_json_has_the_record(capsys):
     assert printed == as_json(info.info())
     assert list(printed) == list(Info._fields)
     assert main(["info"]) == 0
-    assert capsys.readouterr().out == f"{info.info()}\n"
+    assert capsys.readouterr().out == f"{text_of(info.info())}\n"
 
 
 @pytest.mark.parametrize("name", [None, "h100", "mi300x"])
@@ -114,7 +115,7 @@ def test_text_and_json_say_the_same(folder, monkeypatch, on_gpu, name):
     text = shown(found)
     missing = [leaf for leaf in leaves(as_json(found)) if leaf not in text]
     assert not missing
-    assert all(len(line) <= 100 for line in str(found).splitlines() if "/" not in line)
+    assert all(len(line) <= 100 for line in text_of(found).splitlines() if "/" not in line)
 
 
 def test_every_path_is_there(no_gpu):
@@ -335,7 +336,7 @@ def test_homes_are_not_told(folder, tmp_path, monkeypatch):
     folder.parent.mkdir()
     folder.parent.chmod(0o777)
     found = info.info()
-    assert str(tmp_path) not in str(found) + json.dumps(as_json(found))
+    assert str(tmp_path) not in text_of(found) + json.dumps(as_json(found))
     assert found.cache.folder == str(Path("~", "above", "folder"))
     assert found.environment["LD_PRELOAD"] == "~/a.so:~/b.so"
 
@@ -457,7 +458,7 @@ def test_what_is_logged_meanwhile(capsys, no_gpu):
     found = info.info()
     (warning,) = found.warnings
     assert "which is not a valid fastrnn tune table" in warning
-    assert "Warnings" in str(found)
+    assert "Warnings" in text_of(found)
     assert capsys.readouterr().err == ""
     assert info.info().warnings == (), "tables are read once"
 

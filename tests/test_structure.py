@@ -51,6 +51,7 @@ ALLOWED = {
         "cpu",
         "devices",
         "info",
+        "info_text",
         "kernels",
         "planner",
         "testing",
@@ -107,6 +108,7 @@ ALLOWED = {
         "problem",
         "tuned",
     },
+    "info_text": {"info"},
     "nn": {"cells", "checks", "context", "forms", "functional", "options", "paths", "planner"},
     "ops": {
         "_imports",
